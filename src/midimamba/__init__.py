@@ -1,0 +1,1 @@
+"""Mamba language models for MIDI."""

@@ -1,0 +1,19 @@
+"""One way to refuse bad input: one clear line on stderr and exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message says what, where and what to do, in one line."""
+
+
+@contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Turn an [`InputError`] into one line on stderr and exit code 2. Anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
