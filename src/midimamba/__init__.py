@@ -1,1 +1,44 @@
-"""Mamba language models for MIDI."""
+"""midimamba: Mamba language models for MIDI, pre-trained, tuned adversarially, at home on the Hub.
+
+Importing the package registers its classes with transformers' Auto classes; stock classes keep doing what they did.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
+from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.recurrent_cache import RecurrentCache
+
+__version__ = "0.1.0"
+
+AutoConfig.register(MidiMambaConfig.model_type, MidiMambaConfig, exist_ok=True)
+AutoConfig.register(MidiDiscriminatorConfig.model_type, MidiDiscriminatorConfig, exist_ok=True)
+AutoModelForCausalLM.register(MidiMambaConfig, MidiMambaForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MidiDiscriminatorConfig, MidiDiscriminator, exist_ok=True)
+
+
+def load(name: str, **kwargs: Any) -> MidiMambaForCausalLM:
+    """
+    Load a generator as the fast class.
+
+    Args:
+        name (`str`): a folder, or a repository on the Hub, that holds a checkpoint of this package or of any
+            transformers `MambaForCausalLM`.
+        kwargs: as for `from_pretrained`.
+    """
+    model: MidiMambaForCausalLM = MidiMambaForCausalLM.from_pretrained(name, **kwargs)
+    return model
+
+
+__all__ = [
+    "MidiDiscriminator",
+    "MidiDiscriminatorConfig",
+    "MidiMambaConfig",
+    "MidiMambaForCausalLM",
+    "RecurrentCache",
+    "load",
+]

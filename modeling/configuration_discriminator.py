@@ -1,0 +1,59 @@
+"""Configuration of the discriminator."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class MidiDiscriminatorConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MidiDiscriminator`].
+
+    Args:
+        kind (`str`, *optional*, defaults to `"cnn"`):
+            `"cnn"`: SeqGAN's convolutions of several widths, max-over-time and a highway layer (arXiv 1609.05473,
+            appendix); one value a sequence. `"mamba"`: a causal Mamba with a value at every position.
+        vocab_size (`int`, *optional*, defaults to 1000):
+            Number of token ids, the generator's.
+        hidden_size (`int`, *optional*, defaults to 64):
+            Size of the token embedding (`cnn`), width of the residual stream (`mamba`).
+        dropout (`float`, *optional*, defaults to 0.25):
+            Dropout before the last layer.
+        filter_sizes (`list[int]`, *optional*):
+            `cnn`: the widths of the convolutions, in tokens; SeqGAN's by default.
+        num_filters (`list[int]`, *optional*):
+            `cnn`: how many filters of each width; SeqGAN's by default.
+        num_hidden_layers (`int`, *optional*, defaults to 2):
+            `mamba`: number of layers.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Padding.
+    """
+
+    model_type = "midimamba-discriminator"
+
+    kind: str = "cnn"
+    vocab_size: int = 1000
+    hidden_size: int = 64
+    dropout: float = 0.25
+    filter_sizes: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)
+    num_filters: list[int] | tuple[int, ...] = (100, 200, 200, 200, 200, 100, 100, 100, 100, 100, 160, 160)
+    num_hidden_layers: int = 2
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: object) -> None:
+        # One logit: the log-odds that a sequence is real, as a reward model of TRL has it.
+        kwargs.setdefault("num_labels", 1)
+        super().__post_init__(**kwargs)
+
+    def validate_kind(self) -> None:
+        """One of the two kinds, with one number of filters for every width."""
+        if self.kind not in ("cnn", "mamba"):
+            raise ValueError(f"discriminator kind {self.kind!r} is unknown; use 'cnn' or 'mamba'")
+        if len(self.filter_sizes) != len(self.num_filters):
+            raise ValueError(
+                f"{len(self.filter_sizes)} filter_sizes need as many num_filters, not {len(self.num_filters)}"
+            )
+
+
+__all__ = ["MidiDiscriminatorConfig"]

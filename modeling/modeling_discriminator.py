@@ -1,0 +1,130 @@
+"""The discriminator: how likely is it that a token sequence is real music?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .configuration_discriminator import MidiDiscriminatorConfig
+from .configuration_midimamba import MidiMambaConfig
+from .modeling_midimamba import MidiMambaModel
+
+
+@dataclass
+class DiscriminatorOutput(SequenceClassifierOutput):
+    """
+    Args:
+        logits (`Tensor` of shape `(batch, 1)`): log-odds that the whole sequence is real.
+        position_logits (`Tensor` of shape `(batch, time)`, *optional*): `mamba` only: the same for every prefix.
+    """
+
+    position_logits: Tensor | None = None
+
+
+class ConvolutionEncoder(nn.Module):
+    """SeqGAN's features: convolutions of several widths, the maximum over time of each filter, one highway layer."""
+
+    def __init__(self, config: MidiDiscriminatorConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(config.hidden_size, count, width)
+            for width, count in zip(config.filter_sizes, config.num_filters, strict=True)
+        )
+        self.num_features = sum(config.num_filters)
+        self.highway = nn.Linear(self.num_features, 2 * self.num_features)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids and mask of shape `(batch, time)` to features of shape `(batch, num_features)`."""
+        widest = max(convolution.kernel_size[0] for convolution in self.convolutions)
+        missing = max(0, widest - input_ids.shape[1])
+        mask = F.pad(mask, (0, missing))
+        embedded = F.pad(self.embeddings(input_ids), (0, 0, 0, missing)) * mask[..., None]
+        pooled = []
+        for convolution in self.convolutions:
+            activation = F.relu(convolution(embedded.transpose(1, 2)))
+            # Only windows without padding count; rectified activations are at least 0, so 0 means "not there".
+            window = mask.unfold(1, convolution.kernel_size[0], 1).amin(-1)
+            pooled.append((activation * window[:, None]).amax(-1))
+        features = torch.cat(pooled, dim=1)
+        candidate, gate = self.highway(features).chunk(2, dim=-1)
+        carry = torch.sigmoid(gate - 2.0)  # SeqGAN's bias: begin by passing features through
+        return carry * F.relu(candidate) + (1 - carry) * features
+
+
+class MidiDiscriminator(PreTrainedModel):
+    """Sequence classification with one logit; `sigmoid(logit)` is the probability that the sequence is real.
+
+    Loads with `AutoModelForSequenceClassification` once `midimamba` is imported.
+    """
+
+    config_class = MidiDiscriminatorConfig
+    config: MidiDiscriminatorConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: MidiDiscriminatorConfig):
+        super().__init__(config)
+        self.encoder: nn.Module
+        if config.kind == "cnn":
+            self.encoder = ConvolutionEncoder(config)
+            num_features = self.encoder.num_features
+        else:
+            self.encoder = MidiMambaModel(
+                MidiMambaConfig(
+                    vocab_size=config.vocab_size,
+                    hidden_size=config.hidden_size,
+                    num_hidden_layers=config.num_hidden_layers,
+                )
+            )
+            num_features = config.hidden_size
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(num_features, 1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        embeddings: nn.Embedding = self.encoder.embeddings
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> DiscriminatorOutput:
+        """
+        Args:
+            input_ids (`LongTensor` of shape `(batch, time)`): whole sequences.
+            attention_mask (`LongTensor` of shape `(batch, time)`, *optional*): 0 on padding.
+            labels (`Tensor` of shape `(batch,)`, *optional*): 1 for real, 0 for generated (or between, for smoothed
+                labels). The loss is the cross-entropy; for `mamba` its mean over every prefix of a sequence.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        position_logits = None
+        if self.config.kind == "cnn":
+            features = self.encoder(input_ids, mask.to(self.dtype))
+            logits = self.score(self.dropout(features))
+        else:
+            hidden = self.encoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            position_logits = self.score(self.dropout(hidden.to(self.dtype))).squeeze(-1)
+            last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1, keepdim=True)
+            logits = position_logits.gather(1, last)
+        loss = None
+        if labels is not None:
+            loss = self._cross_entropy(logits, position_logits, mask, labels)
+        return DiscriminatorOutput(loss=loss, logits=logits, position_logits=position_logits)
+
+    def _cross_entropy(self, logits: Tensor, position_logits: Tensor | None, mask: Tensor, labels: Tensor) -> Tensor:
+        if position_logits is None:
+            return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
+        targets = labels.to(position_logits.dtype)[:, None].expand_as(position_logits)
+        weights = mask.to(position_logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(position_logits, targets, weight=weights, reduction="sum")
+        return losses / weights.sum()
+
+
+__all__ = ["MidiDiscriminator"]
