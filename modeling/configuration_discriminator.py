@@ -38,7 +38,6 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     filter_sizes: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)
     num_filters: list[int] | tuple[int, ...] = (100, 200, 200, 200, 200, 100, 100, 100, 100, 100, 160, 160)
     num_hidden_layers: int = 2
-    initializer_range: float = 0.02
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:

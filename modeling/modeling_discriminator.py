@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_discriminator import MidiDiscriminatorConfig
@@ -31,6 +32,7 @@ class ConvolutionEncoder(nn.Module):
     def __init__(self, config: MidiDiscriminatorConfig):
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.widths = tuple(config.filter_sizes)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(config.hidden_size, count, width)
             for width, count in zip(config.filter_sizes, config.num_filters, strict=True)
@@ -40,15 +42,14 @@ class ConvolutionEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Ids and mask of shape `(batch, time)` to features of shape `(batch, num_features)`."""
-        widest = max(convolution.kernel_size[0] for convolution in self.convolutions)
-        missing = max(0, widest - input_ids.shape[1])
+        missing = max(0, max(self.widths) - input_ids.shape[1])
         mask = F.pad(mask, (0, missing))
         embedded = F.pad(self.embeddings(input_ids), (0, 0, 0, missing)) * mask[..., None]
         pooled = []
-        for convolution in self.convolutions:
+        for width, convolution in zip(self.widths, self.convolutions, strict=True):
             activation = F.relu(convolution(embedded.transpose(1, 2)))
             # Only windows without padding count; rectified activations are at least 0, so 0 means "not there".
-            window = mask.unfold(1, convolution.kernel_size[0], 1).amin(-1)
+            window = mask.unfold(1, width, 1).amin(-1)
             pooled.append((activation * window[:, None]).amax(-1))
         features = torch.cat(pooled, dim=1)
         candidate, gate = self.highway(features).chunk(2, dim=-1)
@@ -85,9 +86,19 @@ class MidiDiscriminator(PreTrainedModel):
         self.score = nn.Linear(num_features, 1)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        embeddings: nn.Embedding = self.encoder.embeddings
-        return embeddings
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """SeqGAN's initialisation for the convolutions: with transformers' usual 0.02 their features would vanish."""
+        if self.config.kind != "cnn":
+            super()._init_weights(module)
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1.0, 1.0)
+        elif isinstance(module, (nn.Conv1d, nn.Linear)):
+            init.trunc_normal_(module.weight, std=0.1)
+            init.constant_(module.bias, 0.1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_submodule("embeddings")
 
     def forward(
         self,

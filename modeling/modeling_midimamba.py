@@ -17,7 +17,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
 
 from .configuration_midimamba import MidiMambaConfig
 from .recurrent_cache import RecurrentCache
-from .selective_scan import selective_scan
+from .selective_scan import selective_scan, selective_step_
 
 
 class MidiMambaMixer(MambaMixer):
@@ -26,7 +26,9 @@ class MidiMambaMixer(MambaMixer):
     def __init__(self, config: MidiMambaConfig, layer_idx: int):
         super().__init__(config, layer_idx, initialize_mixer_weights=False)
 
-    def forward(self, hidden_states: Tensor, cache: RecurrentCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cache: RecurrentCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             hidden_states (`Tensor` of shape `(batch, time, hidden)`): the normalised residual stream.
@@ -50,13 +52,23 @@ class MidiMambaMixer(MambaMixer):
         wide = torch.promote_types(channels.dtype, torch.float32)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         A = -torch.exp(self.A_log.to(wide))
-        inputs = channels.to(wide)
-        start = None if cache is None else cache.scan_states[self.layer_idx]
-        outputs, state = selective_scan(inputs, dt, A, B.to(wide), C.to(wide), start)
-        if cache is not None:
-            cache.scan_states[self.layer_idx].copy_(state.detach())
+        inputs, B, C = channels.to(wide), B.to(wide), C.to(wide)
+        outputs = self._scan(inputs, dt, A, B, C, cache)
         outputs = torch.addcmul(outputs, inputs, self.D.to(wide)) * self.act(gate)
         return self.out_proj(outputs.to(hidden_states.dtype))
+
+    def _scan(
+        self, inputs: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cache: RecurrentCache | None
+    ) -> Tensor:
+        if cache is None:
+            return selective_scan(inputs, dt, A, B, C)[0]
+        state = cache.scan_states[self.layer_idx]
+        if inputs.shape[1] == 1 and not torch.is_grad_enabled():
+            return selective_step_(state, inputs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])[:, None]
+        # A copy, because the scan keeps its initial state for the backward pass and the cache moves on.
+        outputs, last = selective_scan(inputs, dt, A, B, C, state.clone())
+        state.copy_(last.detach())
+        return outputs
 
     def _convolve(self, channels: Tensor, cache: RecurrentCache | None) -> Tensor:
         """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length."""
@@ -83,7 +95,9 @@ class MidiMambaBlock(GradientCheckpointingLayer):
         self.mixer = MidiMambaMixer(config, layer_idx)
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
 
-    def forward(self, hidden_states: Tensor, cache: RecurrentCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cache: RecurrentCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         mixed = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), cache, mask)
         # Promoted rather than cast, so that a float64 model stays float64.
         dtype = torch.promote_types(hidden_states.dtype, self.residual_dtype or mixed.dtype)
@@ -140,7 +154,9 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         if cache is None and use_cache:
             cache = RecurrentCache.empty(self.config, batch, hidden_states.dtype, hidden_states.device)
         if cache is not None and cache.batch_size != batch:
-            raise ValueError(f"the cache holds {cache.batch_size} sequences, the input {batch}; fork or select it first")
+            raise ValueError(
+                f"the cache holds {cache.batch_size} sequences, the input {batch}; fork or select it first"
+            )
         mask = None
         if attention_mask is not None:  # it may cover the tokens already in the state as well
             mask = attention_mask[:, -time:, None].to(hidden_states.dtype)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .configuration_midimamba import MidiMambaConfig
 
@@ -48,6 +49,11 @@ class RecurrentCache:
             [torch.zeros(scan_shape, dtype=scan_dtype, device=device) for _ in layers],
         )
 
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, batch_size: int) -> "RecurrentCache":
+        """The state before the first token, in the model's type and on its device."""
+        return cls.empty(model.config, batch_size, model.dtype, model.device)
+
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
@@ -63,7 +69,7 @@ class RecurrentCache:
         return self.seen_tokens
 
     def fork(self, copies: int) -> "RecurrentCache":
-        """Every sequence `copies` times, neighbours together: row `i` becomes rows `i * copies … (i + 1) * copies - 1`."""
+        """Every sequence `copies` times, neighbours together: row `i` becomes rows `i * copies` and following."""
         return self._map(lambda tensor: tensor.repeat_interleave(copies, dim=0))
 
     def select(self, indices: Tensor) -> "RecurrentCache":

@@ -2,9 +2,10 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t
 
-Both functions take the same arguments and return the same values: [`selective_scan_reference`] is the obvious loop,
-[`selective_scan`] is the one to use. The recurrent state has shape `(batch, state, channels)`: channels are innermost
-because every product of the recurrence broadcasts over them, which keeps the vector units on contiguous memory.
+[`selective_scan_reference`] is the obvious loop, [`selective_scan`] computes the same and is the one to use, and
+[`selective_step_`] is a single step for decoding. The recurrent state has shape `(batch, state, channels)`: channels
+are innermost because every product of the recurrence broadcasts over them, which keeps the vector units on contiguous
+memory.
 """
 
 from typing import Any
@@ -59,6 +60,15 @@ def selective_scan(
     return output, state
 
 
+def selective_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """One step of the scan, for decoding: updates `state` `(batch, state, channels)` in place, without a graph.
+
+    The other arguments are those of [`selective_scan`] without their time dimension. Returns `(batch, channels)`.
+    """
+    state.mul_(torch.exp(dt[:, None, :] * A.T)).addcmul_(B[:, :, None], (dt * x)[:, None, :])
+    return (C[:, None, :] @ state).squeeze(1)
+
+
 class _Workspace:
     """The buffers of one scan, time first: made once, reused for every chunk."""
 
@@ -86,10 +96,12 @@ def _chunks(time: int) -> list[slice]:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """Forward keeps the state at chunk starts; backward rescans a chunk, then runs the adjoint recurrence through it."""
+    """Forward keeps the states at chunk starts; backward rescans a chunk, then runs the adjoint through it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         work = _Workspace(x, dt, A, B, C)
         starts, outputs = [], []
         for steps in _chunks(x.shape[1]):

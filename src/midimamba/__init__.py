@@ -5,13 +5,14 @@ Importing the package registers its classes with transformers' Auto classes; sto
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
 
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.configuration_midimamba import MidiMambaConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.recurrent_cache import RecurrentCache
+from midimamba.tokenization.processor import MidiProcessor
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ AutoConfig.register(MidiMambaConfig.model_type, MidiMambaConfig, exist_ok=True)
 AutoConfig.register(MidiDiscriminatorConfig.model_type, MidiDiscriminatorConfig, exist_ok=True)
 AutoModelForCausalLM.register(MidiMambaConfig, MidiMambaForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MidiDiscriminatorConfig, MidiDiscriminator, exist_ok=True)
+AutoProcessor.register(MidiMambaConfig, MidiProcessor, exist_ok=True)
 
 
 def load(name: str, **kwargs: Any) -> MidiMambaForCausalLM:
@@ -39,6 +41,7 @@ __all__ = [
     "MidiDiscriminatorConfig",
     "MidiMambaConfig",
     "MidiMambaForCausalLM",
+    "MidiProcessor",
     "RecurrentCache",
     "load",
 ]

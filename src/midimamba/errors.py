@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an [`InputError`] into one line on stderr and exit code 2. Anything else is a bug and keeps its traceback."""
+    """Turn an [`InputError`] into one line on stderr and exit code 2. Anything else is a bug and shows where."""
     try:
         yield
     except InputError as error:

@@ -1,0 +1,164 @@
+"""Measures of a generator: how well it predicts held-out music, and how varied and how convincing its samples are.
+
+Distinct-n and self-BLEU depend on how many sequences there are and on their length: compare only sets of equal size.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from midimamba.modeling.sampling import inference
+
+Sequences = Tensor | Sequence[Sequence[int]]
+NGram = tuple[int, ...]
+
+
+def held_out_nll(model: Any, blocks: Tensor, batch_size: int = 16) -> float:
+    """
+    Negative log-likelihood of held-out music, teacher-forced, in evaluation mode.
+
+    Args:
+        model (`MidiMambaForCausalLM`): any causal language model; its mode is the same afterwards.
+        blocks (`LongTensor` of shape `(n, time)`): packed blocks without padding.
+        batch_size (`int`, *optional*, defaults to 16): blocks a forward pass.
+
+    Returns:
+        `float`: nats per predicted token. A block of `time` tokens has `time - 1` of them.
+
+    Raises:
+        ValueError: if there is no token to predict.
+    """
+    if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
+        raise ValueError(f"blocks of shape {tuple(blocks.shape)} hold no token to predict")
+    total = 0.0
+    with inference(model):
+        for batch in _batches(blocks, batch_size, "held-out likelihood"):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+            total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+    return total / blocks[:, 1:].numel()
+
+
+def discriminator_accuracy(discriminator: Any, real: Tensor, fake: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """
+    How often a discriminator is right at the threshold 0.5. At an `accuracy` of 0.5 it cannot tell the two apart.
+
+    Args:
+        discriminator (`MidiDiscriminator`): its mode is the same afterwards.
+        real (`LongTensor` of shape `(n, time)`): held-out music.
+        fake (`LongTensor` of shape `(m, time)`): generated sequences.
+        batch_size (`int`, *optional*, defaults to 64): sequences a forward pass.
+
+    Returns:
+        `dict[str, float]`: `accuracy_real`, `accuracy_fake`, and `accuracy`, the mean of the two, so that it does not
+        depend on how many sequences of each kind there are.
+    """
+    with inference(discriminator):
+        right_real = _called_real(discriminator, real, batch_size)
+        right_fake = 1.0 - _called_real(discriminator, fake, batch_size)
+    return {"accuracy": (right_real + right_fake) / 2, "accuracy_real": right_real, "accuracy_fake": right_fake}
+
+
+def distinct_n(sequences: Sequences, n: int) -> float:
+    """
+    Distinct n-grams over all n-grams of all sequences (Li et al. 2016, arXiv 1510.03055); 1 means no repetition.
+
+    Args:
+        sequences (`LongTensor` of shape `(count, time)`, or a list of lists of `int`): token ids.
+        n (`int`): tokens an n-gram.
+
+    Raises:
+        ValueError: if every sequence is shorter than `n`.
+    """
+    counts = Counter(gram for row in _rows(sequences) for gram in _ngrams(row, n))
+    if not counts:
+        raise ValueError(f"no sequence has {n} tokens")
+    return len(counts) / counts.total()
+
+
+def self_bleu(sequences: Sequences, n: int = 4) -> float:
+    """
+    Mean BLEU-n of each sequence against all the others (Zhu et al. 2018, Texygen, arXiv 1802.01886).
+
+    1 means that the sequences are copies of one another, so lower is more diverse. BLEU (Papineni et al. 2002) has
+    uniform weights, clipped counts and the brevity penalty of the closest reference length here, and no smoothing: it
+    is 0 for a sequence that shares no n-gram of some order with any other.
+
+    Args:
+        sequences (`LongTensor` of shape `(count, time)`, or a list of lists of `int`): token ids.
+        n (`int`, *optional*, defaults to 4): the longest n-gram.
+
+    Raises:
+        ValueError: if there are fewer than two sequences.
+    """
+    rows = _rows(sequences)
+    if len(rows) < 2:
+        raise ValueError("self-BLEU compares at least two sequences")
+    precisions = [_clipped_precisions(rows, order) for order in range(1, n + 1)]
+    lengths = [len(row) for row in rows]
+    scores = [
+        _brevity_penalty(lengths, index) * _geometric_mean(by_order)
+        for index, by_order in enumerate(zip(*precisions, strict=True))
+    ]
+    return sum(scores) / len(scores)
+
+
+def _clipped_precisions(rows: list[list[int]], order: int) -> list[float]:
+    """For every sequence: the share of its n-grams that another sequence holds, each counted as often as there."""
+    counts = [Counter(_ngrams(row, order)) for row in rows]
+    # The largest count among the *others* is the largest of all, or the second largest for whoever holds the largest.
+    # So two numbers an n-gram suffice, and the work is linear in the number of sequences.
+    top_two: dict[NGram, tuple[int, int]] = {}
+    for count in counts:
+        for gram, times in count.items():
+            largest, second = top_two.get(gram, (0, 0))
+            top_two[gram] = (times, largest) if times > largest else (largest, max(second, times))
+    precisions = []
+    for count in counts:
+        matches = sum(
+            min(times, second if times == largest else largest)
+            for gram, times in count.items()
+            for largest, second in (top_two[gram],)
+        )
+        precisions.append(matches / max(1, count.total()))
+    return precisions
+
+
+def _brevity_penalty(lengths: list[int], index: int) -> float:
+    length = lengths[index]
+    if not length:
+        return 0.0
+    others = lengths[:index] + lengths[index + 1 :]
+    closest = min(others, key=lambda other: (abs(other - length), other))
+    return min(1.0, math.exp(1 - closest / length))
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.prod(values) ** (1 / len(values))
+
+
+def _rows(sequences: Sequences) -> list[list[int]]:
+    return sequences.tolist() if isinstance(sequences, Tensor) else [list(row) for row in sequences]
+
+
+def _ngrams(row: list[int], n: int) -> Iterator[NGram]:
+    return zip(*(row[start:] for start in range(n)), strict=False)
+
+
+def _called_real(discriminator: Any, sequences: Tensor, batch_size: int) -> float:
+    """The share of `sequences` whose probability of being real is above one half."""
+    called = [
+        discriminator(input_ids=batch.to(discriminator.device)).logits[:, 0] > 0
+        for batch in _batches(sequences, batch_size, "discriminator")
+    ]
+    return torch.cat(called).float().mean().item()
+
+
+def _batches(sequences: Tensor, batch_size: int, description: str) -> Iterator[Tensor]:
+    yield from tqdm(sequences.split(batch_size), desc=description, leave=False, disable=None)

@@ -1,0 +1,191 @@
+"""Pictures and sound of a score: what a model card shows and plays."""
+
+import io
+import wave
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from symusic.core import ScoreTick
+
+from midimamba.errors import InputError
+from midimamba.files import write_whole
+
+Audio = NDArray[np.float64]
+
+PITCH_CLASSES = ("C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B")
+BLACK_KEYS = frozenset({1, 3, 6, 8, 10})
+INK, FAINT = "#2b2f36", "#dde1e6"
+PEAK = 0.9  # of full scale: a resampling or lossy encoder overshoots a little, and would clip at 1
+
+
+def draw_piano_roll(score: ScoreTick, path: Path, title: str = "") -> None:
+    """
+    Draw a score as a PNG of 1200 × 400 pixels: bars to the right, pitches upwards, a colour a track, loud notes dark.
+
+    Args:
+        score (`symusic.Score`): times in ticks. Without notes, the picture says so.
+        path (`Path`): the PNG file, replaced as a whole.
+        title (`str`, *optional*, defaults to none): written above.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    axes = new_figure(width=1200, height=400).add_subplot()
+    starts = _bar_starts(score)
+    tracks = [track for track in score.tracks if len(track.notes)]
+    for index, track in enumerate(tracks):
+        _draw_track(axes, track, starts, f"C{index % 10}")
+    _style(axes, tracks, last_bar=len(starts))
+    timed: Any = score.to("second")
+    axes.set_title(_literal(title), loc="left", color=INK, fontsize=12, fontweight="bold", pad=9)
+    axes.set_title(_summary(tracks, timed.end()), loc="right", color=INK, fontsize=10, alpha=0.7, pad=9)
+    if len(tracks) > 1:
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9, handlelength=1.2, labelcolor=INK
+        )
+    save_figure(axes.figure, path)
+
+
+def render_wave(score: ScoreTick, path: Path, sample_rate: int = 22050) -> None:
+    """
+    Play a score into a mono WAV file (16-bit PCM) whose loudest sample is at 90 % of full scale.
+
+    Every pitched instrument sounds like a plucked string; percussion is silent, since it has no pitch to synthesise.
+
+    Args:
+        score (`symusic.Score`): times in ticks. Without a sounding note, the file is silent.
+        path (`Path`): the WAV file, replaced as a whole. It is one second longer than the score, for the last note.
+        sample_rate (`int`, *optional*, defaults to 22050): in hertz.
+
+    Raises:
+        InputError: if pretty_midi is not installed.
+    """
+    pretty_midi = import_demo("pretty_midi")
+    audio: Audio = np.zeros(sample_rate)
+    if score.note_num():  # pretty_midi cannot read a file without events
+        midi = pretty_midi.PrettyMIDI(io.BytesIO(score.dumps_midi()))
+        audio = midi.synthesize(fs=sample_rate, wave=plucked_string, normalize=False)
+    loudest = float(np.abs(audio).max())
+    pcm = (audio * (PEAK * 32767 / loudest if loudest else 0.0)).astype("<i2")
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes(pcm.tobytes())
+    write_whole(path, buffer.getvalue())
+
+
+def plucked_string(phase: Audio) -> Audio:
+    """
+    A tone of six harmonics with a soft attack, of which the higher ones fade first.
+
+    Args:
+        phase (`ndarray` of shape `(samples,)`): angle of the fundamental in radians, 0 at the note's start. As it
+            grows with frequency times time, high notes fade sooner than low ones, as they do on strings.
+    """
+    attack = 1 - np.exp(-phase / (4 * np.pi))  # two periods: an abrupt start would click
+    partials = [np.sin(k * phase) * np.exp(-0.0004 * k * phase) / k**1.4 for k in range(1, 7)]
+    tone: Audio = attack * np.sum(partials, axis=0)
+    return tone
+
+
+def new_figure(width: int, height: int) -> Any:
+    """An empty matplotlib `Figure` of so many pixels, without pyplot and its global state."""
+    figure = import_demo("matplotlib.figure").Figure
+    return figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, as a whole."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
+
+
+def import_demo(name: str) -> Any:
+    """
+    Import a module of the optional `demo` packages.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise InputError(f'{package} is not installed; run: pip install "midimamba[demo]"') from error
+
+
+def pitch_name(pitch: int) -> str:
+    """`60` -> `"C4"`."""
+    return f"{PITCH_CLASSES[pitch % 12]}{pitch // 12 - 1}"
+
+
+def _bar_starts(score: ScoreTick) -> NDArray[np.float64]:
+    """Ticks at which bars begin, the last of them at or after the end of the last note."""
+    quarter = score.ticks_per_quarter
+    signatures = sorted((s.time, s.numerator, s.denominator) for s in score.time_signatures)
+    if not signatures or signatures[0][0] > 0:
+        signatures.insert(0, (0, 4, 4))  # what MIDI means when it says nothing
+    starts: list[float] = []
+    ends = [time for time, _, _ in signatures[1:]] + [max(score.end(), 1)]
+    for (time, numerator, denominator), end in zip(signatures, ends, strict=True):
+        length = 4 * quarter * numerator / denominator
+        starts.extend(np.arange(time, end, length))
+    return np.array([*starts, starts[-1] + length])
+
+
+def _draw_track(axes: Any, track: Any, starts: NDArray[np.float64], colour: str) -> None:
+    notes = track.notes.numpy()
+    bars = np.arange(1, len(starts) + 1)
+    left = np.interp(notes["time"], starts, bars)
+    right = np.interp(notes["time"] + notes["duration"], starts, bars)
+    axes.barh(
+        notes["pitch"],
+        np.maximum(right - left - 0.01, 0.02),  # a hair of space, so that repeated notes stay apart
+        left=left,
+        height=0.82,
+        color=[(colour, alpha) for alpha in 0.3 + 0.7 * notes["velocity"] / 127],
+    )
+    axes.plot([], [], color=colour, linewidth=6, label=_track_name(track))  # for the legend: the full colour
+
+
+def _style(axes: Any, tracks: list[Any], last_bar: int) -> None:
+    pitches = np.concatenate([track.notes.numpy()["pitch"] for track in tracks]) if tracks else np.array([60])
+    low, high = int(pitches.min()) - 2, int(pitches.max()) + 2
+    axes.set(xlim=(1, max(last_bar, 2)), ylim=(low - 0.5, high + 0.5))
+    axes.set_xlabel("bar", color=INK)
+    axes.xaxis.set_major_locator(import_demo("matplotlib.ticker").MaxNLocator(integer=True, nbins=17, min_n_ticks=1))
+    named = (0, 4, 7) if high - low < 40 else (0,)
+    labelled = [pitch for pitch in range(low, high + 1) if pitch % 12 in named]
+    axes.set_yticks(labelled, [pitch_name(pitch) for pitch in labelled])
+    for pitch in range(low, high + 1):
+        if pitch % 12 in BLACK_KEYS:
+            axes.axhspan(pitch - 0.5, pitch + 0.5, color="#f4f5f7", zorder=0)
+    axes.grid(axis="x", color=FAINT)
+    quiet(axes)
+
+
+def quiet(axes: Any) -> None:
+    """Leave of a plot's frame only what is read: no box, faint ticks, everything behind the data."""
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=9)
+
+
+def _track_name(track: Any) -> str:
+    return _literal(track.name) or ("Drums" if track.is_drum else f"Program {track.program}")
+
+
+def _literal(text: str) -> str:
+    """Matplotlib reads what stands between two dollar signs as a formula, and raises if it is none."""
+    return text.replace("$", r"\$")
+
+
+def _summary(tracks: list[Any], seconds: float) -> str:
+    notes = sum(len(track.notes) for track in tracks)
+    return f"{notes} notes · {seconds:.0f} s" if notes else "no notes"

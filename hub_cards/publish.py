@@ -1,0 +1,161 @@
+"""Publish a run on the Hub: two repositories with cards, and of each folder only the files that a user loads."""
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import safe_open
+
+from midimamba.errors import InputError
+from midimamba.evaluation.report import (
+    Report,
+    bullet_list,
+    evaluation_table,
+    reading,
+    sample_gallery,
+    training_settings,
+)
+
+# What a user loads or reads. All else stays here: optimizer states and checkpoints are large, pickles run code.
+PUBLISHED = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "miditok.json", "processor_config.json"),
+    *("training_args.json", "evaluation.json", "README.md"),
+)
+PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
+TAGS = ["midi", "music", "mamba", "seqgan"]
+
+
+def publish(
+    generator: Path,
+    repo_id: str,
+    *,
+    discriminator: Path | None = None,
+    report: Path | None = None,
+    license: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> dict[str, str]:
+    """
+    Upload a generator to `repo_id`, and its discriminator to `<repo_id>-discriminator`, each in one commit.
+
+    A card is written into the upload, unless the folder has a `README.md`: what its owner wrote goes up as it is.
+
+    Args:
+        generator (`Path`): folder written by `save_pretrained` of the model and of its processor.
+        repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
+        discriminator (`Path`, *optional*): folder of a `MidiDiscriminator`.
+        report (`Path`, *optional*): `report.json` of the run. It becomes the cards' evaluation and `evaluation.json`;
+            `curves.png` and `samples/` beside it go along.
+        license (`str`, *optional*): the Hub's identifier, such as `"cc-by-4.0"`; left out of the card by default.
+        private (`bool`, *optional*, defaults to `False`): of repositories that are created.
+        token (`str`, *optional*): of the Hub; the one of `hf auth login` by default.
+
+    Returns:
+        `dict[str, str]`: the addresses of `generator` and, if there is one, `discriminator`.
+
+    Raises:
+        InputError: if a folder is no checkpoint, the report cannot be read, or the Hub refuses.
+    """
+    _require(generator, "config.json", "*.safetensors", "miditok.json")
+    if discriminator is not None:
+        _require(discriminator, "config.json", "*.safetensors")
+    measured = None if report is None else _read_report(report)
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        card = _generator_card(generator, url.repo_id, report, measured, license)
+        _upload(api, url.repo_id, generator, card, report)
+        urls = {"generator": str(url)}
+        if discriminator is not None:
+            url = api.create_repo(f"{repo_id}-discriminator", private=private, exist_ok=True)
+            card = _discriminator_card(discriminator, url.repo_id, measured, license)
+            _upload(api, url.repo_id, discriminator, card)
+            urls["discriminator"] = str(url)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the Hub refused {repo_id!r}: {reason}; check the name, and `hf auth login`") from error
+    return urls
+
+
+def _require(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        if not any(folder.glob(pattern)):
+            raise InputError(
+                f"{folder} is no checkpoint to publish: it has no {pattern}; write it with save_pretrained"
+            )
+
+
+def _read_report(file: Path) -> Report:
+    try:
+        report: Report = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no report: {error}") from error
+    if not isinstance(report, dict) or not {"before", "after", "real", "settings"} <= set(report):
+        raise InputError(f"{file} is no report; write one with `python -m midimamba.evaluation.report RUN`")
+    return report
+
+
+def _generator_card(
+    folder: Path, repo_id: str, report: Path | None, measured: Report | None, license: str | None
+) -> ModelCard:
+    # The Hub has no task for symbolic music; text generation is what loads the model and names its output: tokens.
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, license=license)
+    fields: dict[str, Any] = {}
+    if report is not None and measured is not None:
+        fields = {
+            "evaluation": evaluation_table(measured),
+            "reading": reading(measured),
+            "gallery": sample_gallery(report.parent),
+            "curves": (report.parent / "curves.png").exists(),
+        }
+    return _render("generator_card.md", data, folder, repo_id=repo_id, **fields)
+
+
+def _discriminator_card(folder: Path, repo_id: str, measured: Report | None, license: str | None) -> ModelCard:
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=TAGS, license=license)
+    return _render(
+        "discriminator_card.md",
+        data,
+        folder,
+        repo_id=repo_id,
+        generator_id=repo_id.removesuffix("-discriminator"),
+        measures=measured and measured["after"],
+    )
+
+
+def _render(template: str, data: ModelCardData, folder: Path, **fields: Any) -> ModelCard:
+    training = training_settings(folder)
+    return ModelCard.from_template(
+        data,
+        template_str=(files("midimamba.hub_cards") / template).read_text(encoding="utf-8"),
+        parameters=_count_parameters(folder),
+        training=bullet_list(training),
+        adversarial="estimator" in training,
+        sequence_length=training.get("sequence_length"),
+        **fields,
+    )
+
+
+def _count_parameters(folder: Path) -> int:
+    """Read from the headers alone: tied weights are stored, and so counted, once."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, card: ModelCard, report: Path | None = None) -> None:
+    contents: dict[str, bytes | Path] = {"README.md": str(card).encode()}
+    contents |= {file.name: file for pattern in PUBLISHED for file in folder.glob(pattern)}
+    if report is not None:
+        run = report.parent
+        contents |= {file.relative_to(run).as_posix(): file for p in PUBLISHED_OF_RUN for file in run.glob(p)}
+        contents["evaluation.json"] = report
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+    api.create_commit(repo_id, operations, commit_message="Publish with midimamba")

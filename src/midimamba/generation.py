@@ -1,0 +1,93 @@
+"""From a generator to scores: new music, or the continuation of a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from symusic.core import ScoreTick
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from midimamba import MidiMambaForCausalLM, MidiProcessor, load
+from midimamba.errors import InputError
+
+
+class _TokenProgress(StoppingCriteria):
+    """Never stops anything: `generate` calls it after every token, which is what a progress bar needs."""
+
+    def __init__(self, bar: "tqdm[Any]"):
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.bar.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
+    """A generator and its processor, from a folder or the Hub, on the best device there is.
+
+    Raises:
+        InputError: if one of them is missing, or their vocabularies differ.
+    """
+    processor = MidiProcessor.from_pretrained(name)
+    try:
+        model = load(name)
+    except OSError as error:
+        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+    if model.config.vocab_size != processor.vocab_size:
+        raise InputError(
+            f"{name}: the generator knows {model.config.vocab_size} tokens, its tokenizer {processor.vocab_size}; "
+            "the folder mixes two models"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def generate_scores(
+    model: MidiMambaForCausalLM,
+    processor: MidiProcessor,
+    *,
+    prompt: str | Path | bytes | ScoreTick | None = None,
+    num: int = 4,
+    bars: int = 16,
+    max_new_tokens: int = 2048,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[ScoreTick]:
+    """
+    Sample music that is valid and holds notes, whatever the model's quality.
+
+    Args:
+        model (`MidiMambaForCausalLM`): the generator.
+        processor (`MidiProcessor`): its processor.
+        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; it opens every result.
+        num (`int`, *optional*, defaults to 4): pieces.
+        bars (`int`, *optional*, defaults to 16): at most so many new bars a piece.
+        max_new_tokens (`int`, *optional*, defaults to 2048): at most so many new tokens a piece, and at least 16.
+        temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder.
+        top_p (`float`, *optional*, defaults to 0.95): draw from the likeliest tokens of this total probability.
+        seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces.
+
+    Returns:
+        `list[symusic.Score]` of length `num`.
+
+    Raises:
+        MidiRefusedError: if the prompt cannot be used.
+    """
+    ids = [processor.bos_token_id] if prompt is None else processor.encode(prompt)
+    prompt_bars = processor.tokenizer.decode(ids).split().count("Bar_None")
+    torch.manual_seed(seed)
+    with tqdm(total=max_new_tokens, desc="sampling", unit="token", leave=False) as bar:
+        sequences = model.generate(
+            torch.tensor([ids], device=model.device),
+            do_sample=True,
+            num_return_sequences=num,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=0,
+            logits_processor=LogitsProcessorList([processor.grammar(max_bars=prompt_bars + bars)]),
+            stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
+        )
+    return processor.batch_decode(sequences)

@@ -1,0 +1,124 @@
+"""A report of a tiny, but real, run folder."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from symusic import Note, Score, Track
+
+from midimamba import MidiMambaForCausalLM
+from midimamba.errors import InputError
+from midimamba.evaluation.report import main, write_report
+from midimamba.tokenization.corpus import load_corpus, pack_blocks, tokenize_corpus
+from midimamba.training.adversarial_config import AdversarialConfig
+from support import make_discriminator, make_generator
+
+LENGTH = 24
+
+
+def write_midi(path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    score = Score(480)
+    track = Track(program=0)
+    for start in range(80):
+        track.notes.append(Note(start * 240, 240, chance.randrange(55, 80), chance.randrange(40, 110)))
+    score.tracks.append(track)
+    score.dump_midi(path)
+
+
+def write_log(folder: Path, *rows: dict[str, float]) -> None:
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    midi = tmp_path_factory.mktemp("midi")
+    for seed in range(6):
+        write_midi(midi / f"{seed}.mid", seed)
+    tokenize_corpus(str(midi), run / "data", vocab_size=None, num_workers=1)
+    vocab_size = load_corpus(run / "data")[1].vocab_size
+    make_generator(vocab_size=vocab_size).save_pretrained(run / "pretrained")
+    make_generator(vocab_size=vocab_size, num_hidden_layers=1).save_pretrained(run / "generator")
+    make_discriminator(vocab_size=vocab_size).save_pretrained(run / "generator-discriminator")
+    options = AdversarialConfig(str(run / "generator"), sequence_length=LENGTH, prompt_length=2, report_to="none")
+    (run / "generator" / "training_args.json").write_text(json.dumps(options.to_dict(), default=str))
+    write_log(run / "pretrained", {"step": 0, "eval_loss": 6.0}, {"step": 10, "eval_loss": 3.0, "loss": 3.0})
+    measured = {f"eval_distinct_{n}": 0.2 * n for n in (1, 2, 3, 4)} | {"eval_d_accuracy_real": 0.9}
+    write_log(
+        run / "generator",
+        {"step": 1, "loss": 1.0, "d_loss": 0.6, "d_accuracy": 0.7, "reward": 0.4, "entropy": 2.0},
+        {"step": 2, "eval_loss": 3.1, "eval_self_bleu_4": 0.5, "eval_d_accuracy_fake": 0.6, **measured},
+    )
+    (run / "samples").mkdir()
+    for suffix in ("mid", "png", "wav"):
+        (run / "samples" / f"sample-00.{suffix}").write_bytes(b"")
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(finished_run: Path) -> dict:
+    return write_report(finished_run, num_samples=8)
+
+
+def test_likelihood_is_that_of_each_model_on_the_test_split(finished_run: Path, report: dict) -> None:
+    blocks = torch.tensor(pack_blocks(load_corpus(finished_run / "data")[0]["test"], LENGTH)["input_ids"])
+    for phase, folder in (("before", "pretrained"), ("after", "generator")):
+        model = MidiMambaForCausalLM.from_pretrained(finished_run / folder)
+        with torch.no_grad():
+            expected = model(blocks, labels=blocks).loss.item()
+        assert report[phase]["held_out_nll"] == pytest.approx(expected, rel=1e-5)
+    assert report["before"]["held_out_nll"] != report["after"]["held_out_nll"]
+
+
+def test_samples_and_music_are_compared_in_sets_of_equal_size(finished_run: Path, report: dict) -> None:
+    assert report["settings"]["fresh_samples"] == 8
+    tokens = 8 * LENGTH
+    for column in ("before", "after", "real"):
+        assert (report[column]["distinct_1"] * tokens) == pytest.approx(round(report[column]["distinct_1"] * tokens))
+        assert report[column]["distinct_1"] <= report[column]["distinct_2"] <= report[column]["distinct_4"] <= 1
+    many = write_report(finished_run, num_samples=10_000)
+    assert many["settings"]["fresh_samples"] == many["settings"]["test_blocks"] < 10_000
+
+
+def test_the_same_seed_gives_the_same_report_and_leaves_the_global_random_state(
+    finished_run: Path, report: dict
+) -> None:
+    state = torch.get_rng_state()
+    assert write_report(finished_run, num_samples=8) == report
+    assert torch.equal(torch.get_rng_state(), state)
+    assert write_report(finished_run, num_samples=8, seed=1)["after"] != report["after"]
+
+
+def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
+    report = write_report(finished_run, num_samples=8)
+    assert json.loads((finished_run / "report.json").read_text()) == report
+    page = (finished_run / "report.md").read_text()
+    before, after = report["before"]["held_out_nll"], report["after"]["held_out_nll"]
+    assert f"| {before:.3f} | {after:.3f} |" in page
+    assert f"{'rose' if after > before else 'fell'} by {abs(after / before - 1):.1%}" in page
+    assert "no evidence that adversarial training helps" in page
+    for link in ("(curves.png)", "(samples/sample-00.png)", "(samples/sample-00.mid)", "(samples/sample-00.wav)"):
+        assert link in page
+    assert "- `estimator`: monte-carlo" in page
+    assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
+
+
+def test_an_unfinished_run_is_refused_with_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match=r"no pretrained/config\.json"):
+        write_report(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [{"length": 4}, {"num_samples": 1}, {"length": 10_000}])
+def test_sizes_that_cannot_be_compared_are_refused(finished_run: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"larger|smaller"):
+        write_report(finished_run, **arguments)

@@ -1,0 +1,238 @@
+"""A round trip through a Hub: publish, then load from there what was published."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from symusic import Note, Score, Track
+
+from midimamba import MidiProcessor
+from midimamba.errors import InputError
+from midimamba.hub_cards.publish import publish
+from midimamba.tokenization.tokenizer import build_tokenizer
+from support import make_discriminator, make_generator
+
+from .fake_hub import FakeHub, serving
+
+# huggingface_hub reads its endpoint when it is imported, so each client is a process of its own.
+PUBLISH = """
+import json, sys
+from pathlib import Path
+from midimamba.hub_cards.publish import publish
+
+run = Path(sys.argv[1])
+discriminator = run / "generator-discriminator"
+urls = publish(run / "generator", "bach", discriminator=discriminator, report=run / "report.json", private=True)
+print(json.dumps(urls))
+"""
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
+
+run = Path(sys.argv[1])
+stock = AutoModelForCausalLM.from_pretrained("you/bach")
+assert type(stock) is MambaForCausalLM and "midimamba" not in sys.modules
+tokenizer = AutoTokenizer.from_pretrained("you/bach")
+
+import midimamba
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+ids = torch.arange(3, 33).view(2, 15)
+local = midimamba.load(run / "generator")
+processors = [AutoProcessor.from_pretrained("you/bach"), midimamba.MidiProcessor.from_pretrained("you/bach")]
+with torch.no_grad():
+    assert torch.equal(midimamba.load("you/bach")(ids).logits, local(ids).logits)
+    torch.testing.assert_close(stock(ids).logits, local(ids).logits)
+    here = midimamba.MidiDiscriminator.from_pretrained(run / "generator-discriminator")
+    there = AutoModelForSequenceClassification.from_pretrained("you/bach-discriminator")
+    assert type(there) is midimamba.MidiDiscriminator
+    assert torch.equal(here(ids).logits, there(ids).logits)
+piece = midimamba.MidiProcessor.from_pretrained(run / "generator").encode("prompt.mid")
+for processor in processors:
+    assert type(processor) is midimamba.MidiProcessor
+    assert processor.encode("prompt.mid") == piece
+assert tokenizer.get_vocab() == processors[0].tokenizer.get_vocab()
+"""
+
+AGAIN = """
+import sys
+from pathlib import Path
+from midimamba.errors import exit_on_input_error
+from midimamba.hub_cards.publish import publish
+
+generator = Path(sys.argv[1])
+publish(generator, "you/own")
+publish(generator, "you/own")
+with exit_on_input_error():
+    publish(generator, "them/bach")
+"""
+
+NOT_FOR_THE_HUB = ("optimizer.pt", "training_args.bin", "trainer_state.json", "checkpoint-5/model.safetensors", ".env")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Networks, tokenizer, report and samples as a run leaves them, and beside them what must stay here."""
+    folder = tmp_path_factory.mktemp("run")
+    processor = MidiProcessor(build_tokenizer())
+    generator = make_generator(vocab_size=processor.vocab_size)
+    generator.save_pretrained(folder / "generator")
+    processor.save_pretrained(folder / "generator")
+    make_discriminator(vocab_size=processor.vocab_size).save_pretrained(folder / "generator-discriminator")
+    for part in ("generator", "generator-discriminator"):
+        (folder / part / "training_args.json").write_text(json.dumps({"estimator": "dense", "sequence_length": 77}))
+        for name in NOT_FOR_THE_HUB:
+            (folder / part / name).parent.mkdir(exist_ok=True)
+            (folder / part / name).write_bytes(b"pickle")
+    (folder / "samples").mkdir()
+    for name in ("curves.png", "samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "notes.txt"):
+        (folder / name).write_bytes(name.encode())
+    diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
+    measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.91, "accuracy_fake": 0.59}
+    settings = {"fresh_samples": 9, "tokens_a_sequence": 77}
+    report = {"before": measures, "after": {**measures, "held_out_nll": 2.5}, "real": diversity, "settings": settings}
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a piece in it."""
+    folder = tmp_path_factory.mktemp("desk")
+    score, track = Score(480), Track(program=0)
+    for start in range(8):
+        track.notes.append(Note(start * 480, 480, 60 + start, 80))
+    score.tracks.append(track)
+    score.dump_midi(folder / "prompt.mid")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    with serving() as hub:
+        yield hub
+
+
+def client(hub: FakeHub, desk: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user of `hub`, in a process of its own and with a cache of its own."""
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "token", "HF_HOME": str(desk / "cache")}
+    quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=desk,
+        env={**os.environ, **online, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def urls(hub: FakeHub, run: Path, desk: Path) -> dict[str, str]:
+    """The addresses of what was published on `hub`."""
+    done = client(hub, desk, PUBLISH, run)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_both_networks_get_a_repository(hub: FakeHub, urls: dict[str, str]) -> None:
+    assert urls == {"generator": f"{hub.url}/you/bach", "discriminator": f"{hub.url}/you/bach-discriminator"}
+    assert set(hub.repositories) == hub.private == {"you/bach", "you/bach-discriminator"}
+
+
+@pytest.mark.usefixtures("urls")
+def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> None:
+    common = {"config.json", "model.safetensors", "training_args.json", "README.md"}
+    assert set(hub.repositories["you/bach-discriminator"]) == common
+    assert set(hub.repositories["you/bach"]) == common | {
+        *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "miditok.json"),
+        *("processor_config.json", "evaluation.json", "curves.png"),
+        *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav"),
+    }
+    weights = (run / "generator" / "model.safetensors").read_bytes()
+    assert hub.repositories["you/bach"]["model.safetensors"] == weights
+    assert hub.repositories["you/bach"]["evaluation.json"] == (run / "report.json").read_bytes()
+    assert not (run / "generator" / "README.md").exists()
+
+
+@pytest.mark.usefixtures("urls")
+def test_what_was_published_loads_by_name(hub: FakeHub, run: Path, desk: Path) -> None:
+    done = client(hub, desk, LOAD, run)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("urls")
+def test_the_snippets_of_the_cards_run_as_they_stand(hub: FakeHub, desk: Path) -> None:
+    cards = [hub.repositories[name]["README.md"].decode() for name in ("you/bach", "you/bach-discriminator")]
+    snippets = [snippet for card in cards for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
+    assert len(snippets) == 3
+    done = client(hub, desk, "\n".join(snippets).replace("max_new_tokens=512", "max_new_tokens=32"))
+    assert done.returncode == 0, done.stderr
+    prompt, continuation = (Score(desk / name).tracks[0].notes for name in ("prompt.mid", "continuation.mid"))
+    assert [note.pitch for note in continuation][:8] == [note.pitch for note in prompt]
+
+
+@pytest.mark.usefixtures("urls")
+def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
+    cards = {name: files["README.md"].decode() for name, files in hub.repositories.items()}
+    front = {name: yaml.safe_load(card.split("---")[1]) for name, card in cards.items()}
+    for metadata in front.values():
+        assert metadata["library_name"] == "transformers"
+        assert metadata["tags"] == ["midi", "music", "mamba", "seqgan"]
+        assert "license" not in metadata
+    assert front["you/bach"]["pipeline_tag"] == "text-generation"
+    assert "| 2.000 | 2.500 |" in cards["you/bach"]
+    assert "rose by 25.0%" in cards["you/bach"]
+    assert "![Piano roll of sample-00](samples/sample-00.png)" in cards["you/bach"]
+    assert "- `estimator`: dense" in cards["you/bach"]
+    assert "91% of real sequences" in cards["you/bach-discriminator"]
+    assert "77 tokens" in cards["you/bach-discriminator"]
+
+
+def test_an_own_card_stays_and_what_the_hub_refuses_is_one_line(
+    hub: FakeHub, run: Path, desk: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run / "generator", tmp_path / "own")
+    (tmp_path / "own" / "README.md").write_text("---\ntags: [mine]\n---\nMy own words.\n")
+    done = client(hub, desk, AGAIN, tmp_path / "own")
+    assert hub.repositories["you/own"]["README.md"].endswith(b"My own words.\n")
+    assert "you/own" not in hub.private
+    assert done.returncode == 2
+    refusal = done.stderr.splitlines()[-1]
+    assert refusal.startswith("error: the Hub refused 'them/bach'")
+    assert "403" in refusal
+
+
+def test_an_impossible_name_is_refused(run: Path) -> None:
+    with pytest.raises(InputError, match="no/such/name"):
+        publish(run / "generator", "no/such/name")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "miditok.json"])
+def test_a_folder_that_is_no_generator_is_refused_before_anything_is_sent(
+    run: Path, tmp_path: Path, missing: str
+) -> None:
+    for name in {"config.json", "model.safetensors", "miditok.json"} - {missing}:
+        (tmp_path / name).symlink_to(run / "generator" / name)
+    with pytest.raises(InputError, match="is no checkpoint to publish"):
+        publish(tmp_path, "you/bach")
+    with pytest.raises(InputError, match="is no checkpoint to publish"):
+        publish(run / "generator", "you/bach", discriminator=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
+def test_what_is_no_report_is_refused(run: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match="is no report"):
+        publish(run / "generator", "you/bach", report=tmp_path / "report.json")

@@ -1,0 +1,72 @@
+"""Both discriminators: shapes, padding, causality, learning, and loading through the Auto class."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForSequenceClassification
+
+from midimamba import MidiDiscriminator, MidiDiscriminatorConfig
+from support import make_discriminator
+
+KINDS = ["cnn", "mamba"]
+
+
+def tokens(batch: int = 4, time: int = 12) -> torch.Tensor:
+    return torch.randint(1, 11, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loads_with_the_auto_class(kind: str, tmp_path: Path) -> None:
+    discriminator = make_discriminator(kind)
+    discriminator.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is MidiDiscriminator
+    assert torch.equal(loaded(tokens()).logits, discriminator(tokens()).logits)
+    assert loaded(tokens()).logits.shape == (4, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [1, 30])
+def test_padding_changes_nothing(kind: str, padding: int) -> None:
+    discriminator = make_discriminator(kind)
+    ids = tokens()
+    padded = torch.cat([ids, torch.full((4, padding), 3)], 1)  # not the pad token: the mask alone must do
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(4, padding, dtype=torch.long)], 1)
+    torch.testing.assert_close(discriminator(padded, attention_mask=mask).logits, discriminator(ids).logits)
+
+
+def test_a_sequence_shorter_than_the_widest_filter_is_valued() -> None:
+    assert make_discriminator("cnn")(tokens(2, 1)).logits.isfinite().all()
+
+
+def test_the_causal_one_values_every_prefix_in_one_pass() -> None:
+    discriminator = make_discriminator("mamba")
+    ids = tokens()
+    values = discriminator(ids).position_logits
+    for t in range(ids.shape[1]):
+        torch.testing.assert_close(values[:, t : t + 1], discriminator(ids[:, : t + 1]).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learns_to_tell_two_languages_apart(kind: str) -> None:
+    torch.manual_seed(0)
+    discriminator = make_discriminator(kind).train()
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)
+    labels = torch.tensor([1.0, 0.0]).repeat(16)
+    for _ in range(150):
+        ids = torch.randint(1, 11, (32, 12))
+        ids[::2, 5:7] = torch.tensor([3, 4])  # real sequences hold the pair 3 4 here
+        optimizer.zero_grad()
+        discriminator(ids, labels=labels).loss.backward()
+        optimizer.step()
+    accuracy = ((discriminator.eval()(ids).logits[:, 0] > 0) == (labels > 0.5)).float().mean()
+    assert accuracy > 0.9
+
+
+def test_impossible_shapes_are_refused() -> None:
+    with pytest.raises(StrictDataclassError, match="use 'cnn' or 'mamba'"):
+        MidiDiscriminatorConfig(kind="forest")
+    with pytest.raises(StrictDataclassError, match="2 filter_sizes need as many num_filters, not 1"):
+        MidiDiscriminatorConfig(filter_sizes=[2, 3], num_filters=[8])

@@ -1,0 +1,58 @@
+"""Makers of tiny models and of music, for all tests."""
+
+import random
+
+import torch
+from symusic import Note, Score, Tempo, TimeSignature, Track
+from symusic.core import ScoreTick
+
+from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
+
+TICKS_PER_QUARTER = 480
+GRID = TICKS_PER_QUARTER // 12  # the finest position of the tokenizer in quarter-note meters
+
+
+def make_generator(**overrides: object) -> MidiMambaForCausalLM:
+    """A tiny generator with every parameter moved off its initial value, so that no term is zero by construction."""
+    torch.manual_seed(0)
+    config = MidiMambaConfig(
+        **{"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4} | overrides
+    )
+    model = MidiMambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def make_discriminator(kind: str = "cnn", **overrides: object) -> MidiDiscriminator:
+    """A tiny discriminator over the vocabulary of `make_generator`."""
+    torch.manual_seed(1)
+    shape = {"vocab_size": 11, "hidden_size": 16, "filter_sizes": [1, 2, 5], "num_filters": [8, 8, 8]}
+    return MidiDiscriminator(MidiDiscriminatorConfig(**{"kind": kind, **shape} | overrides)).eval()
+
+
+def make_score(seed: int, bars: int = 6, programs: tuple[int, ...] = (0, 40, 73), drums: bool = True) -> ScoreTick:
+    """A random score on the tokenizer's grid, with meters of quarters, so that only velocity is rounded."""
+    rng = random.Random(seed)
+    score = Score(TICKS_PER_QUARTER)
+    beats = [rng.choice((2, 3, 4, 5)) for _ in range(bars)]
+    starts = [sum(beats[:bar]) * TICKS_PER_QUARTER for bar in range(bars)]
+    for bar, start in enumerate(starts):
+        if bar == 0 or beats[bar] != beats[bar - 1]:
+            score.time_signatures.append(TimeSignature(start, beats[bar], 4))
+        if bar % 3 == 0:
+            score.tempos.append(Tempo(start, rng.choice((60.0, 90.0, 120.0, 200.0))))
+    parts = [Track(program=program) for program in programs]
+    if drums:
+        parts.append(Track(program=0, is_drum=True))
+    for track in parts:
+        for bar, start in enumerate(starts):
+            if bar and rng.random() < 0.2:
+                continue  # a silent bar
+            for _ in range(rng.randint(1, 5)):
+                time = start + rng.randrange(beats[bar] * 12) * GRID
+                for pitch in rng.sample(range(128), rng.choice((1, 1, 3))):
+                    track.notes.append(Note(time, rng.randint(1, 48) * GRID, pitch, rng.randint(1, 127)))
+        score.tracks.append(track)
+    return score

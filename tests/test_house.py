@@ -1,0 +1,91 @@
+"""The house: what is in the wheel, who imports whom, and that recipes are recipes."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from midimamba.training.adversarial import AdversarialArguments
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.pretrain import PretrainArguments
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("modeling", "tokenization", "evaluation", "hub_cards", "training")
+# Whom a folder may import. What is not listed here comes from nowhere.
+MAY_IMPORT = {
+    "modeling": set(),
+    "tokenization": {"errors", "files"},
+    "evaluation": {"errors", "files", "modeling", "tokenization"},
+    "hub_cards": {"errors", "files", "modeling", "tokenization", "evaluation"},
+    "training": {"errors", "files", "modeling", "tokenization", "evaluation", "hub_cards"},
+}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The second part of every `midimamba.x…` that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module] if "." in node.module else [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "midimamba"}
+        assert not any(name.split(".")[0] in FOLDERS for name in names), f"{file} imports {names} by its bare name"
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_one_way(folder: str) -> None:
+    files = sorted((ROOT / folder).glob("*.py"))
+    assert files
+    for file in files:
+        assert imports_of(file) <= MAY_IMPORT[folder] | {folder}, file
+
+
+def test_what_is_exported_to_the_hub_imports_by_single_dots_only() -> None:
+    for file in (ROOT / "modeling").glob("*.py"):
+        assert not imports_of(file), file
+        levels = [node.level for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert max(levels, default=0) <= 1, file
+
+
+def test_no_script_is_named_like_a_dependency() -> None:
+    dependencies = {"datasets", "trl", "tokenizers", "accelerate", "transformers", "torch", "miditok", "symusic"}
+    assert not dependencies & {file.stem for folder in FOLDERS for file in (ROOT / folder).glob("*.py")}
+
+
+def test_the_wheel_holds_every_module_recipe_and_card(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"midimamba/{file.name}" for file in (ROOT / "src" / "midimamba").glob("*.py")} | {"midimamba/py.typed"}
+    for folder in FOLDERS:
+        for pattern in ("*.py", "*.md", "recipes/*.yaml", "recipes/*.py"):
+            expected |= {f"midimamba/{file.relative_to(ROOT)}" for file in (ROOT / folder).glob(pattern)}
+    assert {name for name in packed if ".dist-info" not in name} == expected
+
+
+def test_a_plain_install_asks_for_nothing_that_compiles() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not any(name in line for line in project["dependencies"] for name in ("mamba-ssm", "causal-conv1d"))
+    assert {"cuda", "demo", "test", "dev"} <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "training" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_recipe_is_an_option(recipe: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    adversarial = "adversarial" in recipe.stem
+    classes = (AdversarialArguments, AdversarialConfig) if adversarial else (PretrainArguments, TrainingArguments)
+    HfArgumentParser(classes).parse_dict(values)

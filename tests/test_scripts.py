@@ -1,0 +1,234 @@
+"""The scripts as a user runs them: the main job end to end, and one clear line for bad input."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import make_discriminator, make_generator, make_score
+
+from midimamba import MidiProcessor
+from midimamba.cli import main
+from midimamba.tokenization.corpus import tokenize_corpus
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "training" / "recipes"
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "midi").mkdir()
+    for seed in range(12):
+        make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
+    tokenize_corpus(str(folder / "midi"), folder / "data", vocab_size=720, num_workers=1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    processor = MidiProcessor.from_pretrained(corpus / "tokenizer")
+    make_generator(vocab_size=processor.vocab_size).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a script of `training/`, or the command `midimamba`, in this process; its exit code and standard error."""
+
+    def call(script: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            if script == "midimamba":
+                main()
+            else:
+                runpy.run_path(str(ROOT / "training" / script), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, capfd.readouterr().err
+
+    return call
+
+
+def tiny(recipe: str, **options: object) -> list[object]:
+    """Arguments that make a recipe a matter of seconds."""
+    common = {"sequence_length": LENGTH, "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    arguments: list[object] = ["--config", RECIPES / recipe]
+    for name, value in (common | {"eval_steps": 1, "save_steps": 1, "logging_steps": 1} | options).items():
+        arguments += [f"--{name}", value]
+    return arguments
+
+
+def adversarial(model: Path, data: Path, out: Path, **options: object) -> list[object]:
+    small = {"num_rollouts": 2, "rollout_positions": 3, "d_warmup_steps": 1, "num_eval_samples": 4}
+    return tiny("chorales-cpu-adversarial.yaml", model=model, data=data, output_dir=out, **small, **options)
+
+
+def test_pretraining_writes_a_whole_generator_without_pickles(corpus: Path, run: Run, tmp_path: Path) -> None:
+    options = {"data": corpus, "output_dir": tmp_path / "model", "hidden_size": 16, "num_hidden_layers": 1}
+    code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", **options))
+    assert code == 0, errors
+    written = {file.name for file in (tmp_path / "model").iterdir() if file.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "miditok.json", "training_args.json"} <= written
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in written)
+    arguments = json.loads((tmp_path / "model" / "training_args.json").read_text())
+    assert arguments["hidden_size"] == 16
+    assert not any(str(tmp_path) in str(value) for value in arguments.values())
+
+
+def test_resuming_finishes_an_interrupted_run(corpus: Path, run: Run, tmp_path: Path) -> None:
+    options = {"data": corpus, "hidden_size": 16, "num_hidden_layers": 1, "lr_scheduler_type": "constant"}
+    finished = []
+    for name, stops in (("straight", [3]), ("interrupted", [1, 3])):
+        for stop in stops:
+            steps = {"output_dir": tmp_path / name, "max_steps": stop, "resume_from_checkpoint": "true"}
+            if len(stops) > 1:  # a killed run leaves checkpoints, but no finished model
+                (tmp_path / name / "config.json").unlink(missing_ok=True)
+            code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", **options, **steps))
+            assert code == 0, errors
+        finished.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
+
+
+def test_adversarial_tuning_writes_both_networks(corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    code, errors = run("adversarial.py", *adversarial(pretrained, corpus, out))
+    assert code == 0, errors
+    assert (out / "config.json").exists()
+    assert (tmp_path / "tuned-discriminator" / "model.safetensors").exists()
+    before, after = (load_file(folder / "model.safetensors") for folder in (pretrained, out))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert {"eval_loss", "eval_d_accuracy", "eval_distinct_4", "d_loss", "reward"} <= {k for row in history for k in row}
+    code, errors = run("midimamba", "generate", out, "--num", 2, "--bars", 2, "--out", tmp_path / "samples", "--render")
+    assert code == 0, errors
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+
+
+def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(ROOT / "training" / "adversarial.py")]
+    options = adversarial(pretrained, corpus, tmp_path / "tuned", micro_batch_size=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29777"}
+    done = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "tuned" / "config.json").exists()
+    assert (tmp_path / "tuned-discriminator" / "config.json").exists()
+    checkpoint = tmp_path / "tuned" / "checkpoint-2"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in checkpoint.iterdir()}
+
+
+BAD_INPUT = {
+    "missing corpus": ("pretrain.py", {"data": "nowhere"}, "nowhere is no tokenized corpus: make one with"),
+    "unknown flag": ("pretrain.py", {"depth": 3}, "--depth"),
+    "wrong type": ("pretrain.py", {"hidden_size": "big"}, "invalid int value: 'big'"),
+    "blocks too long": ("pretrain.py", {"sequence_length": 999_999}, "fewer than one block of 999999"),
+    "no such model": ("adversarial.py", {"model": "nowhere"}, "no generator can be loaded from 'nowhere'"),
+    "sequences too long": ("adversarial.py", {"sequence_length": 999_999}, "fewer than one block of 999999"),
+    "estimator without values": ("adversarial.py", {"estimator": "dense"}, "needs a discriminator of kind 'mamba'"),
+    "no roll-outs": ("adversarial.py", {"num_rollouts": 0}, "num_rollouts is 0, but must be at least 1"),
+    "uneven filters": ("adversarial.py", {"d_num_filters": 3}, "8 filter_sizes need as many num_filters, not 1"),
+    "unknown discriminator": ("adversarial.py", {"discriminator": "forest"}, "'forest' is neither cnn nor mamba"),
+    "resume from nothing": ("adversarial.py", {"resume_from_checkpoint": "nowhere"}, "nowhere is no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line(case: str, corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:
+    script, options, message = BAD_INPUT[case]
+    out = tmp_path / "out"
+    usual: dict[str, object] = {"data": corpus, "output_dir": out}
+    if script == "pretrain.py":
+        arguments = tiny("chorales-cpu.yaml", **usual | options)
+    else:
+        arguments = tiny("chorales-cpu-adversarial.yaml", **usual | {"model": pretrained} | options)
+    code, errors = run(script, *arguments)
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in errors
+    assert not out.exists()
+
+
+def test_an_unknown_recipe_key_is_named(corpus: Path, run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {corpus}\noutput_dir: {tmp_path / 'out'}\nlearning_rat: 0.1\n")
+    code, errors = run("pretrain.py", "--config", recipe)
+    assert code == 2
+    assert "learning_rat" in errors.splitlines()[-1]
+    recipe.write_text("data: [\n")
+    assert run("pretrain.py", "--config", recipe)[0] == 2
+    assert run("pretrain.py", "--config", tmp_path / "none.yaml")[0] == 2
+    assert run("pretrain.py", "--config")[0] == 2
+
+
+def test_a_vocabulary_mismatch_is_refused(corpus: Path, run: Run, tmp_path: Path) -> None:
+    make_generator(vocab_size=33).save_pretrained(tmp_path / "other")
+    code, errors = run("adversarial.py", *adversarial(tmp_path / "other", corpus, tmp_path / "out"))
+    assert code == 2
+    assert "knows 33 tokens, the corpus has 720" in errors
+    make_discriminator(vocab_size=44).save_pretrained(tmp_path / "judge")
+    make_generator(vocab_size=720).save_pretrained(tmp_path / "model")
+    options = adversarial(tmp_path / "model", corpus, tmp_path / "out", discriminator=tmp_path / "judge")
+    code, errors = run("adversarial.py", *options)
+    assert code == 2
+    assert "the discriminator knows 44 tokens, the generator 720" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_never_overwritten(corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:
+    before = (pretrained / "model.safetensors").read_bytes()
+    code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", data=corpus, output_dir=pretrained))
+    assert code == 2
+    assert "holds a finished run" in errors
+    assert (pretrained / "model.safetensors").read_bytes() == before
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", data=corpus, output_dir=tmp_path / "run"))
+    assert code == 2
+    assert "add --resume_from_checkpoint true" in errors
+
+
+def test_the_command_refuses_with_one_line(pretrained: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.mid").write_bytes(b"MThd nonsense")
+    out = tmp_path / "out"
+    cases = [
+        (["tokenize", tmp_path / "nowhere"], "is no folder"),
+        (["tokenize", tmp_path / "empty"], "holds no MIDI files"),
+        (["tokenize", tmp_path], "no file of"),
+        (["generate", tmp_path / "nowhere"], "nowhere"),
+        (["generate", pretrained, "--prompt", tmp_path / "bad.mid"], "cannot be continued"),
+        (["publish", tmp_path / "empty", "--repo", "you/bach"], str(tmp_path / "empty")),
+    ]
+    for arguments, message in cases:
+        extra = [] if arguments[0] == "publish" else ["--out", out]
+        code, errors = run("midimamba", *arguments, *extra)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert code == 2, (arguments, errors)
+        assert len(lines) == 1, errors
+        assert message in lines[0], errors
+        assert not out.exists()
+
+
+def test_generating_never_overwrites(pretrained: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.mid").write_text("mine")
+    code, errors = run("midimamba", "generate", pretrained, "--out", tmp_path)
+    assert code == 2
+    assert "is there already" in errors
+    assert (tmp_path / "mine.mid").read_text() == "mine"
+
+

@@ -1,0 +1,233 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing import get_start_method
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from symusic.core import ScoreTick
+
+from midimamba.errors import InputError
+from midimamba.tokenization import corpus
+from midimamba.tokenization.corpus import SPLITS, load_corpus, pack_blocks, tokenize_corpus
+from midimamba.tokenization.ingest import read_score
+from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+
+MidiFolder = Callable[[int], Path]
+
+
+def splits_of(out: Path) -> dict[str, str]:
+    """The split of every piece by name."""
+    dataset, _ = load_corpus(out)
+    return {name: split for split in SPLITS for name in dataset[split]["name"]}
+
+
+def test_every_piece_is_saved_whole_with_its_facts(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(12)
+    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=800, num_workers=2)
+    dataset, processor = load_corpus(tmp_path / "out")
+    rows = [row for split in SPLITS for row in dataset[split]]
+    assert len(rows) == 12
+    for row in rows:
+        score = read_score(folder / row["name"])
+        assert row["input_ids"] == [*processor.encode(folder / row["name"]), processor.eos_token_id]
+        assert row["num_notes"] == score.note_num()
+        assert row["seconds"] == pytest.approx(score.to("second").end(), rel=1e-5)
+    assert json.loads((tmp_path / "out" / "corpus.json").read_text()) == report
+    for count, values in {"pieces": [1] * 12, "tokens": [len(row["input_ids"]) for row in rows]}.items():
+        assert sum(report["splits"][split][count] for split in SPLITS) == sum(values)
+    assert sum(report["splits"][split]["notes"] for split in SPLITS) == sum(row["num_notes"] for row in rows)
+
+
+def test_merges_are_learned_from_the_train_split_alone(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(12)
+    tokenize_corpus(str(folder), tmp_path / "out", vocab_size=800, num_workers=1)
+    train = [name for name, split in splits_of(tmp_path / "out").items() if split == "train"]
+    expected = build_tokenizer()
+    train_tokenizer(expected, [read_score(folder / name) for name in sorted(train)], 800)
+    _, processor = load_corpus(tmp_path / "out")
+    assert processor.midi_tokenizer._model.to_str() == expected._model.to_str()
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(10)
+    for workers in (1, 3):
+        tokenize_corpus(str(folder), tmp_path / str(workers), vocab_size=800, num_workers=workers)
+    (one, first), (three, second) = load_corpus(tmp_path / "1"), load_corpus(tmp_path / "3")
+    assert {split: one[split].to_dict() for split in SPLITS} == {split: three[split].to_dict() for split in SPLITS}
+    assert first.midi_tokenizer == second.midi_tokenizer
+    for name in ("corpus.json", "quarantine.jsonl", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+
+
+def test_adding_files_moves_no_piece(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    tokenize_corpus(str(midi_folder(25)), tmp_path / "before", vocab_size=None)
+    tokenize_corpus(str(midi_folder(40)), tmp_path / "after", vocab_size=None)
+    before, after = splits_of(tmp_path / "before"), splits_of(tmp_path / "after")
+    assert len(before) == 25
+    assert before == {name: after[name] for name in before}
+    tokenize_corpus(str(midi_folder(40)), tmp_path / "other", vocab_size=None, seed=1)
+    assert splits_of(tmp_path / "other") != after
+
+
+@pytest.mark.parametrize("pieces", [3, 4, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_split_of_a_small_corpus_is_empty(pieces: int, seed: int) -> None:
+    made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(pieces)]
+    splits = corpus._split(made, valid_fraction=0.1, test_fraction=0.1, seed=seed)
+    assert all(splits[split] for split in SPLITS)
+    assert sorted(piece.name for split in splits.values() for piece in split) == [piece.name for piece in made]
+    # No test split is wanted: none is filled.
+    assert corpus._split(made, valid_fraction=0.1, test_fraction=0.0, seed=seed)["test"] == []
+
+
+def test_splits_have_about_the_asked_sizes() -> None:
+    made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(4000)]
+    splits = corpus._split(made, valid_fraction=0.2, test_fraction=0.1, seed=0)
+    assert len(splits["validation"]) == pytest.approx(800, abs=100)
+    assert len(splits["test"]) == pytest.approx(400, abs=75)
+
+
+def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(5)
+    (folder / "empty.mid").touch()
+    (folder / "more" / "broken.mid").write_bytes((folder / "000.mid").read_bytes()[:40])
+    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == ["empty.mid", "more/broken.mid"]
+    assert rows[0]["reason"] == "the file is empty"
+    assert report["refused"] == 2
+    assert len(splits_of(tmp_path / "out")) == 5
+
+
+@pytest.mark.skipif(get_start_method() != "fork", reason="workers must inherit the patched reader")
+def test_a_file_that_kills_its_reader_is_quarantined(
+    midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = midi_folder(6)
+
+    def fatal(path: Path) -> ScoreTick:
+        if path.name == "002.mid":
+            os._exit(1)  # as a parser that aborts the process
+        return read_score(path)
+
+    monkeypatch.setattr(corpus, "read_score", fatal)
+    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None, num_workers=2)
+    assert report["refused"] == 1
+    assert "crashes" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert len(splits_of(tmp_path / "out")) == 5
+
+
+def test_pieces_with_the_same_notes_are_kept_once(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(5)
+    (folder / "zz-copy.mid").write_bytes((folder / "002.mid").read_bytes())
+    slower = read_score(folder / "004.mid")
+    for tempo in slower.tempos:
+        tempo.mspq *= 2
+    slower.dump_midi(str(folder / "zz-slower.mid"))
+    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
+    assert report["duplicates"] == 2
+    assert not any(name.startswith("zz") for name in splits_of(tmp_path / "out"))
+
+
+def test_limit_takes_the_first_files_by_name(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    tokenize_corpus(str(midi_folder(8)), tmp_path / "out", vocab_size=None, limit=3)
+    assert sorted(splits_of(tmp_path / "out")) == ["000.mid", "002.mid", "004.mid"]
+
+
+@pytest.mark.parametrize("content", [None, {}, {"bad.mid": b"no music"}])
+def test_nothing_usable_is_an_input_error_and_leaves_nothing(content: dict[str, bytes] | None, tmp_path: Path) -> None:
+    folder = tmp_path / "music"
+    if content is not None:
+        folder.mkdir()
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    with pytest.raises(InputError, match="music"):
+        tokenize_corpus(str(folder), tmp_path / "results" / "out")
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"vocab_size": 100}, {"valid_fraction": 0.6, "test_fraction": 0.4}, {"tokenization": "Octuple"}]
+)
+def test_senseless_arguments_are_refused_before_any_work(
+    options: dict[str, object], midi_folder: MidiFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError):
+        tokenize_corpus(str(midi_folder(1)), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_corpus_is_kept_and_another_one_refused(
+    midi_folder: MidiFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = midi_folder(4), tmp_path / "out"
+    report = tokenize_corpus(str(folder), out, vocab_size=None)
+    stamp = (out / "corpus.json").stat().st_mtime_ns
+    assert tokenize_corpus(str(folder), out, vocab_size=None) == report
+    assert "already there" in capsys.readouterr().err
+    with pytest.raises(InputError, match="delete it"):
+        tokenize_corpus(str(folder), out, vocab_size=None, seed=1)
+    with pytest.raises(InputError, match="delete it"):
+        tokenize_corpus(str(midi_folder(5)), out, vocab_size=None)  # another file came
+    assert (out / "corpus.json").stat().st_mtime_ns == stamp
+
+
+def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tokenized corpus"):
+        load_corpus(tmp_path)
+
+
+def test_packing_keeps_every_token_but_the_last_incomplete_block() -> None:
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(0, 1000, size=length).tolist() for length in rng.integers(0, 50, size=40)]
+    dataset = Dataset.from_dict({"input_ids": pieces})
+    tokens = [token for piece in pieces for token in piece]
+    for block_size in (1, 7, 64, len(tokens)):
+        blocks = pack_blocks(dataset, block_size)["input_ids"]
+        assert {len(block) for block in blocks} == {block_size}
+        packed = [token for block in blocks for token in block]
+        assert packed == tokens[: len(packed)]
+        assert len(tokens) - len(packed) < block_size
+    chosen = pack_blocks(dataset.select([5, 3]), 10)["input_ids"]
+    assert [token for block in chosen for token in block] == (pieces[5] + pieces[3])[: 10 * len(chosen)]
+    with pytest.raises(InputError, match=f"holds {len(tokens)} tokens"):
+        pack_blocks(dataset, len(tokens) + 1)
+
+
+def test_a_too_short_split_is_named(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    tokenize_corpus(str(midi_folder(4)), tmp_path / "out", vocab_size=None)
+    dataset, _ = load_corpus(tmp_path / "out")
+    with pytest.raises(InputError, match="the test split holds"):
+        pack_blocks(dataset["test"], 10**6)
+
+
+def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("music21")
+    report = tokenize_corpus("chorales", tmp_path / "out", limit=4, num_workers=2)
+    dataset, processor = load_corpus(tmp_path / "out")
+    assert report["refused"] == 0
+    assert set(splits_of(tmp_path / "out")) == {"bach/bwv1.6", "bach/bwv10.7", "bach/bwv101.7", "bach/bwv102.7"}
+    for split in SPLITS:
+        for row in dataset[split]:
+            assert processor.decode(row["input_ids"]).note_num() == row["num_notes"] > 100
+    assert "music21" not in capfd.readouterr().err
+
+
+def test_chorales_without_music21_name_the_extra(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['music21'] = None\n"
+        "from pathlib import Path\n"
+        "from midimamba.errors import exit_on_input_error\n"
+        "from midimamba.tokenization.corpus import tokenize_corpus\n"
+        "with exit_on_input_error():\n"
+        "    tokenize_corpus('chorales', Path(sys.argv[1]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert 'pip install "midimamba[demo]"' in run.stderr
+    assert "Traceback" not in run.stderr

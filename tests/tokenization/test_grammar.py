@@ -1,0 +1,269 @@
+import pytest
+import torch
+from miditok import MusicTokenizer
+from transformers import MambaConfig, MambaForCausalLM
+
+from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, MidiGrammar
+from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.tokenizer import build_tokenizer, expand_ids, train_tokenizer
+
+PAD, BOS, EOS = 0, 1, 2
+# In REMI: the fewest base tokens from each type to a complete note.
+TO_NOTE = {"Bar": 5, "TimeSig": 4, "Position": 3, "Tempo": 3, "Program": 3, "Pitch": 2, "PitchDrum": 2, "Velocity": 1}
+NEXT = {
+    None: {"Bar"},
+    "Bar": {"TimeSig"},
+    "TimeSig": {"Bar", "Position"},
+    "Position": {"Tempo", "Program", "Pitch", "PitchDrum"},
+    "Tempo": {"Bar", "Position", "Program", "Pitch", "PitchDrum"},
+    "Program": {"Pitch", "PitchDrum"},
+    "Pitch": {"Velocity"},
+    "PitchDrum": {"Velocity"},
+    "Velocity": {"Duration"},
+    "Duration": {"Bar", "Position", "Program", "Pitch", "PitchDrum"},
+}
+
+
+class Reader:
+    """The rules of REMI once more, read token by token and slowly."""
+
+    def __init__(self, max_empty_bars: int = 2) -> None:
+        self.max_empty_bars = max_empty_bars
+        self.last: str | None = None
+        self.position, self.limit, self.drums = -1, 48, False
+        self.silence = self.empty = self.bars = self.notes = 0
+
+    def read(self, tokens: list[str]) -> bool:
+        """Whether `tokens` may follow what was read before."""
+        return all(self._read(*token.split("_")) for token in tokens) and self._in_time()
+
+    def _in_time(self) -> bool:
+        return self.last == "Duration" or self.silence + TO_NOTE[self.last] <= MAX_SILENT_TOKENS
+
+    def _read(self, kind: str, value: str) -> bool:
+        if kind not in NEXT[self.last]:
+            return False
+        self.last = kind
+        self.silence += 1
+        if kind == "Bar":
+            self.position = -1
+            self.bars += 1
+            self.empty += 1
+            return self.empty <= self.max_empty_bars + 1
+        if kind == "TimeSig":
+            self.limit = int(value.split("/")[0]) * 12
+        if kind == "Program":
+            self.drums = value == "-1"
+        if kind in ("Pitch", "PitchDrum"):
+            return self.drums == (kind == "PitchDrum")
+        if kind == "Position":
+            before, self.position = self.position, int(value)
+            return before < self.position < self.limit
+        if kind == "Duration":
+            in_time = self.silence <= MAX_SILENT_TOKENS
+            self.silence = self.empty = 0
+            self.notes += 1
+            return in_time
+        return True
+
+
+def read(tokenizer: MusicTokenizer, ids: list[int], **options: int) -> Reader:
+    reader = Reader(**options)
+    for index in ids:
+        assert reader.read(expand(tokenizer, index)), (index, ids)
+    return reader
+
+
+_EXPANDED: dict[tuple[int, int], list[str]] = {}
+
+
+def expand(tokenizer: MusicTokenizer, index: int) -> list[str]:
+    key = id(tokenizer), index
+    if key not in _EXPANDED:
+        _EXPANDED[key] = tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))
+    return _EXPANDED[key]
+
+
+@pytest.fixture(scope="module", params=["untrained", "trained"])
+def tokenizer(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
+    tokenizer = build_tokenizer()
+    if request.param == "trained":
+        train_tokenizer(tokenizer, scores, 1000)
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["untrained", "trained"])
+def tsd(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
+    tokenizer = build_tokenizer("TSD")
+    if request.param == "trained":
+        train_tokenizer(tokenizer, scores, 1000)
+    return tokenizer
+
+
+def sample(
+    tokenizer: MusicTokenizer, grammar: MidiGrammar, preference: torch.Tensor, rows: int, steps: int, seed: int = 0
+) -> list[list[int]]:
+    """Sample rows of ids from random logits plus `preference` of shape (vocab,), as `generate` would."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((rows, 1), BOS)
+    for _ in range(steps):
+        scores = torch.randn(rows, len(preference), generator=generator) + preference
+        scores = grammar(ids, scores)
+        assert (scores > -torch.inf).any(dim=1).all()
+        chosen = torch.multinomial(scores.softmax(dim=1), 1, generator=generator)
+        done = (ids == EOS).any(dim=1, keepdim=True)
+        ids = torch.cat([ids, chosen.masked_fill(done, PAD)], dim=1)
+    assert not ((ids[:, 1:] == BOS).any())
+    assert not (((ids == PAD) & ~(ids == EOS).cumsum(dim=1).bool()).any())
+    return [[index for index in row if index > EOS] for row in ids.tolist()]
+
+
+def prefer(tokenizer: MusicTokenizer, kind: str) -> torch.Tensor:
+    firsts = [expand(tokenizer, index)[0].split("_")[0] for index in range(tokenizer.vocab_size)]
+    return torch.tensor([60.0 if first == kind else 0.0 for first in firsts])
+
+
+def test_every_id_is_judged_as_by_reading_its_tokens(tokenizer: MusicTokenizer) -> None:
+    grammar = MidiGrammar(tokenizer)
+    size = tokenizer.vocab_size
+    tokens = [expand(tokenizer, index) for index in range(size)]
+    for row in sample(tokenizer, grammar, torch.zeros(size), rows=4, steps=25):
+        for length in range(0, len(row) + 1, 3):
+            allowed = grammar(torch.tensor([[BOS, *row[:length]]]), torch.zeros(1, size))[0] == 0
+            for index in range(3, size):
+                reader = read(tokenizer, row[:length])
+                assert bool(allowed[index]) == reader.read(tokens[index]), (row[:length], tokens[index])
+            assert not allowed[PAD]
+            assert not allowed[BOS]
+            assert bool(allowed[EOS]) == (read(tokenizer, row[:length]).last == "Duration")
+
+
+def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, scores) -> None:
+    grammar = MidiGrammar(tokenizer)
+    for score in scores[:4]:
+        ids = [BOS, *tokenizer.encode(score).ids, EOS]
+        prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
+        for length in range(1, len(ids)):
+            prefixes[length - 1, -length:] = torch.tensor(ids[:length])
+        judged = grammar(prefixes, torch.zeros(len(prefixes), tokenizer.vocab_size))
+        assert (judged[torch.arange(len(prefixes)), torch.tensor(ids[1:])] == 0).all()
+
+
+def test_uniform_samples_are_valid_music(tokenizer: MusicTokenizer) -> None:
+    processor = MidiProcessor(tokenizer)
+    rows = sample(tokenizer, processor.grammar(), torch.zeros(tokenizer.vocab_size), rows=150, steps=30)
+    for row in rows:
+        assert read(tokenizer, row).notes > 0
+        assert processor.decode(row).note_num() > 0
+
+
+@pytest.mark.parametrize("kind", [*sorted(TO_NOTE), "Duration", "EOS"])
+def test_a_note_comes_within_16_tokens_whatever_the_model_prefers(tokenizer: MusicTokenizer, kind: str) -> None:
+    processor = MidiProcessor(tokenizer)
+    rows = sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=30, steps=MAX_SILENT_TOKENS)
+    for row in rows:
+        read(tokenizer, row)
+        assert processor.decode(row).note_num() > 0
+
+
+@pytest.mark.parametrize("kind", ["TimeShift", "TimeSig", "Tempo", "Program", "Pitch", "EOS", "none"])
+def test_tsd_samples_hold_notes_too(tsd: MusicTokenizer, kind: str) -> None:
+    processor = MidiProcessor(tsd)
+    rows = sample(tsd, processor.grammar(), prefer(tsd, kind), rows=30, steps=MAX_SILENT_TOKENS)
+    assert all(processor.decode(row).note_num() > 0 for row in rows)
+
+
+@pytest.mark.parametrize("max_empty_bars", [0, 1, 4])
+def test_empty_bars_are_limited(tokenizer: MusicTokenizer, max_empty_bars: int) -> None:
+    grammar = MidiGrammar(tokenizer, max_empty_bars=max_empty_bars)
+    for row in sample(tokenizer, grammar, prefer(tokenizer, "Bar"), rows=20, steps=60):
+        read(tokenizer, row, max_empty_bars=max_empty_bars)
+
+
+@pytest.mark.parametrize("kind", ["Bar", "Position", "Pitch", "Tempo", "none"])
+@pytest.mark.parametrize("max_bars", [1, 3])
+def test_samples_have_no_more_bars_than_asked(tokenizer: MusicTokenizer, kind: str, max_bars: int) -> None:
+    processor = MidiProcessor(tokenizer)
+    grammar = processor.grammar(max_bars=max_bars)
+    for row in sample(tokenizer, grammar, prefer(tokenizer, kind), rows=20, steps=40):
+        reader = read(tokenizer, row)
+        assert 1 <= reader.bars <= max_bars
+        assert processor.decode(row).note_num() > 0
+
+
+def test_a_model_that_wants_another_bar_ends_instead(tokenizer: MusicTokenizer) -> None:
+    grammar = MidiGrammar(tokenizer, max_bars=2)
+    size = tokenizer.vocab_size
+    bar = [tokenizer.vocab[token] for token in ("Bar_None", "TimeSig_4/4")]
+    note = [tokenizer.vocab[token] for token in ("Position_0", "Pitch_60", "Velocity_63", "Duration_1.0.12")]
+    logits = torch.randn(1, size)
+    one = grammar(torch.tensor([[BOS, *bar, *note]]), logits).softmax(dim=1)
+    two = grammar(torch.tensor([[BOS, *bar, *note, *bar, *note]]), logits).softmax(dim=1)
+    bars = prefer(tokenizer, "Bar") > 0
+    assert two[0, bars].sum() == 0
+    # Whatever the first row gives to bars, the second gives to the end; everything else stays.
+    torch.testing.assert_close(two[0, EOS], one[0, EOS] + one[0, bars].sum())
+    others = ~bars
+    others[EOS] = False
+    torch.testing.assert_close(two[0, others], one[0, others])
+
+
+def test_padding_begin_and_order_of_rows_change_nothing(tokenizer: MusicTokenizer) -> None:
+    grammar = MidiGrammar(tokenizer, max_bars=4)
+    size = tokenizer.vocab_size
+    rows = sample(tokenizer, grammar, torch.zeros(size), rows=8, steps=20)
+    rows = [row[:length] for row, length in zip(rows, range(0, 16, 2), strict=True)]
+    alone = torch.cat([grammar(torch.tensor([row], dtype=torch.long), torch.zeros(1, size)) for row in rows])
+    padded = torch.tensor([[PAD] * (20 - len(row)) + [BOS, *row] for row in rows])
+    assert torch.equal(grammar(padded, torch.zeros(8, size)), alone)
+    order = torch.randperm(8)
+    assert torch.equal(grammar(padded[order], torch.zeros(8, size)), alone[order])
+    # A block of packed pieces: what came before the last begin is forgotten.
+    packed = torch.tensor([[*rows[7], EOS, BOS, *rows[5]]])
+    assert torch.equal(grammar(packed, torch.zeros(1, size)), alone[5:6])
+
+
+def test_a_prompt_that_was_silent_too_long_gets_a_note_at_once(tokenizer: MusicTokenizer) -> None:
+    bar = [tokenizer.vocab["Bar_None"], tokenizer.vocab["TimeSig_4/4"]]
+    ids = torch.tensor([[BOS, *bar * 20]])
+    for kind in ("Position", "Pitch", "Velocity", "Duration"):
+        allowed = MidiGrammar(tokenizer)(ids, torch.zeros(1, tokenizer.vocab_size))[0] > -torch.inf
+        # With merges one id may hold several of the tokens, but never a way round.
+        chosen = int(allowed.nonzero()[0])
+        token = expand(tokenizer, chosen)[0]
+        assert token.split("_")[0] == kind
+        ids = torch.cat([ids, torch.tensor([[tokenizer.vocab[token]]])], dim=1)
+
+
+def test_columns_beyond_the_vocabulary_are_forbidden_and_scores_left_alone(tokenizer: MusicTokenizer) -> None:
+    size = tokenizer.vocab_size
+    scores = torch.randn(2, size + 24)
+    before = scores.clone()
+    judged = MidiGrammar(tokenizer, max_bars=1)(torch.empty(2, 0, dtype=torch.long), scores)
+    assert torch.equal(scores, before)
+    assert torch.isinf(judged[:, size:]).all()
+    kept = ~torch.isinf(judged)
+    assert torch.equal(judged[kept], scores[kept])
+
+
+def test_generate_with_a_padded_batch_and_with_beams(scores) -> None:
+    processor = MidiProcessor(build_tokenizer())
+    torch.manual_seed(0)
+    size = processor.vocab_size
+    config = MambaConfig(vocab_size=size, hidden_size=8, num_hidden_layers=1, state_size=4, pad_token_id=PAD)
+    model = MambaForCausalLM(config).eval()
+    inputs = processor([scores[0], scores[1]], return_tensors="pt")
+    prompt = {key: value[:, :30] for key, value in inputs.items()}
+    for options in ({"do_sample": True}, {"num_beams": 3}):
+        ids = model.generate(
+            **prompt, **options, max_new_tokens=25, eos_token_id=EOS, logits_processor=[processor.grammar()]
+        )
+        for row in ids.tolist():
+            read(processor.midi_tokenizer, [index for index in row if index > EOS])
+
+
+def test_max_bars_needs_bars() -> None:
+    with pytest.raises(ValueError, match="bars"):
+        MidiGrammar(build_tokenizer("TSD"), max_bars=4)
+    with pytest.raises(ValueError, match="at least 1"):
+        MidiGrammar(build_tokenizer(), max_bars=0)

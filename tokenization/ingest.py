@@ -1,0 +1,141 @@
+"""Read one MIDI file safely: a score that is fit to tokenise, or a reason in plain words why it is not.
+
+MidiTok trusts its input. Measured with MidiTok 3.1 and symusic 0.6 on malformed files: a time division of 0 ends in a
+ZeroDivisionError, ticks beyond 2³¹ turn negative and end in a KeyError, and 60 bytes that hold one enormous pause
+take gigabytes and minutes, because every empty bar becomes tokens. So all of it is checked before tokenising.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from symusic import Score
+from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
+
+MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar"})
+
+# A whole opera as MIDI is under 2 MB; beyond this it is not music, and reading it may exhaust the memory.
+MAX_FILE_BYTES = 16 * 2**20
+# The longest piano performances have some 30,000 notes. "Black MIDI" has millions, of which no model learns anything.
+MAX_NOTES = 100_000
+# 10,000 bars of 4/4, over five hours at 120 beats a minute. It also keeps every tick below 2³¹ at any time division.
+MAX_QUARTERS = 40_000
+# MidiTok removes repeated tempo changes one by one from an array, which is quadratic: 100,000 of them take seconds.
+MAX_GLOBAL_EVENTS = 20_000
+# General MIDI has 16 channels; some sequencers write a track for every voice or drum. 2¹⁶ empty tracks are an attack.
+MAX_TRACKS = 1_024
+
+
+class MidiRefusedError(ValueError):
+    """A piece of MIDI cannot be used.
+
+    Args:
+        reason (`str`):
+            What is wrong with it, in plain words.
+        source (`str`, *optional*):
+            The file it came from; precedes the reason in the message.
+    """
+
+    def __init__(self, reason: str, source: str | None = None) -> None:
+        super().__init__(reason, source)
+        self.reason = reason
+        self.source = source
+
+    def __str__(self) -> str:
+        return self.reason if self.source is None else f"{self.source}: {self.reason}"
+
+
+def find_midi_files(folder: str | Path) -> list[Path]:
+    """All `.mid`, `.midi` and `.kar` files (in any case) below `folder`, sorted by their path."""
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in MIDI_SUFFIXES and path.is_file())
+
+
+def read_score(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond) -> ScoreTick:
+    """Read MIDI and check that it can be tokenised in reasonable time and memory.
+
+    Args:
+        source (`str`, `Path`, `bytes` or `symusic.Score`):
+            A file, the content of a file, or a score, which is left as it is.
+
+    Returns:
+        `symusic.Score`: the score with its times in ticks and its events in order.
+
+    Raises:
+        MidiRefusedError: if the file cannot be read, is malformed, holds no note, or is beyond this module's limits.
+    """
+    if isinstance(source, ScoreTick):
+        score = source
+    elif isinstance(source, ScoreQuarter | ScoreSecond):
+        return read_score(cast(ScoreTick, source.to("tick")))
+    elif isinstance(source, bytes):
+        score = _parse(source)
+    else:
+        try:
+            return read_score(_read_bytes(Path(source)))
+        except MidiRefusedError as error:
+            raise MidiRefusedError(error.reason, str(source)) from error
+    _check(score)
+    # Files keep simultaneous notes in any order. In one order, by duration and pitch, equal music has equal tokens.
+    return score.sort(inplace=False)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise MidiRefusedError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MB")
+        return path.read_bytes()
+    except OSError as error:
+        raise MidiRefusedError(f"the file cannot be read ({error.strerror})") from error
+
+
+def _parse(content: bytes) -> ScoreTick:
+    if not content:
+        raise MidiRefusedError("the file is empty")
+    try:
+        return Score.from_midi(content)
+    except (RuntimeError, ValueError) as error:
+        detail = " ".join(str(error).split()).removeprefix("MiniMidi: ")
+        raise MidiRefusedError(f"not a well-formed MIDI file ({detail})") from error
+
+
+def _check(score: ScoreTick) -> None:
+    if score.ticks_per_quarter <= 0:
+        raise MidiRefusedError("its time division is 0 ticks a quarter note, so times mean nothing")
+    if len(score.tracks) > MAX_TRACKS:
+        raise MidiRefusedError(f"it has {len(score.tracks):,} tracks; the limit is {MAX_TRACKS:,}")
+    global_events = len(score.tempos) + len(score.time_signatures)
+    if global_events > MAX_GLOBAL_EVENTS:
+        raise MidiRefusedError(
+            f"it has {global_events:,} tempo and time signature changes; the limit is {MAX_GLOBAL_EVENTS:,}"
+        )
+    _check_notes(score)
+    _check_global_events(score)
+
+
+def _check_notes(score: ScoreTick) -> None:
+    count = score.note_num()
+    if count == 0:
+        raise MidiRefusedError("it holds no notes")
+    if count > MAX_NOTES:
+        raise MidiRefusedError(f"it holds {count:,} notes; the limit is {MAX_NOTES:,}")
+    notes = [track.notes.numpy() for track in score.tracks]
+    starts = np.concatenate([track["time"] for track in notes]).astype(np.int64)
+    durations = np.concatenate([track["duration"] for track in notes]).astype(np.int64)
+    if durations.min() < 0:
+        raise MidiRefusedError("a note ends before it starts")
+    _check_times(np.concatenate([starts, starts + durations]), score.ticks_per_quarter)
+
+
+def _check_global_events(score: ScoreTick) -> None:
+    if any(tempo.mspq <= 0 for tempo in score.tempos):
+        raise MidiRefusedError("a tempo of 0 microseconds a quarter note")
+    times = [event.time for events in (score.tempos, score.time_signatures) for event in events]
+    _check_times(np.array([0, *times], dtype=np.int64), score.ticks_per_quarter)
+
+
+def _check_times(ticks: np.ndarray, ticks_per_quarter: int) -> None:
+    if ticks.min() < 0:
+        raise MidiRefusedError("times beyond 2³¹ ticks, which wrap around to negative ones")
+    quarters = int(ticks.max()) // ticks_per_quarter
+    if quarters > MAX_QUARTERS:
+        raise MidiRefusedError(f"it lasts {quarters:,} quarter notes; the limit is {MAX_QUARTERS:,}")

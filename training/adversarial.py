@@ -1,0 +1,91 @@
+"""Adversarial fine-tuning (SeqGAN) of a pre-trained generator."""
+
+from dataclasses import dataclass, field
+
+from midimamba.errors import exit_on_input_error
+
+EXAMPLE = """example:
+  accelerate launch training/adversarial.py --config training/recipes/chorales-cpu-adversarial.yaml
+      --model model --data data --output_dir tuned
+"""
+
+
+@dataclass
+class AdversarialArguments:
+    """What is tuned on what, and the discriminator. All of [`AdversarialConfig`]'s options are flags, too."""
+
+    model: str = field(metadata={"help": "Pre-trained generator: a folder or a repository on the Hub."})
+    data: str = field(metadata={"help": "Folder written by `midimamba tokenize`."})
+    discriminator: str = field(
+        default="cnn", metadata={"help": "A new one, cnn or mamba; or a folder or repository to go on from."}
+    )
+    d_hidden_size: int = field(default=64, metadata={"help": "Width of a new discriminator."})
+    d_dropout: float = field(default=0.25, metadata={"help": "Dropout of a new discriminator."})
+    d_num_hidden_layers: int = field(default=2, metadata={"help": "Layers of a new mamba discriminator."})
+    d_filter_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Widths of a new cnn's convolutions; unset: SeqGAN's."}
+    )
+    d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
+
+
+def main() -> None:
+    """Tune, save both networks, publish if asked."""
+    from pathlib import Path
+
+    from transformers import set_seed
+
+    from midimamba.errors import InputError
+    from midimamba.hub_cards.publish import publish
+    from midimamba.training.adversarial_config import AdversarialConfig
+    from midimamba.training.adversarial_trainer import AdversarialTrainer
+    from midimamba.training.scripts import (
+        RecipeParser,
+        announce,
+        find_resume_point,
+        load_blocks,
+        load_discriminator,
+        load_generator,
+        save_model,
+    )
+
+    parser = RecipeParser((AdversarialArguments, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE)
+    script_args, training_args = parser.parse_recipe()
+    resume = find_resume_point(training_args)
+    train, validation, processor = load_blocks(script_args.data, training_args.sequence_length)
+    set_seed(training_args.seed)
+    model = load_generator(script_args.model, processor)
+    discriminator = load_discriminator(script_args, processor)
+    # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    try:
+        trainer = AdversarialTrainer(
+            model=model,
+            discriminator=discriminator,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=processor,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        output = Path(training_args.output_dir)
+        d_output = output.with_name(f"{output.name}-discriminator")
+        arguments = (training_args, script_args)
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
+        save_model(output, trainer.generator, processor, arguments=arguments)
+        announce(f"the generator is in {output}, the discriminator in {d_output}")
+        if push:
+            repo = training_args.hub_model_id or output.name
+            for url in publish(
+                output, repo, discriminator=d_output, private=bool(training_args.hub_private_repo)
+            ).values():
+                announce(f"published {url}")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,165 @@
+"""What the training scripts share: reading recipes, refusing bad ones before any work, writing results whole."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from midimamba.errors import InputError
+from midimamba.files import whole_folder
+from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.tokenization.corpus import load_corpus, pack_blocks
+from midimamba.tokenization.processor import MidiProcessor
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser (`--config recipe.yaml`, then any field as a flag) that answers bad input with one line."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see --help")
+
+    def parse_recipe(self) -> tuple[Any, ...]:
+        """The dataclasses, filled from the recipe and the command line.
+
+        Raises:
+            InputError: for an unreadable recipe, an unknown key, or a value that a dataclass refuses.
+        """
+        try:
+            return tuple(self.parse_args_and_config())
+        except InputError:
+            raise
+        except FileNotFoundError as error:
+            raise InputError(f"there is no recipe {error.filename}; give a YAML file after --config") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
+        except (ValueError, IndexError) as error:
+            raise InputError(" ".join(str(error).split())) from error
+
+
+def load_blocks(data: str, length: int) -> tuple[Dataset, Dataset, MidiProcessor]:
+    """Training and validation blocks of `length` tokens from a tokenized corpus, with its processor.
+
+    Raises:
+        InputError: if `data` is no corpus, or a split is shorter than one block.
+    """
+    splits, processor = load_corpus(Path(data))
+    return pack_blocks(splits["train"], length), pack_blocks(splits["validation"], length), processor
+
+
+def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
+    """A generator that speaks the vocabulary of a corpus.
+
+    Raises:
+        InputError: if there is no checkpoint of that name, or its vocabulary is not the corpus's.
+    """
+    try:
+        model = MidiMambaForCausalLM.from_pretrained(name)
+    except OSError as error:
+        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+    if model.config.vocab_size != processor.vocab_size:
+        raise InputError(
+            f"the generator {name!r} knows {model.config.vocab_size} tokens, the corpus has {processor.vocab_size}; "
+            "tokenize the corpus with the generator's tokenizer or train a new generator"
+        )
+    tokenizer = Path(name) / "miditok.json"
+    if (
+        tokenizer.exists()
+        and MidiProcessor.from_pretrained(name).tokenizer.get_vocab() != processor.tokenizer.get_vocab()
+    ):
+        raise InputError(f"the generator {name!r} and the corpus number their tokens differently; use one tokenizer")
+    return model
+
+
+def load_discriminator(arguments: Any, processor: MidiProcessor) -> MidiDiscriminator:
+    """A new discriminator for a corpus's vocabulary, or a trained one, as `AdversarialArguments` say.
+
+    Raises:
+        InputError: if its shape is impossible, or there is no checkpoint of that name.
+    """
+    if arguments.discriminator not in ("cnn", "mamba"):
+        try:
+            return MidiDiscriminator.from_pretrained(arguments.discriminator)
+        except OSError as error:
+            raise InputError(f"{arguments.discriminator!r} is neither cnn nor mamba nor a discriminator") from error
+    filters = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
+    try:
+        config = MidiDiscriminatorConfig(
+            kind=arguments.discriminator,
+            vocab_size=processor.vocab_size,
+            hidden_size=arguments.d_hidden_size,
+            num_hidden_layers=arguments.d_num_hidden_layers,
+            dropout=arguments.d_dropout,
+            pad_token_id=processor.pad_token_id,
+            **{name: value for name, value in filters.items() if value is not None},
+        )
+    except StrictDataclassError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    return MidiDiscriminator(config)
+
+
+def find_resume_point(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from. `--resume_from_checkpoint true` takes the last one, if there is any.
+
+    Raises:
+        InputError: if the output folder holds an earlier run that was not asked to be resumed, or the checkpoint is
+            missing.
+    """
+    output = Path(args.output_dir)
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if (output / "config.json").exists():
+        raise InputError(f"{output} holds a finished run; choose another --output_dir or delete it")
+    if args.resume_from_checkpoint is None:
+        if last:
+            raise InputError(
+                f"{last} is there from an earlier run; add --resume_from_checkpoint true, or delete {output}"
+            )
+        return None
+    if str(args.resume_from_checkpoint).lower() == "true":  # YAML gives a bool
+        return last
+    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():
+        raise InputError(f"{args.resume_from_checkpoint} is no checkpoint to resume from")
+    return str(args.resume_from_checkpoint)
+
+
+def save_model(folder: Path, model: PreTrainedModel, *others: Any, arguments: Sequence[Any] = ()) -> None:
+    """Write a model, whatever else has `save_pretrained`, and the arguments as text, all at once.
+
+    The files appear together in `folder`, which may hold checkpoints already; the configuration comes last, so that
+    its presence marks a finished run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder / "finished") as scratch:
+        for item in (model, *others):
+            item.save_pretrained(scratch)
+        merged = {key: value for part in arguments for key, value in _as_dict(part).items()}
+        (scratch / "training_args.json").write_text(json.dumps(merged, indent=2, sort_keys=True, default=str) + "\n")
+    files = sorted((folder / "finished").iterdir(), key=lambda file: file.name == "config.json")
+    for file in files:
+        file.replace(folder / file.name)
+    (folder / "finished").rmdir()
+
+
+def _as_dict(arguments: Any) -> dict[str, Any]:
+    """What may be published: no access tokens, and no folders of this machine beyond their names."""
+    values = arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in values.items()
+        if not key.endswith("_token")
+    }
+
+
+def announce(message: str) -> None:
+    """One line for the person who waits."""
+    sys.stderr.write(f"{message}\n")
