@@ -6,8 +6,6 @@ RUN := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu
 
-# Another process on the second core makes spinning threads wait for it again and again; sleeping ones do not.
-export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
 # stage(result, command): skip what is there, say so.

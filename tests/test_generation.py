@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_generator, make_score
 from symusic import Score
+from symusic.core import ScoreTick
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, load_pair
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from support import make_generator, make_score
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,10 @@ def processor() -> MidiProcessor:
 @pytest.fixture(scope="module")
 def untrained(processor: MidiProcessor) -> MidiMambaForCausalLM:
     return make_generator(vocab_size=processor.vocab_size)
+
+
+def onsets(score: ScoreTick) -> set[tuple[int, int, int]]:
+    return {(track.program, note.time, note.pitch) for track in score.tracks for note in track.notes}
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
@@ -49,11 +54,9 @@ def test_a_continuation_opens_with_its_prompt_and_goes_on(
     prompt = make_score(3, bars=4)
     opening = processor.decode(processor.encode(prompt))
     for score in generate_scores(untrained, processor, prompt=prompt, num=3, bars=2, max_new_tokens=80, top_p=1.0):
-        assert score.note_num() > opening.note_num()
-        ids = processor.encode(prompt)
-        words = processor.tokenizer.decode(processor.encode(score)).split()
-        assert words[: len(processor.tokenizer.decode(ids).split())] == processor.tokenizer.decode(ids).split()
-        assert words.count("Bar_None") <= 4 + 2
+        assert onsets(opening) < onsets(score)
+        bars = processor.tokenizer.decode(processor.encode(score)).split().count("Bar_None")
+        assert bars <= 4 + 2
 
 
 def test_the_same_seed_is_the_same_music(untrained: MidiMambaForCausalLM, processor: MidiProcessor) -> None:

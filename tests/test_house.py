@@ -37,7 +37,7 @@ def imports_of(file: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "midimamba"}
+        found |= {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "midimamba"}
         assert not any(name.split(".")[0] in FOLDERS for name in names), f"{file} imports {names} by its bare name"
     return found
 
@@ -70,7 +70,9 @@ def test_the_wheel_holds_every_module_recipe_and_card(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"midimamba/{file.name}" for file in (ROOT / "src" / "midimamba").glob("*.py")} | {"midimamba/py.typed"}
+    expected = {f"midimamba/{file.name}" for file in (ROOT / "src" / "midimamba").glob("*.py")} | {
+        "midimamba/py.typed"
+    }
     for folder in FOLDERS:
         for pattern in ("*.py", "*.md", "recipes/*.yaml", "recipes/*.py"):
             expected |= {f"midimamba/{file.relative_to(ROOT)}" for file in (ROOT / folder).glob(pattern)}

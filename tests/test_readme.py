@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support import make_score
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Training commands are run as they stand, but stop after a step and on short blocks.
 SHORT = "--max_steps 1 --sequence_length 32 --eval_steps 1 --save_steps 1 --use_cpu"
-SHORTER = "--rollout_positions 2 --num_rollouts 2 --d_warmup_steps 1 --num_eval_samples 4 --per_device_train_batch_size 4"
+SHORTER = (
+    "--rollout_positions 2 --num_rollouts 2 --d_warmup_steps 1 --num_eval_samples 4 --per_device_train_batch_size 4"
+)
 
 
 def snippets(language: str) -> list[str]:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_discriminator, make_generator, make_score
 
 from midimamba import MidiProcessor
 from midimamba.cli import main
 from midimamba.tokenization.corpus import tokenize_corpus
+from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
@@ -86,6 +86,7 @@ def test_pretraining_writes_a_whole_generator_without_pickles(corpus: Path, run:
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in written)
     arguments = json.loads((tmp_path / "model" / "training_args.json").read_text())
     assert arguments["hidden_size"] == 16
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["use_cache"]
     assert not any(str(tmp_path) in str(value) for value in arguments.values())
 
 
@@ -112,14 +113,18 @@ def test_adversarial_tuning_writes_both_networks(corpus: Path, pretrained: Path,
     before, after = (load_file(folder / "model.safetensors") for folder in (pretrained, out))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    assert {"eval_loss", "eval_d_accuracy", "eval_distinct_4", "d_loss", "reward"} <= {k for row in history for k in row}
-    code, errors = run("midimamba", "generate", out, "--num", 2, "--bars", 2, "--out", tmp_path / "samples", "--render")
+    assert {"eval_loss", "eval_d_accuracy", "eval_distinct_4", "d_loss", "reward"} <= {
+        k for row in history for k in row
+    }
+    code, errors = run(
+        "midimamba", "generate", out, "--num", 2, "--bars", 2, "--out", tmp_path / "samples", "--render"
+    )
     assert code == 0, errors
     assert len(list((tmp_path / "samples").iterdir())) == 6
 
 
 def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "training" / "adversarial.py")]
     options = adversarial(pretrained, corpus, tmp_path / "tuned", micro_batch_size=2)
@@ -130,6 +135,14 @@ def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: 
     assert (tmp_path / "tuned-discriminator" / "config.json").exists()
     checkpoint = tmp_path / "tuned" / "checkpoint-2"
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in checkpoint.iterdir()}
+
+
+def test_a_process_that_the_launcher_lost_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # what `accelerate launch --num_processes 2 --cpu` leaves
+    assert "starts a single process on a CPU" in run("pretrain.py", *tiny("chorales-cpu.yaml", data="nowhere"))[1]
+    monkeypatch.delenv("MASTER_ADDR")
+    assert "single process" not in run("pretrain.py", *tiny("chorales-cpu.yaml", data="nowhere"))[1]
 
 
 BAD_INPUT = {
@@ -230,5 +243,3 @@ def test_generating_never_overwrites(pretrained: Path, run: Run, tmp_path: Path)
     assert code == 2
     assert "is there already" in errors
     assert (tmp_path / "mine.mid").read_text() == "mine"
-
-

@@ -46,10 +46,12 @@ def main() -> None:
         load_discriminator,
         load_generator,
         save_model,
+        warn_of_a_lost_process,
     )
 
     parser = RecipeParser((AdversarialArguments, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE)
     script_args, training_args = parser.parse_recipe()
+    warn_of_a_lost_process()
     resume = find_resume_point(training_args)
     train, validation, processor = load_blocks(script_args.data, training_args.sequence_length)
     set_seed(training_args.seed)

@@ -41,10 +41,12 @@ def main() -> None:
         load_blocks,
         load_generator,
         save_model,
+        warn_of_a_lost_process,
     )
 
     parser = RecipeParser((PretrainArguments, TrainingArguments), prog="pretrain.py", epilog=EXAMPLE)
     script_args, training_args = parser.parse_recipe()
+    warn_of_a_lost_process()
     resume = find_resume_point(training_args)
     train, validation, processor = load_blocks(script_args.data, script_args.sequence_length)
     set_seed(training_args.seed)

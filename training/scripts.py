@@ -1,6 +1,7 @@
 """What the training scripts share: reading recipes, refusing bad ones before any work, writing results whole."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,7 +37,7 @@ class RecipeParser(TrlParser):
             InputError: for an unreadable recipe, an unknown key, or a value that a dataclass refuses.
         """
         try:
-            return tuple(self.parse_args_and_config())
+            parsed = tuple(self.parse_args_and_config())
         except InputError:
             raise
         except FileNotFoundError as error:
@@ -45,6 +46,25 @@ class RecipeParser(TrlParser):
             raise InputError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
         except (ValueError, IndexError) as error:
             raise InputError(" ".join(str(error).split())) from error
+        for part in parsed:
+            if isinstance(part, TrainingArguments):
+                # Trainer would write `use_cache: false` into every saved model, and make its users' `generate` slow.
+                # While training, the model keeps no state anyway.
+                part.use_cache = True
+        return parsed
+
+
+def warn_of_a_lost_process() -> None:
+    """Say so if several processes were asked for on a CPU and only this one was started.
+
+    `accelerate launch --num_processes 2 --cpu` leaves the second process to mpirun, and without it starts one process
+    in silence (accelerate 1.15). Its traces are an address to meet at and no world to meet.
+    """
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "PMI_SIZE" not in os.environ:
+        announce(
+            "warning: accelerate starts a single process on a CPU; for two, use "
+            "`accelerate launch --multi_gpu --num_processes 2 SCRIPT … --use_cpu`"
+        )
 
 
 def load_blocks(data: str, length: int) -> tuple[Dataset, Dataset, MidiProcessor]:

@@ -157,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
         "midimamba publish runs/demo/generator --repo you/bach --discriminator runs/demo/generator-discriminator",
     )
     command.add_argument("generator", type=Path, help="folder of the generator")
-    command.add_argument("--repo", required=True, help="repository, as owner/name; the discriminator's is <repo>-discriminator")
+    command.add_argument(
+        "--repo", required=True, help="repository, as owner/name; the discriminator's is <repo>-discriminator"
+    )
     command.add_argument("--discriminator", type=Path, help="folder of the discriminator")
     command.add_argument("--report", type=Path, help="report.json of the run, for the card")
     command.add_argument("--license", help="the Hub's name of a licence, such as cc-by-4.0")

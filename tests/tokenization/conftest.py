@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import make_score
 from symusic.core import ScoreTick
+
+from support import make_score
+
 
 @pytest.fixture(scope="session")
 def scores() -> list[ScoreTick]:
