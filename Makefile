@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu
+THREADS := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(THREADS) \
+	--mixed_precision no --dynamo_backend no
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -33,6 +35,7 @@ check: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/scan.py --seq-len 512 --out benchmarks/results/scan-512.json
+	$(BIN)/python benchmarks/scan.py --seq-len 512 --mambapy --their-repeats 3 --out benchmarks/results/scan-512-mambapy.json
 
 clean-demo:
 	rm -rf $(RUN)

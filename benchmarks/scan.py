@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed passes of ours (default: %(default)s)")
     parser.add_argument("--their-repeats", type=int, default=1, help="timed passes of theirs (default: %(default)s)")
     parser.add_argument("--mambapy", action="store_true", help="compare with use_mambapy=True instead")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
 
@@ -49,12 +50,13 @@ def main() -> None:
     theirs = MambaForCausalLM(MambaConfig(**sizes, use_mambapy=args.mambapy, initializer_range=0.02)).train()
     ours = MidiMambaForCausalLM(MidiMambaConfig(**sizes)).train()
     ours.load_state_dict(theirs.state_dict())
+    theirs, ours = theirs.to(args.device), ours.to(args.device)
 
-    short = torch.randint(0, args.vocab, (args.batch, min(64, args.seq_len)))
+    short = torch.randint(0, args.vocab, (args.batch, min(64, args.seq_len)), device=args.device)
     loss_difference = abs(forward_backward(theirs, short) - forward_backward(ours, short))
     gradient_difference = largest_gradient_difference(theirs, ours)
 
-    ids = torch.randint(0, args.vocab, (args.batch, args.seq_len))
+    ids = torch.randint(0, args.vocab, (args.batch, args.seq_len), device=args.device)
     forward_backward(ours, ids)
     our_seconds = median_seconds(lambda: forward_backward(ours, ids), args.repeats)
     print(f"ours: {our_seconds:.3f} s, median of {args.repeats}", flush=True)
@@ -72,6 +74,7 @@ def main() -> None:
             "our_tokens_per_second": round(args.batch * args.seq_len / our_seconds),
             "loss_difference": loss_difference,
             "relative_gradient_difference": gradient_difference,
+            "device": args.device,
             "sizes": {"seq_len": args.seq_len, "batch": args.batch, **sizes},
         },
         args.out,

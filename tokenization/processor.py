@@ -148,9 +148,7 @@ class MidiProcessor(ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the options are the base class's, by name
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
-    ) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Read a processor from a folder or a Hub repository.
 
         Args:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from midimamba.errors import InputError
-from midimamba.files import whole_folder
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
@@ -155,19 +155,18 @@ def find_resume_point(args: TrainingArguments) -> str | None:
 def save_model(folder: Path, model: PreTrainedModel, *others: Any, arguments: Sequence[Any] = ()) -> None:
     """Write a model, whatever else has `save_pretrained`, and the arguments as text, all at once.
 
-    The files appear together in `folder`, which may hold checkpoints already; the configuration comes last, so that
-    its presence marks a finished run.
+    The files are complete before the first appears in `folder`, which may hold checkpoints already; the configuration
+    comes last, so that its presence marks a finished run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_folder(folder / "finished") as scratch:
+    merged = {key: value for part in arguments for key, value in _as_dict(part).items()}
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
         for item in (model, *others):
             item.save_pretrained(scratch)
-        merged = {key: value for part in arguments for key, value in _as_dict(part).items()}
-        (scratch / "training_args.json").write_text(json.dumps(merged, indent=2, sort_keys=True, default=str) + "\n")
-    files = sorted((folder / "finished").iterdir(), key=lambda file: file.name == "config.json")
-    for file in files:
-        file.replace(folder / file.name)
-    (folder / "finished").rmdir()
+        text = json.dumps(merged, indent=2, sort_keys=True, default=str) + "\n"
+        (Path(scratch) / "training_args.json").write_text(text)
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
 
 
 def _as_dict(arguments: Any) -> dict[str, Any]:
