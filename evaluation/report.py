@@ -189,6 +189,12 @@ def _page(run: Path, report: Report) -> str:
         reading(report),
         "![Curves of both training phases](curves.png)",
     ]
+    lengths = [training_settings(run / phase).get("sequence_length") for phase in ("pretrained", "generator")]
+    if lengths[0] and lengths[0] != lengths[1]:
+        sections.append(
+            f"Held-out NLL is of blocks of {lengths[0]} tokens before and {lengths[1]} tokens during tuning, hence "
+            "the step between the phases."
+        )
     if gallery := sample_gallery(run):
         sections += ["## Samples", gallery]
     sections += ["## Measured with", bullet_list(report["settings"])]

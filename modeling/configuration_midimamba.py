@@ -42,11 +42,18 @@ class MidiMambaConfig(MambaConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the configuration of this model or of a stock `MambaForCausalLM`."""
+        """Read the configuration of a Mamba language model, as this class or transformers' own wrote it.
+
+        Raises:
+            ValueError: if it is one of another model, whose weights would be dropped without a word.
+        """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config.get("model_type") == MambaConfig.model_type:
-            config = {**config, "model_type": cls.model_type}
-        return config, unused
+        kind = config.get("model_type")
+        if kind not in (MambaConfig.model_type, cls.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a model of type {kind!r}, not a Mamba language model"
+            )
+        return {**config, "model_type": cls.model_type}, unused
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a stock `MambaConfig` names them: what `save_pretrained` writes."""

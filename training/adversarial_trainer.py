@@ -88,6 +88,8 @@ class AdversarialTrainer(Trainer):
         """One generator step; at the start of a round the discriminator's steps come first."""
         model.train()
         real: Tensor = self._prepare_inputs(inputs)["input_ids"]
+        # The last batch of an epoch may be smaller, even a single sequence, which has no others for a baseline.
+        real = torch.cat([real, self._draw_blocks(self.args.per_device_train_batch_size - len(real))])
         step = self.state.global_step
         if step == 0:
             torch.manual_seed(self.args.seed + self.args.process_index)  # every process samples music of its own
@@ -179,8 +181,7 @@ class AdversarialTrainer(Trainer):
 
     def _discriminator_step(self) -> float:
         """Fresh real blocks against fresh samples that start alike. Returns the accuracy before the update."""
-        rows = torch.randint(len(self.train_dataset), (self.args.per_device_train_batch_size,))
-        real = stack_blocks([self.train_dataset[int(row)] for row in rows])["input_ids"].to(self.args.device)
+        real = self._draw_blocks(self.args.per_device_train_batch_size)
         fake = sample(self.generator, real[:, : self.args.prompt_length], self.args.sequence_length)
         sequences = torch.cat([real, fake])
         labels = torch.cat([torch.ones(len(real)), torch.zeros(len(fake))]).to(self.args.device)
@@ -197,6 +198,12 @@ class AdversarialTrainer(Trainer):
             accuracies.append(((output.logits[:, 0] > 0) == (labels > 0.5)).float().mean().item())
         self._metrics["d_accuracy"].append(accuracies[0])
         return accuracies[0]
+
+    def _draw_blocks(self, count: int) -> Tensor:
+        """So many blocks of the training music at random, `(count, time)`."""
+        rows = torch.randint(len(self.train_dataset), (count,))
+        blocks = [self.train_dataset[int(row)]["input_ids"] for row in rows]
+        return torch.tensor(blocks, dtype=torch.long, device=self.args.device).view(count, self.args.sequence_length)
 
     @torch.no_grad()
     def _update_rollout_policy(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
@@ -85,7 +86,7 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     """
     try:
         model = MidiMambaForCausalLM.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
@@ -110,7 +111,7 @@ def load_discriminator(arguments: Any, processor: MidiProcessor) -> MidiDiscrimi
     if arguments.discriminator not in ("cnn", "mamba"):
         try:
             return MidiDiscriminator.from_pretrained(arguments.discriminator)
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{arguments.discriminator!r} is neither cnn nor mamba nor a discriminator") from error
     filters = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
     try:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from symusic.core import ScoreTick
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     processor = MidiProcessor.from_pretrained(name)
     try:
         model = load(name)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(

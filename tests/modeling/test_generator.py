@@ -56,6 +56,14 @@ def test_any_stock_checkpoint_is_a_generator(tmp_path: Path) -> None:
         torch.testing.assert_close(ours(tokens()).logits, stock(tokens()).logits, atol=1e-5, rtol=0)
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=11).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model of type 'llama', not a Mamba language model"):
+        midimamba.load(str(tmp_path))
+
+
 def test_importing_the_package_leaves_stock_classes_alone(generator: MidiMambaForCausalLM, tmp_path: Path) -> None:
     generator.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)).__name__ == "MambaConfig"

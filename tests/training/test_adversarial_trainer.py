@@ -206,6 +206,13 @@ def test_impossible_options_are_refused(tmp_path: Path, overrides: dict[str, obj
         make_trainer(tmp_path, **overrides)
 
 
+def test_a_last_batch_of_one_sequence_does_not_end_the_run(tmp_path: Path) -> None:
+    args = make_trainer(tmp_path, max_steps=4).args
+    trainer = AdversarialTrainer(make_generator(), make_discriminator(), args, make_blocks(9), make_blocks(8))
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
 def test_networks_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
     args = AdversarialConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
     with pytest.raises(ValueError, match="knows 5 tokens, the generator 11"):
