@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from midimamba.tokenization.augmentation import Augmentation
 from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.pretrain import PretrainArguments
@@ -90,4 +91,7 @@ def test_every_key_of_a_recipe_is_an_option(recipe: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
     adversarial = "adversarial" in recipe.stem
     classes = (AdversarialArguments, AdversarialConfig) if adversarial else (PretrainArguments, TrainingArguments)
-    HfArgumentParser(classes).parse_dict(values)
+    parsed = HfArgumentParser((*classes, Augmentation)).parse_dict(values)
+    # An option of the wrong type would stay a string, or become another value.
+    for key, value in values.items():
+        assert any(getattr(part, key, None) == value for part in parsed), key

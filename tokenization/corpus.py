@@ -1,4 +1,4 @@
-"""A folder of MIDI files, or the chorales that music21 bundles, as a tokenized `datasets.DatasetDict`."""
+"""A folder or an archive of MIDI files, or music21's chorales, as a tokenized `datasets.DatasetDict`."""
 
 import hashlib
 import io
@@ -6,12 +6,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,17 +17,22 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value
 from miditok import MusicTokenizer
-from symusic.core import ScoreSecond
+from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
 from midimamba.errors import InputError
 from midimamba.files import whole_folder, write_whole
-from midimamba.tokenization.ingest import MIDI_SUFFIXES, MidiRefusedError, find_midi_files, read_score
+from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.sources import MANIFEST, Entry, Refusal, find_entries, read_entries
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, check_vocab_size, merge_ids, train_on_ids
+from midimamba.tokenization.workers import MAX_SECONDS, Mark, run_bounded
 
-CHORALES = "chorales"
 SPLITS = ("train", "validation", "test")
+# What a file goes through in a worker; a refusal names the one that it did not pass.
+STAGES = ("read", "check", "tokenize")
+# music21 takes 0.4 seconds for a usual chorale and 4 for the longest. These files are known: the bound is for a hang.
+_MUSICXML_SECONDS = 60.0
 
 _FEATURES = Features(
     {
@@ -39,8 +42,6 @@ _FEATURES = Features(
         "seconds": Value("float32"),
     }
 )
-# Of music21's Bach entries, the only one that is no chorale: a prelude for keyboard.
-_NO_CHORALE = "bwv846"
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class _Piece:
     content: str  # a digest of the notes
     num_notes: int
     seconds: float
+    sanitized: bool = False
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class _Refused:
     """Why a worker makes nothing of a file."""
 
-    name: str
     reason: str
+    stage: int  # in STAGES
 
 
 def tokenize_corpus(
@@ -74,16 +76,20 @@ def tokenize_corpus(
     limit: int | None = None,
     num_workers: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenise a folder of MIDI files into splits by piece, and save the data set and its processor.
+    """Tokenise MIDI files into splits by piece, and save the data set and its processor.
 
-    A piece's split is decided by a hash of its name and the seed, so adding files moves no piece. Should a split
-    get no piece that way, it takes one from the largest: the one whose hash is nearest. Byte-pair encoding is
-    learned from the train split alone. Pieces with the same notes are kept once; files that cannot be used are
-    listed in `quarantine.jsonl`.
+    A piece's split is what a `manifest.csv` in the source says, in a table with the columns `file` (relative to the
+    manifest) and `split` (train, valid, validation or test). Other pieces' splits are decided by a hash of the name
+    and the seed, so adding files moves no piece. Should a split get no piece, it takes one of those from the largest:
+    the one whose hash is nearest. Byte-pair encoding is learned from the train split alone. Pieces with the same
+    notes are kept once. Every file is read in a worker process with bounds of time and memory; those that cannot be
+    used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be had), `stage` (read,
+    check or tokenize) and `reason`.
 
     Args:
         source (`str`):
-            A folder, searched recursively, or `chorales`: Bach's, from music21.
+            A folder, searched recursively; a `.zip`, `.tar`, `.tar.gz` or `.tgz` archive, which may also lie in such
+            a folder; or `chorales`: Bach's, from music21.
         out (`Path`):
             The folder to make. It appears when everything is in it, or not at all.
         tokenization (`str`, *optional*, defaults to `"REMI"`):
@@ -100,7 +106,8 @@ def tokenize_corpus(
             Processes that read files, by default one for each processor. The result does not depend on it.
 
     Returns:
-        `dict`: what `corpus.json` holds: counts of every split, refusals, duplicates, arguments, versions.
+        `dict`: what `corpus.json` holds: counts of every split, refusals, duplicates, files that were `sanitized` to
+        be read, how many pieces each way `split_by`, arguments, versions.
 
     Raises:
         InputError: if nothing can be tokenised, an argument makes no sense, or `out` holds something else.
@@ -112,7 +119,8 @@ def tokenize_corpus(
     tokenizer = build_tokenizer(tokenization)
     if vocab_size is not None:
         check_vocab_size(tokenizer, vocab_size)
-    files = _find(source)[:limit]
+    listing = find_entries(source)
+    entries = listing.entries[:limit]
     arguments = {
         "source": source,
         "tokenization": tokenization,
@@ -121,13 +129,14 @@ def tokenize_corpus(
         "test_fraction": test_fraction,
         "seed": seed,
         "limit": limit,
-        "files": _digest([(name, path.stat().st_size) for name, path in files]),
+        "files": _digest([(entry.name, entry.size, listing.splits.get(entry.name)) for entry in entries]),
     }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _already_there(out, arguments)
     with whole_folder(out) as folder:
-        pieces = _read_all(files, tokenization, num_workers)
-        return _save(folder, source, pieces, tokenizer, arguments)
+        pieces, refused = _read_all(entries, tokenization, num_workers)
+        refused = sorted([*listing.broken, *refused], key=lambda refusal: refusal.name)
+        return _save(folder, pieces, refused, listing.splits, tokenizer, arguments)
 
 
 def _already_there(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -141,62 +150,34 @@ def _already_there(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _find(source: str) -> list[tuple[str, Path]]:
-    """Names and paths of the files of a source, sorted by name. A name is the path within the source."""
-    if source == CHORALES:
-        return _find_chorales()
-    folder = Path(source)
-    if not folder.is_dir():
-        raise InputError(f"{source} is no folder: give a folder of MIDI files, or the word {CHORALES}")
-    files = [(path.relative_to(folder).as_posix(), path) for path in find_midi_files(folder)]
-    if not files:
-        raise InputError(f"{source} holds no MIDI files: they end in {', '.join(sorted(MIDI_SUFFIXES))}")
-    return sorted(files)
-
-
-def _find_chorales() -> list[tuple[str, Path]]:
-    try:
-        with redirect_stderr(io.StringIO()):  # music21 comments on what else one might install
-            from music21 import corpus
-    except ImportError as error:
-        raise InputError('the chorales come with music21: pip install "midimamba[demo]"') from error
-    # Three more are Humdrum encodings (.krn) of chorales that are there as MusicXML too; one of them does not parse.
-    paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in (".mxl", ".xml")]
-    return sorted((f"bach/{path.stem}", path) for path in paths if path.stem != _NO_CHORALE)
-
-
 def _read_all(
-    files: Sequence[tuple[str, Path]], tokenization: str, num_workers: int | None
-) -> list[_Piece | _Refusal]:
-    """Read files in worker processes, in order. A file that kills its worker is refused as well."""
-    workers = max(1, min(num_workers or os.cpu_count() or 1, len(files)))
-    pieces: dict[str, _Piece | _Refusal] = {}
-    with tqdm(total=len(files), desc="Reading", unit="file") as progress:
-        for piece in _read_in_pool(files, tokenization, workers):
-            pieces[piece.name] = piece
-            progress.update()
-        # Without a word from a dead worker it is unknown whose fault it was: the rest is read one by one.
-        for name, path in files:
-            if name not in pieces:
-                alone = list(_read_in_pool([(name, path)], tokenization, 1))
-                pieces[name] = alone[0] if alone else _Refusal(name, "reading it crashes the process")
+    entries: Sequence[Entry], tokenization: str, num_workers: int | None
+) -> tuple[list[_Piece], list[Refusal]]:
+    """Read files in worker processes; the pieces are in the order of the files."""
+    pieces: dict[str, _Piece] = {}
+    refused: list[Refusal] = []
+    digests: dict[str, str] = {}
+
+    def tasks() -> Iterator[tuple[str, tuple[str, bytes | Path]]]:
+        for entry, content in read_entries(entries):
+            if isinstance(content, MidiRefusedError):
+                refused.append(Refusal(entry.name, None, "read", content.reason))
                 progress.update()
-    return [pieces[name] for name, _ in files]
+                continue
+            digests[entry.name] = hashlib.sha256(content).hexdigest()
+            yield entry.name, (entry.name, entry.path if entry.is_musicxml else content)
 
-
-def _read_in_pool(files: Sequence[tuple[str, Path]], tokenization: str, workers: int) -> Iterator[_Piece | _Refusal]:
-    """Pieces as they are ready; ends early if a worker dies."""
-    pool = ProcessPoolExecutor(workers)
-    try:
-        futures: list[Future[_Piece | _Refusal]] = [
-            pool.submit(_read, name, path, tokenization) for name, path in files
-        ]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        return
-    finally:
-        pool.shutdown(cancel_futures=True)
+    _tokenizer(tokenization)  # a worker that is a fork inherits it
+    workers = max(1, min(num_workers or os.cpu_count() or 1, len(entries)))
+    max_seconds = _MUSICXML_SECONDS if any(entry.is_musicxml for entry in entries) else MAX_SECONDS
+    with tqdm(total=len(entries), desc="Reading", unit="file") as progress:
+        for name, outcome in run_bounded(partial(_read, tokenization), tasks(), workers, max_seconds=max_seconds):
+            if isinstance(outcome, _Piece):
+                pieces[name] = outcome
+            else:
+                refused.append(Refusal(name, digests[name], STAGES[outcome.stage], outcome.reason))
+            progress.update()
+    return [pieces[entry.name] for entry in entries if entry.name in pieces], refused
 
 
 @cache
@@ -204,22 +185,38 @@ def _tokenizer(tokenization: str) -> MusicTokenizer:
     return build_tokenizer(tokenization)
 
 
-def _read(name: str, path: Path, tokenization: str) -> _Piece | _Refusal:
-    """In a worker: one file to base ids."""
+def _read(tokenization: str, file: tuple[str, bytes | Path], mark: Mark) -> _Piece | _Refused:
+    """In a worker: the content of a MIDI file, or a MusicXML file, to base ids."""
+    name, content = file
+    stage = 0
+
+    def enter(name_of_stage: str) -> None:
+        nonlocal stage
+        stage = STAGES.index(name_of_stage)
+        mark(stage)
+
     try:
-        score = read_score(path if path.suffix.lower() in MIDI_SUFFIXES else _musicxml_to_midi(path))
-        tokenizer = _tokenizer(tokenization)
-        ids = base_ids(tokenizer, score)
+        score, sanitized = parse_midi(_musicxml_to_midi(content) if isinstance(content, Path) else content)
+        enter("check")
+        score = check_score(score)
+        enter("tokenize")
+        return _tokenize(name, score, _tokenizer(tokenization), sanitized)
     except MidiRefusedError as error:
-        return _Refusal(name, error.reason)
+        return _Refused(error.reason, stage)
+    except MemoryError:
+        raise  # the bound of this process: it is to be replaced
     except Exception as error:
         # Third-party parsers on arbitrary files: whatever they trip over concerns this file, not the run.
-        return _Refusal(name, f"it cannot be tokenised ({type(error).__name__}: {error})")
+        return _Refused(f"{type(error).__name__}: {error}", stage)
+
+
+def _tokenize(name: str, score: ScoreTick, tokenizer: MusicTokenizer, sanitized: bool) -> _Piece:
+    ids = base_ids(tokenizer, score)
     # The same notes at another tempo are the same music.
     tempos = set(tokenizer.token_ids_of_type("Tempo"))
     content = _digest([index for index in ids if index not in tempos])
     seconds = cast(ScoreSecond, score.to("second")).end()
-    return _Piece(name, np.array(ids, dtype=np.int32), content, score.note_num(), seconds)
+    return _Piece(name, np.array(ids, dtype=np.int32), content, score.note_num(), seconds, sanitized)
 
 
 def _musicxml_to_midi(path: Path) -> bytes:
@@ -237,18 +234,18 @@ def _digest(value: Any) -> str:
 
 def _save(
     folder: Path,
-    source: str,
-    pieces: Sequence[_Piece | _Refusal],
+    usable: Sequence[_Piece],
+    refused: Sequence[Refusal],
+    given: Mapping[str, str],
     tokenizer: MusicTokenizer,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """Split, train, encode and write everything into `folder`."""
-    refused = [piece for piece in pieces if isinstance(piece, _Refusal)]
-    usable = [piece for piece in pieces if isinstance(piece, _Piece)]
     if not usable:
-        raise InputError(f"no file of {source} can be used; the first, {refused[0].name}: {refused[0].reason}")
+        first = refused[0]
+        raise InputError(f"no file of {arguments['source']} can be used; the first, {first.name}: {first.reason}")
     unique = list({piece.content: piece for piece in reversed(usable)}.values())[::-1]  # the first of equals
-    splits = _split(unique, arguments["valid_fraction"], arguments["test_fraction"], arguments["seed"])
+    splits = _split(unique, arguments["valid_fraction"], arguments["test_fraction"], arguments["seed"], given)
     if arguments["vocab_size"] is not None:
         train_on_ids(tokenizer, [piece.ids.tolist() for piece in splits["train"]], arguments["vocab_size"])
     processor = MidiProcessor(tokenizer)
@@ -256,11 +253,13 @@ def _save(
         dataset = DatasetDict({split: _encode(split, splits[split], processor, progress) for split in SPLITS})
     dataset.save_to_disk(str(folder))
     processor.save_pretrained(folder / "tokenizer")
-    quarantine = [json.dumps({"path": piece.name, "reason": piece.reason}, ensure_ascii=False) for piece in refused]
-    write_whole(folder / "quarantine.jsonl", "".join(line + "\n" for line in quarantine))
+    write_whole(folder / "quarantine.jsonl", "".join(_quarantine_line(refusal) for refusal in refused))
+    by_manifest = sum(piece.name in given for piece in unique)
     report = {
         "splits": {split: _count(dataset[split]) for split in SPLITS},
+        "split_by": {"manifest": by_manifest, "hash": len(unique) - by_manifest},
         "refused": len(refused),
+        "sanitized": sum(piece.sanitized for piece in usable),
         "duplicates": len(usable) - len(unique),
         "vocab_size": processor.vocab_size,
         "arguments": arguments,
@@ -270,14 +269,20 @@ def _save(
     return report
 
 
+def _quarantine_line(refusal: Refusal) -> str:
+    row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def _split(
-    pieces: Sequence[_Piece], valid_fraction: float, test_fraction: float, seed: int
+    pieces: Sequence[_Piece], valid_fraction: float, test_fraction: float, seed: int, given: Mapping[str, str]
 ) -> dict[str, list[_Piece]]:
-    """Deal pieces out by hash: test, validation and train are neighbouring intervals of [0, 1)."""
+    """Deal out the pieces whose split is not given, by hash: test, validation and train are intervals of [0, 1)."""
     fractions = {"test": test_fraction, "validation": valid_fraction, "train": 1.0}
-    ordered = sorted(pieces, key=lambda piece: _hash(piece.name, seed))
+    fixed = {split: [piece for piece in pieces if given.get(piece.name) == split] for split in fractions}
     splits: dict[str, list[_Piece]] = {split: [] for split in fractions}
-    for piece in ordered:
+    free = [piece for piece in pieces if piece.name not in given]
+    for piece in sorted(free, key=lambda piece: _hash(piece.name, seed)):
         place = _hash(piece.name, seed)
         if place < test_fraction:
             splits["test"].append(piece)
@@ -285,9 +290,12 @@ def _split(
             splits["validation" if place < test_fraction + valid_fraction else "train"].append(piece)
     for split in ("train", "test", "validation"):
         largest = max(splits.values(), key=len)
-        if not splits[split] and fractions[split] and (split == "train" or len(largest) > 1):
+        wanted = fractions[split] and not splits[split] and not fixed[split]
+        if wanted and (len(largest) > 1 or (split == "train" and largest)):
             splits[split].append(largest.pop(-1 if split == "train" else 0))
-    return splits
+    if not splits["train"] and not fixed["train"]:
+        raise InputError(f"the {MANIFEST} leaves no usable piece to train on")
+    return {split: fixed[split] + splits[split] for split in fractions}
 
 
 def _hash(name: str, seed: int) -> float:

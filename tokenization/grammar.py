@@ -15,7 +15,27 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from midimamba.tokenization.tokenizer import BOS, EOS, NOTE_END, PAD, expand_ids
+from midimamba.errors import InputError
+from midimamba.tokenization.tokenizer import BOS, EOS, PAD, expand_ids
+
+# Where a note is Pitch, Velocity, Duration under the program before it, which the rules below rely on. MIDILike ends
+# notes long after they begin, PerTok tells no types, MMM and BEAT have tracks and beats that must fit each other.
+SUPPORTED = ("REMI", "TSD", "Structured")
+# Under these options as well other tokens come between, or a note is not complete with its duration.
+_MUST_BE_OFF = (
+    "use_chords",
+    "use_rests",
+    "use_key_signatures",
+    "use_sustain_pedals",
+    "use_pitch_bends",
+    "use_control_changes",
+    "use_pitch_intervals",
+)
+_MUST_BE_ON = ("use_pitchdrum_tokens",)
+_MUST_BE_ALL = ("use_note_duration_programs", "programs")
+
+# The type of the token that completes a note.
+NOTE_END = "Duration"
 
 # From the begin of a sequence, or from any note, the next note is complete within this many base tokens.
 MAX_SILENT_TOKENS = 16
@@ -73,10 +93,12 @@ class MidiGrammar(LogitsProcessor):
             would open one more, it ends: the probability of a further bar goes to end-of-sequence.
 
     Raises:
+        InputError: if the tokenizer is not REMI, TSD or Structured, or an option adds tokens the rules do not know.
         ValueError: if `max_bars` is less than 1, or the tokenization has no bar tokens.
     """
 
     def __init__(self, tokenizer: MusicTokenizer, max_empty_bars: int = 2, max_bars: int | None = None) -> None:
+        _check_supported(tokenizer)
         if max_bars is not None and (max_bars < 1 or not tokenizer.token_ids_of_type("Bar")):
             raise ValueError("max_bars must be at least 1, and needs a tokenization with bars such as REMI")
         self.max_empty_bars = max_empty_bars
@@ -150,6 +172,18 @@ class MidiGrammar(LogitsProcessor):
         return state, silence, empty, bars
 
 
+def _check_supported(tokenizer: MusicTokenizer) -> None:
+    name = type(tokenizer).__name__
+    if name not in SUPPORTED:
+        raise InputError(f"the grammar knows {', '.join(SUPPORTED)}, not {name}: generate without it")
+    config = tokenizer.config
+    wrong = [option for option in _MUST_BE_OFF if getattr(config, option)]
+    wrong += [option for option in _MUST_BE_ON if not getattr(config, option)]
+    wrong += [option for option in _MUST_BE_ALL if getattr(config, option) != set(range(-1, 128))]
+    if wrong:
+        raise InputError(f"the grammar does not know tokenizers with this {wrong[0]!r}: generate without it")
+
+
 def _tables(tokenizer: MusicTokenizer) -> dict[str, Tensor]:
     """Everything that is known of every id beforehand: the fields of `_Meaning`, of shape (vocab,) each; `follows` of
     shape (types, vocab); `distance` of shape (types,); `left` of shape (vocab, 6) and `begin_state` of shape (6,).
@@ -186,7 +220,9 @@ def _followers(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
         graph[kind].discard("TimeSig")
     if time == "Bar":
         graph.get("TimeSig", set()).intersection_update({"Bar", "Position"})
-    graph["BOS"] = {"Bar"} if time == "Bar" else graph["TimeShift"] | {"TimeShift"}
+    graph["BOS"] = {time}
+    if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
+        graph["BOS"] |= graph[time]
     graph[NOTE_END].add("EOS")
     # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
     graph["EOS"] = {"EOS"}

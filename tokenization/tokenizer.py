@@ -1,114 +1,118 @@
-"""MidiTok tokenizers of one stream, and the same tokenizer as a plain `transformers` one.
+"""Pieces to ids and back with a MidiTok tokenizer of one stream, and the subword models that shorten them.
 
 A piece is one sequence of *base tokens* such as `Bar_None TimeSig_4/4 Position_0 Program_0 Pitch_60 Velocity_63
-Duration_1.0.12`. Byte-pair encoding then merges frequent successions within a bar into one id and loses nothing:
-with 1,000 ids the sequences of chorales become 3.0 times shorter, those of folk tunes 3.6 times.
+Duration_1.0.12`. A subword model, byte-pair encoding or unigram, then writes frequent successions within a bar as one
+id and loses nothing: with 1,000 ids of BPE the sequences of chorales become 3.0 times shorter, those of folk tunes
+3.6 times.
 """
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import miditok
-from miditok import MusicTokenizer, TokenizerConfig, TokSequence
-from symusic.core import ScoreTick
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import numpy as np
+from miditok import MusicTokenizer, Structured, TokSequence
+from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
+from tokenizers import Tokenizer, models, trainers
 from transformers.utils.hub import cached_file
 
 from midimamba.errors import InputError
+from midimamba.tokenization.hf_tokenizer import fast_tokenizer, word_starts
+from midimamba.tokenization.ingest import MidiRefusedError
+from midimamba.tokenization.tokenizations import BOS, EOS, PAD, TOKENIZATIONS, build_tokenizer, check_tokenization
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "MIDITOK_FILE",
+    "PAD",
+    "SUBWORD_MODELS",
+    "TOKENIZATIONS",
+    "base_ids",
+    "build_tokenizer",
+    "check_subword_model",
+    "check_vocab_size",
+    "expand_ids",
+    "fast_tokenizer",
+    "load_tokenizer",
+    "merge_ids",
+    "normalize_score",
+    "train_on_ids",
+    "train_tokenizer",
+]
 
 MIDITOK_FILE = "miditok.json"
-PAD, BOS, EOS = "PAD_None", "BOS_None", "EOS_None"
-BAR = "Bar_None"
-# The type of the token that completes a note.
-NOTE_END = "Duration"
-
-# Only these write one stream for all tracks, decode whatever a model may sample, and can be trained.
-TOKENIZATIONS = ("REMI", "TSD")
-
-_DEFAULTS: dict[str, Any] = {
-    # MidiTok's own default range silently drops the lowest and the highest notes, and drums outside General MIDI 2.
-    "pitch_range": (0, 127),
-    "drums_pitch_range": (0, 127),
-    # 12 positions a beat hold sixteenths and triplets exactly; notes longer than a bar of 4/4 need less precision.
-    "beat_res": {(0, 4): 12, (4, 12): 4},
-    "num_velocities": 32,
-    "use_tempos": True,
-    # 32 tempos in equal ratios: 6 % apart, about what a listener tells apart.
-    "log_tempos": True,
-    "delete_equal_successive_tempo_changes": True,
-    "use_time_signatures": True,
-    # The meters of MidiTok's default and a few more; one that is missing here is ignored, its notes are kept.
-    "time_signature_range": {4: [1, 2, 3, 4, 5, 6, 7, 8], 8: [3, 5, 6, 7, 9, 12]},
-}
-
-# One stream for all tracks, a program token at every change of instrument, special tokens with ids 0, 1, 2.
-_FIXED: dict[str, Any] = {
-    "use_programs": True,
-    "one_token_stream_for_programs": True,
-    "program_changes": True,
-    "special_tokens": ["PAD", "BOS", "EOS"],
-}
-
-# What may be chosen. Under MidiTok's other options a note is not always Pitch, Velocity, Duration, or a bar has no
-# token of its own, and the grammar could promise nothing.
-OPTIONS = frozenset(
-    {
-        "beat_res",
-        "num_tempos",
-        "num_velocities",
-        "tempo_range",
-        "time_signature_range",
-        "use_tempos",
-        "use_time_signatures",
-        "use_velocities",
-    }
-)
+SUBWORD_MODELS = ("BPE", "Unigram")
 
 
-def build_tokenizer(tokenization: str = "REMI", **options: Any) -> MusicTokenizer:
-    """Build an untrained MidiTok tokenizer that writes all tracks of a piece as one sequence.
+def normalize_score(score: ScoreTick) -> ScoreTick:
+    """The score as it is written: what MidiTok would lose is put into its terms, what nobody hears is left out.
+
+    - Meters of half notes are written with quarters (3/2 as 6/4), which MidiTok would otherwise drop.
+    - Changes of tempo or meter that apply to no note are removed: those after the last onset, and a meter that
+      would begin with the bar line after it.
+
+    For every score, `base_ids(tokenizer, score)` is `tokenizer.encode(normalize_score(score), encode_ids=False).ids`.
 
     Args:
-        tokenization (`str`, *optional*, defaults to `"REMI"`):
-            `"REMI"` (time as bars and positions) or `"TSD"` (time as shifts).
-        options:
-            Fields of `miditok.TokenizerConfig` named in `OPTIONS` that replace this package's choice.
+        score (`symusic.Score`):
+            Times in ticks. It is left as it is.
 
-    Raises:
-        InputError: if the tokenization is another one, or an option is not one of `OPTIONS`.
+    Returns:
+        `symusic.Score`: a copy.
     """
-    if tokenization not in TOKENIZATIONS:
-        raise InputError(f"tokenization {tokenization!r} is not supported: choose one of {', '.join(TOKENIZATIONS)}")
-    if unusable := sorted(set(options) - OPTIONS):
-        raise InputError(f"tokenizer option {unusable[0]!r} cannot be set: choose among {', '.join(sorted(OPTIONS))}")
-    # TSD has no bar tokens, so a text cannot be split where MidiTok would split by time.
-    split = "bar" if tokenization == "REMI" else "no"
-    config = TokenizerConfig(**{**_DEFAULTS, **options, **_FIXED, "encode_ids_split": split})
-    return getattr(miditok, tokenization)(config)
+    score = score.copy()
+    for meter in score.time_signatures:
+        if meter.denominator == 2:
+            meter.numerator, meter.denominator = meter.numerator * 2, 4
+    last = _onsets(score).max(initial=0)
+    score.tempos = TempoTickList([tempo for tempo in score.tempos if tempo.time <= last])
+    score.time_signatures = _meters_until(last, score)
+    return score
+
+
+def _onsets(score: ScoreTick) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *(track.notes.numpy()["time"] for track in score.tracks)])
+
+
+def _meters_until(last: int, score: ScoreTick) -> TimeSignatureTickList:
+    """The meters that begin by tick `last`, given that MidiTok lets a meter begin with the next bar line."""
+    kept = []
+    line, bar = 0.0, 4.0 * score.ticks_per_quarter
+    for meter in sorted(score.time_signatures, key=lambda meter: meter.time):
+        late = (meter.time - line) % bar
+        # Less than a position, a twelfth of a beat, behind the bar line is on it.
+        begin = meter.time - late + (bar if late >= score.ticks_per_quarter / 12 else 0)
+        if begin <= last:
+            kept.append(meter)
+            line, bar = begin, meter.numerator * 4 * score.ticks_per_quarter / meter.denominator or bar
+    return TimeSignatureTickList(kept)
 
 
 def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[int]:
-    """The ids of a score's base tokens, before byte-pair encoding, from the first bar to the last note.
+    """The ids of the base tokens of a score, normalised by [`normalize_score`], before any subword model.
 
-    What MidiTok appends for tempo and time signature changes after the last note is cut off: nobody hears it.
-    Meters of half notes are written with quarters (3/2 as 6/4), which MidiTok would otherwise drop.
+    Raises:
+        MidiRefusedError: if the tokenization cannot write the piece: Structured has no time shift for a long pause.
     """
-    if any(signature.denominator == 2 for signature in score.time_signatures):
-        score = score.copy()
-        for meter in score.time_signatures:
-            if meter.denominator == 2:
-                meter.numerator, meter.denominator = meter.numerator * 2, 4
-    ids: list[int] = tokenizer.encode(score, encode_ids=False).ids
-    ends = set(tokenizer.token_ids_of_type(NOTE_END))
-    length = next((i + 1 for i in reversed(range(len(ids))) if ids[i] in ends), 0)
-    return ids[:length]
+    if type(tokenizer) is Structured:
+        _check_pauses(tokenizer, score)
+    return tokenizer.encode(normalize_score(score), encode_ids=False).ids
+
+
+def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:
+    """MidiTok's Structured shortens a pause for which it has no time shift, and all that follows comes too early."""
+    limit = max(last for _, last in tokenizer.config.beat_res)
+    onsets = np.sort(_onsets(score))
+    if np.diff(onsets, prepend=0).max(initial=0) > limit * score.ticks_per_quarter:
+        raise MidiRefusedError(f"no note begins for more than {limit} quarter notes, which Structured cannot write")
 
 
 def merge_ids(tokenizer: MusicTokenizer, ids: Sequence[int]) -> list[int]:
-    """Apply the trained byte-pair encoding to base ids; an untrained tokenizer returns them as they are."""
+    """Apply the trained subword model to base ids; an untrained tokenizer returns them as they are."""
     if not tokenizer.is_trained:
         return list(ids)
     return tokenizer._model.encode(_words(tokenizer, ids), is_pretokenized=True).ids
@@ -121,8 +125,10 @@ def expand_ids(tokenizer: MusicTokenizer, ids: Sequence[int]) -> list[int]:
     return sequence.ids
 
 
-def train_tokenizer(tokenizer: MusicTokenizer, scores: Iterable[ScoreTick], vocab_size: int) -> None:
-    """Learn byte-pair encoding from scores, in place.
+def train_tokenizer(
+    tokenizer: MusicTokenizer, scores: Iterable[ScoreTick], vocab_size: int, model: str = "BPE"
+) -> None:
+    """Learn a subword model from scores, in place.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
@@ -131,18 +137,58 @@ def train_tokenizer(tokenizer: MusicTokenizer, scores: Iterable[ScoreTick], voca
             The training split only.
         vocab_size (`int`):
             Number of ids afterwards. Fewer are learned where the scores hold too few different successions.
+        model (`str`, *optional*, defaults to `"BPE"`):
+            `"BPE"` (byte-pair encoding) or `"Unigram"`. Base tokens keep their ids under both.
 
     Raises:
-        InputError: if `vocab_size` is not larger than the number of base tokens.
+        InputError: if `vocab_size` is not larger than the number of base tokens, or `model` is another one.
     """
-    train_on_ids(tokenizer, (base_ids(tokenizer, score) for score in scores), vocab_size)
+    train_on_ids(tokenizer, (base_ids(tokenizer, score) for score in scores), vocab_size, model)
 
 
-def train_on_ids(tokenizer: MusicTokenizer, pieces: Iterable[Sequence[int]], vocab_size: int) -> None:
-    """[`train_tokenizer`] on pieces that are base ids already."""
+def train_on_ids(
+    tokenizer: MusicTokenizer, pieces: Iterable[Sequence[int]], vocab_size: int, model: str = "BPE"
+) -> None:
+    """[`train_tokenizer`] on pieces that are base ids already.
+
+    MidiTok's own `train` is not used: it adds a word-start symbol that means no music, writes the special tokens of
+    Unigram with three characters each, gives base tokens new ids under Unigram, and splits at MMM's track tokens only
+    when it encodes.
+    """
     check_vocab_size(tokenizer, vocab_size)
-    # A model instead of its name "BPE" keeps MidiTok from adding a word-start symbol, an id that means no music.
-    tokenizer.train(vocab_size, model=models.BPE(), iterator=[_words(tokenizer, piece) for piece in pieces])
+    check_subword_model(model)
+    alphabet = [tokenizer._vocab_base_id_to_byte[index] for index in range(len(tokenizer.vocab))]
+    words = [_words(tokenizer, piece) for piece in pieces]
+    learn = _learn_unigram if model == "Unigram" else _learn_bpe
+    tokenizer._model = learn(alphabet, words, vocab_size)
+    # What MidiTok derives from its model when it loads one.
+    tokens = tokenizer._vocab_base_byte_to_token
+    tokenizer._vocab_learned_bytes_to_tokens = {
+        piece: [tokens[symbol] for symbol in piece] for piece in tokenizer._model.get_vocab()
+    }
+
+
+def _learn_bpe(alphabet: list[str], words: list[list[str]], vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding whose first ids are the alphabet: its characters ascend, and the trainer sorts them."""
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(words, trainer)
+    return learner
+
+
+def _learn_unigram(alphabet: list[str], words: list[list[str]], vocab_size: int) -> Tokenizer:
+    """A unigram model whose first ids are the alphabet, then the learned pieces, the likeliest first."""
+    learner = Tokenizer(models.Unigram())
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(words, trainer)
+    # The trainer adds numbers up in any order, hence rounded. Symbols that it dropped it puts back, 0.0001 apart from
+    # the lowest score up, again in any order, hence levelled.
+    learned = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
+    lowest = min(learned.values())
+    put_back = lowest + 0.0001 * len(alphabet)
+    scores = [learned.pop(symbol) for symbol in alphabet]
+    base = [(symbol, score if score > put_back else lowest) for symbol, score in zip(alphabet, scores, strict=True)]
+    return Tokenizer(models.Unigram(base + sorted(learned.items(), key=lambda item: (-item[1], item[0])), None, False))
 
 
 def check_vocab_size(tokenizer: MusicTokenizer, vocab_size: int) -> None:
@@ -154,68 +200,19 @@ def check_vocab_size(tokenizer: MusicTokenizer, vocab_size: int) -> None:
         )
 
 
+def check_subword_model(model: str) -> None:
+    """Raise an [`InputError`] if `model` is not one of `SUBWORD_MODELS`."""
+    if model not in SUBWORD_MODELS:
+        reason = " (it loses music: a word it does not know becomes one unknown id)" if model == "WordPiece" else ""
+        raise InputError(f"subword model {model!r} is not supported{reason}: choose {' or '.join(SUBWORD_MODELS)}")
+
+
 def _words(tokenizer: MusicTokenizer, ids: Sequence[int]) -> list[str]:
-    """MidiTok's one-character symbols of base ids, split before every bar so that no merge crosses a bar line."""
+    """MidiTok's one-character symbols of base ids, split before every token that begins a word."""
+    starts = {tokenizer.vocab[token] for token in word_starts(tokenizer)}
+    cuts = [0, *(index for index, token in enumerate(ids) if token in starts and index), len(ids)]
     symbols: str = tokenizer._ids_to_bytes(list(ids), as_one_str=True)
-    if BAR not in tokenizer.vocab:
-        return [symbols]
-    bar = tokenizer._vocab_base_id_to_byte[tokenizer.vocab[BAR]]
-    before, *bars = symbols.split(bar)
-    return ([before] if before else []) + [bar + rest for rest in bars]
-
-
-def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
-    """The same tokenizer for text: base tokens joined by spaces, with MidiTok's ids, whether trained or not.
-
-    It is a plain `tokenizers` pipeline, so that `AutoTokenizer` loads what it saves without this package. A normalizer
-    writes every base token as one private character, a bar starts a word, MidiTok's own merges apply, and the
-    decoder writes the characters as tokens again. Text that is no base token is dropped.
-    """
-    vocab: dict[str, int] = tokenizer.vocab
-    special = [token for token in (PAD, BOS, EOS) if token in vocab]
-    # MidiTok's symbols start at "!": shifted to Unicode's private area, no text can be mistaken for one.
-    symbols = {token: chr(0xE000 + index) for token, index in vocab.items() if token not in special}
-    private = {tokenizer._vocab_base_id_to_byte[vocab[token]]: symbol for token, symbol in symbols.items()}
-    pipeline = Tokenizer(_private_model(tokenizer, str.maketrans(private), special, symbols))
-    # The longest first, or Pitch_6 would match the start of Pitch_60.
-    longest_first = sorted(symbols, key=len, reverse=True)
-    pipeline.normalizer = normalizers.Sequence(
-        [*(normalizers.Replace(token, symbols[token]) for token in longest_first), normalizers.Replace(" ", "")]
-    )
-    if BAR in symbols:
-        pipeline.pre_tokenizer = pre_tokenizers.Split(symbols[BAR], "merged_with_next")
-    written = {token: token for token in special} | {symbol: token for token, symbol in symbols.items()}
-    pipeline.decoder = decoders.Sequence(
-        [
-            decoders.Fuse(),
-            *(decoders.Replace(symbol, f"{token} ") for symbol, token in written.items()),
-            decoders.Strip(" ", 0, 1),
-        ]
-    )
-    pipeline.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pipeline,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def _private_model(
-    tokenizer: MusicTokenizer, private: dict[int, str], special: list[str], symbols: dict[str, str]
-) -> models.BPE:
-    vocab = {token: tokenizer.vocab[token] for token in special}
-    vocab |= {symbol: tokenizer.vocab[token] for token, symbol in symbols.items()}
-    if not tokenizer.is_trained:
-        return models.BPE(vocab=vocab, merges=[])
-    learned = json.loads(tokenizer._model.to_str())["model"]
-    base_size = len(tokenizer.vocab)
-    vocab |= {word.translate(private): index for word, index in learned["vocab"].items() if index >= base_size}
-    merges = [(left.translate(private), right.translate(private)) for left, right in learned["merges"]]
-    return models.BPE(vocab=vocab, merges=merges)
+    return [symbols[first:last] for first, last in pairwise(cuts)]
 
 
 def load_tokenizer(name: str, **hub_options: Any) -> MusicTokenizer:
@@ -236,6 +233,5 @@ def load_tokenizer(name: str, **hub_options: Any) -> MusicTokenizer:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{name} is no MIDI model: its {MIDITOK_FILE} cannot be read ({reason})") from error
-    if tokenization not in TOKENIZATIONS:
-        raise InputError(f"{path} is for {tokenization!r}: supported are {', '.join(TOKENIZATIONS)}")
+    check_tokenization(tokenization)
     return getattr(miditok, tokenization)(params=path)

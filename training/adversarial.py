@@ -36,6 +36,7 @@ def main() -> None:
 
     from midimamba.errors import InputError
     from midimamba.hub_cards.publish import publish
+    from midimamba.tokenization.augmentation import Augmentation
     from midimamba.training.adversarial_config import AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.scripts import (
@@ -49,11 +50,15 @@ def main() -> None:
         warn_of_a_lost_process,
     )
 
-    parser = RecipeParser((AdversarialArguments, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE)
-    script_args, training_args = parser.parse_recipe()
+    parser = RecipeParser(
+        (AdversarialArguments, Augmentation, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE
+    )
+    script_args, augmentation, training_args = parser.parse_recipe()
     warn_of_a_lost_process()
     resume = find_resume_point(training_args)
-    train, validation, processor = load_blocks(script_args.data, training_args.sequence_length)
+    train, validation, processor = load_blocks(
+        script_args.data, training_args.sequence_length, augmentation, training_args.seed
+    )
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
     discriminator = load_discriminator(script_args, processor)
@@ -74,7 +79,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         output = Path(training_args.output_dir)
         d_output = output.with_name(f"{output.name}-discriminator")
-        arguments = (training_args, script_args)
+        arguments = (training_args, augmentation, script_args)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
         save_model(output, trainer.generator, processor, arguments=arguments)

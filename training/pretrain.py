@@ -33,6 +33,7 @@ def main() -> None:
 
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.tokenization.augmentation import Augmentation
     from midimamba.training.data import stack_blocks
     from midimamba.training.scripts import (
         RecipeParser,
@@ -44,11 +45,13 @@ def main() -> None:
         warn_of_a_lost_process,
     )
 
-    parser = RecipeParser((PretrainArguments, TrainingArguments), prog="pretrain.py", epilog=EXAMPLE)
-    script_args, training_args = parser.parse_recipe()
+    parser = RecipeParser((PretrainArguments, Augmentation, TrainingArguments), prog="pretrain.py", epilog=EXAMPLE)
+    script_args, augmentation, training_args = parser.parse_recipe()
     warn_of_a_lost_process()
     resume = find_resume_point(training_args)
-    train, validation, processor = load_blocks(script_args.data, script_args.sequence_length)
+    train, validation, processor = load_blocks(
+        script_args.data, script_args.sequence_length, augmentation, training_args.seed
+    )
     set_seed(training_args.seed)
     if script_args.model:
         model = load_generator(script_args.model, processor)
@@ -81,7 +84,10 @@ def main() -> None:
         output = Path(training_args.output_dir)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         save_model(
-            output, trainer.accelerator.unwrap_model(trainer.model), processor, arguments=(training_args, script_args)
+            output,
+            trainer.accelerator.unwrap_model(trainer.model),
+            processor,
+            arguments=(training_args, augmentation, script_args),
         )
         announce(f"the generator is in {output}")
     trainer.end()

@@ -21,6 +21,7 @@ from midimamba.errors import InputError
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.tokenization.augmentation import Augmentation, AugmentedBlocks
 from midimamba.tokenization.corpus import load_corpus, pack_blocks
 from midimamba.tokenization.processor import MidiProcessor
 
@@ -68,14 +69,21 @@ def warn_of_a_lost_process() -> None:
         )
 
 
-def load_blocks(data: str, length: int) -> tuple[Dataset, Dataset, MidiProcessor]:
+def load_blocks(
+    data: str, length: int, augmentation: Augmentation, seed: int
+) -> tuple[Dataset | AugmentedBlocks, Dataset, MidiProcessor]:
     """Training and validation blocks of `length` tokens from a tokenized corpus, with its processor.
+
+    Only the training blocks are augmented.
 
     Raises:
         InputError: if `data` is no corpus, or a split is shorter than one block.
     """
     splits, processor = load_corpus(Path(data))
-    return pack_blocks(splits["train"], length), pack_blocks(splits["validation"], length), processor
+    train, validation = (pack_blocks(splits[name], length) for name in ("train", "validation"))
+    if augmentation:
+        train = AugmentedBlocks(splits["train"], processor, length, augmentation, seed)
+    return train, validation, processor
 
 
 def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:

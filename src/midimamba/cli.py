@@ -95,6 +95,8 @@ def info(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from midimamba.tokenization.tokenizations import TOKENIZATIONS
+
     parser = argparse.ArgumentParser(
         prog="midimamba",
         description="Mamba language models for MIDI.",
@@ -120,10 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
         "midimamba tokenize my-midi-folder --out data --vocab-size 1000",
     )
     command.add_argument(
-        "source", help="a folder of MIDI files, searched recursively; or `chorales`, Bach's from music21"
+        "source",
+        help="a folder of MIDI files and archives of them, searched recursively; a .zip or .tar archive; "
+        "or `chorales`, Bach's from music21",
     )
     command.add_argument("--out", type=Path, required=True, help="folder to make")
-    command.add_argument("--tokenization", default="REMI", choices=["REMI", "TSD"], help="MidiTok's tokenization")
+    command.add_argument("--tokenization", default="REMI", choices=TOKENIZATIONS, help="MidiTok's tokenization")
     command.add_argument("--vocab-size", type=int, default=1000, help="token ids after byte-pair encoding")
     command.add_argument("--valid-fraction", type=float, default=0.1, help="share of the pieces for validation")
     command.add_argument("--test-fraction", type=float, default=0.1, help="share of the pieces for the final test")

@@ -1,20 +1,23 @@
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
+import zipfile
 from collections.abc import Callable
-from multiprocessing import get_start_method
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from symusic.core import ScoreTick
+from symusic import Score
 
 from midimamba.errors import InputError
 from midimamba.tokenization import corpus
 from midimamba.tokenization.corpus import SPLITS, load_corpus, pack_blocks, tokenize_corpus
-from midimamba.tokenization.ingest import read_score
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, read_score
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 
 MidiFolder = Callable[[int], Path]
@@ -78,16 +81,16 @@ def test_adding_files_moves_no_piece(midi_folder: MidiFolder, tmp_path: Path) ->
 @pytest.mark.parametrize("seed", range(4))
 def test_no_split_of_a_small_corpus_is_empty(pieces: int, seed: int) -> None:
     made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(pieces)]
-    splits = corpus._split(made, valid_fraction=0.1, test_fraction=0.1, seed=seed)
+    splits = corpus._split(made, valid_fraction=0.1, test_fraction=0.1, seed=seed, given={})
     assert all(splits[split] for split in SPLITS)
     assert sorted(piece.name for split in splits.values() for piece in split) == [piece.name for piece in made]
     # No test split is wanted: none is filled.
-    assert corpus._split(made, valid_fraction=0.1, test_fraction=0.0, seed=seed)["test"] == []
+    assert corpus._split(made, valid_fraction=0.1, test_fraction=0.0, seed=seed, given={})["test"] == []
 
 
 def test_splits_have_about_the_asked_sizes() -> None:
     made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(4000)]
-    splits = corpus._split(made, valid_fraction=0.2, test_fraction=0.1, seed=0)
+    splits = corpus._split(made, valid_fraction=0.2, test_fraction=0.1, seed=0, given={})
     assert len(splits["validation"]) == pytest.approx(800, abs=100)
     assert len(splits["test"]) == pytest.approx(400, abs=75)
 
@@ -95,31 +98,150 @@ def test_splits_have_about_the_asked_sizes() -> None:
 def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(5)
     (folder / "empty.mid").touch()
+    (folder / "archive.tgz").write_bytes(b"no archive")
+    Score(480).dump_midi(str(folder / "silent.mid"))
+    (folder / "large.mid").write_bytes(bytes(MAX_FILE_BYTES + 1))
     (folder / "more" / "broken.mid").write_bytes((folder / "000.mid").read_bytes()[:40])
     report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
     rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [row["path"] for row in rows] == ["empty.mid", "more/broken.mid"]
-    assert rows[0]["reason"] == "the file is empty"
-    assert report["refused"] == 2
+    assert [row["path"] for row in rows] == ["archive.tgz", "empty.mid", "large.mid", "more/broken.mid", "silent.mid"]
+    assert [row["stage"] for row in rows] == ["read", "read", "read", "read", "check"]
+    assert [list(row) for row in rows] == [["path", "sha256", "stage", "reason"]] * 5
+    assert rows[1]["reason"] == "the file is empty"
+    assert rows[4]["reason"] == "it holds no notes"
+    for row in rows:
+        digest = hashlib.sha256((folder / row["path"]).read_bytes()).hexdigest()
+        assert row["sha256"] == (None if row["path"] == "large.mid" else digest)  # it was not even opened
+    assert report["refused"] == 5
     assert len(splits_of(tmp_path / "out")) == 5
 
 
-@pytest.mark.skipif(get_start_method() != "fork", reason="workers must inherit the patched reader")
-def test_a_file_that_kills_its_reader_is_quarantined(
-    midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def stop_at(stage: str, name: str, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker do something at a stage of the file that has `name` as its only track's name."""
+    function = {"read": "parse_midi", "check": "check_score", "tokenize": "_tokenize"}[stage]
+    original = getattr(corpus, function)
+
+    def misbehave(*arguments: object) -> object:
+        if any(name in str(argument) or name.encode() in bytes_of(argument) for argument in arguments):
+            action()
+        return original(*arguments)
+
+    def bytes_of(argument: object) -> bytes:
+        return argument if isinstance(argument, bytes) else getattr(argument, "dumps_midi", bytes)()
+
+    monkeypatch.setattr(corpus, function, misbehave)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers must inherit the patched reader")
+@pytest.mark.parametrize("stage", ["read", "check", "tokenize"])
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        (lambda: os._exit(1), "the process died of it (exit code 1)"),
+        (lambda: time.sleep(60), "it took longer than 1 seconds"),
+        (lambda: bytearray(2**31), "it took more than 1 GB of memory"),
+        (lambda: [][1], "IndexError: list index out of range"),
+    ],
+)
+def test_a_file_on_which_reading_fails_is_quarantined_with_the_stage(
+    action: Callable[[], object],
+    reason: str,
+    stage: str,
+    midi_folder: MidiFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = midi_folder(6)
+    marked = Score.from_file(str(folder / "002.mid"))
+    marked.tracks[0].name = "the culprit"
+    marked.dump_midi(str(folder / "002.mid"))
+    monkeypatch.setattr(corpus, "MAX_SECONDS", 1.0)
+    stop_at(stage, "the culprit", action, monkeypatch)
+    reports = []
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        reports.append(tokenize_corpus(str(folder), out, vocab_size=None, num_workers=workers))
+        (row,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+        digest = hashlib.sha256((folder / "002.mid").read_bytes()).hexdigest()
+        assert row == {"path": "002.mid", "sha256": digest, "stage": stage, "reason": reason}
+        assert len(splits_of(out)) == 5
+    assert reports[0] == reports[1]
 
-    def fatal(path: Path) -> ScoreTick:
-        if path.name == "002.mid":
-            os._exit(1)  # as a parser that aborts the process
-        return read_score(path)
 
-    monkeypatch.setattr(corpus, "read_score", fatal)
-    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None, num_workers=2)
-    assert report["refused"] == 1
-    assert "crashes" in (tmp_path / "out" / "quarantine.jsonl").read_text()
-    assert len(splits_of(tmp_path / "out")) == 5
+def test_a_file_that_was_read_leniently_is_counted(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(3)
+    sound = (folder / "000.mid").read_bytes()
+    at = sound.index(b"\xff\x2f\x00\x4d\x54\x72\x6b")  # behind it a note's velocity can be found
+    note = next(i for i in range(at, len(sound)) if sound[i] & 0xF0 == 0x90 and sound[i + 1] < 128 > sound[i + 2])
+    (folder / "000.mid").write_bytes(sound[: note + 2] + b"\xc8" + sound[note + 3 :])
+    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
+    assert (report["sanitized"], report["refused"]) == (1, 0)
+    assert len(splits_of(tmp_path / "out")) == 3
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in files:
+                file.write(path, path.relative_to(folder))
+    else:
+        with tarfile.open(archive, "w:gz") as file:
+            for path in reversed(files):
+                file.add(path, path.relative_to(folder))
+    return archive
+
+
+@pytest.mark.parametrize("name", ["music.zip", "music.tar.gz"])
+def test_an_archive_is_the_same_corpus_as_its_folder(name: str, midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(8)
+    (folder / "broken.mid").write_bytes(b"broken")
+    archive = pack(folder, tmp_path / name)
+    corpora = {}
+    for source, prefix in ((folder, ""), (archive, f"{name}/")):
+        out = tmp_path / f"out-{source.name}"
+        tokenize_corpus(str(source), out, vocab_size=None, limit=7)
+        dataset, _ = load_corpus(out)
+        rows = {
+            row["name"].removeprefix(prefix): (row["input_ids"], row["num_notes"], row["seconds"])
+            for split in SPLITS
+            for row in dataset[split]
+        }
+        assert all(piece.startswith(prefix) for piece in splits_of(out))
+        quarantine = (out / "quarantine.jsonl").read_text().replace(prefix, "")
+        assert json.loads(quarantine)["path"] == "broken.mid"
+        corpora[prefix] = (rows, quarantine)
+    assert len(rows) == 6
+    assert corpora[""] == corpora[f"{name}/"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["music", name, "out-music", f"out-{name}"]
+    )  # nothing was unpacked
+
+
+def test_a_manifest_decides_the_splits_and_the_rest_falls_to_the_hash(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(30)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    given = {name: ("test", "validation", "train")[i % 3] for i, name in enumerate(names[:12])}
+    tokenize_corpus(str(folder), tmp_path / "hashed", vocab_size=None)
+    table = "".join(f"{name},{split.replace('validation', 'valid')}\n" for name, split in given.items())
+    (folder / "manifest.csv").write_text("file,split\n" + table)
+    with pytest.raises(InputError, match="delete it"):
+        tokenize_corpus(str(folder), tmp_path / "hashed", vocab_size=None)  # these splits are no longer the source's
+    report = tokenize_corpus(str(folder), tmp_path / "given", vocab_size=None)
+    assert report["split_by"] == {"manifest": 12, "hash": 18}
+    splits, hashed = splits_of(tmp_path / "given"), splits_of(tmp_path / "hashed")
+    assert {name: splits[name] for name in given} == given
+    assert {name: splits[name] for name in names[12:]} == {name: hashed[name] for name in names[12:]}
+
+
+def test_a_manifest_is_never_overruled_to_fill_a_split() -> None:
+    made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(6)]
+    given = {f"{i}.mid": "train" for i in range(5)}
+    splits = corpus._split(made, valid_fraction=0.1, test_fraction=0.1, seed=0, given=given)
+    assert {piece.name for piece in splits["train"]} >= set(given)
+    assert sum(map(len, splits.values())) == 6
+    with pytest.raises(InputError, match="no usable piece to train on"):
+        corpus._split(made[:5], 0.1, 0.1, 0, dict.fromkeys(given, "test"))
 
 
 def test_pieces_with_the_same_notes_are_kept_once(midi_folder: MidiFolder, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 import pytest
 import torch
 from miditok import MusicTokenizer
+from symusic.core import ScoreTick
 from transformers import MambaConfig, MambaForCausalLM
 
-from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, MidiGrammar
+from midimamba.errors import InputError
+from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, SUPPORTED, MidiGrammar
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizer import build_tokenizer, expand_ids, train_tokenizer
+from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, expand_ids, merge_ids, train_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
 # In REMI: the fewest base tokens from each type to a complete note.
@@ -74,29 +76,30 @@ def read(tokenizer: MusicTokenizer, ids: list[int], **options: int) -> Reader:
     return reader
 
 
-_EXPANDED: dict[tuple[int, int], list[str]] = {}
+# The tokenizer is kept beside its tokens, or another could get its `id`.
+_EXPANDED: dict[int, tuple[MusicTokenizer, list[list[str]]]] = {}
 
 
 def expand(tokenizer: MusicTokenizer, index: int) -> list[str]:
-    key = id(tokenizer), index
-    if key not in _EXPANDED:
-        _EXPANDED[key] = tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))
-    return _EXPANDED[key]
+    if id(tokenizer) not in _EXPANDED:
+        tokens = [tokenizer._ids_to_tokens(expand_ids(tokenizer, [i])) for i in range(tokenizer.vocab_size)]
+        _EXPANDED[id(tokenizer)] = tokenizer, tokens
+    return _EXPANDED[id(tokenizer)][1][index]
 
 
-@pytest.fixture(scope="module", params=["untrained", "trained"])
+@pytest.fixture(scope="module", params=["untrained", "BPE", "Unigram"])
 def tokenizer(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
     tokenizer = build_tokenizer()
-    if request.param == "trained":
-        train_tokenizer(tokenizer, scores, 1000)
+    if request.param != "untrained":
+        train_tokenizer(tokenizer, scores, 1000, request.param)
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=["untrained", "trained"])
+@pytest.fixture(scope="module", params=["untrained", "BPE", "Unigram"])
 def tsd(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
     tokenizer = build_tokenizer("TSD")
-    if request.param == "trained":
-        train_tokenizer(tokenizer, scores, 1000)
+    if request.param != "untrained":
+        train_tokenizer(tokenizer, scores, 1000, request.param)
     return tokenizer
 
 
@@ -138,15 +141,20 @@ def test_every_id_is_judged_as_by_reading_its_tokens(tokenizer: MusicTokenizer) 
             assert bool(allowed[EOS]) == (read(tokenizer, row[:length]).last == "Duration")
 
 
-def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, scores) -> None:
-    grammar = MidiGrammar(tokenizer)
+def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, tsd: MusicTokenizer, scores) -> None:
     for score in scores[:4]:
-        ids = [BOS, *tokenizer.encode(score).ids, EOS]
-        prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
-        for length in range(1, len(ids)):
-            prefixes[length - 1, -length:] = torch.tensor(ids[:length])
-        judged = grammar(prefixes, torch.zeros(len(prefixes), tokenizer.vocab_size))
-        assert (judged[torch.arange(len(prefixes)), torch.tensor(ids[1:])] == 0).all()
+        assert_allowed(tokenizer, score)
+        assert_allowed(tsd, score)
+
+
+def assert_allowed(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
+    """The grammar lets a model write `score`, id by id, and end there."""
+    ids = [BOS, *merge_ids(tokenizer, base_ids(tokenizer, score)), EOS]
+    prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
+    for length in range(1, len(ids)):
+        prefixes[length - 1, -length:] = torch.tensor(ids[:length])
+    judged = MidiGrammar(tokenizer)(prefixes, torch.zeros(len(prefixes), tokenizer.vocab_size))
+    assert (judged[torch.arange(len(prefixes)), torch.tensor(ids[1:])] == 0).all()
 
 
 def test_uniform_samples_are_valid_music(tokenizer: MusicTokenizer) -> None:
@@ -260,6 +268,72 @@ def test_generate_with_a_padded_batch_and_with_beams(scores) -> None:
         )
         for row in ids.tolist():
             read(processor.midi_tokenizer, [index for index in row if index > EOS])
+
+
+@pytest.mark.parametrize("name", ["MIDILike", "PerTok", "MMM", "BEAT"])
+def test_other_tokenizations_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"knows REMI, TSD, Structured, not {name}"):
+        MidiProcessor(build_tokenizer(name)).grammar()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_chords": True},
+        {"use_rests": True},
+        {"use_key_signatures": True},
+        {"use_sustain_pedals": True},
+        {"use_pitch_bends": True},
+        {"use_control_changes": True},
+        {"use_pitchdrum_tokens": False},
+        {"use_note_duration_programs": [0]},
+        {"programs": [0, 1]},
+    ],
+)
+def test_options_that_break_its_rules_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        MidiGrammar(build_tokenizer("TSD", **options))
+
+
+@pytest.mark.parametrize("model", ["BPE", "Unigram"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beat_res": {(0, 16): 6}, "use_velocities": False},
+        {"program_changes": False},
+        {"num_velocities": 4, "use_tempos": False, "use_time_signatures": False},
+        {"pitch_range": (40, 80), "drums_pitch_range": (50, 60), "log_tempos": False, "encode_ids_split": "no"},
+    ],
+)
+def test_options_that_keep_its_rules_are_honoured(model: str, options: dict[str, object], scores) -> None:
+    for name in SUPPORTED:
+        if name == "Structured" and "use_tempos" in options:
+            continue  # it has none to turn off
+        tokenizer = build_tokenizer(name, **options)
+        train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 100, model)
+        processor = MidiProcessor(tokenizer)
+        for kind in ("Bar", "TimeShift", "Program", "EOS"):
+            rows = sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=10, steps=MAX_SILENT_TOKENS)
+            assert all(processor.decode(row).note_num() > 0 for row in rows)
+        assert_allowed(tokenizer, scores[0])
+
+
+@pytest.mark.parametrize("model", ["untrained", "BPE", "Unigram"])
+@pytest.mark.parametrize("kind", ["TimeShift", "Program", "Pitch", "PitchDrum", "Velocity", "Duration", "EOS"])
+def test_structured_samples_repeat_the_five_tokens_of_a_note(kind: str, model: str, scores) -> None:
+    tokenizer = build_tokenizer("Structured")
+    if model != "untrained":
+        train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200, model)
+    processor = MidiProcessor(tokenizer)
+    for row in sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=20, steps=MAX_SILENT_TOKENS):
+        tokens = [token.split("_") for index in row for token in expand(tokenizer, index)]
+        for first in range(0, len(tokens) - 4, 5):
+            shift, (program, number), (pitch, _), velocity, duration = tokens[first : first + 5]
+            assert (shift[0], program, velocity[0], duration[0]) == ("TimeShift", "Program", "Velocity", "Duration")
+            assert pitch == ("PitchDrum" if number == "-1" else "Pitch")
+        assert len(tokens) >= 5
+        assert processor.decode(row).note_num() == len(tokens) // 5
+    assert_allowed(tokenizer, scores[0])
 
 
 def test_max_bars_needs_bars() -> None:

@@ -10,7 +10,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from midimamba.tokenization.tokenizer import SUBWORD_MODELS, TOKENIZATIONS, build_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module", params=["untrained", "trained"])
@@ -79,6 +79,33 @@ def test_save_and_load_give_the_same_processor(processor: MidiProcessor, scores,
     loaded = MidiProcessor.from_pretrained(tmp_path)
     assert loaded.vocab_size == processor.vocab_size
     assert loaded.encode(scores[0]) == processor.encode(scores[0])
+
+
+@pytest.mark.parametrize("tokenization", TOKENIZATIONS)
+@pytest.mark.parametrize("model", SUBWORD_MODELS)
+def test_every_tokenization_and_model_is_saved_loaded_and_decoded(
+    tokenization: str, model: str, scores, notes, tmp_path: Path
+) -> None:
+    tokenizer = build_tokenizer(tokenization, num_velocities=16)
+    train_tokenizer(tokenizer, scores[:20], len(tokenizer.vocab) + 100, model)
+    processor = MidiProcessor(tokenizer)
+    processor.save_pretrained(tmp_path)
+    loaded = MidiProcessor.from_pretrained(tmp_path)
+    assert loaded.vocab_size == processor.vocab_size == len(tokenizer.vocab) + 100
+    for score in scores[20:25]:
+        ids = processor.encode(score)
+        assert loaded.encode(score) == ids
+        decoded = loaded.decode([*ids, loaded.eos_token_id])
+        assert notes(decoded) == notes(processor.decode(ids))
+        # BEAT writes one note for those of one pitch that begin in the same quarter of a beat.
+        assert decoded.note_num() >= 0.95 * score.note_num()
+
+
+@pytest.mark.parametrize("tokenization", TOKENIZATIONS)
+def test_whatever_a_model_samples_decodes(tokenization: str) -> None:
+    processor = MidiProcessor(build_tokenizer(tokenization))
+    ids = torch.randint(processor.vocab_size, (50, 200), generator=torch.Generator().manual_seed(0))
+    assert len(processor.batch_decode(ids)) == 50
 
 
 def test_auto_processor_finds_it_by_name(

@@ -4,55 +4,118 @@ import sys
 from pathlib import Path
 
 import pytest
-from miditok import MusicTokenizer
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from miditok import MusicTokenizer, TokSequence
+from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
+from symusic.core import ScoreTick
 from transformers import MambaConfig
 
 from midimamba.errors import InputError
+from midimamba.tokenization.ingest import MidiRefusedError
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import (
+    SUBWORD_MODELS,
+    TOKENIZATIONS,
     base_ids,
     build_tokenizer,
     expand_ids,
     fast_tokenizer,
     load_tokenizer,
     merge_ids,
+    normalize_score,
     train_tokenizer,
 )
 
 VOCAB_SIZE = 900
+MODELS = ("untrained", "BPE", "Unigram")
 
 
-@pytest.fixture(scope="module", params=["REMI", "TSD"])
+@pytest.fixture(scope="module", params=TOKENIZATIONS)
 def tokenization(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=["untrained", "trained"])
+@pytest.fixture(scope="module", params=MODELS)
 def tokenizer(request: pytest.FixtureRequest, tokenization: str, scores) -> MusicTokenizer:
-    tokenizer = build_tokenizer(tokenization)
-    if request.param == "trained":
-        train_tokenizer(tokenizer, scores[:20], VOCAB_SIZE)
-        assert tokenizer.vocab_size == VOCAB_SIZE
+    return make_tokenizer(tokenization, request.param, scores)
+
+
+def make_tokenizer(tokenization: str, model: str, scores: list[ScoreTick], **options: object) -> MusicTokenizer:
+    tokenizer = build_tokenizer(tokenization, **options)
+    if model != "untrained":
+        size = len(tokenizer.vocab) + 200
+        train_tokenizer(tokenizer, scores[:20], size, model)
+        assert tokenizer.vocab_size == size
     return tokenizer
+
+
+def encode(tokenizer: MusicTokenizer, score: ScoreTick) -> tuple[str, list[int]]:
+    """MidiTok's own text and ids. Its PerTok changes a score that has its resolution already, hence the copy."""
+    text = " ".join(tokenizer.encode(score.copy(), encode_ids=False).tokens)
+    return text, tokenizer.encode(score.copy()).ids
 
 
 def test_special_tokens_come_first_and_agree(tokenizer: MusicTokenizer) -> None:
     fast = fast_tokenizer(tokenizer)
-    assert tokenizer.special_tokens == ["PAD_None", "BOS_None", "EOS_None"]
+    assert tokenizer.special_tokens[:3] == ["PAD_None", "BOS_None", "EOS_None"]
     assert (fast.pad_token_id, fast.bos_token_id, fast.eos_token_id) == (0, 1, 2)
     assert len(fast) == tokenizer.vocab_size
 
 
-def test_text_has_miditoks_ids_and_decodes_to_the_same_text(tokenizer: MusicTokenizer, scores) -> None:
+def test_text_has_miditoks_ids_and_decodes_to_the_same_text(tokenizer: MusicTokenizer, random_score) -> None:
     fast = fast_tokenizer(tokenizer)
-    for score in scores:
-        text = " ".join(tokenizer.encode(score, encode_ids=False).tokens)
-        ids = tokenizer.encode(score).ids
+    for seed in range(100, 130):
+        score = normalize_score(random_score(seed, bars=seed % 7 + 1, drums=bool(seed % 3)))
+        text, ids = encode(tokenizer, score)
         assert fast(text, add_special_tokens=False)["input_ids"] == ids
         assert fast.decode(ids) == text
-        assert expand_ids(tokenizer, ids) == base_ids(tokenizer, score)
         assert merge_ids(tokenizer, base_ids(tokenizer, score)) == ids
+        assert expand_ids(tokenizer, ids) == base_ids(tokenizer, score)
+
+
+def test_base_ids_are_miditoks_ids_of_the_normalised_score(tokenization: str, random_score) -> None:
+    tokenizer = build_tokenizer(tokenization)
+    for seed in range(20):
+        score = random_score(seed)
+        score.time_signatures.append(TimeSignature(score.end() // 2, 3, 2))
+        score.tempos.append(Tempo(score.end() + 4800, 70.0))
+        normalised = normalize_score(score)
+        assert base_ids(tokenizer, score) == tokenizer.encode(normalised.copy(), encode_ids=False).ids
+        assert normalize_score(normalised) == normalised
+
+
+@pytest.mark.parametrize("base", ["REMI", "TSD"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("split", ["bar", "no"])
+def test_mmm_over_either_tokenization_is_identical_too(base: str, model: str, split: str, scores) -> None:
+    if (base, split) == ("TSD", "bar"):
+        with pytest.raises(InputError, match="no tokens to split at"):
+            build_tokenizer("MMM", base_tokenizer=base, encode_ids_split=split)
+        return
+    tokenizer = make_tokenizer("MMM", model, scores, base_tokenizer=base, encode_ids_split=split)
+    fast = fast_tokenizer(tokenizer)
+    for score in scores[20:30]:
+        text, ids = encode(tokenizer, normalize_score(score))
+        assert fast(text)["input_ids"] == merge_ids(tokenizer, base_ids(tokenizer, score)) == ids
+        assert fast.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_chords": True, "chord_tokens_with_root_note": True, "chord_unknown": (2, 6)},
+        {"use_sustain_pedals": True, "use_key_signatures": True, "use_rests": True},
+        # More tokens than Unicode's smaller private area has characters.
+        {"use_control_changes": True, "control_change_numbers": range(128), "control_change_n_bins": 128},
+    ],
+)
+def test_options_that_add_tokens_keep_the_ids_identical(options: dict[str, object], scores) -> None:
+    tokenizer = build_tokenizer("REMI", **options)
+    fast = fast_tokenizer(tokenizer)
+    score = normalize_score(scores[0])
+    score.tracks[0].controls.extend([ControlChange(480 * beat, 7, 5 * beat) for beat in range(8)])
+    text, ids = encode(tokenizer, score)
+    assert fast(text)["input_ids"] == base_ids(tokenizer, score) == ids
+    assert fast.decode(ids) == text
 
 
 def test_every_base_token_is_found_alone_and_beside_special_tokens(tokenizer: MusicTokenizer) -> None:
@@ -69,55 +132,142 @@ def test_text_that_is_no_token_means_nothing(tokenizer: MusicTokenizer) -> None:
     assert fast_tokenizer(tokenizer)('! " hello # ÿ')["input_ids"] == []
 
 
-def test_training_shortens_and_is_deterministic(tokenization: str, scores) -> None:
-    first, second = build_tokenizer(tokenization), build_tokenizer(tokenization)
-    train_tokenizer(first, scores, VOCAB_SIZE)
-    train_tokenizer(second, scores, VOCAB_SIZE)
+@pytest.mark.parametrize("model", SUBWORD_MODELS)
+def test_training_shortens_and_is_deterministic(tokenization: str, model: str, scores) -> None:
+    first, second = (make_tokenizer(tokenization, model, scores) for _ in range(2))
+    assert first._model.to_str() == second._model.to_str()
     base = base_ids(first, scores[0])
-    assert merge_ids(first, base) == merge_ids(second, base)
     assert len(merge_ids(first, base)) < len(base)
 
 
-def test_no_merge_crosses_a_bar_line(scores) -> None:
-    tokenizer = build_tokenizer()
-    train_tokenizer(tokenizer, scores, VOCAB_SIZE)
+@pytest.mark.parametrize("model", SUBWORD_MODELS)
+@pytest.mark.parametrize("name", ["REMI", "MMM", "BEAT"])
+def test_no_subword_crosses_a_bar_line_or_a_track(name: str, model: str, scores) -> None:
+    tokenizer = make_tokenizer(name, model, scores)
     for index in range(3, tokenizer.vocab_size):
         tokens = tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))
-        assert "Bar_None" not in tokens[1:]
+        assert not {"Bar_None", "Track_Start"} & set(tokens[1:])
+
+
+@pytest.mark.parametrize("model", SUBWORD_MODELS)
+def test_base_tokens_keep_their_ids(tokenization: str, model: str, scores) -> None:
+    tokenizer = make_tokenizer(tokenization, model, scores)
+    base = list(range(len(tokenizer.vocab)))
+    assert expand_ids(tokenizer, base) == base
+
+
+def test_other_subword_models_are_refused(scores) -> None:
+    with pytest.raises(InputError, match=r"WordPiece.*loses music.*BPE or Unigram"):
+        train_tokenizer(build_tokenizer(), scores, VOCAB_SIZE, "WordPiece")
+    with pytest.raises(InputError, match="BPE or Unigram"):
+        train_tokenizer(build_tokenizer(), scores, VOCAB_SIZE, "bpe")
 
 
 def test_a_saved_tokenizer_is_the_same(tokenizer: MusicTokenizer, scores, tmp_path: Path) -> None:
     MidiProcessor(tokenizer).save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded == tokenizer
-    assert all(loaded.encode(score).ids == tokenizer.encode(score).ids for score in scores[:5])
+    assert loaded.config == tokenizer.config
+    assert all(encode(loaded, score) == encode(tokenizer, score) for score in scores[:5])
+    assert all(MidiProcessor(loaded).encode(score) == MidiProcessor(tokenizer).encode(score) for score in scores[:5])
 
 
 def test_plain_auto_tokenizer_loads_it_beside_a_mamba_config(scores, tmp_path: Path) -> None:
-    tokenizer = build_tokenizer()
-    train_tokenizer(tokenizer, scores[:10], VOCAB_SIZE)
-    MidiProcessor(tokenizer).save_pretrained(tmp_path)
-    MambaConfig(vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
-    text = " ".join(tokenizer.encode(scores[0], encode_ids=False).tokens)
+    expected = {}
+    for tokenization in TOKENIZATIONS:
+        for model in MODELS:
+            tokenizer = make_tokenizer(tokenization, model, scores)
+            folder = tmp_path / f"{tokenization}-{model}"
+            MidiProcessor(tokenizer).save_pretrained(folder)
+            MambaConfig(vocab_size=tokenizer.vocab_size).save_pretrained(folder)
+            text, ids = encode(tokenizer, normalize_score(scores[30]))
+            (folder / "text").write_text(text)
+            expected[folder.name] = [ids, text, [0, 1, 2], "left"]
     script = (
-        "import json, sys\n"
+        "import json, pathlib, sys\n"
         "from transformers import AutoTokenizer\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "ids = tokenizer(sys.argv[2], add_special_tokens=False)['input_ids']\n"
-        "special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]\n"
+        "found = {}\n"
+        "for folder in pathlib.Path(sys.argv[1]).iterdir():\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "    ids = tokenizer((folder / 'text').read_text(), add_special_tokens=False)['input_ids']\n"
+        "    special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]\n"
+        "    found[folder.name] = [ids, tokenizer.decode(ids), special, tokenizer.padding_side]\n"
         "assert not any(name.startswith(('midimamba', 'miditok')) for name in sys.modules)\n"
-        "print(json.dumps([ids, tokenizer.decode(ids), special, tokenizer.padding_side]))\n"
+        "print(json.dumps(found))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), text], capture_output=True, text=True, check=True
-    )
-    expected = [tokenizer.encode(scores[0]).ids, text, [0, 1, 2], "left"]
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout.splitlines()[-1]) == expected
 
 
-def test_a_score_on_the_grid_survives_a_round_trip(tokenizer: MusicTokenizer, scores, notes) -> None:
+@pytest.mark.parametrize("tokenization", ["REMI", "TSD", "Structured", "PerTok", "MMM"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_score_on_the_grid_survives_a_round_trip(tokenization: str, model: str, scores, notes) -> None:
+    processor = MidiProcessor(make_tokenizer(tokenization, model, scores))
     for score in scores:
-        assert notes(tokenizer.decode(tokenizer.encode(score))) == notes(score)
+        assert notes(processor.decode(processor.encode(score))) == notes(score)
+
+
+def test_velocities_survive_to_the_nearest_bin(tokenization: str, scores) -> None:
+    tokenizer = build_tokenizer(tokenization)
+    score = without_overlaps(scores[1])
+    found = notes_with_velocity(tokenizer.decode(base_sequence(tokenizer, score)))
+    bins = [int(token.split("_")[1]) for token in tokenizer.vocab if token.startswith("Velocity")]
+    for note, velocity in notes_with_velocity(score).items():
+        assert min(bins, key=lambda value: abs(value - velocity)) == pytest.approx(found[note], abs=4), note
+
+
+def test_midilike_ends_overlapping_notes_of_one_pitch_in_order(notes) -> None:
+    score = Score(480)
+    score.tracks.append(Track(notes=[Note(0, 1920, 60, 64), Note(480, 480, 60, 64), Note(480, 480, 64, 64)]))
+    tokenizer = build_tokenizer("MIDILike")
+    decoded = notes(tokenizer.decode(base_sequence(tokenizer, score)))
+    assert decoded == [(0, False, 60, 0, 24), (0, False, 60, 12, 36), (0, False, 64, 12, 12)]
+
+
+def test_beat_keeps_the_roll_of_every_beat(scores, notes) -> None:
+    tokenizer = build_tokenizer("BEAT")
+    for score in scores:
+        expected = tokenizer.preprocess_score(score)
+        assert notes(tokenizer.decode(base_sequence(tokenizer, score))) == notes(expected)
+        # A pitch that is struck again ends, so a note may be lost to one of the same pitch in the same quarter beat.
+        assert expected.note_num() >= 0.95 * score.note_num()
+
+
+def test_structured_refuses_a_pause_it_cannot_write() -> None:
+    score = Score(480)
+    score.tracks.append(Track(notes=[Note(0, 480, 60, 64), Note(32 * 480, 480, 60, 64)]))
+    tokenizer = build_tokenizer("Structured")
+    assert tokenizer.decode(base_sequence(tokenizer, score)).tracks[0].notes[1].time == 32 * 12
+    score.tracks[0].notes[1].time += 40
+    with pytest.raises(MidiRefusedError, match="32 quarter notes"):
+        base_ids(tokenizer, score)
+
+
+def without_overlaps(score: ScoreTick) -> ScoreTick:
+    """The score with one note for each pitch, instrument and bar of four beats, on the grid of quarter beats."""
+    score = score.copy()
+    for track in score.tracks:
+        first = {(note.pitch, note.time // 1920): note for note in track.notes}
+        track.notes = [
+            Note(bar * 1920 + note.pitch % 8 * 120, 480, pitch, note.velocity) for (pitch, bar), note in first.items()
+        ]
+    return score
+
+
+def base_sequence(tokenizer: MusicTokenizer, score: ScoreTick) -> TokSequence:
+    return TokSequence(ids=base_ids(tokenizer, score))
+
+
+def notes_with_velocity(score: ScoreTick) -> dict[tuple[int, bool, int, float], int]:
+    return {
+        (
+            0 if track.is_drum else track.program,
+            track.is_drum,
+            note.pitch,
+            note.time / score.ticks_per_quarter,
+        ): note.velocity
+        for track in score.tracks
+        for note in track.notes
+    }
 
 
 def test_the_lowest_and_highest_notes_and_drums_are_kept(tokenization: str, notes) -> None:
@@ -144,17 +294,57 @@ def test_nothing_follows_the_last_note() -> None:
     score = Score(480)
     score.tracks.append(Track(notes=[Note(0, 480, 60, 64)]))
     score.tempos.extend([Tempo(0, 120.0), Tempo(480 * 40, 60.0)])
-    for tokenization in ("REMI", "TSD"):
+    score.time_signatures.extend([TimeSignature(0, 4, 4), TimeSignature(0, 3, 4), TimeSignature(480, 2, 4)])
+    for tokenization in ("REMI", "TSD", "PerTok"):
         tokenizer = build_tokenizer(tokenization)
-        assert tokenizer[base_ids(tokenizer, score)[-1]].startswith("Duration_")
+        tokens = tokenizer._ids_to_tokens(base_ids(tokenizer, score))
+        assert tokens[-1].startswith("Duration_")
+        assert "TimeSig_2/4" not in tokens
 
 
-def test_options_reach_miditok_and_unknown_ones_are_refused() -> None:
+def test_options_reach_miditok() -> None:
     assert not build_tokenizer(use_velocities=False).config.use_velocities
-    with pytest.raises(InputError, match="use_rests"):
-        build_tokenizer(use_rests=True)
-    with pytest.raises(InputError, match="CPWord"):
-        build_tokenizer("CPWord")
+    assert build_tokenizer("PerTok", use_position_toks=True).use_position_toks
+    # As YAML and JSON write them.
+    options = {"beat_res": {"0_4": 8, "4_12": 4}, "time_signature_range": {"4": [3, 4]}, "pitch_range": [10, 110]}
+    config = build_tokenizer(**options, drums_pitch_range=[30, 90], use_programs=True).config
+    assert config.beat_res == {(0, 4): 8, (4, 12): 4}
+    assert config.time_signature_range == {4: [3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("tokenization", "options", "reason"),
+    [
+        ("REMI", {"use_velocitys": True}, "use_velocities"),
+        ("REMI", {"base_tokenizer": "TSD"}, "REMI has no option 'base_tokenizer'"),
+        ("MMM", {"base_tokenizer": "BEAT"}, "base_tokenizer"),
+        ("REMI", {"special_tokens": ["PAD", "MASK"]}, "ids 0, 1 and 2"),
+        ("TSD", {"use_programs": False}, "one sequence"),
+        ("TSD", {"one_token_stream_for_programs": False}, "one sequence"),
+        ("TSD", {"encode_ids_split": "bar"}, "no tokens to split at"),
+        ("REMI", {"encode_ids_split": "beat"}, "bar or no"),
+        ("REMI", {"ac_polyphony_bar": True}, "single tracks"),
+        ("REMI", {"use_pitch_intervals": True}, "another pitch"),
+        ("REMI", {"pitch_range": (30, 90)}, "drums"),
+        ("REMI", {"pitch_range": (90, 30)}, "pitch_range"),
+        ("REMI", {"beat_res": {"all": 8}}, "0_4"),
+        ("TSD", {"use_rests": True, "beat_res_rest": {(0, 2): 8}}, "must divide the 12"),
+        ("REMI", {"time_signature_range": {2: [3], 4: [4]}}, "half notes"),
+        ("PerTok", {"use_time_signatures": True}, "bars wrongly"),
+        ("PerTok", {"use_sustain_pedals": True}, "pedals"),
+        ("Structured", {"use_tempos": True}, "MidiTok keeps it at False"),
+        ("BEAT", {"beat_res": {(0, 4): 8}}, "MidiTok keeps it at"),
+        ("CPWord", {}, "several ids a step"),
+        ("Octuple", {}, "several ids a step"),
+        ("MuMIDI", {}, "several ids a step"),
+        ("ABC", {}, "choose one of REMI"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(
+    tokenization: str, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        build_tokenizer(tokenization, **options)
 
 
 def test_a_vocabulary_without_room_to_learn_is_refused(tokenization: str, scores) -> None:

@@ -1,0 +1,244 @@
+import gzip
+import io
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from midimamba.errors import InputError
+from midimamba.tokenization import sources
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
+from midimamba.tokenization.sources import find_entries, read_entries
+
+CONTENT = {"a.mid": b"first", "more/b.MID": b"second", "more/deep/c.kar": b"third" * 1000, "notes.txt": b"no music"}
+MIDI = {name: content for name, content in CONTENT.items() if name != "notes.txt"}
+
+
+def write_zip(path: Path, content: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_tar(path: Path, content: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz" if path.name.lower().endswith("gz") else "w") as archive:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, bytes]], Path]] = {
+    "music.zip": write_zip,
+    "music.tar": write_tar,
+    "music.tar.gz": write_tar,
+    "MUSIC.TGZ": write_tar,
+}
+
+
+def contents_of(source: Path) -> dict[str, bytes | MidiRefusedError]:
+    return {entry.name: content for entry, content in read_entries(find_entries(str(source)).entries)}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_archive_is_read_member_by_member(name: str, tmp_path: Path) -> None:
+    archive = WRITERS[name](tmp_path / name, dict(reversed(CONTENT.items())))
+    listing = find_entries(str(archive))
+    assert [entry.name for entry in listing.entries] == sorted(f"{name}/{member}" for member in MIDI)
+    assert {entry.name: entry.size for entry in listing.entries} == {f"{name}/{m}": len(c) for m, c in MIDI.items()}
+    assert contents_of(archive) == {f"{name}/{member}": content for member, content in MIDI.items()}
+    # A selection, as with `limit`, reads just that.
+    assert [content for _, content in read_entries(listing.entries[1:2])] == [b"second"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_holds_files_and_archives(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.mid").write_bytes(b"loose")
+    expected = {"sub/x.mid": b"loose"}
+    for name, write in WRITERS.items():
+        write(tmp_path / "sub" / name, CONTENT)
+        expected |= {f"sub/{name}/{member}": content for member, content in MIDI.items()}
+    assert contents_of(tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", ["music.zip", "music.tar.gz"])
+def test_member_names_are_only_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / "box").mkdir()
+    hostile = {"../../escape.mid": b"up", "/etc/absolute.mid": b"root", "a\nb.mid": b"line", "é/ü.mid": b"umlaut"}
+    archive = WRITERS[name](tmp_path / "box" / name, hostile)
+    assert contents_of(archive) == {f"{name}/{member}": content for member, content in hostile.items()}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["box", name]
+
+
+def test_links_and_devices_in_a_tar_file_are_no_files(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "music.tar", "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo(f"{kind.decode()}.mid")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    with pytest.raises(InputError, match="holds no MIDI files"):
+        find_entries(str(tmp_path / "music.tar"))
+
+
+def test_a_name_that_is_no_text_becomes_one(tmp_path: Path) -> None:
+    write_tar(tmp_path / "music.tar", {"\udcff.mid": b"x"})
+    (name,) = contents_of(tmp_path / "music.tar")
+    assert name.encode() == b"music.tar/\\udcff.mid"
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "music.tar", "w") as archive:
+        for data in (b"old", b"new!"):
+            info = tarfile.TarInfo("a.mid")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert contents_of(tmp_path / "music.tar") == {"music.tar/a.mid": b"new!"}
+
+
+@pytest.mark.parametrize("name", ["music.zip", "music.tar.gz"])
+def test_a_member_beyond_the_size_is_refused_unread(name: str, tmp_path: Path) -> None:
+    archive = WRITERS[name](tmp_path / name, {"a.mid": b"fine", "bomb.mid": bytes(8 * MAX_FILE_BYTES)})
+    tracemalloc.start()
+    contents = contents_of(archive)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert contents[f"{name}/a.mid"] == b"fine"
+    refusal = contents[f"{name}/bomb.mid"]
+    assert isinstance(refusal, MidiRefusedError)
+    assert "larger than 16 MB" in refusal.reason
+    assert peak < MAX_FILE_BYTES
+
+
+def test_a_zip_member_that_lies_about_its_size_yields_no_more_than_it_said(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "music.zip", {"bomb.mid": bytes(8 * MAX_FILE_BYTES)})
+    size, lie = struct.pack("<I", 8 * MAX_FILE_BYTES), struct.pack("<I", 100)
+    archive.write_bytes(archive.read_bytes().replace(size, lie))
+    tracemalloc.start()
+    (refusal,) = contents_of(archive).values()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(refusal, MidiRefusedError)
+    assert peak < MAX_FILE_BYTES
+
+
+def test_a_tar_header_cannot_claim_the_memory(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = tarfile.XHDTYPE, 2**32
+    with gzip.open(tmp_path / "music.tar.gz", "wb") as file:
+        file.write(info.tobuf())
+    with pytest.raises(InputError, match=r"cannot be read \(a header of 4,294,967,296 bytes\)"):
+        find_entries(str(tmp_path / "music.tar.gz"))
+
+
+def damaged(archive: Path) -> dict[str, bytes]:
+    """Ways to break an archive so that it cannot be listed."""
+    whole = archive.read_bytes()
+    ways = {"empty": b"", "other": b"something else" * 100}
+    if archive.suffix == ".tar":
+        second = whole.index(b"more/b.MID")
+        ways |= {"header": whole[:second] + b"\1" * 100 + whole[second + 100 :], "cut": whole[: second + 700]}
+    else:
+        ways["cut"] = whole[: len(whole) // 2]
+    return ways
+
+
+@pytest.mark.parametrize("name", ["music.zip", "music.tar", "music.tar.gz"])
+def test_a_broken_archive_is_an_error_as_source_and_a_refusal_in_a_folder(name: str, tmp_path: Path) -> None:
+    archive = WRITERS[name](tmp_path / name, CONTENT)
+    write_zip(tmp_path / "sound.zip", {"a.mid": b"fine"})
+    for way, content in damaged(archive).items():
+        archive.write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: the archive cannot be read") as caught:
+            find_entries(str(archive))
+        assert "\n" not in str(caught.value), way
+        listing = find_entries(str(tmp_path))
+        assert [entry.name for entry in listing.entries] == ["sound.zip/a.mid"]
+        ((refusal),) = listing.broken
+        assert (refusal.name, refusal.stage) == (name, "read")
+        assert refusal.sha256 is not None
+        assert refusal.reason.startswith("the archive cannot be read (")
+
+
+def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
+    archive = tmp_path / "music.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
+        file.writestr("a.mid", b"sound music")
+        file.writestr("b.mid", b"broken music")
+    archive.write_bytes(archive.read_bytes().replace(b"broken music", b"brokem music"))
+    contents = contents_of(archive)
+    assert contents["music.zip/a.mid"] == b"sound music"
+    assert "the archive does not yield it (Bad CRC-32" in str(contents["music.zip/b.mid"])
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file.txt"])
+def test_what_is_neither_folder_nor_archive_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("text")
+    with pytest.raises(InputError, match="is no folder and no archive"):
+        find_entries(str(tmp_path / name))
+
+
+def test_manifests_name_files_beside_them(tmp_path: Path) -> None:
+    table = "\ufefffile,split,composer\na.mid,Train,x\nmore/b.MID, valid ,\nmore/deep/c.kar,,\ngone.mid,test,\n"
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.mid").touch()
+    (tmp_path / "sub" / "manifest.csv").write_text("split,file\ntest,a.mid\n")
+    for name, write in (("music.zip", write_zip), ("music.tgz", write_tar)):
+        write(
+            tmp_path / name,
+            {f"top/{file}": data for file, data in CONTENT.items()} | {"top/manifest.csv": table.encode()},
+        )
+    splits = find_entries(str(tmp_path)).splits
+    archives = {
+        f"{name}/top/{file}": split
+        for name in ("music.zip", "music.tgz")
+        for file, split in {"a.mid": "train", "more/b.MID": "validation", "gone.mid": "test"}.items()
+    }
+    assert splits == archives | {"sub/a.mid": "test"}
+    assert not any("manifest" in entry.name for entry in find_entries(str(tmp_path)).entries)
+
+
+def test_a_manifest_about_something_else_is_ignored_and_a_senseless_one_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mid").touch()
+    manifest = tmp_path / "manifest.csv"
+    for table in ("", "file,composer\na.mid,x\n", "\0\1"):
+        manifest.write_text(table)
+        assert find_entries(str(tmp_path)).splits == {}
+    manifest.write_text("file,split\nb.mid,train\na.mid,tset\n")
+    with pytest.raises(InputError, match=r"manifest\.csv, line 3: split 'tset' is none of train, valid"):
+        find_entries(str(tmp_path))
+
+
+def test_nothing_larger_than_a_file_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 600)
+    (refusal, *_) = contents_of(write_tar(tmp_path / "music.tar", {"a.mid": bytes(601)})).values()
+    assert isinstance(refusal, MidiRefusedError)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(WRITERS)),
+    damage=st.lists(st.tuples(st.integers(0, 2**14), st.integers(0, 255)), min_size=1, max_size=5),
+    kept=st.floats(0.5, 1.5),
+)
+def test_a_damaged_archive_yields_files_or_reasons(
+    name: str, damage: list[tuple[int, int]], kept: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    archive = tmp_path_factory.getbasetemp() / f"damaged-{name}"
+    content = bytearray(WRITERS[name](archive, CONTENT).read_bytes())
+    for place, value in damage:
+        content[place % len(content)] = value
+    archive.write_bytes(content[: int(len(content) * kept)])
+    try:
+        contents = contents_of(archive)
+    except InputError:
+        return
+    assert all(isinstance(content, bytes | MidiRefusedError) for content in contents.values())

@@ -1,0 +1,311 @@
+"""Where MIDI files come from: a folder, an archive, a folder with archives in it, or the chorales of music21.
+
+Archives are read as they are. Nothing is unpacked to the disk, so the names of members are only names, whatever they
+claim.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO, cast
+
+from midimamba.errors import InputError
+from midimamba.tokenization.ingest import (
+    MAX_FILE_BYTES,
+    MIDI_SUFFIXES,
+    TOO_LARGE,
+    MidiRefusedError,
+    find_midi_files,
+    read_content,
+)
+
+CHORALES = "chorales"
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+MANIFEST = "manifest.csv"
+# Name, size and place of a member, the last as in `Entry`.
+_Member = tuple[str, int, int | zipfile.ZipInfo]
+# What a manifest may call the splits.
+_SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
+# Of music21's Bach entries, the only one that is no chorale: a prelude for keyboard.
+_NO_CHORALE = "bwv846"
+_MUSICXML_SUFFIXES = (".mxl", ".xml")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a source.
+
+    Args:
+        name (`str`):
+            The path within the source; of a member of an archive, the archive's with the member's appended.
+        path (`Path`):
+            The file, or the archive that it is in.
+        size (`int`):
+            In bytes, as the folder or the archive says.
+        member (`int` or `ZipInfo`, *optional*):
+            Where it is in the archive: its offset in a tar file, its entry in a zip file.
+    """
+
+    name: str
+    path: Path
+    size: int
+    member: int | zipfile.ZipInfo | None = None
+
+    @property
+    def is_musicxml(self) -> bool:
+        """Whether it is one of music21's chorales; everything else is MIDI."""
+        return self.member is None and self.path.suffix in _MUSICXML_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file that is not used.
+
+    Args:
+        name (`str`):
+            As in [`Entry`].
+        sha256 (`str`, *optional*):
+            Of its bytes, if they could be read.
+        stage (`str`):
+            `"read"`, `"check"` or `"tokenize"`.
+        reason (`str`):
+            Why, in plain words.
+    """
+
+    name: str
+    sha256: str | None
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds: files sorted by name, broken archives, and the splits of files by name that it asks for."""
+
+    entries: list[Entry]
+    broken: list[Refusal]
+    splits: dict[str, str]
+
+
+def find_entries(source: str) -> Listing:
+    """List the MIDI files of a source, sorted by name.
+
+    Args:
+        source (`str`):
+            A folder, searched recursively, archives included; an archive; or `chorales`.
+
+    Raises:
+        InputError: if it is none of these, a broken archive, holds no MIDI, or a manifest of it makes no sense.
+    """
+    if source == CHORALES:
+        return Listing(_find_chorales(), [], {})
+    found, broken = _list_source(source)
+    by_name = {entry.name: entry for entry in found}  # where an archive holds a name twice, the later one counts
+    manifests = [by_name.pop(name) for name in sorted(by_name) if _is_manifest(name)]
+    if not by_name and not broken:
+        raise InputError(f"{source} holds no MIDI files: they end in {', '.join(sorted(MIDI_SUFFIXES))}")
+    return Listing([by_name[name] for name in sorted(by_name)], broken, _read_manifests(manifests))
+
+
+def read_entries(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
+    """The bytes of every entry, or why there are none. An archive is opened once for all entries in a row."""
+    for path, group in groupby(entries, key=lambda entry: entry.path):
+        members = list(group)
+        if isinstance(members[0].member, zipfile.ZipInfo):
+            yield from _read_zip(path, members)
+        elif members[0].member is not None:
+            yield from _read_tar(path, members)
+        else:
+            yield from zip(members, map(_read_file, members), strict=True)
+
+
+def _list_source(source: str) -> tuple[list[Entry], list[Refusal]]:
+    path = Path(source)
+    if path.is_dir():
+        return _list_folder(path)
+    if not (path.is_file() and _is_archive(path)):
+        raise InputError(
+            f"{source} is no folder and no archive ({', '.join(ARCHIVE_SUFFIXES)}): "
+            f"give one with MIDI files, or the word {CHORALES}"
+        )
+    try:
+        return _list_archive(path, path.name), []
+    except MidiRefusedError as error:
+        raise InputError(f"{source}: {error.reason}") from error
+
+
+def _list_folder(folder: Path) -> tuple[list[Entry], list[Refusal]]:
+    def name_of(path: Path) -> str:
+        return _printable(path.relative_to(folder).as_posix())
+
+    files = [*find_midi_files(folder), *(path for path in folder.rglob(MANIFEST) if path.is_file())]
+    found = [Entry(name_of(path), path, path.stat().st_size) for path in files]
+    broken = []
+    for path in sorted(path for path in folder.rglob("*") if _is_archive(path) and path.is_file()):
+        try:
+            found += _list_archive(path, name_of(path))
+        except MidiRefusedError as error:
+            broken.append(Refusal(name_of(path), _digest_of(path), "read", error.reason))
+    return found, broken
+
+
+def _list_archive(path: Path, name: str) -> list[Entry]:
+    """The MIDI files and manifests in an archive.
+
+    Raises:
+        MidiRefusedError: if the archive is broken.
+    """
+    try:
+        members = list(_zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path))
+    except Exception as error:
+        # Python's readers of archives meet made-up ones with struct.error, RecursionError, MemoryError and more.
+        raise MidiRefusedError(f"the archive cannot be read ({_describe(error)})") from error
+    wanted = [member for member in members if _is_midi(member[0]) or _is_manifest(member[0])]
+    return [Entry(_printable(f"{name}/{inner}"), path, size, place) for inner, size, place in wanted]
+
+
+def _zip_members(path: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield info.filename, info.file_size, info
+
+
+def _tar_members(path: Path) -> Iterator[_Member]:
+    with _open_tar(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
+        for info in archive:
+            if info.isreg() and not info.issparse():
+                yield info.name, info.size, info.offset_data
+        # tarfile takes a damaged header for the end of the archive. The end is zeros, or nothing.
+        stream.seek(archive.offset)
+        if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at byte {archive.offset:,}")
+
+
+class _TarStream:
+    """The content of a tar file for `tarfile`, which reads a header at once, however large it claims to be."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_FILE_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[_TarStream]:
+    compressed = path.suffix.lower() in (".gz", ".tgz")
+    with gzip.open(path) if compressed else path.open("rb") as file:
+        yield _TarStream(cast(IO[bytes], file))
+
+
+def _read_file(entry: Entry) -> bytes | MidiRefusedError:
+    try:
+        return read_content(entry.path)
+    except MidiRefusedError as error:
+        return error
+
+
+def _read_tar(path: Path, entries: list[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
+    """In the order of their offsets, so that a compressed file is read once."""
+    with _open_tar(path) as stream:
+        for entry in sorted(entries, key=lambda entry: cast(int, entry.member)):
+            yield entry, _read_member(stream, entry)
+
+
+def _read_zip(path: Path, entries: list[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries:
+            yield entry, _read_member(archive, entry)
+
+
+def _read_member(archive: _TarStream | zipfile.ZipFile, entry: Entry) -> bytes | MidiRefusedError:
+    if entry.size > MAX_FILE_BYTES:
+        return MidiRefusedError(TOO_LARGE)
+    try:
+        if isinstance(archive, zipfile.ZipFile):
+            with archive.open(cast(zipfile.ZipInfo, entry.member)) as file:
+                return file.read(MAX_FILE_BYTES)
+        archive.seek(cast(int, entry.member))
+        return archive.read(entry.size)
+    except Exception as error:  # as for the archive: a wrong checksum, a password, an unknown compression …
+        return MidiRefusedError(f"the archive does not yield it ({_describe(error)})")
+
+
+def _read_manifests(manifests: list[Entry]) -> dict[str, str]:
+    """The splits of files by name, from every manifest that has the columns `file` and `split`.
+
+    Files are named relative to their manifest. One without these columns is about something else.
+    """
+    splits: dict[str, str] = {}
+    for entry, content in read_entries(manifests):
+        if isinstance(content, MidiRefusedError):
+            raise InputError(f"{entry.name}: {content.reason}")
+        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
+        try:
+            if not {"file", "split"} <= set(rows.fieldnames or ()):
+                continue
+            for row in rows:
+                if split := (row["split"] or "").strip().lower():
+                    splits[entry.name.removesuffix(MANIFEST) + (row["file"] or "")] = _SPLIT_NAMES[split]
+        except KeyError as error:
+            raise InputError(
+                f"{entry.name}, line {rows.line_num}: split {error} is none of {', '.join(_SPLIT_NAMES)}"
+            ) from error
+        except csv.Error as error:
+            raise InputError(f"{entry.name}, line {rows.line_num}: not a table ({error})") from error
+    return splits
+
+
+def _find_chorales() -> list[Entry]:
+    try:
+        with redirect_stderr(io.StringIO()):  # music21 comments on what else one might install
+            from music21 import corpus
+    except ImportError as error:
+        raise InputError('the chorales come with music21: pip install "midimamba[demo]"') from error
+    # Three more are Humdrum encodings (.krn) of chorales that are there as MusicXML too; one of them does not parse.
+    paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in _MUSICXML_SUFFIXES]
+    found = [Entry(f"bach/{path.stem}", path, path.stat().st_size) for path in paths if path.stem != _NO_CHORALE]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _is_midi(name: str) -> bool:
+    return Path(name).suffix.lower() in MIDI_SUFFIXES
+
+
+def _is_manifest(name: str) -> bool:
+    return name.rpartition("/")[2] == MANIFEST
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def _printable(name: str) -> str:
+    """A name that is not text in any encoding can be neither written as JSON nor stored by Arrow."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line, without the path that an error of the operating system repeats."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
