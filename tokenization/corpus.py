@@ -93,7 +93,7 @@ def tokenize_corpus(
         out (`Path`):
             The folder to make. It appears when everything is in it, or not at all.
         tokenization (`str`, *optional*, defaults to `"REMI"`):
-            `"REMI"` or `"TSD"`.
+            One of [`~midimamba.tokenization.tokenizations.TOKENIZATIONS`].
         vocab_size (`int`, *optional*, defaults to 1000):
             Ids after byte-pair encoding; `None` keeps the base tokens.
         valid_fraction, test_fraction (`float`, *optional*, defaults to 0.1):
