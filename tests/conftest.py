@@ -10,8 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
-from midimamba import MidiMambaForCausalLM
-from support import make_generator
+from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from support import make_generator, make_score
 
 # Tiny tensors gain nothing from a second thread, and lose much when another process keeps its core busy.
 torch.set_num_threads(1)
@@ -20,3 +21,11 @@ torch.set_num_threads(1)
 @pytest.fixture
 def generator() -> MidiMambaForCausalLM:
     return make_generator()
+
+
+@pytest.fixture(scope="session")
+def processor() -> MidiProcessor:
+    """REMI with 760 ids, byte-pair encoding learned on six synthetic scores."""
+    tokenizer = build_tokenizer("REMI")
+    train_tokenizer(tokenizer, [make_score(seed) for seed in range(6)], 760)
+    return MidiProcessor(tokenizer)

@@ -10,15 +10,7 @@ from symusic.core import ScoreTick
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, load_pair
-from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
-
-
-@pytest.fixture(scope="module")
-def processor() -> MidiProcessor:
-    tokenizer = build_tokenizer("REMI")
-    train_tokenizer(tokenizer, [make_score(seed) for seed in range(6)], 760)
-    return MidiProcessor(tokenizer)
 
 
 @pytest.fixture(scope="module")

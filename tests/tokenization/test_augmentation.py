@@ -11,20 +11,12 @@ from symusic.core import ScoreTick
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
 from midimamba.tokenization.augmentation import Augmentation, AugmentedBlocks
-from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_score
 
 
 def column(score: ScoreTick, name: str, drums: bool | None = None) -> np.ndarray:
     tracks = [track for track in score.tracks if drums is None or track.is_drum == drums]
     return np.concatenate([track.notes.numpy()[name] for track in tracks]).astype(int)
-
-
-@pytest.fixture(scope="module")
-def processor() -> MidiProcessor:
-    tokenizer = build_tokenizer("REMI")
-    train_tokenizer(tokenizer, [make_score(seed) for seed in range(6)], 760)
-    return MidiProcessor(tokenizer)
 
 
 @pytest.fixture(scope="module")
