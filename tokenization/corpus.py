@@ -21,7 +21,7 @@ from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
 from midimamba.errors import InputError
-from midimamba.files import whole_folder, write_whole
+from midimamba.files import is_taken, whole_folder, write_whole
 from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sources import MANIFEST, Entry, Refusal, find_entries, read_entries
@@ -131,7 +131,7 @@ def tokenize_corpus(
         "limit": limit,
         "files": _digest([(entry.name, entry.size, listing.splits.get(entry.name)) for entry in entries]),
     }
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         return _already_there(out, arguments)
     with whole_folder(out) as folder:
         pieces, refused = _read_all(entries, tokenization, num_workers)

@@ -186,18 +186,18 @@ class AdversarialTrainer(Trainer):
         sequences = torch.cat([real, fake])
         labels = torch.cat([torch.ones(len(real)), torch.zeros(len(fake))]).to(self.args.device)
         self.discriminator.train()
-        accuracies = []
-        for _ in range(self.args.d_epochs):
+        for epoch in range(self.args.d_epochs):
             output = self.discriminator(sequences, labels=labels)
+            if epoch == 0:
+                accuracy: float = ((output.logits[:, 0] > 0) == (labels > 0.5)).float().mean().item()
             self.d_optimizer.zero_grad()
             self.accelerator.backward(output.loss)
             if self.args.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.discriminator.parameters(), self.args.max_grad_norm)
             self.d_optimizer.step()
             self._metrics["d_loss"].append(output.loss.item())
-            accuracies.append(((output.logits[:, 0] > 0) == (labels > 0.5)).float().mean().item())
-        self._metrics["d_accuracy"].append(accuracies[0])
-        return accuracies[0]
+        self._metrics["d_accuracy"].append(accuracy)
+        return accuracy
 
     def _draw_blocks(self, count: int) -> Tensor:
         """So many blocks of the training music at random, `(count, time)`."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from midimamba.errors import InputError
+from midimamba.errors import InputError, loading_generator
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
@@ -92,10 +92,8 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     Raises:
         InputError: if there is no checkpoint of that name, or its vocabulary is not the corpus's.
     """
-    try:
+    with loading_generator(name):
         model = MidiMambaForCausalLM.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"the generator {name!r} knows {model.config.vocab_size} tokens, the corpus has {processor.vocab_size}; "

@@ -34,11 +34,11 @@ def tokenize(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     """`midimamba generate`: a model to MIDI files."""
     from midimamba.evaluation.rendering import draw_piano_roll, render_wave
-    from midimamba.files import whole_folder
+    from midimamba.files import is_taken, whole_folder
     from midimamba.generation import generate_scores, load_pair
     from midimamba.tokenization.ingest import MidiRefusedError
 
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if is_taken(args.out):
         raise InputError(f"{args.out} is there already; choose another --out or delete it")
     model, processor = load_pair(args.model)
     try:

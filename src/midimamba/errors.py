@@ -4,9 +4,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do, in one line."""
+
+
+@contextmanager
+def loading_generator(name: str) -> Iterator[None]:
+    """Turn what `from_pretrained` raises for a missing, foreign or broken checkpoint into an [`InputError`]."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_taken(target: Path) -> bool:
+    """Whether there is something at `target` that a new folder would replace; an empty folder is nothing."""
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Fill a temporary sibling of `target`; on success it becomes `target`, on any error it is removed.
@@ -15,7 +20,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if `target` exists already and is not an empty folder.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise FileExistsError(f"{target} exists already")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

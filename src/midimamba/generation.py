@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from symusic.core import ScoreTick
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
-from midimamba.errors import InputError
+from midimamba.errors import InputError, loading_generator
 
 
 class _TokenProgress(StoppingCriteria):
@@ -32,10 +31,8 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         InputError: if one of them is missing, or their vocabularies differ.
     """
     processor = MidiProcessor.from_pretrained(name)
-    try:
+    with loading_generator(name):
         model = load(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"{name}: the generator knows {model.config.vocab_size} tokens, its tokenizer {processor.vocab_size}; "
