@@ -14,35 +14,39 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from midimamba.modeling.sampling import inference
+from midimamba.tokenization.packing import IGNORED, BlockCollator
 
 Sequences = Tensor | Sequence[Sequence[int]]
 NGram = tuple[int, ...]
 
 
-def held_out_nll(model: Any, blocks: Tensor, batch_size: int = 16) -> float:
+def held_out_nll(model: Any, blocks: Tensor, collator: BlockCollator, batch_size: int = 16) -> float:
     """
     Negative log-likelihood of held-out music, teacher-forced, in evaluation mode.
 
     Args:
         model (`MidiMambaForCausalLM`): any causal language model; its mode is the same afterwards.
         blocks (`LongTensor` of shape `(n, time)`): packed blocks without padding.
+        collator (`BlockCollator`): knows where pieces begin, and which tokens are no targets.
         batch_size (`int`, *optional*, defaults to 16): blocks a forward pass.
 
     Returns:
-        `float`: nats per predicted token. A block of `time` tokens has `time - 1` of them.
+        `float`: nats per predicted token. A block of `time` tokens has `time - 1` of them at most.
 
     Raises:
         ValueError: if there is no token to predict.
     """
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise ValueError(f"blocks of shape {tuple(blocks.shape)} hold no token to predict")
-    total = 0.0
+    total, targets = 0.0, 0
     with inference(model):
-        for batch in _batches(blocks, batch_size, "held-out likelihood"):
-            batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-            total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
-    return total / blocks[:, 1:].numel()
+        for rows in _batches(blocks, batch_size, "held-out likelihood"):
+            batch = collator.separate(rows.to(model.device))
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            total += F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum").item()
+            targets += int((labels != IGNORED).sum())
+    return total / targets
 
 
 def discriminator_accuracy(discriminator: Any, real: Tensor, fake: Tensor, batch_size: int = 64) -> dict[str, float]:

@@ -21,7 +21,8 @@ from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import sample
-from midimamba.tokenization.corpus import load_corpus, pack_blocks
+from midimamba.tokenization.corpus import load_corpus
+from midimamba.tokenization.packing import BlockCollator, PackedBlocks, stack_blocks
 
 Report = dict[str, Any]
 
@@ -147,8 +148,10 @@ def fresh_samples(model: MidiMambaForCausalLM, prompts: Tensor, length: int, see
 def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length: int) -> Report:
     if length <= max(prompt_length, max(ORDERS)) or num_samples < 2:
         raise InputError(f"{num_samples} samples of {length} tokens cannot be compared; give larger numbers")
-    splits, _ = load_corpus(run / "data")
-    blocks = torch.tensor(pack_blocks(splits["test"], length)["input_ids"], dtype=torch.long)
+    splits, processor = load_corpus(run / "data")
+    collator = BlockCollator.for_processor(processor)
+    test = PackedBlocks(splits["test"], length)
+    blocks = stack_blocks([test[index] for index in range(len(test))])
     if len(blocks) < 2:
         raise InputError(
             f"{run / 'data'}: the test split holds {len(blocks)} blocks of {length} tokens; two are needed"
@@ -163,7 +166,7 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
         model = MidiMambaForCausalLM.from_pretrained(run / folder, device_map=device)
         samples = fresh_samples(model, real[:, :prompt_length], length, seed)
         report[phase] = {
-            "held_out_nll": held_out_nll(model, blocks),
+            "held_out_nll": held_out_nll(model, blocks, collator),
             **_diversity(samples),
             **discriminator_accuracy(discriminator, real, samples),
         }

@@ -1,7 +1,9 @@
-"""Publish a run on the Hub: two repositories with cards, and of each folder only the files that a user loads."""
+"""Publish on the Hub: networks as two repositories with cards, of each folder only the files that a user loads."""
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,23 @@ from midimamba.evaluation.report import (
     training_settings,
 )
 
+from .publish_corpus import publish_corpus
+
 # What a user loads or reads. All else stays here: optimizer states and checkpoints are large, pickles run code.
 PUBLISHED = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "miditok.json", "processor_config.json"),
     *("training_args.json", "evaluation.json", "README.md"),
+    # The processor's own code, for those who have transformers but not midimamba.
+    *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
+    *("ingest.py", "errors.py"),
 )
 PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
 TAGS = ["midi", "music", "mamba", "seqgan"]
 
 
 def publish(
-    generator: Path,
+    folder: Path,
     repo_id: str,
     *,
     discriminator: Path | None = None,
@@ -43,10 +50,13 @@ def publish(
     """
     Upload a generator to `repo_id`, and its discriminator to `<repo_id>-discriminator`, each in one commit.
 
+    A folder with a `corpus.json` is a corpus, and goes to the data set repository `repo_id`, see
+    [`~midimamba.hub_cards.publish_corpus.publish_corpus`].
+
     A card is written into the upload, unless the folder has a `README.md`: what its owner wrote goes up as it is.
 
     Args:
-        generator (`Path`): folder written by `save_pretrained` of the model and of its processor.
+        folder (`Path`): written by `save_pretrained` of the model and of its processor, or by `midimamba tokenize`.
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
         discriminator (`Path`, *optional*): folder of a `MidiDiscriminator`.
         report (`Path`, *optional*): `report.json` of the run. It becomes the cards' evaluation and `evaluation.json`;
@@ -56,30 +66,44 @@ def publish(
         token (`str`, *optional*): of the Hub; the one of `hf auth login` by default.
 
     Returns:
-        `dict[str, str]`: the addresses of `generator` and, if there is one, `discriminator`.
+        `dict[str, str]`: the addresses of `generator` and, if there is one, `discriminator`; or of `corpus`.
 
     Raises:
-        InputError: if a folder is no checkpoint, the report cannot be read, or the Hub refuses.
+        InputError: if a folder is neither checkpoint nor corpus, the report cannot be read, or the Hub refuses.
     """
-    _require(generator, "config.json", "*.safetensors", "miditok.json")
+    api = HfApi(token=token)
+    if (folder / "corpus.json").is_file():
+        if discriminator is not None or report is not None:
+            raise InputError(f"{folder} is a corpus: --discriminator and --report go with a generator")
+        with _naming_refusals(repo_id):
+            return publish_corpus(api, folder, repo_id, license=license, private=private)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint to publish, and no corpus: no config.json, no corpus.json")
+    _require(folder, "*.safetensors", "miditok.json")
     if discriminator is not None:
         _require(discriminator, "config.json", "*.safetensors")
     measured = None if report is None else _read_report(report)
-    api = HfApi(token=token)
-    try:
+    with _naming_refusals(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        card = _generator_card(generator, url.repo_id, report, measured, license)
-        _upload(api, url.repo_id, generator, card, report)
+        card = _generator_card(folder, url.repo_id, report, measured, license)
+        _upload(api, url.repo_id, folder, card, report)
         urls = {"generator": str(url)}
         if discriminator is not None:
             url = api.create_repo(f"{repo_id}-discriminator", private=private, exist_ok=True)
             card = _discriminator_card(discriminator, url.repo_id, measured, license)
             _upload(api, url.repo_id, discriminator, card)
             urls["discriminator"] = str(url)
+    return urls
+
+
+@contextmanager
+def _naming_refusals(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub refuses into an [`InputError`]."""
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the Hub refused {repo_id!r}: {reason}; check the name, and `hf auth login`") from error
-    return urls
 
 
 def _require(folder: Path, *patterns: str) -> None:

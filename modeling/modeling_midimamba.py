@@ -27,7 +27,11 @@ class MidiMambaMixer(MambaMixer):
         super().__init__(config, layer_idx, initialize_mixer_weights=False)
 
     def forward(
-        self, hidden_states: Tensor, cache: RecurrentCache | None = None, mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        cache: RecurrentCache | None = None,
+        mask: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -35,14 +39,16 @@ class MidiMambaMixer(MambaMixer):
             cache (`RecurrentCache`, *optional*): the state to start from, updated in place.
             mask (`Tensor` of shape `(batch, time, 1)`, *optional*): 0 where a token is padding. A padding token enters
                 neither convolution nor state, so padding on the left is exact.
+            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins, which
+                neither convolution nor state looks across. Never the first, which goes on from the cache.
 
         Returns:
             `Tensor` of shape `(batch, time, hidden)`.
         """
-        if mask is not None:
-            hidden_states = hidden_states * mask
         channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        channels = self.act(self._convolve(channels, cache))
+        if mask is not None:  # here, because the projection's bias would enter the convolution
+            channels = channels * mask
+        channels = self.act(self._convolve(channels, cache, begins))
         if mask is not None:
             channels = channels * mask
         dt, B, C = torch.split(
@@ -53,36 +59,54 @@ class MidiMambaMixer(MambaMixer):
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         A = -torch.exp(self.A_log.to(wide))
         inputs, B, C = channels.to(wide), B.to(wide), C.to(wide)
-        outputs = self._scan(inputs, dt, A, B, C, cache)
+        outputs = self._scan(inputs, dt, A, B, C, cache, begins)
         outputs = torch.addcmul(outputs, inputs, self.D.to(wide)) * self.act(gate)
         return self.out_proj(outputs.to(hidden_states.dtype))
 
     def _scan(
-        self, inputs: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cache: RecurrentCache | None
+        self,
+        inputs: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        cache: RecurrentCache | None,
+        begins: Tensor | None,
     ) -> Tensor:
         if cache is None:
-            return selective_scan(inputs, dt, A, B, C)[0]
+            return selective_scan(inputs, dt, A, B, C, reset=begins)[0]
         state = cache.scan_states[self.layer_idx]
         if inputs.shape[1] == 1 and not torch.is_grad_enabled():
             return selective_step_(state, inputs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])[:, None]
         # A copy, because the scan keeps its initial state for the backward pass and the cache moves on.
-        outputs, last = selective_scan(inputs, dt, A, B, C, state.clone())
+        outputs, last = selective_scan(inputs, dt, A, B, C, state.clone(), begins)
         state.copy_(last.detach())
         return outputs
 
-    def _convolve(self, channels: Tensor, cache: RecurrentCache | None) -> Tensor:
+    def _convolve(self, channels: Tensor, cache: RecurrentCache | None, begins: Tensor | None) -> Tensor:
         """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length."""
         time, kernel = channels.shape[1], self.conv_kernel_size
+        document = None
+        if begins is not None:  # numbers over the whole window; what lies before this call belongs to the first, 0
+            document = F.pad(begins.cumsum(1)[..., None], (0, 0, kernel - 1, 0))
         if cache is None:
             window = F.pad(channels, (0, 0, kernel - 1, 0))
         else:
             past = cache.conv_states[self.layer_idx]
             window = torch.cat([past.to(channels.dtype), channels], dim=1)
             past.copy_(window[:, time:].detach())
+            if document is not None:
+                past.masked_fill_(document[:, time:] != document[:, -1:], 0)
         weight = self.conv1d.weight[:, 0].to(channels.dtype)
-        outputs = window[:, :time] * weight[:, 0]
-        for tap in range(1, kernel):
-            outputs = torch.addcmul(outputs, window[:, tap : tap + time], weight[:, tap])
+        outputs = channels * weight[:, -1]
+        for tap in range(kernel - 1):
+            earlier = window[:, tap : tap + time]
+            if document is None:
+                outputs = torch.addcmul(outputs, earlier, weight[:, tap])
+            else:
+                # The product is masked, not the factor: autograd then keeps the window once, not once a tap.
+                other = document[:, tap : tap + time] != document[:, kernel - 1 :]
+                outputs = outputs + (earlier * weight[:, tap]).masked_fill(other, 0)
         return outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype)
 
 
@@ -96,9 +120,13 @@ class MidiMambaBlock(GradientCheckpointingLayer):
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
 
     def forward(
-        self, hidden_states: Tensor, cache: RecurrentCache | None = None, mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        cache: RecurrentCache | None = None,
+        mask: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
-        mixed = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), cache, mask)
+        mixed = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), cache, mask, begins)
         # Promoted rather than cast, so that a float64 model stays float64.
         dtype = torch.promote_types(hidden_states.dtype, self.residual_dtype or mixed.dtype)
         return hidden_states.to(dtype) + mixed
@@ -141,6 +169,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See [`MidiMambaForCausalLM.forward`]."""
@@ -160,9 +189,14 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         mask = None
         if attention_mask is not None:  # it may cover the tokens already in the state as well
             mask = attention_mask[:, -time:, None].to(hidden_states.dtype)
+        begins = None
+        if seq_idx is not None:
+            if seq_idx.shape != (batch, time):
+                raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the input {(batch, time)}")
+            begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         all_hidden_states = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cache, mask)
+            hidden_states = layer(hidden_states, cache, mask, begins)
             all_hidden_states.append(hidden_states)
         hidden_states = self.norm_f(hidden_states)
         if cache is not None:
@@ -206,6 +240,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
@@ -219,6 +254,9 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             use_cache (`bool`, *optional*): return the state. On by default in evaluation mode.
             logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): only the last so many positions, or
                 these; 0 keeps all.
+            seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
+                changes, state and convolution begin anew, so packed documents do not see each other. The first token
+                goes on from `past_key_values`, whatever its number.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with `logits` of shape `(batch, time, vocab)`.
@@ -230,6 +268,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            seq_idx=seq_idx,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept].to(self.lm_head.weight.dtype)
@@ -252,7 +291,8 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["attention_mask"] = None  # padding was on the left: it lies behind, in the state
+            # Padding on the left and earlier documents lie behind, in the state.
+            inputs["attention_mask"] = inputs["seq_idx"] = None
         return inputs
 
 

@@ -21,7 +21,13 @@ CHUNK = 32
 
 
 def selective_scan_reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step at a time, for tests: the definition, with autograd through every step. See [`selective_scan`]."""
     batch, time, channels = x.shape
@@ -29,13 +35,21 @@ def selective_scan_reference(
     outputs = []
     for t in range(time):
         decay = torch.exp(dt[:, t, None, :] * A.T)
+        if reset is not None:
+            decay = decay.masked_fill(reset[:, t, None, None], 0)
         state = decay * state + (dt[:, t] * x[:, t])[:, None, :] * B[:, t, :, None]
         outputs.append((C[:, t, :, None] * state).sum(1))
     return torch.stack(outputs, 1), state
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a sequence in time linear in its length, keeping one state a chunk of steps for the backward pass.
 
@@ -47,17 +61,19 @@ def selective_scan(
         C (`Tensor` of shape `(batch, time, state)`): how the state is read.
         initial_state (`Tensor` of shape `(batch, state, channels)`, *optional*): the state before the first step;
             zeros by default.
+        reset (`BoolTensor` of shape `(batch, time)`, *optional*): steps before which the state becomes zero, the
+            initial state included; none by default.
 
     Returns:
         The output of shape `(batch, time, channels)` and the state after the last step,
-        of shape `(batch, state, channels)`. Both carry gradients to all six inputs; there is no double backward.
+        of shape `(batch, state, channels)`. Both carry gradients to the first six inputs; there is no double backward.
 
     Memory: the inputs, plus `time / CHUNK` states. Everything else is recomputed chunk by chunk in the backward pass.
     """
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], A.shape[1], x.shape[2])
     with torch.autocast(x.device.type, enabled=False):
-        output, state = _ChunkedScan.apply(x, dt, A, B, C, initial_state)
+        output, state = _ChunkedScan.apply(x, dt, A, B, C, initial_state, reset)
     return output, state
 
 
@@ -73,10 +89,11 @@ def selective_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
 class _Workspace:
     """The buffers of one scan, time first: made once, reused for every chunk."""
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor):
+    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reset: Tensor | None):
         self.dt, self.B, self.C = (tensor.transpose(0, 1) for tensor in (dt, B, C))
         self.input = (dt * x).transpose(0, 1)  # (time, batch, channels)
         self.A = A.T.contiguous()  # (state, channels)
+        self.reset = None if reset is None else reset.T
         batch, time, channels = x.shape
         shape = (min(CHUNK, time), batch, A.shape[1], channels)
         self.decay_buffer, self.states_buffer = x.new_empty(shape), x.new_empty(shape)
@@ -86,6 +103,9 @@ class _Workspace:
         length = steps.stop - steps.start
         decay, states = self.decay_buffer[:length], self.states_buffer[:length]
         torch.mul(self.dt[steps, :, None, :], self.A, out=decay).exp_()
+        # A decay of zero is a reset, in both directions: neither the state nor the adjoint passes it.
+        if self.reset is not None:
+            decay[self.reset[steps].nonzero(as_tuple=True)] = 0
         torch.mul(self.input[steps, :, None, :], self.B[steps, :, :, None], out=states)
         for step_decay, step_state in zip(decay.unbind(), states.unbind(), strict=True):
             state = step_state.addcmul_(step_decay, state)
@@ -101,23 +121,23 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        work = _Workspace(x, dt, A, B, C)
+        work = _Workspace(x, dt, A, B, C, reset)
         starts, outputs = [], []
         for steps in _chunks(x.shape[1]):
             starts.append(state)
             _, states = work.scan_chunk(steps, state)
             outputs.append((work.C[steps, :, None, :] @ states).squeeze(2))
             state = states[-1].clone()
-        ctx.save_for_backward(x, dt, A, B, C, *starts)
+        ctx.save_for_backward(x, dt, A, B, C, reset, *starts)
         return torch.cat(outputs).transpose(0, 1), state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, *starts = ctx.saved_tensors
-        work = _Workspace(x, dt, A, B, C)
+        x, dt, A, B, C, reset, *starts = ctx.saved_tensors
+        work = _Workspace(x, dt, A, B, C, reset)
         grad_y = grad_output.transpose(0, 1)
         grad_input, grad_dt, grad_B, grad_C = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (work.input, work.dt, work.B, work.C)
@@ -148,4 +168,5 @@ class _ChunkedScan(torch.autograd.Function):
             grad_B.transpose(0, 1),
             grad_C.transpose(0, 1),
             grad_state,
+            None,
         )

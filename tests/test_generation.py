@@ -1,5 +1,6 @@
 """`midimamba generate`: samples always hold notes, whatever the model, and continue their prompts."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ from symusic import Score
 from symusic.core import ScoreTick
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.cli import main
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, load_pair
+from midimamba.tokenization.controls import control_token
+from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
 
 
@@ -71,3 +75,124 @@ def test_the_readme_interface_generates(processor: MidiProcessor, untrained: Mid
     torch.manual_seed(0)
     ids = untrained.generate(**inputs, max_new_tokens=20, do_sample=True, logits_processor=[processor.grammar()])
     assert all(score.note_num() > 0 for score in processor.batch_decode(ids))
+
+
+@pytest.fixture(scope="module")
+def controlled() -> MidiProcessor:
+    pairs = [("instruments", "violin"), ("instruments", "drums"), ("key", "C-major"), ("composer", "Bach")]
+    tokenizer = build_tokenizer(controls=[control_token(*pair) for pair in pairs])
+    train_tokenizer(tokenizer, [make_score(seed) for seed in range(6)], 800)
+    return MidiProcessor(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(controlled: MidiProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator whose tokenizer has controls."""
+    folder = tmp_path_factory.mktemp("controlled")
+    controlled.save_pretrained(folder)
+    make_generator(vocab_size=controlled.vocab_size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The ids that `generate` is called with."""
+    seen: list[list[int]] = []
+    generate = MidiMambaForCausalLM.generate
+
+    def spy(self: MidiMambaForCausalLM, ids: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.extend(ids.tolist())
+        return generate(self, ids, **options)
+
+    monkeypatch.setattr(MidiMambaForCausalLM, "generate", spy)
+    return seen
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run `midimamba generate` and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["midimamba", "generate", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_controls_are_put_before_new_music_and_before_a_prompt(
+    controlled: MidiProcessor, prompts: list[list[int]]
+) -> None:
+    model = make_generator(vocab_size=controlled.vocab_size)
+    asked = {"key": "C-major", "instruments": ["violin", "drums"]}
+    for score in generate_scores(model, controlled, controls=asked, num=4, bars=2, max_new_tokens=40, top_p=1.0):
+        assert score.note_num() > 0
+        assert 1 <= controlled.tokenizer.decode(controlled.encode(score)).split().count("Bar_None") <= 2
+    prompt = make_score(3, bars=2)
+    (score,) = generate_scores(model, controlled, prompt=prompt, controls=asked, num=1, bars=1, max_new_tokens=20)
+    assert onsets(controlled.decode(controlled.encode(prompt))) <= onsets(score)
+    assert prompts == [[1, 3, 4, 5], [1, 3, 4, 5, *controlled.encode(prompt)[1:]]]
+
+
+def test_the_command_asks_for_controls(
+    folder: Path, tmp_path: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--control", "key=C-major", "--control", "instruments=drums", "--control", "instruments=violin")
+    short = ("--num", 2, "--bars", 1, "--max-new-tokens", 20)
+    assert command(monkeypatch, folder, *asked, *short, "--out", tmp_path / "out") == 0
+    assert prompts == [[1, 3, 4, 5]]
+    assert all(Score(tmp_path / "out" / f"sample-{index:02d}.mid").note_num() > 0 for index in range(2))
+
+
+def test_the_command_lists_controls(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, folder, "--list-controls") == 0
+    assert capsys.readouterr().out.splitlines() == ["instruments: violin drums", "key: C-major", "composer: Bach"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--control", "key"], "--control 'key' is no request: write --control NAME=VALUE"),
+        (["--control", "key="], "write --control NAME=VALUE"),
+        (["--control", "key=D-major"], "control 'key' has no value 'D-major': choose one of C-major"),
+        (["--control", "tempo=60-90"], "no control 'tempo': choose one of instruments, key, composer"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_in_a_line(
+    folder: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(monkeypatch, folder, *arguments, "--out", tmp_path / "out") == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_without_a_folder_to_make_and_a_model_without_controls_are_refused(
+    folder: Path,
+    processor: MidiProcessor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(monkeypatch, folder) == 2
+    assert "name a folder with --out" in capsys.readouterr().err
+    processor.save_pretrained(tmp_path)
+    assert command(monkeypatch, tmp_path, "--list-controls") == 2
+    assert "midimamba tokenize SOURCE --controls" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["TSD", "Structured"])
+def test_tokenizations_without_bars_generate_too(name: str) -> None:
+    processor = MidiProcessor(build_tokenizer(name))
+    model = make_generator(vocab_size=processor.vocab_size)
+    assert all(score.note_num() > 0 for score in generate_scores(model, processor, num=4, bars=1, max_new_tokens=16))
+
+
+def test_a_tokenization_that_the_grammar_does_not_know_is_refused() -> None:
+    processor = MidiProcessor(build_tokenizer("MIDILike"))
+    with pytest.raises(InputError, match="not MIDILike"):
+        generate_scores(make_generator(vocab_size=processor.vocab_size), processor)

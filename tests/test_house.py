@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from midimamba.hub_cards.publish import PUBLISHED
 from midimamba.tokenization.augmentation import Augmentation
 from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
@@ -56,6 +57,30 @@ def test_what_is_exported_to_the_hub_imports_by_single_dots_only() -> None:
         assert not imports_of(file), file
         levels = [node.level for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
         assert max(levels, default=0) <= 1, file
+
+
+def exported_with(module: Path) -> set[Path]:
+    """A module and all that it imports by a dot, as transformers follows it when it copies code."""
+    found, queue = {module}, [module]
+    while queue:
+        for node in ast.walk(ast.parse(queue.pop().read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{module} imports from above its folder"
+                assert node.module, f"{module}: write `from .x import y`, transformers follows nothing else"
+                assert "." not in node.module, f"{module} imports from below its folder"
+                needed = module.with_name(f"{node.module}.py")
+                queue += {needed} - found
+                found.add(needed)
+    return found
+
+
+def test_what_the_processor_is_exported_with_needs_no_midimamba() -> None:
+    closure = exported_with(ROOT / "tokenization" / "processor.py")
+    assert {"processor", "grammar", "tokenizer", "ingest", "controls"} <= {file.stem for file in closure}
+    for file in closure:
+        assert not imports_of(file), file
+    # What a user of a published generator has to have.
+    assert {file.name for file in closure} <= set(PUBLISHED)
 
 
 def test_no_script_is_named_like_a_dependency() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from midimamba import MidiProcessor
 from midimamba.cli import main
 from midimamba.tokenization.corpus import tokenize_corpus
+from midimamba.tokenization.packing import BlockCollator
 from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,26 @@ def test_pretraining_writes_a_whole_generator_without_pickles(corpus: Path, run:
     assert arguments["hidden_size"] == 16
     assert json.loads((tmp_path / "model" / "config.json").read_text())["use_cache"]
     assert not any(str(tmp_path) in str(value) for value in arguments.values())
+
+
+def test_pretraining_separates_pieces_unless_the_state_is_carried(
+    corpus: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = []
+    separate = BlockCollator.separate
+
+    def watched(collator: BlockCollator, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        batch = separate(collator, input_ids)
+        carried.append("seq_idx" not in batch)
+        return batch
+
+    monkeypatch.setattr(BlockCollator, "separate", watched)
+    for carry in ("false", "true"):
+        options = {"data": corpus, "output_dir": tmp_path / carry, "hidden_size": 16, "num_hidden_layers": 1}
+        code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", **options, carry_state=carry))
+        assert code == 0, errors
+        assert set(carried) == {carry == "true"}
+        carried.clear()
 
 
 def test_resuming_finishes_an_interrupted_run(corpus: Path, run: Run, tmp_path: Path) -> None:
@@ -187,6 +208,25 @@ def test_an_unknown_recipe_key_is_named(corpus: Path, run: Run, tmp_path: Path) 
     assert run("pretrain.py", "--config", recipe)[0] == 2
     assert run("pretrain.py", "--config", tmp_path / "none.yaml")[0] == 2
     assert run("pretrain.py", "--config")[0] == 2
+
+
+def test_a_corpus_of_several_ids_a_step_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "midi").mkdir()
+    for seed in range(3):
+        make_score(seed).dump_midi(tmp_path / "midi" / f"{seed}.mid")
+    tokenize_corpus(str(tmp_path / "midi"), tmp_path / "data", tokenization="Octuple", num_workers=1)
+    out = tmp_path / "out"
+    for script, arguments in (
+        ("pretrain.py", tiny("chorales-cpu.yaml", data=tmp_path / "data", output_dir=out)),
+        ("adversarial.py", adversarial(tmp_path / "model", tmp_path / "data", out)),
+    ):
+        code, errors = run(script, *arguments)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert code == 2, (script, errors)
+        assert len(lines) == 1, errors
+        assert "Octuple, which writes several ids a step" in lines[0]
+        assert "tokenize it anew with REMI" in lines[0]
+        assert not out.exists()
 
 
 def test_a_vocabulary_mismatch_is_refused(corpus: Path, run: Run, tmp_path: Path) -> None:

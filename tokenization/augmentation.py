@@ -1,6 +1,6 @@
-"""Augmentation of scores in memory: every epoch hears the training pieces in other keys, louder, longer or faster."""
+"""Training pieces anew every epoch: in other keys, louder, longer or faster, and with some of their controls."""
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,9 @@ from datasets import Dataset
 from symusic.core import ScoreTick
 from torch.utils.data import Dataset as TorchDataset
 
-from midimamba.errors import InputError
-from midimamba.tokenization.processor import MidiProcessor
+from .controls import CONTROLS, describe, is_control
+from .errors import InputError
+from .processor import MidiProcessor
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Augmentation:
         velocity_shift (`int`, *optional*, defaults to 0): all velocities up or down by so much at most.
         duration_stretch (`float`, *optional*, defaults to 0.0): all durations longer or shorter by this share at most.
         tempo_stretch (`float`, *optional*, defaults to 0.0): all tempos faster or slower by this share at most.
+        control_dropout (`float`, *optional*, defaults to 0.3): with this probability a piece loses all its control
+            tokens, and else each of them, so that the model can do with any of them and with none.
     """
 
     transpose: int = field(default=0, metadata={"help": "Augmentation: transpose by so many semitones at most."})
@@ -30,13 +33,25 @@ class Augmentation:
     duration_stretch: float = field(default=0.0, metadata={"help": "Augmentation: stretch durations by this share."})
     tempo_stretch: float = field(default=0.0, metadata={"help": "Augmentation: stretch tempos by this share."})
 
-    def __post_init__(self) -> None:
-        if min(astuple(self)) < 0 or max(self.duration_stretch, self.tempo_stretch) >= 1:
-            raise InputError(f"{self} cannot be: no value is negative, and a stretch is less than 1")
+    control_dropout: float = field(default=0.3, metadata={"help": "Leave out control tokens this often."})
 
-    def __bool__(self) -> bool:
-        """Whether anything is changed at all."""
-        return any(astuple(self))
+    def __post_init__(self) -> None:
+        stretches = (self.duration_stretch, self.tempo_stretch)
+        if min(self.transpose, self.velocity_shift, self.control_dropout, *stretches) < 0 or max(stretches) >= 1:
+            raise InputError(f"{self} cannot be: no value is negative, and a stretch is less than 1")
+        if self.control_dropout > 1:
+            raise InputError(f"control_dropout {self.control_dropout} is no probability: it is between 0 and 1")
+
+    @property
+    def changes_music(self) -> bool:
+        """Whether pieces are played differently at all."""
+        return any((self.transpose, self.velocity_shift, self.duration_stretch, self.tempo_stretch))
+
+    def keep_controls(self, controls: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Those of a piece's control tokens that are not dropped, by draws from `random`."""
+        drawn = random.uniform(size=1 + len(controls))
+        kept = (drawn[0] >= self.control_dropout) & (drawn[1:] >= self.control_dropout)
+        return controls[kept]
 
     def apply(self, score: ScoreTick, random: np.random.Generator) -> ScoreTick:
         """A changed copy of a score, by draws from `random`."""
@@ -66,12 +81,13 @@ class Augmentation:
         return int(random.integers(lowest, highest + 1))
 
 
-class AugmentedBlocks(TorchDataset[dict[str, Any]]):
+class EpochBlocks(TorchDataset[dict[str, Any]]):
     """
     Blocks of a split whose pieces are changed anew every epoch, in another order, and then packed.
 
-    What an epoch holds depends on `seed` and the epoch alone, so a resumed run reads what the interrupted one would
-    have. The number of blocks stays that of the pieces as they are.
+    Controls that are computed from the music are those of the changed music. What an epoch holds depends on `seed` and
+    the epoch alone, so a resumed run reads what the interrupted one would have. The number of blocks stays that of
+    the pieces as they are. All pieces are in memory.
 
     Args:
         split (`datasets.Dataset`): the training split of a corpus, one piece a row. Never give it another split.
@@ -88,22 +104,43 @@ class AugmentedBlocks(TorchDataset[dict[str, Any]]):
         self.block_size = block_size
         self.augmentation = augmentation
         self.seed = seed
-        pieces = split["input_ids"]
-        self.scores = [processor.decode(piece) for piece in pieces]
-        self.num_blocks = sum(len(piece) for piece in pieces) // block_size
+        self.pieces = [np.array(piece, dtype=np.int32) for piece in split["input_ids"]]
+        self.scores = [processor.decode(piece) for piece in self.pieces] if augmentation.changes_music else []
+        vocab = processor.midi_tokenizer.vocab
+        self._controls = np.array([vocab[t] for t in processor.midi_tokenizer.special_tokens if is_control(t)])
+        self._labels = np.array(processor.control_ids(_labels_of(processor.controls)))
+        self.num_blocks = sum(map(len, self.pieces)) // block_size
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the blocks of an epoch; the data loader calls it."""
-        pieces = []
-        for index in np.random.default_rng([self.seed, epoch]).permutation(len(self.scores)):
-            changed = self.augmentation.apply(
-                self.scores[index], np.random.default_rng([self.seed, epoch, int(index)])
-            )
-            pieces.append([*self.processor.encode(changed), self.processor.eos_token_id])
-        ids = np.concatenate(pieces)
-        # Rare keys merge worse, so an epoch may have more blocks than `num_blocks`; should it have fewer, it repeats.
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
+        ids = np.concatenate([self._piece(int(index), epoch) for index in order])
+        # Changed pieces may have more tokens; should an epoch have fewer blocks than `num_blocks`, it repeats.
         self.blocks = ids[: len(ids) // self.block_size * self.block_size].reshape(-1, self.block_size)
+
+    def _piece(self, index: int, epoch: int) -> np.ndarray:
+        """The ids of a piece in an epoch: begin, controls, music, end."""
+        random = np.random.default_rng([self.seed, epoch, index])
+        is_control = np.isin(self.pieces[index], self._controls)
+        controls, rest = self.pieces[index][is_control], self.pieces[index][~is_control]
+        if self.augmentation.changes_music:
+            changed = self.augmentation.apply(self.scores[index], random)
+            rest = np.array([*self.processor.encode(changed), self.processor.eos_token_id])
+            if len(controls):
+                controls = self._controls_of(changed, controls)
+        return np.concatenate([rest[:1], self.augmentation.keep_controls(controls, random), rest[1:]])
+
+    def _controls_of(self, changed: ScoreTick, before: np.ndarray) -> np.ndarray:
+        """The labels that the piece had, and the computed controls of the changed music that have a token."""
+        known = self.processor.controls
+        computed = {
+            name: [v for v in values if v in known[name]]
+            for name, values in describe(changed).items()
+            if name in known
+        }
+        labels = before[np.isin(before, self._labels)]
+        return np.sort(np.concatenate([labels, np.array(self.processor.control_ids(computed), dtype=int)]))
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -112,3 +149,8 @@ class AugmentedBlocks(TorchDataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return {"input_ids": self.blocks[index % len(self) % len(self.blocks)].tolist()}
+
+
+def _labels_of(controls: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The controls that no music tells."""
+    return {name: values for name, values in controls.items() if name not in CONTROLS}

@@ -1,67 +1,56 @@
-"""A folder or an archive of MIDI files, or music21's chorales, as a tokenized `datasets.DatasetDict`."""
+"""MIDI files of any source as a tokenized `datasets.DatasetDict`."""
 
 import hashlib
-import io
 import json
 import os
+import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass
-from functools import cache, partial
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value
+import pyarrow.compute as pc
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    load_dataset,
+)
+from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from miditok import MusicTokenizer
-from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
-from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_folder, write_whole
-from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi
-from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.sources import MANIFEST, Entry, Refusal, find_entries, read_entries
-from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, check_vocab_size, merge_ids, train_on_ids
-from midimamba.tokenization.workers import MAX_SECONDS, Mark, run_bounded
 
-SPLITS = ("train", "validation", "test")
-# What a file goes through in a worker; a refusal names the one that it did not pass.
-STAGES = ("read", "check", "tokenize")
-# music21 takes 0.4 seconds for a usual chorale and 4 for the longest. These files are known: the bound is for a hang.
-_MUSICXML_SECONDS = 60.0
-
-_FEATURES = Features(
-    {
-        "name": Value("string"),
-        "input_ids": List(Value("int32")),
-        "num_notes": Value("int32"),
-        "seconds": Value("float32"),
-    }
+from .controls import CONTROLS, control_token
+from .data_sets import DataSetFiles, is_data_set
+from .errors import InputError
+from .processor import MidiProcessor
+from .reading import read_source
+from .sources import CHORALES, MANIFEST
+from .store import PieceStore, StoredPiece
+from .tokenizer import (
+    build_tokenizer,
+    check_subword_model,
+    check_vocab_size,
+    load_tokenizer,
+    merge_ids,
+    train_on_ids,
 )
 
-
-@dataclass(frozen=True)
-class _Piece:
-    """What a worker makes of a file."""
-
-    name: str
-    ids: np.ndarray  # base ids, (tokens,) int32
-    content: str  # a digest of the notes
-    num_notes: int
-    seconds: float
-    sanitized: bool = False
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """Why a worker makes nothing of a file."""
-
-    reason: str
-    stage: int  # in STAGES
+SPLITS = ("train", "validation", "test")
+# Beside the data set: what reading made of every file, for the next run.
+STORE_FILE = "pieces.sqlite"
+# A label with more values says what piece it is, not of what kind.
+MAX_LABEL_VALUES = 1_000
 
 
 def tokenize_corpus(
@@ -69,301 +58,348 @@ def tokenize_corpus(
     out: Path,
     *,
     tokenization: str = "REMI",
+    tokenizer_options: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    subword_model: str = "BPE",
     vocab_size: int | None = 1000,
+    training_tokens: int = 10_000_000,
+    controls: Sequence[str] = (),
+    labels: Sequence[str] = (),
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = 0,
     limit: int | None = None,
+    midi_column: str | None = None,
+    streaming: bool = False,
     num_workers: int | None = None,
 ) -> dict[str, Any]:
     """Tokenise MIDI files into splits by piece, and save the data set and its processor.
 
     A piece's split is what a `manifest.csv` in the source says, in a table with the columns `file` (relative to the
-    manifest) and `split` (train, valid, validation or test). Other pieces' splits are decided by a hash of the name
-    and the seed, so adding files moves no piece. Should a split get no piece, it takes one of those from the largest:
-    the one whose hash is nearest. Byte-pair encoding is learned from the train split alone. Pieces with the same
-    notes are kept once. Every file is read in a worker process with bounds of time and memory; those that cannot be
-    used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be had), `stage` (read,
-    check or tokenize) and `reason`.
+    manifest) and `split` (train, valid, validation or test), or a data set. Other pieces' splits are decided by a hash
+    of the name and the seed, so adding files moves no piece. Should a split get no piece, it takes one of those from
+    the largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces with
+    the same notes are kept once. Every file is read in a worker process with bounds of time and memory; those that
+    cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be had), `stage`
+    (read, check or tokenize) and `reason`.
+
+    Memory does not grow with the number of files. What was read is kept beside `out`: an interrupted run goes on where
+    it stopped. Where `out` is the corpus of the same source and options, only new and changed files are read, and it
+    is replaced if there are any.
 
     Args:
         source (`str`):
             A folder, searched recursively; a `.zip`, `.tar`, `.tar.gz` or `.tgz` archive, which may also lie in such
-            a folder; or `chorales`: Bach's, from music21.
+            a folder; a data set with a column of MIDI bytes, in a folder or on the Hub (`owner/name`); or `chorales`:
+            Bach's, from music21.
         out (`Path`):
             The folder to make. It appears when everything is in it, or not at all.
         tokenization (`str`, *optional*, defaults to `"REMI"`):
             One of [`~midimamba.tokenization.tokenizations.TOKENIZATIONS`].
+        tokenizer_options (`dict`, *optional*):
+            MidiTok's options, see [`~midimamba.tokenization.tokenizations.build_tokenizer`].
+        tokenizer (`str`, *optional*):
+            Use this tokenizer, of a folder or a Hub repository, instead of making one: for a corpus that fits an
+            existing model. The other options of tokenizers then have no effect.
+        subword_model (`str`, *optional*, defaults to `"BPE"`):
+            `"BPE"` or `"Unigram"`.
         vocab_size (`int`, *optional*, defaults to 1000):
-            Ids after byte-pair encoding; `None` keeps the base tokens.
+            Ids after the subword model; `None` keeps the base tokens, as tokenizations of several vocabularies do.
+        training_tokens (`int`, *optional*, defaults to 10,000,000):
+            Train the subword model on pieces of so many base tokens at most, drawn at random: this bounds its memory.
+        controls (sequence of `str`, *optional*):
+            Computed controls to prefix pieces with, of [`~midimamba.tokenization.controls.CONTROLS`].
+        labels (sequence of `str`, *optional*):
+            Columns of the manifest, or of the data set, to prefix pieces with.
         valid_fraction, test_fraction (`float`, *optional*, defaults to 0.1):
             Expected fractions of the pieces in these splits.
         seed (`int`, *optional*, defaults to 0):
             Decides the splits.
         limit (`int`, *optional*):
             Use only so many files, the first by name.
+        midi_column (`str`, *optional*):
+            The column of a data set that holds MIDI bytes; by default the only one with bytes.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read a data set from the Hub row by row, without downloading it first.
         num_workers (`int`, *optional*):
             Processes that read files, by default one for each processor. The result does not depend on it.
 
     Returns:
         `dict`: what `corpus.json` holds: counts of every split, refusals, duplicates, files that were `sanitized` to
-        be read, how many pieces each way `split_by`, arguments, versions.
+        be read, how many pieces each way `split_by`, the tokenizer's fingerprint, arguments, versions.
 
     Raises:
         InputError: if nothing can be tokenised, an argument makes no sense, or `out` holds something else.
     """
-    if min(valid_fraction, test_fraction) < 0 or valid_fraction + test_fraction >= 1:
-        raise InputError(
-            f"validation and test fractions {valid_fraction} and {test_fraction} leave nothing to train on"
-        )
-    tokenizer = build_tokenizer(tokenization)
-    if vocab_size is not None:
-        check_vocab_size(tokenizer, vocab_size)
-    listing = find_entries(source)
-    entries = listing.entries[:limit]
     arguments = {
         "source": source,
         "tokenization": tokenization,
+        "tokenizer_options": dict(tokenizer_options or {}),
+        "tokenizer": tokenizer,
+        "subword_model": subword_model,
         "vocab_size": vocab_size,
+        "training_tokens": training_tokens,
+        "controls": list(controls),
+        "labels": list(labels),
         "valid_fraction": valid_fraction,
         "test_fraction": test_fraction,
         "seed": seed,
         "limit": limit,
-        "files": _digest([(entry.name, entry.size, listing.splits.get(entry.name)) for entry in entries]),
     }
-    if is_taken(out):
-        return _already_there(out, arguments)
-    with whole_folder(out) as folder:
-        pieces, refused = _read_all(entries, tokenization, num_workers)
-        refused = sorted([*listing.broken, *refused], key=lambda refusal: refusal.name)
-        return _save(folder, pieces, refused, listing.splits, tokenizer, arguments)
+    base = _base_tokenizer(arguments)
+    if base.is_multi_voc:  # there is no subword model
+        arguments["vocab_size"] = None
+    earlier = _earlier(out, arguments)
+    files = DataSetFiles(source, midi_column, labels, streaming) if is_data_set(source) else source
+    path = _reading_store(out)
+    try:
+        with PieceStore(path, _reader(base, arguments), len(base.vocab) if base.is_multi_voc else 1) as store:
+            workers = num_workers or os.cpu_count() or 1
+            read_source(
+                files,
+                store,
+                base,
+                workers=workers,
+                columns=tuple(labels),
+                with_controls=bool(controls),
+                limit=limit,
+            )
+            if reused := store.counts()["reused"]:
+                tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
+            arguments["files"] = store.digest()
+            if earlier is not None and earlier["arguments"] == arguments:
+                tqdm.write(f"{out} is already there", file=sys.stderr)
+                return earlier
+            with whole_folder(out, replace=earlier is not None) as folder:
+                report = _save(folder, store, base, arguments)
+                store.close()
+                path.replace(folder / STORE_FILE)
+            return report
+    except InputError:
+        path.unlink(missing_ok=True)
+        raise
 
 
-def _already_there(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+def _base_tokenizer(arguments: Mapping[str, Any]) -> MusicTokenizer:
+    """The tokenizer that files are read with; whatever makes no sense is refused before that."""
+    valid, test = arguments["valid_fraction"], arguments["test_fraction"]
+    if min(valid, test) < 0 or valid + test >= 1:
+        raise InputError(f"validation and test fractions {valid} and {test} leave nothing to train on")
+    if unknown := [name for name in arguments["controls"] if name not in CONTROLS]:
+        raise InputError(f"there is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}")
+    if arguments["tokenizer"] is not None:
+        return load_tokenizer(arguments["tokenizer"])
+    tokenizer = build_tokenizer(arguments["tokenization"], **arguments["tokenizer_options"])
+    if tokenizer.is_multi_voc:
+        if arguments["controls"] or arguments["labels"]:
+            raise InputError(f"{arguments['tokenization']} can have no control tokens: leave out controls and labels")
+        return tokenizer
+    check_subword_model(arguments["subword_model"])
+    if arguments["vocab_size"] is not None:
+        check_vocab_size(tokenizer, arguments["vocab_size"])
+    return tokenizer
+
+
+def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of the corpus that is at `out`, if it was made with the same arguments from perhaps other files."""
+    if not is_taken(out):
+        return None
     try:
         report: dict[str, Any] = json.loads((out / "corpus.json").read_text())
-    except (OSError, ValueError):
-        report = {}
-    if report.get("arguments") != arguments:
+        made_with = {key: value for key, value in report["arguments"].items() if key != "files"}
+    except (OSError, ValueError, LookupError):
+        made_with = {}
+    if made_with != arguments:
         raise InputError(f"{out} exists already and holds something else: delete it or choose another folder")
-    tqdm.write(f"{out} is already there", file=sys.stderr)
     return report
 
 
-def _read_all(
-    entries: Sequence[Entry], tokenization: str, num_workers: int | None
-) -> tuple[list[_Piece], list[Refusal]]:
-    """Read files in worker processes; the pieces are in the order of the files."""
-    pieces: dict[str, _Piece] = {}
-    refused: list[Refusal] = []
-    digests: dict[str, str] = {}
-
-    def tasks() -> Iterator[tuple[str, tuple[str, bytes | Path]]]:
-        for entry, content in read_entries(entries):
-            if isinstance(content, MidiRefusedError):
-                refused.append(Refusal(entry.name, None, "read", content.reason))
-                progress.update()
-                continue
-            digests[entry.name] = hashlib.sha256(content).hexdigest()
-            yield entry.name, (entry.name, entry.path if entry.is_musicxml else content)
-
-    _tokenizer(tokenization)  # a worker that is a fork inherits it
-    workers = max(1, min(num_workers or os.cpu_count() or 1, len(entries)))
-    max_seconds = _MUSICXML_SECONDS if any(entry.is_musicxml for entry in entries) else MAX_SECONDS
-    with tqdm(total=len(entries), desc="Reading", unit="file") as progress:
-        for name, outcome in run_bounded(partial(_read, tokenization), tasks(), workers, max_seconds=max_seconds):
-            if isinstance(outcome, _Piece):
-                pieces[name] = outcome
-            else:
-                refused.append(Refusal(name, digests[name], STAGES[outcome.stage], outcome.reason))
-            progress.update()
-    return [pieces[entry.name] for entry in entries if entry.name in pieces], refused
+def _reading_store(out: Path) -> Path:
+    """Where this run keeps what it reads: it goes on from an interrupted run, or from the corpus that is there."""
+    path = out.with_name(f".{out.name}.{STORE_FILE}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and (out / STORE_FILE).exists():
+        unfinished = path.with_name(f"{path.name}.copy")
+        shutil.copyfile(out / STORE_FILE, unfinished)
+        unfinished.replace(path)
+    return path
 
 
-@cache
-def _tokenizer(tokenization: str) -> MusicTokenizer:
-    return build_tokenizer(tokenization)
+def _reader(tokenizer: MusicTokenizer, arguments: Mapping[str, Any]) -> str:
+    """A digest of everything that reading depends on, but for the files."""
+    packages = ["midimamba", "miditok", "symusic", *(["music21"] if arguments["source"] == CHORALES else [])]
+    return _digest([tokenizer.to_dict(), bool(arguments["controls"]), _versions(packages)])
 
 
-def _read(tokenization: str, file: tuple[str, bytes | Path], mark: Mark) -> _Piece | _Refused:
-    """In a worker: the content of a MIDI file, or a MusicXML file, to base ids."""
-    name, content = file
-    stage = 0
-
-    def enter(name_of_stage: str) -> None:
-        nonlocal stage
-        stage = STAGES.index(name_of_stage)
-        mark(stage)
-
-    try:
-        score, sanitized = parse_midi(_musicxml_to_midi(content) if isinstance(content, Path) else content)
-        enter("check")
-        score = check_score(score)
-        enter("tokenize")
-        return _tokenize(name, score, _tokenizer(tokenization), sanitized)
-    except MidiRefusedError as error:
-        return _Refused(error.reason, stage)
-    except MemoryError:
-        raise  # the bound of this process: it is to be replaced
-    except Exception as error:
-        # Third-party parsers on arbitrary files: whatever they trip over concerns this file, not the run.
-        return _Refused(f"{type(error).__name__}: {error}", stage)
-
-
-def _tokenize(name: str, score: ScoreTick, tokenizer: MusicTokenizer, sanitized: bool) -> _Piece:
-    ids = base_ids(tokenizer, score)
-    # The same notes at another tempo are the same music.
-    tempos = set(tokenizer.token_ids_of_type("Tempo"))
-    content = _digest([index for index in ids if index not in tempos])
-    seconds = cast(ScoreSecond, score.to("second")).end()
-    return _Piece(name, np.array(ids, dtype=np.int32), content, score.note_num(), seconds, sanitized)
-
-
-def _musicxml_to_midi(path: Path) -> bytes:
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        from music21 import converter, midi
-
-        content: bytes = midi.translate.streamToMidiFile(converter.parse(path)).writestr()
-    return content
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {package: version(package) for package in packages}
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _save(
-    folder: Path,
-    usable: Sequence[_Piece],
-    refused: Sequence[Refusal],
-    given: Mapping[str, str],
-    tokenizer: MusicTokenizer,
-    arguments: dict[str, Any],
-) -> dict[str, Any]:
+def _save(folder: Path, store: PieceStore, base: MusicTokenizer, arguments: dict[str, Any]) -> dict[str, Any]:
     """Split, train, encode and write everything into `folder`."""
-    if not usable:
-        first = refused[0]
-        raise InputError(f"no file of {arguments['source']} can be used; the first, {first.name}: {first.reason}")
-    unique = list({piece.content: piece for piece in reversed(usable)}.values())[::-1]  # the first of equals
-    splits = _split(unique, arguments["valid_fraction"], arguments["test_fraction"], arguments["seed"], given)
-    if arguments["vocab_size"] is not None:
-        train_on_ids(tokenizer, [piece.ids.tolist() for piece in splits["train"]], arguments["vocab_size"])
+    store.deal_splits(arguments["valid_fraction"], arguments["test_fraction"], arguments["seed"])
+    counts = store.counts()
+    if not counts["pieces"]:
+        first = next(store.refusals(), None)
+        why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"
+        raise InputError(f"no file of {arguments['source']} can be used; {why}")
+    if not counts["train"]:
+        raise InputError(f"the {MANIFEST} leaves no usable piece to train on")
+    tokenizer = base if arguments["tokenizer"] else _train(store, base, arguments)
     processor = MidiProcessor(tokenizer)
-    with tqdm(total=len(unique), desc="Encoding", unit="piece") as progress:
-        dataset = DatasetDict({split: _encode(split, splits[split], processor, progress) for split in SPLITS})
-    dataset.save_to_disk(str(folder))
+    shift = len(tokenizer.special_tokens) - len(base.special_tokens)
+    with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
+        dataset = DatasetDict({split: _encode(folder, split, store, processor, shift, progress) for split in SPLITS})
+        # `datasets` 5.2 writes no file for an empty split unless told how many, and then cannot load it.
+        dataset.save_to_disk(str(folder), num_shards={split: None if len(dataset[split]) else 1 for split in SPLITS})
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
     processor.save_pretrained(folder / "tokenizer")
-    write_whole(folder / "quarantine.jsonl", "".join(_quarantine_line(refusal) for refusal in refused))
-    by_manifest = sum(piece.name in given for piece in unique)
+    with (folder / "quarantine.jsonl").open("w") as file:
+        for refusal in store.refusals():
+            row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     report = {
         "splits": {split: _count(dataset[split]) for split in SPLITS},
-        "split_by": {"manifest": by_manifest, "hash": len(unique) - by_manifest},
-        "refused": len(refused),
-        "sanitized": sum(piece.sanitized for piece in usable),
-        "duplicates": len(usable) - len(unique),
-        "vocab_size": processor.vocab_size,
+        "split_by": {"given": counts["given"], "hash": counts["pieces"] - counts["given"]},
+        **{name: counts[name] for name in ("refused", "sanitized", "duplicates")},
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": _digest(tokenizer.to_dict()),
         "arguments": arguments,
-        "versions": {package: version(package) for package in ("miditok", "symusic")},
+        "versions": _versions(["miditok", "symusic"]),
     }
     write_whole(folder / "corpus.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
-def _quarantine_line(refusal: Refusal) -> str:
-    row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _train(store: PieceStore, base: MusicTokenizer, arguments: Mapping[str, Any]) -> MusicTokenizer:
+    """The tokenizer of the corpus: with the control tokens that the train split has, and its subword model."""
+    values = store.control_values([*arguments["controls"], *arguments["labels"]])
+    for name in arguments["labels"]:
+        if len(values[name]) > MAX_LABEL_VALUES:
+            raise InputError(f"label {name!r} has {len(values[name]):,} values; the limit is {MAX_LABEL_VALUES:,}")
+    tokens = list(dict.fromkeys(control_token(name, value) for name in values for value in values[name]))
+    tokenizer = build_tokenizer(arguments["tokenization"], controls=tokens, **arguments["tokenizer_options"])
+    if arguments["vocab_size"] is not None:
+        vocab_size = arguments["vocab_size"] + len(tokens)
+        pieces = (piece.ids + len(tokens) for piece in store.pieces("train", order="place"))
+        train_on_ids(tokenizer, _up_to(pieces, arguments["training_tokens"]), vocab_size, arguments["subword_model"])
+    return tokenizer
 
 
-def _split(
-    pieces: Sequence[_Piece], valid_fraction: float, test_fraction: float, seed: int, given: Mapping[str, str]
-) -> dict[str, list[_Piece]]:
-    """Deal out the pieces whose split is not given, by hash: test, validation and train are intervals of [0, 1)."""
-    fractions = {"test": test_fraction, "validation": valid_fraction, "train": 1.0}
-    fixed = {split: [piece for piece in pieces if given.get(piece.name) == split] for split in fractions}
-    splits: dict[str, list[_Piece]] = {split: [] for split in fractions}
-    free = [piece for piece in pieces if piece.name not in given]
-    for piece in sorted(free, key=lambda piece: _hash(piece.name, seed)):
-        place = _hash(piece.name, seed)
-        if place < test_fraction:
-            splits["test"].append(piece)
-        else:
-            splits["validation" if place < test_fraction + valid_fraction else "train"].append(piece)
-    for split in ("train", "test", "validation"):
-        largest = max(splits.values(), key=len)
-        wanted = fractions[split] and not splits[split] and not fixed[split]
-        if wanted and (len(largest) > 1 or (split == "train" and largest)):
-            splits[split].append(largest.pop(-1 if split == "train" else 0))
-    if not splits["train"] and not fixed["train"]:
-        raise InputError(f"the {MANIFEST} leaves no usable piece to train on")
-    return {split: fixed[split] + splits[split] for split in fractions}
+def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
+    """The first pieces that hold `count` ids together, or all."""
+    total = 0
+
+    def more(piece: np.ndarray) -> bool:
+        nonlocal total
+        total += len(piece)
+        return total - len(piece) < count
+
+    return (piece.tolist() for piece in takewhile(more, pieces))
 
 
-def _hash(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the name and the seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64
+def _encode(
+    folder: Path, split: str, store: PieceStore, processor: MidiProcessor, shift: int, progress: "tqdm[Any]"
+) -> Dataset:
+    """A split in Arrow files, written piece by piece."""
+    features = _features(processor)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for piece in store.pieces(split):
+            yield {
+                "name": piece.name,
+                "input_ids": _with_ends(piece, processor, shift),
+                "num_notes": piece.num_notes,
+                "seconds": piece.seconds,
+            }
+            progress.update()
+
+    if next(store.pieces(split), None) is None:
+        return Dataset.from_dict({column: [] for column in features}, features=features, split=split)
+    return Dataset.from_generator(
+        rows,
+        features=features,
+        split=split,
+        cache_dir=str(folder / ".cache"),
+        fingerprint=f"{folder.name}-{split}",
+        writer_batch_size=100,
+    )
 
 
-def _encode(split: str, pieces: Sequence[_Piece], processor: MidiProcessor, progress: tqdm) -> Dataset:
-    rows: dict[str, list[Any]] = {column: [] for column in _FEATURES}
-    for piece in sorted(pieces, key=lambda piece: piece.name):
-        ids = merge_ids(processor.midi_tokenizer, piece.ids.tolist())
-        rows["name"].append(piece.name)
-        rows["input_ids"].append([processor.bos_token_id, *ids, processor.eos_token_id])
-        rows["num_notes"].append(piece.num_notes)
-        rows["seconds"].append(piece.seconds)
-        progress.update()
-    return Dataset.from_dict(rows, features=_FEATURES, split=split)
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without the progress bars of `datasets`: one is enough."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _features(processor: MidiProcessor) -> Features:
+    ids = List(Value("int32"))
+    return Features(
+        {
+            "name": Value("string"),
+            "input_ids": List(ids) if processor.midi_tokenizer.is_multi_voc else ids,
+            "num_notes": Value("int32"),
+            "seconds": Value("float32"),
+        }
+    )
+
+
+def _with_ends(piece: StoredPiece, processor: MidiProcessor, shift: int) -> np.ndarray:
+    """The ids of a row: begin, controls, music, end."""
+    tokenizer = processor.midi_tokenizer
+    if tokenizer.is_multi_voc:
+        return np.pad(
+            piece.ids, ((1, 1), (0, 0)), constant_values=((processor.bos_token_id, processor.eos_token_id), (0, 0))
+        )
+    music = merge_ids(tokenizer, (piece.ids + shift).tolist())
+    # A value that the train split does not have has no token: the model could not have learned it.
+    tokens = sorted(tokenizer.vocab[token] for token in piece.control_tokens if token in tokenizer.vocab)
+    return np.array([processor.bos_token_id, *tokens, *music, processor.eos_token_id], dtype=np.int32)
 
 
 def _count(dataset: Dataset) -> dict[str, int | float]:
+    table = dataset.with_format("arrow")[:]
     return {
         "pieces": len(dataset),
-        "tokens": len(_flat_ids(dataset)),
-        "notes": sum(dataset["num_notes"]),
-        "hours": round(sum(dataset["seconds"]) / 3600, 3),
+        "tokens": pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0,
+        "notes": pc.sum(table["num_notes"]).as_py() or 0,
+        "hours": round((pc.sum(table["seconds"]).as_py() or 0) / 3600, 3),
     }
 
 
-def load_corpus(folder: str | Path) -> tuple[DatasetDict, MidiProcessor]:
-    """Read what [`tokenize_corpus`] wrote.
+def load_corpus(name: str | Path) -> tuple[DatasetDict, MidiProcessor]:
+    """Read what [`tokenize_corpus`] wrote, from a folder or a data set repository on the Hub.
 
     Raises:
-        InputError: if `folder` is not such a corpus.
+        InputError: if `name` is no such corpus.
     """
-    if not (Path(folder) / "corpus.json").is_file():
-        raise InputError(f"{folder} is no tokenized corpus: make one with `midimamba tokenize SOURCE --out {folder}`")
-    return DatasetDict.load_from_disk(str(folder)), MidiProcessor.from_pretrained(Path(folder) / "tokenizer")
+    folder = Path(name)
+    if not folder.exists() and is_data_set(str(name)):
+        folder = _download(str(name))
+    if not (folder / "corpus.json").is_file():
+        raise InputError(f"{name} is no tokenized corpus: make one with `midimamba tokenize SOURCE --out {name}`")
+    processor = MidiProcessor.from_pretrained(folder / "tokenizer")
+    if (folder / "dataset_dict.json").is_file():
+        return DatasetDict.load_from_disk(str(folder)), processor
+    counts = json.loads((folder / "corpus.json").read_text())["splits"]
+    # `datasets` 5.2 cannot load a split without rows.
+    filled = {split: str(folder / "data" / f"{split}-*.parquet") for split in SPLITS if counts[split]["pieces"]}
+    dataset = load_dataset("parquet", data_files=filled)
+    return DatasetDict({s: dataset[s] if s in filled else dataset["train"].select([]) for s in SPLITS}), processor
 
 
-def pack_blocks(dataset: Dataset, block_size: int) -> Dataset:
-    """Concatenate the pieces of a split and cut them into blocks for training.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            A split, with a column `input_ids` of one piece a row.
-        block_size (`int`):
-            Tokens a block. Only the tokens after the last whole block are lost.
-
-    Returns:
-        `datasets.Dataset`: with a column `input_ids` of lists of `block_size` ids.
-
-    Raises:
-        InputError: if the pieces hold fewer than `block_size` tokens.
-    """
-    ids = _flat_ids(dataset)
-    blocks = len(ids) // block_size
-    if blocks == 0:
-        split = f"the {dataset.split} split" if dataset.split else "the data set"
-        raise InputError(
-            f"{split} holds {len(ids)} tokens, fewer than one block of {block_size}: choose smaller blocks"
-        )
-    rows = ids[: blocks * block_size].reshape(blocks, block_size)
-    features = Features({"input_ids": List(Value("int32"), length=block_size)})
-    return Dataset.from_dict({"input_ids": rows}, features=features, split=dataset.split)
-
-
-def _flat_ids(dataset: Dataset) -> np.ndarray:
-    """All ids of all rows, in order, of shape (tokens,)."""
-    table = dataset.with_format("arrow")[:]  # unlike `dataset.data`, it honours select and shuffle
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table["input_ids"].chunks]
-    return np.concatenate([np.empty(0, dtype=np.int32), *chunks])
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(f"no corpus can be loaded from {name!r}: {str(error).splitlines()[0]}") from error

@@ -15,8 +15,9 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from midimamba.errors import InputError
-from midimamba.tokenization.tokenizer import BOS, EOS, PAD, expand_ids
+from .controls import is_control
+from .errors import InputError
+from .tokenizer import BOS, EOS, PAD, expand_ids
 
 # Where a note is Pitch, Velocity, Duration under the program before it, which the rules below rely on. MIDILike ends
 # notes long after they begin, PerTok tells no types, MMM and BEAT have tracks and beats that must fit each other.
@@ -79,9 +80,10 @@ _LAST, _POSITION, _LIMIT, _DRUM, _ANCHOR, _BEGIN = range(6)
 class MidiGrammar(LogitsProcessor):
     """Forbids every id after which a sequence would not be valid music.
 
-    Padding and begin-of-sequence are never sampled, end-of-sequence only right after a complete note; positions grow
-    within a bar and stay inside its meter; drum pitches belong to the drum program. Every sample holds a note: 16
-    base tokens after the begin at the latest, whatever the model prefers. In every row at least one id is allowed.
+    Padding, begin-of-sequence and control tokens are never sampled, end-of-sequence only right after a complete note;
+    positions grow within a bar and stay inside its meter; drum pitches belong to the drum program. Every sample holds
+    a note: 16 base tokens after the begin and its controls at the latest, whatever the model prefers. In every row at
+    least one id is allowed.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
@@ -209,8 +211,8 @@ def _tables(tokenizer: MusicTokenizer) -> dict[str, Tensor]:
 
 
 def _followers(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
-    """MidiTok's graph of types, narrowed to what its encoder writes. Nothing may be followed by PAD or BOS."""
-    special = {PAD, BOS, EOS, "PAD", "BOS", "EOS"}
+    """MidiTok's graph of types, narrowed to what its encoder writes. No PAD, BOS or control may follow anything."""
+    special = {*tokenizer.special_tokens, *(token.split("_")[0] for token in tokenizer.special_tokens)}
     graph = {kind: set(after) - special for kind, after in tokenizer.tokens_types_graph.items() if kind not in special}
     time = "Bar" if "Bar" in graph else "TimeShift"
     # A program announces a note. MidiTok's graph also goes back to time and tempo, and round in circles.
@@ -248,7 +250,7 @@ def _meaning(
 ) -> _Meaning:
     types = {kind: index for index, kind in enumerate(followers)}
     kinds = [token.split("_")[0] for token in tokens]
-    if tokens == [PAD]:
+    if tokens == [PAD] or is_control(tokens[0]):  # neither changes what may follow
         return _Meaning(first=types["PAD"])
     if tokens == [BOS]:  # MidiTok decodes 4/4 and no drums until told otherwise
         return _Meaning(types["BOS"], -1, 4 * positions_per_beat, 0, 0, 0, first=types["BOS"])

@@ -6,7 +6,9 @@ from miditok import MusicTokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from midimamba.tokenization.tokenizations import BAR, BOS, EOS, PAD, TRACK_START
+from .controls import is_control
+from .errors import InputError
+from .tokenizations import BAR, BOS, EOS, PAD, TRACK_START
 
 # The first code point of Unicode's largest private area: no text can be mistaken for one of these symbols.
 _PRIVATE = 0xF0000
@@ -27,10 +29,17 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
 
     It is a plain `tokenizers` pipeline, so that `AutoTokenizer` loads what it saves without this package. A normalizer
     writes every base token as one private character, a bar or a track starts a word, MidiTok's own model applies, and
-    the decoder writes the characters as tokens again. Text that is no base token is dropped.
+    the decoder writes the characters as tokens again. Control tokens are special tokens, as begin and end are. Text
+    that is no base token is dropped.
+
+    Raises:
+        InputError: if the tokenizer has several vocabularies.
     """
+    if tokenizer.is_multi_voc:
+        raise InputError(f"{type(tokenizer).__name__} has no text form: its steps are rows of ids, not tokens")
     vocab: dict[str, int] = tokenizer.vocab
-    special = [PAD, BOS, EOS]
+    controls = [token for token in vocab if is_control(token)]
+    special = [PAD, BOS, EOS, *controls]
     symbols = {token: chr(_PRIVATE + index) for token, index in vocab.items() if token not in special}
     pipeline = Tokenizer(_private_model(tokenizer, symbols))
     # The longest first, or Pitch_6 would match the start of Pitch_60.
@@ -45,11 +54,12 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
         pipeline.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(symbols[token], "merged_with_next") for token in starts]
         )
-    written = {token: token for token in special} | {symbol: token for token, symbol in symbols.items()}
     pipeline.decoder = decoders.Sequence(
         [
+            # Special tokens come as they are. They get their space one by one: a text may begin another.
+            decoders.Replace(Regex(rf"(?<=[^\x{{{_PRIVATE:X}}}-\x{{FFFFD}}])\z"), " "),
             decoders.Fuse(),
-            *(decoders.Replace(symbol, f"{token} ") for symbol, token in written.items()),
+            *(decoders.Replace(symbol, f"{token} ") for token, symbol in symbols.items()),
             decoders.Strip(" ", 0, 1),
         ]
     )
@@ -59,6 +69,7 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
+        extra_special_tokens=controls,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],

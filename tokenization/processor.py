@@ -1,26 +1,37 @@
-"""The `AutoProcessor` of MIDI: files, bytes or scores to `input_ids` and back."""
+"""The `AutoProcessor` of MIDI: files, bytes or scores to `input_ids` and back.
+
+`save_pretrained` copies this module and all that it imports by a dot, so that the folder can be read where midimamba
+is not installed: `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`. So these modules import nothing
+else of midimamba.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
-from miditok import MusicTokenizer, TokSequence
+from miditok import MuMIDI, MusicTokenizer, TokSequence
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 from transformers import BatchEncoding, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 
-from midimamba.files import write_whole
-from midimamba.tokenization.grammar import MidiGrammar
-from midimamba.tokenization.ingest import read_score
-from midimamba.tokenization.tokenizer import MIDITOK_FILE, base_ids, fast_tokenizer, load_tokenizer, merge_ids
+from .controls import control_ids, controls_of
+from .grammar import MidiGrammar
+from .ingest import read_score
+from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, base_ids, fast_tokenizer, load_tokenizer, merge_ids
 
 Midi = str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond
+Controls = Mapping[str, str | Sequence[str]]
 
 # What `from_pretrained` may be told about the Hub; the rest of its arguments concern other kinds of processors.
 _HUB_OPTIONS = frozenset(
     {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "user_agent"}
 )
+
+# What every row of MuMIDI has: the event, the numbers of bar and position, the tempo.
+_MUMIDI_COLUMNS = 4
 
 
 class MidiProcessor(ProcessorMixin):
@@ -29,12 +40,17 @@ class MidiProcessor(ProcessorMixin):
     Args:
         midi_tokenizer (`miditok.MusicTokenizer`):
             From [`~midimamba.tokenization.tokenizer.build_tokenizer`], trained or not. The text tokenizer `tokenizer`,
-            which plain `AutoTokenizer` loads, is derived from it, so the two cannot disagree.
+            which plain `AutoTokenizer` loads, is derived from it, so the two cannot disagree. It is `None` for
+            several vocabularies: then every id below is a row of ids of shape (vocabularies,).
     """
 
     def __init__(self, midi_tokenizer: MusicTokenizer) -> None:
-        super().__init__(fast_tokenizer(midi_tokenizer))
+        super().__init__(None if midi_tokenizer.is_multi_voc else fast_tokenizer(midi_tokenizer))
         self.midi_tokenizer = midi_tokenizer
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As transformers does, which copes with a part that is `None` but for this check."""
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -42,97 +58,167 @@ class MidiProcessor(ProcessorMixin):
         return ["tokenizer"]
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
-        return len(self.tokenizer)
+    def vocab_size(self) -> int | list[int]:
+        """Number of ids, special tokens included; a list of the numbers of several vocabularies."""
+        return self.midi_tokenizer.len
+
+    @property
+    def controls(self) -> dict[str, list[str]]:
+        """The controls that music can be asked for by: names, and the values each can have."""
+        return controls_of(self.midi_tokenizer)
 
     @property
     def pad_token_id(self) -> int:
-        return self.tokenizer.pad_token_id
+        return self.midi_tokenizer.special_tokens.index(PAD)
 
     @property
     def bos_token_id(self) -> int:
-        return self.tokenizer.bos_token_id
+        return self.midi_tokenizer.special_tokens.index(BOS)
 
     @property
     def eos_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return self.midi_tokenizer.special_tokens.index(EOS)
 
     def __call__(
         self,
-        midi: Midi | list[Midi],
+        midi: Midi | list[Midi] | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
         add_bos: bool = True,
+        controls: Controls | None = None,
     ) -> BatchEncoding:
         """Encode one piece or several as a prompt for `generate`.
 
         Args:
-            midi (`str`, `Path`, `bytes`, `symusic.Score` or a list of them):
-                Files, contents of files, or scores.
+            midi (`str`, `Path`, `bytes`, `symusic.Score` or a list of them, *optional*):
+                Files, contents of files, or scores; by default no music at all, for a piece from nothing.
             return_tensors (`str`, *optional*):
-                `"pt"` for tensors of shape (batch, time), also for a single piece; `None` for lists of ids.
+                `"pt"` for tensors of shape (batch, time), also for a single piece; `None` for lists of ids. Those of
+                several vocabularies have shape (batch, time, vocabularies), and their mask (batch, time).
             padding (`bool` or `str`, *optional*, defaults to `True`):
                 Pads a list to its longest piece, on the left, because generation continues on the right.
             add_bos (`bool`, *optional*, defaults to `True`):
                 Whether a piece starts with the id that begins a sequence.
+            controls (`Mapping[str, str | Sequence[str]]`, *optional*):
+                What is asked for, such as `{"key": "C-major", "instruments": ["violin", "drums"]}`, of
+                `self.controls`.
 
         Returns:
             `BatchEncoding`: with `input_ids` and `attention_mask`.
 
         Raises:
             MidiRefusedError: if a piece cannot be used; the message says why.
+            InputError: if there is no such control or value; the message names those there are.
         """
-        if not isinstance(midi, list):
-            if return_tensors is None:
-                ids = self.encode(midi, add_bos)
-                return BatchEncoding({"input_ids": ids, "attention_mask": [1] * len(ids)})
-            midi = [midi]
-        batch = {"input_ids": [self.encode(piece, add_bos) for piece in midi]}
-        return self.tokenizer.pad(batch, padding=padding, return_tensors=return_tensors)
+        if return_tensors is None and not isinstance(midi, list):
+            ids = self.encode(midi, add_bos, controls)
+            return BatchEncoding({"input_ids": ids, "attention_mask": [1] * len(ids)})
+        pieces: Sequence[Midi | None] = midi if isinstance(midi, list) else [midi]
+        batch = [self.encode(piece, add_bos, controls) for piece in pieces]
+        if self.tokenizer is None:
+            return self._pad(batch, padding in (True, "longest"), return_tensors)
+        return self.tokenizer.pad({"input_ids": batch}, padding=padding, return_tensors=return_tensors)
 
-    def encode(self, midi: Midi, add_bos: bool = True) -> list[int]:
-        """The ids of one piece, from the begin-of-sequence id to the last note; nothing marks the end.
+    def _pad(self, batch: list[list[Any]], padding: bool, return_tensors: str | None) -> BatchEncoding:
+        """Rows of several vocabularies, padded as text tokenizers pad ids."""
+        longest = max(map(len, batch), default=0) if padding else 0
+        pads = [max(longest - len(rows), 0) for rows in batch]
+        ids = [[self._step(self.pad_token_id)] * pad + rows for pad, rows in zip(pads, batch, strict=True)]
+        mask = [[0] * pad + [1] * len(rows) for pad, rows in zip(pads, batch, strict=True)]
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+
+    def _step(self, token_id: int) -> int | list[int]:
+        """A special token as one step."""
+        tokenizer = self.midi_tokenizer
+        return [token_id] * len(tokenizer.vocab) if tokenizer.is_multi_voc else token_id
+
+    def encode(self, midi: Midi | None, add_bos: bool = True, controls: Controls | None = None) -> list[Any]:
+        """The ids of one piece: begin-of-sequence, controls, music up to the last note; nothing marks the end.
+
+        Returns:
+            `list[int]`, or for several vocabularies `list[list[int]]` of shape (time, vocabularies).
 
         Raises:
             MidiRefusedError: if the piece cannot be used.
+            InputError: if there is no such control or value.
         """
-        ids = merge_ids(self.midi_tokenizer, base_ids(self.midi_tokenizer, read_score(midi)))
-        return [self.bos_token_id, *ids] if add_bos else ids
+        prefix: list[Any] = [self._step(self.bos_token_id)] if add_bos else []
+        prefix += self.control_ids(controls or {})
+        if midi is None:
+            return prefix
+        return prefix + merge_ids(self.midi_tokenizer, base_ids(self.midi_tokenizer, read_score(midi)))
 
-    def decode(self, ids: Sequence[int] | torch.Tensor) -> ScoreTick:
-        """Write ids as a score. Special tokens, and ids beyond the vocabulary, are dropped.
+    def control_ids(self, values: Controls) -> list[int]:
+        """The ids that ask for `values`, in the order of the vocabulary, whatever the order given.
+
+        Args:
+            values (`Mapping[str, str | Sequence[str]]`):
+                Names of controls, and one value or several each.
+
+        Raises:
+            InputError: if there is no such control or value; the message names those there are.
+        """
+        return control_ids(self.midi_tokenizer, values)
+
+    def decode(self, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> ScoreTick:
+        """Write ids as a score. Special tokens, controls among them, and ids beyond the vocabulary are dropped.
+
+        Of several vocabularies, rows are dropped that hold one of these.
 
         Args:
             ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
-                One sequence; see `batch_decode` for several.
+                One sequence; see `batch_decode` for several. Of several vocabularies, of shape (time, vocabularies)
+                or (1, time, vocabularies).
 
         Raises:
-            ValueError: if `ids` holds more than one sequence.
+            ValueError: if `ids` holds more than one sequence, or rows of several vocabularies that are no music.
         """
-        flat = torch.as_tensor(ids, dtype=torch.long).cpu()
-        if flat.dim() == 2 and flat.shape[0] == 1:
-            flat = flat[0]
-        if flat.dim() != 1:
-            raise ValueError(f"decode takes one sequence, not shape {tuple(flat.shape)}: use batch_decode")
-        music = flat[(flat >= len(self.tokenizer.all_special_ids)) & (flat < self.vocab_size)]
-        sequence = TokSequence(ids=music.tolist(), are_ids_encoded=self.midi_tokenizer.is_trained)
-        return self.midi_tokenizer.decode(sequence)
+        tokenizer = self.midi_tokenizer
+        shape = (-1, len(tokenizer.vocab)) if tokenizer.is_multi_voc else (-1,)
+        steps = torch.as_tensor(ids, dtype=torch.long).cpu()
+        if steps.dim() == len(shape) + 1 and steps.shape[0] == 1:
+            steps = steps[0]
+        if steps.numel() and (steps.dim() != len(shape) or steps.shape[1:] != shape[1:]):
+            raise ValueError(f"decode takes one sequence, not shape {tuple(steps.shape)}: use batch_decode")
+        steps = steps.reshape(shape)
+        music = steps[self._is_music(steps)].tolist()
+        try:
+            return tokenizer.decode(TokSequence(ids=music, are_ids_encoded=tokenizer.is_trained))
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"{type(tokenizer).__name__} cannot decode these ids, which are no music") from error
 
-    def batch_decode(self, ids: Sequence[Sequence[int]] | torch.Tensor) -> list[ScoreTick]:
+    def _is_music(self, steps: torch.Tensor) -> torch.Tensor:
+        """Which steps hold no special token and no id beyond its vocabulary, as booleans of shape (time,)."""
+        size = torch.tensor(self.vocab_size)
+        if self.tokenizer is not None:
+            # Not MidiTok's own special tokens: those of MMM begin and end tracks.
+            return (steps >= len(self.tokenizer.all_special_ids)) & (steps < size)
+        known = (steps > self.eos_token_id) & (steps < size)
+        if type(self.midi_tokenizer) is MuMIDI:  # pads what only notes have
+            known[:, _MUMIDI_COLUMNS:] |= steps[:, _MUMIDI_COLUMNS:] == self.pad_token_id
+        return known.all(dim=1)
+
+    def batch_decode(self, ids: Sequence[Sequence[Any]] | torch.Tensor) -> list[ScoreTick]:
         """[`decode`] of every sequence of a batch of shape (batch, time), or of a list of sequences of any length."""
         return [self.decode(sequence) for sequence in ids]
 
     def grammar(self, **options: Any) -> MidiGrammar:
-        """The logits processor that only lets valid music pass; `options` as for [`MidiGrammar`]."""
+        """The logits processor that only lets valid music pass; `options` as for [`MidiGrammar`].
+
+        Raises:
+            InputError: if there are no rules for the tokenization.
+        """
         return MidiGrammar(self.midi_tokenizer, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `processor_config.json` holds: the class. Everything else is in `miditok.json`."""
-        return {"processor_class": type(self).__name__}
+        """What `processor_config.json` holds: the class and its module. Everything else is in `miditok.json`."""
+        name = type(self).__name__
+        return {"processor_class": name, "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{name}"}}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `miditok.json`, `processor_config.json` and the text tokenizer's files.
+        """Write `miditok.json`, `processor_config.json`, the text tokenizer if there is one, and the code to read it.
+
+        The code is for `AutoProcessor` where midimamba is not installed. Where it is, the installed class is used.
 
         Args:
             save_directory (`str` or `Path`):
@@ -142,10 +228,16 @@ class MidiProcessor(ProcessorMixin):
             kwargs:
                 Passed to `push_to_hub`.
         """
-        super().save_pretrained(save_directory)
-        write_whole(Path(save_directory) / MIDITOK_FILE, json.dumps(self.midi_tokenizer.to_dict(), indent=2))
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not by `super()`: it would send AutoTokenizer, which needs none of this code, to it as well.
+        custom_object_save(self, folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        self.to_json_file(folder / "processor_config.json")
+        (folder / MIDITOK_FILE).write_text(json.dumps(self.midi_tokenizer.to_dict(), indent=2))
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

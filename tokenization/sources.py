@@ -8,22 +8,22 @@ import csv
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import IO, cast
 
-from midimamba.errors import InputError
-from midimamba.tokenization.ingest import (
+from .errors import InputError
+from .ingest import (
     MAX_FILE_BYTES,
     MIDI_SUFFIXES,
     TOO_LARGE,
     MidiRefusedError,
-    find_midi_files,
     read_content,
 )
 
@@ -31,7 +31,7 @@ CHORALES = "chorales"
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 MANIFEST = "manifest.csv"
 # Name, size and place of a member, the last as in `Entry`.
-_Member = tuple[str, int, int | zipfile.ZipInfo]
+_Member = tuple[str, int, int | str]
 # What a manifest may call the splits.
 _SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
 # Of music21's Bach entries, the only one that is no chorale: a prelude for keyboard.
@@ -39,7 +39,7 @@ _NO_CHORALE = "bwv846"
 _MUSICXML_SUFFIXES = (".mxl", ".xml")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file of a source.
 
@@ -50,14 +50,14 @@ class Entry:
             The file, or the archive that it is in.
         size (`int`):
             In bytes, as the folder or the archive says.
-        member (`int` or `ZipInfo`, *optional*):
-            Where it is in the archive: its offset in a tar file, its entry in a zip file.
+        member (`int` or `str`, *optional*):
+            Where it is in the archive: its offset in a tar file, its name in a zip file.
     """
 
     name: str
     path: Path
     size: int
-    member: int | zipfile.ZipInfo | None = None
+    member: int | str | None = None
 
     @property
     def is_musicxml(self) -> bool:
@@ -87,39 +87,57 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What a source holds: files sorted by name, broken archives, and the splits of files by name that it asks for."""
+class Label:
+    """What a manifest says of a file.
 
-    entries: list[Entry]
-    broken: list[Refusal]
-    splits: dict[str, str]
+    Args:
+        name (`str`):
+            As in [`Entry`].
+        split (`str`, *optional*):
+            `"train"`, `"validation"` or `"test"`.
+        labels (`dict[str, str]`):
+            Values of the columns that were asked for.
+    """
+
+    name: str
+    split: str | None
+    labels: dict[str, str]
 
 
-def find_entries(source: str) -> Listing:
-    """List the MIDI files of a source, sorted by name.
+def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Refusal | Label]:
+    """The MIDI files of a source in any order, its broken archives, and what its manifests say of files.
 
     Args:
         source (`str`):
             A folder, searched recursively, archives included; an archive; or `chorales`.
+        columns (sequence of `str`, *optional*):
+            Columns of manifests to read as labels.
 
     Raises:
-        InputError: if it is none of these, a broken archive, holds no MIDI, or a manifest of it makes no sense.
+        InputError: if it is none of these, a broken archive, or a manifest of it makes no sense.
     """
     if source == CHORALES:
-        return Listing(_find_chorales(), [], {})
-    found, broken = _list_source(source)
-    by_name = {entry.name: entry for entry in found}  # where an archive holds a name twice, the later one counts
-    manifests = [by_name.pop(name) for name in sorted(by_name) if _is_manifest(name)]
-    if not by_name and not broken:
-        raise InputError(f"{source} holds no MIDI files: they end in {', '.join(sorted(MIDI_SUFFIXES))}")
-    return Listing([by_name[name] for name in sorted(by_name)], broken, _read_manifests(manifests))
+        yield from _find_chorales()
+        return
+    manifests: dict[str, Entry] = {}
+    for item in _list_files(source):
+        if isinstance(item, Entry) and _is_manifest(item.name):
+            manifests[item.name] = item  # where an archive holds a name twice, the later one counts
+        else:
+            yield item
+    known: set[str] = set()
+    for entry, content in read_entries(manifests.values()):
+        yield from _read_manifest(entry, content, columns, known)
+    if missing := [column for column in columns if column not in known]:
+        there = f"there are {', '.join(sorted(known))}" if known else "there is none with a column 'file'"
+        raise InputError(f"{source}: no {MANIFEST} has a column {missing[0]!r}; {there}")
 
 
 def read_entries(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
     """The bytes of every entry, or why there are none. An archive is opened once for all entries in a row."""
     for path, group in groupby(entries, key=lambda entry: entry.path):
         members = list(group)
-        if isinstance(members[0].member, zipfile.ZipInfo):
+        if isinstance(members[0].member, str):
             yield from _read_zip(path, members)
         elif members[0].member is not None:
             yield from _read_tar(path, members)
@@ -127,34 +145,37 @@ def read_entries(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | Midi
             yield from zip(members, map(_read_file, members), strict=True)
 
 
-def _list_source(source: str) -> tuple[list[Entry], list[Refusal]]:
+def _list_files(source: str) -> Iterator[Entry | Refusal]:
+    """MIDI files, manifests and broken archives."""
     path = Path(source)
     if path.is_dir():
-        return _list_folder(path)
+        yield from _list_folder(path)
+        return
     if not (path.is_file() and _is_archive(path)):
         raise InputError(
-            f"{source} is no folder and no archive ({', '.join(ARCHIVE_SUFFIXES)}): "
-            f"give one with MIDI files, or the word {CHORALES}"
+            f"{source} is no folder, no archive ({', '.join(ARCHIVE_SUFFIXES)}) and no data set on the Hub "
+            f"(owner/name): give one with MIDI files, or the word {CHORALES}"
         )
     try:
-        return _list_archive(path, path.name), []
+        yield from _list_archive(path, path.name)
     except MidiRefusedError as error:
         raise InputError(f"{source}: {error.reason}") from error
 
 
-def _list_folder(folder: Path) -> tuple[list[Entry], list[Refusal]]:
-    def name_of(path: Path) -> str:
-        return _printable(path.relative_to(folder).as_posix())
-
-    files = [*find_midi_files(folder), *(path for path in folder.rglob(MANIFEST) if path.is_file())]
-    found = [Entry(name_of(path), path, path.stat().st_size) for path in files]
-    broken = []
-    for path in sorted(path for path in folder.rglob("*") if _is_archive(path) and path.is_file()):
-        try:
-            found += _list_archive(path, name_of(path))
-        except MidiRefusedError as error:
-            broken.append(Refusal(name_of(path), _digest_of(path), "read", error.reason))
-    return found, broken
+def _list_folder(root: Path) -> Iterator[Entry | Refusal]:
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = Path(folder, file)
+            name = _printable(path.relative_to(root).as_posix())
+            if not (_is_midi(file) or _is_manifest(file) or _is_archive(path)) or not path.is_file():
+                continue
+            if not _is_archive(path):
+                yield Entry(name, path, path.stat().st_size)
+                continue
+            try:
+                yield from _list_archive(path, name)
+            except MidiRefusedError as error:
+                yield Refusal(name, _digest_of(path), "read", error.reason)
 
 
 def _list_archive(path: Path, name: str) -> list[Entry]:
@@ -176,7 +197,7 @@ def _zip_members(path: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if not info.is_dir():
-                yield info.filename, info.file_size, info
+                yield info.filename, info.file_size, info.filename
 
 
 def _tar_members(path: Path) -> Iterator[_Member]:
@@ -236,7 +257,7 @@ def _read_member(archive: _TarStream | zipfile.ZipFile, entry: Entry) -> bytes |
         return MidiRefusedError(TOO_LARGE)
     try:
         if isinstance(archive, zipfile.ZipFile):
-            with archive.open(cast(zipfile.ZipInfo, entry.member)) as file:
+            with archive.open(cast(str, entry.member)) as file:
                 return file.read(MAX_FILE_BYTES)
         archive.seek(cast(int, entry.member))
         return archive.read(entry.size)
@@ -244,32 +265,43 @@ def _read_member(archive: _TarStream | zipfile.ZipFile, entry: Entry) -> bytes |
         return MidiRefusedError(f"the archive does not yield it ({_describe(error)})")
 
 
-def _read_manifests(manifests: list[Entry]) -> dict[str, str]:
-    """The splits of files by name, from every manifest that has the columns `file` and `split`.
+def _read_manifest(
+    entry: Entry, content: bytes | MidiRefusedError, columns: Sequence[str], known: set[str]
+) -> Iterator[Label]:
+    """What a manifest says of files, which it names relative to itself; its columns are added to `known`.
 
-    Files are named relative to their manifest. One without these columns is about something else.
+    One without a column `file` is about something else.
     """
-    splits: dict[str, str] = {}
-    for entry, content in read_entries(manifests):
-        if isinstance(content, MidiRefusedError):
-            raise InputError(f"{entry.name}: {content.reason}")
-        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
-        try:
-            if not {"file", "split"} <= set(rows.fieldnames or ()):
-                continue
-            for row in rows:
-                if split := (row["split"] or "").strip().lower():
-                    splits[entry.name.removesuffix(MANIFEST) + (row["file"] or "")] = _SPLIT_NAMES[split]
-        except KeyError as error:
-            raise InputError(
-                f"{entry.name}, line {rows.line_num}: split {error} is none of {', '.join(_SPLIT_NAMES)}"
-            ) from error
-        except csv.Error as error:
-            raise InputError(f"{entry.name}, line {rows.line_num}: not a table ({error})") from error
-    return splits
+    if isinstance(content, MidiRefusedError):
+        raise InputError(f"{entry.name}: {content.reason}")
+    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
+    try:
+        if "file" not in (rows.fieldnames or ()):
+            return
+        known.update(rows.fieldnames or ())
+        for row in rows:
+            name = entry.name.removesuffix(MANIFEST) + (row["file"] or "")
+            labels = {column: value for column in columns if (value := (row.get(column) or "").strip())}
+            yield Label(name, split_named(row.get("split")), labels)
+    except KeyError as error:
+        raise InputError(
+            f"{entry.name}, line {rows.line_num}: split {error} is none of {', '.join(_SPLIT_NAMES)}"
+        ) from error
+    except csv.Error as error:
+        raise InputError(f"{entry.name}, line {rows.line_num}: not a table ({error})") from error
 
 
-def _find_chorales() -> list[Entry]:
+def split_named(name: str | None) -> str | None:
+    """The split that a manifest or a data set calls `name`; `None` if it gives none.
+
+    Raises:
+        KeyError: if there is no such split.
+    """
+    name = (name or "").strip().lower()
+    return _SPLIT_NAMES[name] if name else None
+
+
+def _find_chorales() -> Iterator[Entry]:
     try:
         with redirect_stderr(io.StringIO()):  # music21 comments on what else one might install
             from music21 import corpus
@@ -277,8 +309,9 @@ def _find_chorales() -> list[Entry]:
         raise InputError('the chorales come with music21: pip install "midimamba[demo]"') from error
     # Three more are Humdrum encodings (.krn) of chorales that are there as MusicXML too; one of them does not parse.
     paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in _MUSICXML_SUFFIXES]
-    found = [Entry(f"bach/{path.stem}", path, path.stat().st_size) for path in paths if path.stem != _NO_CHORALE]
-    return sorted(found, key=lambda entry: entry.name)
+    for path in paths:
+        if path.stem != _NO_CHORALE:
+            yield Entry(f"bach/{path.stem}", path, path.stat().st_size)
 
 
 def _is_midi(name: str) -> bool:

@@ -8,23 +8,25 @@ refused with the reason.
 import inspect
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import miditok
-from miditok import BEAT, MusicTokenizer, Structured, TokenizerConfig
+from miditok import BEAT, CPWord, MusicTokenizer, Structured, TokenizerConfig
 
-from midimamba.errors import InputError
+from .controls import check_control_tokens
+from .errors import InputError
 
 PAD, BOS, EOS = "PAD_None", "BOS_None", "EOS_None"
 BAR = "Bar_None"
 TRACK_START = "Track_Start"
 
-TOKENIZATIONS = ("REMI", "TSD", "MIDILike", "Structured", "PerTok", "MMM", "BEAT")
-
-_SEVERAL_IDS = "it writes several ids a step, and the language models here read one"
-_REFUSED_TOKENIZATIONS = dict.fromkeys(("CPWord", "Octuple", "MuMIDI"), _SEVERAL_IDS)
+# Those whose pieces are one sequence of ids, which the language models read.
+ONE_STREAM = ("REMI", "TSD", "MIDILike", "Structured", "PerTok", "MMM", "BEAT")
+# Those that write several ids a step, each of a vocabulary of its own.
+MULTI_VOCABULARY = ("CPWord", "Octuple", "MuMIDI")
+TOKENIZATIONS = ONE_STREAM + MULTI_VOCABULARY
 
 _DEFAULTS: dict[str, Any] = {
     # MidiTok's own default range silently drops the lowest and the highest notes, and drums outside General MIDI 2.
@@ -46,6 +48,9 @@ _DEFAULTS: dict[str, Any] = {
     "program_changes": True,
 }
 
+# Bars of 4/4 that are numbered one by one: 34 minutes at 120 quarter notes a minute. MidiTok's own 60 are 2 minutes.
+_NUMBERED_BARS = {"use_time_signatures": False, "max_bar_embedding": 1024}
+
 # What single tokenizations need on top, or in place of it.
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     # Every note follows the last by one time shift, which therefore must be exact at any length.
@@ -60,9 +65,11 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_position_toks": False,
     },
     "MMM": {"base_tokenizer": "REMI"},
+    "Octuple": _NUMBERED_BARS,
+    "MuMIDI": _NUMBERED_BARS,
 }
 
-# One stream for all tracks, special tokens with ids 0, 1, 2.
+# One sequence for all tracks, special tokens with ids 0, 1, 2.
 _FIXED: dict[str, Any] = {
     "use_programs": True,
     "one_token_stream_for_programs": True,
@@ -70,15 +77,18 @@ _FIXED: dict[str, Any] = {
 }
 _WHY_FIXED = {
     "use_programs": "all tracks share one sequence, which names their instruments",
-    "one_token_stream_for_programs": "the language models read one sequence a piece",
+    "one_token_stream_for_programs": "a piece is one sequence",
     "special_tokens": "padding, begin and end are ids 0, 1 and 2 for everything here",
 }
 
-# Where MidiTok 3.1 itself fails; `None` stands for every tokenization.
-_BROKEN: dict[tuple[str | None, str], str] = {
-    ("PerTok", "use_time_signatures"): "MidiTok places its bars wrongly and cannot decode tempos after a meter",
-    ("PerTok", "use_sustain_pedals"): "MidiTok cannot decode its pedals",
-    (None, "use_pitch_intervals"): "MidiTok decodes some of the notes at another pitch",
+# Switches under which MidiTok 3.1 itself fails, and in which position; `None` stands for every tokenization.
+_BROKEN: dict[tuple[str | None, str, bool], str] = {
+    ("PerTok", "use_time_signatures", True): "MidiTok places its bars wrongly and cannot decode tempos after a meter",
+    ("PerTok", "use_sustain_pedals", True): "MidiTok cannot decode its pedals",
+    ("Octuple", "use_time_signatures", True): "MidiTok shifts all notes after a meter that begins in an empty bar",
+    ("MuMIDI", "use_tempos", False): "MidiTok cannot write a piece without a tempo",
+    ("MuMIDI", "use_pitchdrum_tokens", False): "MidiTok has them nevertheless",
+    (None, "use_pitch_intervals", True): "MidiTok decodes some of the notes at another pitch",
 }
 
 # The fields of `miditok.TokenizerConfig`.
@@ -89,8 +99,12 @@ OPTIONS = tuple(
 )
 
 
-def build_tokenizer(tokenization: str = "REMI", **options: Any) -> MusicTokenizer:
+def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (), **options: Any) -> MusicTokenizer:
     """Build an untrained MidiTok tokenizer that writes all tracks of a piece as one sequence.
+
+    Those of `ONE_STREAM` write one id a step. Those of `MULTI_VOCABULARY` write a row of ids, each of a vocabulary of
+    its own that begins with padding, begin and end; no model here reads them. All three keep notes, velocities and
+    instruments as REMI does, to the same grid.
 
     Args:
         tokenization (`str`, *optional*, defaults to `"REMI"`):
@@ -103,19 +117,33 @@ def build_tokenizer(tokenization: str = "REMI", **options: Any) -> MusicTokenize
             - `"PerTok"`: bars of 4/4, shifts and microtiming; tempos, no meters.
             - `"MMM"`: one track after the other, each as `base_tokenizer` (`"REMI"`, the default, or `"TSD"`).
             - `"BEAT"`: the piano roll of each beat at 4 steps a beat, with one velocity for each pitch in it.
+            - `"CPWord"`: a row for every bar, position and note, 2.3 times fewer than REMI has tokens; it loses what
+              REMI loses.
+            - `"Octuple"`: a row for every note, 3.8 times fewer. Bars of 4/4 with numbers below `max_bar_embedding`,
+              by default 1,024: a longer piece is refused. No meters; a change of tempo is put off to the next note.
+            - `"MuMIDI"`: a row for every bar, position, instrument and note, 1.7 times fewer. Bars as Octuple's; no
+              meters; a change of tempo is put off to the next note, or the first bar line before it.
+        controls (`Sequence[str]`, *optional*):
+            Control tokens as [`~midimamba.tokenization.controls.control_token`] writes them, for one of `ONE_STREAM`.
+            They get the ids from 3 on in this order, and all other base tokens come after them; nothing else changes.
         options:
             Fields of `miditok.TokenizerConfig` that replace this package's choice, in MidiTok's form or as JSON and
-            YAML hold them (`beat_res: {"0_4": 12}`); for PerTok and MMM also their own.
+            YAML hold them (`beat_res: {"0_4": 12}`); for PerTok, MMM, Octuple and MuMIDI also their own.
 
     Raises:
-        InputError: if there is no such tokenization or option, or one that MidiTok cannot honour here.
+        InputError: if there is no such tokenization or option, or one that MidiTok cannot honour here, or `controls`
+            holds something else or anything twice, or the tokenization can have none.
     """
     check_tokenization(tokenization)
+    if controls and tokenization in MULTI_VOCABULARY:
+        raise InputError(f"{tokenization} can have no control tokens: choose one of {', '.join(ONE_STREAM)}")
+    check_control_tokens(controls)
     for name, value in options.items():
         _check_option(tokenization, name, value)
     given = {name: _python_value(name, value) for name, value in options.items()}
     defaults = _DEFAULTS | _OWN_DEFAULTS.get(tokenization, {})
     merged = {"encode_ids_split": _split(tokenization, defaults | given), **defaults, **given, **_FIXED}
+    merged["special_tokens"] = [*merged["special_tokens"], *controls]
     try:
         tokenizer = _construct(tokenization, merged)
     except (ValueError, TypeError, KeyError) as error:
@@ -128,10 +156,7 @@ def build_tokenizer(tokenization: str = "REMI", **options: Any) -> MusicTokenize
 def check_tokenization(tokenization: str) -> None:
     """Raise an [`InputError`] if `tokenization` is not one of `TOKENIZATIONS`."""
     if tokenization not in TOKENIZATIONS:
-        reason = f" ({_REFUSED_TOKENIZATIONS[tokenization]})" if tokenization in _REFUSED_TOKENIZATIONS else ""
-        raise InputError(
-            f"tokenization {tokenization!r} is not supported{reason}: choose one of {', '.join(TOKENIZATIONS)}"
-        )
+        raise InputError(f"tokenization {tokenization!r} is not supported: choose one of {', '.join(TOKENIZATIONS)}")
 
 
 def _construct(tokenization: str, options: dict[str, Any]) -> MusicTokenizer:
@@ -150,9 +175,9 @@ def _check_option(tokenization: str, name: str, value: Any) -> None:
         raise InputError(f"tokenizer option {name!r} cannot be set: {_WHY_FIXED[name]}")
     if name.startswith("ac_") and value is True:
         raise InputError(f"tokenizer option {name!r} cannot be set: attribute controls are for single tracks")
-    reason = _BROKEN.get((tokenization, name), _BROKEN.get((None, name)))
-    if reason and value:
-        raise InputError(f"tokenizer option {name!r} cannot be set for {tokenization}: {reason}")
+    reason = _BROKEN.get((tokenization, name, bool(value)), _BROKEN.get((None, name, bool(value))))
+    if reason:
+        raise InputError(f"tokenizer option {name!r} cannot be {value!r} for {tokenization}: {reason}")
 
 
 def _python_value(name: str, value: Any) -> Any:
@@ -216,6 +241,11 @@ def _check_lossless(tokenizer: MusicTokenizer) -> None:
     if 2 in config.time_signature_range:
         raise InputError(
             "tokenizer option 'time_signature_range' cannot hold meters of half notes: 3/2 is read as 6/4"
+        )
+    if type(tokenizer) is CPWord and config.use_rests and config.use_time_signatures:
+        raise InputError(
+            "tokenizer option 'use_rests' needs 'use_time_signatures: false' for CPWord: "
+            "MidiTok shifts all notes after a meter that begins in a rest"
         )
     steps = config.max_num_pos_per_beat
     if config.use_rests and any(steps % rests for rests in config.beat_res_rest.values()):

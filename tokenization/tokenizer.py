@@ -1,9 +1,11 @@
-"""Pieces to ids and back with a MidiTok tokenizer of one stream, and the subword models that shorten them.
+"""Pieces to ids and back with a MidiTok tokenizer, and the subword models that shorten them.
 
 A piece is one sequence of *base tokens* such as `Bar_None TimeSig_4/4 Position_0 Program_0 Pitch_60 Velocity_63
 Duration_1.0.12`. A subword model, byte-pair encoding or unigram, then writes frequent successions within a bar as one
 id and loses nothing: with 1,000 ids of BPE the sequences of chorales become 3.0 times shorter, those of folk tunes
 3.6 times.
+
+Tokenizations of several vocabularies write rows of ids instead, one id of each vocabulary. They have no subword model.
 """
 
 import json
@@ -19,15 +21,26 @@ from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
 from tokenizers import Tokenizer, models, trainers
 from transformers.utils.hub import cached_file
 
-from midimamba.errors import InputError
-from midimamba.tokenization.hf_tokenizer import fast_tokenizer, word_starts
-from midimamba.tokenization.ingest import MidiRefusedError
-from midimamba.tokenization.tokenizations import BOS, EOS, PAD, TOKENIZATIONS, build_tokenizer, check_tokenization
+from .errors import InputError
+from .hf_tokenizer import fast_tokenizer, word_starts
+from .ingest import MidiRefusedError
+from .tokenizations import (
+    BOS,
+    EOS,
+    MULTI_VOCABULARY,
+    ONE_STREAM,
+    PAD,
+    TOKENIZATIONS,
+    build_tokenizer,
+    check_tokenization,
+)
 
 __all__ = [
     "BOS",
     "EOS",
     "MIDITOK_FILE",
+    "MULTI_VOCABULARY",
+    "ONE_STREAM",
     "PAD",
     "SUBWORD_MODELS",
     "TOKENIZATIONS",
@@ -55,7 +68,8 @@ def normalize_score(score: ScoreTick) -> ScoreTick:
     - Changes of tempo or meter that apply to no note are removed: those after the last onset, and a meter that
       would begin with the bar line after it.
 
-    For every score, `base_ids(tokenizer, score)` is `tokenizer.encode(normalize_score(score), encode_ids=False).ids`.
+    For every score, `base_ids(tokenizer, score)` is `tokenizer.encode(normalize_score(score), encode_ids=False).ids`,
+    but that the rows of MuMIDI are padded.
 
     Args:
         score (`symusic.Score`):
@@ -92,15 +106,26 @@ def _meters_until(last: int, score: ScoreTick) -> TimeSignatureTickList:
     return TimeSignatureTickList(kept)
 
 
-def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[int]:
+def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     """The ids of the base tokens of a score, normalised by [`normalize_score`], before any subword model.
 
+    Returns:
+        `list[int]`, or for several vocabularies `list[list[int]]` of shape (time, vocabularies): of MuMIDI, whose
+        bars, positions and programs have neither velocity nor duration, with padding in their place.
+
     Raises:
-        MidiRefusedError: if the tokenization cannot write the piece: Structured has no time shift for a long pause.
+        MidiRefusedError: if the tokenization cannot write the piece: Structured has no time shift for a long pause,
+            Octuple and MuMIDI no number for a bar beyond their `max_bar_embedding`.
     """
     if type(tokenizer) is Structured:
         _check_pauses(tokenizer, score)
-    return tokenizer.encode(normalize_score(score), encode_ids=False).ids
+    score = normalize_score(score)
+    if not tokenizer.is_multi_voc:
+        return tokenizer.encode(score, encode_ids=False).ids
+    score = tokenizer.preprocess_score(score)
+    _check_bars(tokenizer, score)
+    rows = tokenizer.encode(score, no_preprocess_score=True).ids
+    return [row + [tokenizer.pad_token_id] * (len(tokenizer.vocab) - len(row)) for row in rows]
 
 
 def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:
@@ -111,14 +136,25 @@ def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:
         raise MidiRefusedError(f"no note begins for more than {limit} quarter notes, which Structured cannot write")
 
 
-def merge_ids(tokenizer: MusicTokenizer, ids: Sequence[int]) -> list[int]:
+def _check_bars(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
+    """MidiTok cuts off what comes after the last bar that Octuple or MuMIDI can number, with a warning."""
+    limit = tokenizer.config.additional_params.get("max_bar_embedding")
+    bars = int(_onsets(score).max(initial=0)) // (4 * score.ticks_per_quarter) + 1
+    if limit is not None and bars > limit:
+        raise MidiRefusedError(
+            f"it has {bars:,} bars of 4/4, of which {type(tokenizer).__name__} numbers {limit:,}: "
+            "its option 'max_bar_embedding' must be larger"
+        )
+
+
+def merge_ids(tokenizer: MusicTokenizer, ids: Sequence[Any]) -> list[Any]:
     """Apply the trained subword model to base ids; an untrained tokenizer returns them as they are."""
     if not tokenizer.is_trained:
         return list(ids)
     return tokenizer._model.encode(_words(tokenizer, ids), is_pretokenized=True).ids
 
 
-def expand_ids(tokenizer: MusicTokenizer, ids: Sequence[int]) -> list[int]:
+def expand_ids(tokenizer: MusicTokenizer, ids: Sequence[Any]) -> list[Any]:
     """Undo [`merge_ids`]: the base ids that `ids` stand for."""
     sequence = TokSequence(ids=list(ids), are_ids_encoded=tokenizer.is_trained)
     tokenizer.decode_token_ids(sequence)
@@ -141,7 +177,8 @@ def train_tokenizer(
             `"BPE"` (byte-pair encoding) or `"Unigram"`. Base tokens keep their ids under both.
 
     Raises:
-        InputError: if `vocab_size` is not larger than the number of base tokens, or `model` is another one.
+        InputError: if `vocab_size` is not larger than the number of base tokens, `model` is another one, or the
+            tokenizer has several vocabularies.
     """
     train_on_ids(tokenizer, (base_ids(tokenizer, score) for score in scores), vocab_size, model)
 
@@ -192,7 +229,11 @@ def _learn_unigram(alphabet: list[str], words: list[list[str]], vocab_size: int)
 
 
 def check_vocab_size(tokenizer: MusicTokenizer, vocab_size: int) -> None:
-    """Raise an [`InputError`] if training to `vocab_size` ids would have nothing to learn."""
+    """Raise an [`InputError`] if training to `vocab_size` ids would have nothing to learn, or cannot be."""
+    if tokenizer.is_multi_voc:
+        raise InputError(
+            f"{type(tokenizer).__name__} can have no subword model, which needs one sequence of ids: use it untrained"
+        )
     if vocab_size <= len(tokenizer.vocab):
         raise InputError(
             f"a vocabulary of {vocab_size} leaves nothing to learn: "

@@ -5,6 +5,7 @@ memory must cost one file, not the run. `concurrent.futures` can neither stop a 
 process. Here each worker has a pipe of its own and holds one task at a time, so it is known whose fault a loss is.
 """
 
+import gc
 import signal
 import sys
 import time
@@ -171,6 +172,8 @@ def _serve(
     """The life of a worker: it ends with its parent, when it is killed, or when a task exceeds the memory."""
     parents.close()  # a copy of the parent's end would keep the pipe open when the parent is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends its workers
+    # What the fork shares is never garbage: collections that walk through it take time, and copy its memory.
+    gc.freeze()
     _bound_memory(max_extra_bytes)
 
     def mark(value: int) -> None:

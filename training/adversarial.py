@@ -37,6 +37,7 @@ def main() -> None:
     from midimamba.errors import InputError
     from midimamba.hub_cards.publish import publish
     from midimamba.tokenization.augmentation import Augmentation
+    from midimamba.tokenization.packing import BlockCollator
     from midimamba.training.adversarial_config import AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.scripts import (
@@ -71,6 +72,7 @@ def main() -> None:
             args=training_args,
             train_dataset=train,
             eval_dataset=validation,
+            data_collator=BlockCollator.for_processor(processor),
             processing_class=processor,
         )
     except ValueError as error:

@@ -16,9 +16,9 @@ from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, sel
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import inference, sample
+from midimamba.tokenization.packing import IGNORED, BlockCollator, stack_blocks
 from midimamba.training import credit
 from midimamba.training.adversarial_config import AdversarialConfig
-from midimamba.training.data import stack_blocks
 from midimamba.training.rollout import monte_carlo_values, rollout_positions
 
 # Beside the files of Trainer in every checkpoint.
@@ -38,6 +38,8 @@ class AdversarialTrainer(Trainer):
         args (`AdversarialConfig`): all options.
         train_dataset (`Dataset`): blocks of `sequence_length` tokens in a column `input_ids`.
         eval_dataset (`Dataset`): held-out blocks.
+        data_collator (`BlockCollator`, *optional*): knows where pieces begin in blocks; by default at the
+            `bos_token_id` of the generator's configuration.
         processing_class (`ProcessorMixin`, *optional*): saved beside the generator.
         callbacks (`list[TrainerCallback]`, *optional*): as for `Trainer`.
 
@@ -54,6 +56,7 @@ class AdversarialTrainer(Trainer):
         args: AdversarialConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset,
+        data_collator: BlockCollator | None = None,
         processing_class: ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -67,7 +70,7 @@ class AdversarialTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=stack_blocks,
+            data_collator=data_collator or BlockCollator(model.config.bos_token_id),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -128,9 +131,16 @@ class AdversarialTrainer(Trainer):
 
     def _generator_loss(self, model: nn.Module, fake: Tensor, real: Tensor, advantages: Tensor) -> Tensor:
         """REINFORCE on sampled sequences plus maximum likelihood on real ones, in one pass of the network."""
-        sequences = torch.cat([fake, real]) if self.args.mle_weight else fake
+        sequences, seq_idx = fake, None
+        if self.args.mle_weight:
+            music = self.data_collator.separate(real)
+            sequences = torch.cat([fake, real])
+            if "seq_idx" in music:
+                # The sampler's state runs on past a token that begins a piece, in the prompt or drawn. The gradient
+                # needs the probabilities it drew from: a sampled sequence is one document.
+                seq_idx = torch.cat([torch.zeros_like(fake), music["seq_idx"]])
         with self.compute_loss_context_manager():
-            logits = model(input_ids=sequences, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=sequences, use_cache=False, seq_idx=seq_idx).logits[:, :-1]
         log_probabilities = logits.log_softmax(-1)
         chosen = log_probabilities.gather(-1, sequences[:, 1:, None]).squeeze(-1)
         first_action = self.args.prompt_length - 1
@@ -141,9 +151,10 @@ class AdversarialTrainer(Trainer):
             self._metrics["entropy"].append(-(sampled.exp() * sampled).sum(-1).mean().item())
         if not self.args.mle_weight:
             return policy_loss
-        likelihood = chosen[len(fake) :].sum(1).mean()
-        self._metrics["mle_loss"].append(-likelihood.item() / chosen.shape[1])
-        return policy_loss - self.args.mle_weight * likelihood
+        is_target = music["labels"][:, 1:] != IGNORED
+        likelihood = chosen[len(fake) :].masked_fill(~is_target, 0).sum()
+        self._metrics["mle_loss"].append(-(likelihood / is_target.sum()).item())
+        return policy_loss - self.args.mle_weight * likelihood / len(real)
 
     def _action_values(self, sequences: Tensor) -> Tensor:
         """Q of every sampled action, `(batch, actions)`; the last is the reward of the whole sequence."""
@@ -238,7 +249,7 @@ class AdversarialTrainer(Trainer):
 
     def _evaluate_samples(self, dataset: Dataset) -> dict[str, float]:
         count = min(self.args.num_eval_samples, len(dataset))
-        real = stack_blocks([dataset[index * len(dataset) // count] for index in range(count)])["input_ids"]
+        real = stack_blocks([dataset[index * len(dataset) // count] for index in range(count)])
         real = real.to(self.args.device)
         fake = sample(self.generator, real[:, : self.args.prompt_length], self.args.sequence_length)
         accuracy = discriminator_accuracy(self.accelerator.unwrap_model(self.discriminator), real, fake)

@@ -23,6 +23,9 @@ class PretrainArguments:
     hidden_size: int = field(default=256, metadata={"help": "Width of a new model."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Layers of a new model."})
     state_size: int = field(default=16, metadata={"help": "State of every channel of a new model."})
+    carry_state: bool = field(
+        default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
+    )
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
     from midimamba.tokenization.augmentation import Augmentation
-    from midimamba.training.data import stack_blocks
+    from midimamba.tokenization.packing import BlockCollator
     from midimamba.training.scripts import (
         RecipeParser,
         announce,
@@ -70,7 +73,7 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=stack_blocks,
+        data_collator=BlockCollator.for_processor(processor, script_args.carry_state),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,

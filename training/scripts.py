@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments
@@ -21,9 +20,11 @@ from midimamba.errors import InputError, loading_generator
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.tokenization.augmentation import Augmentation, AugmentedBlocks
-from midimamba.tokenization.corpus import load_corpus, pack_blocks
+from midimamba.tokenization.augmentation import Augmentation, EpochBlocks
+from midimamba.tokenization.corpus import load_corpus
+from midimamba.tokenization.packing import PackedBlocks
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.tokenizations import ONE_STREAM
 
 
 class RecipeParser(TrlParser):
@@ -71,18 +72,24 @@ def warn_of_a_lost_process() -> None:
 
 def load_blocks(
     data: str, length: int, augmentation: Augmentation, seed: int
-) -> tuple[Dataset | AugmentedBlocks, Dataset, MidiProcessor]:
+) -> tuple[PackedBlocks | EpochBlocks, PackedBlocks, MidiProcessor]:
     """Training and validation blocks of `length` tokens from a tokenized corpus, with its processor.
 
     Only the training blocks are augmented.
 
     Raises:
-        InputError: if `data` is no corpus, or a split is shorter than one block.
+        InputError: if `data` is no corpus or one of several vocabularies, or a split is shorter than one block.
     """
-    splits, processor = load_corpus(Path(data))
-    train, validation = (pack_blocks(splits[name], length) for name in ("train", "validation"))
-    if augmentation:
-        train = AugmentedBlocks(splits["train"], processor, length, augmentation, seed)
+    splits, processor = load_corpus(data)
+    if processor.midi_tokenizer.is_multi_voc:
+        name = type(processor.midi_tokenizer).__name__
+        raise InputError(
+            f"{data} was tokenized with {name}, which writes several ids a step, and the models here read one: "
+            f"tokenize it anew with {', '.join(ONE_STREAM[:-1])} or {ONE_STREAM[-1]}"
+        )
+    train, validation = (PackedBlocks(splits[name], length) for name in ("train", "validation"))
+    if augmentation.changes_music or (processor.controls and augmentation.control_dropout):
+        return EpochBlocks(splits["train"], processor, length, augmentation, seed), validation, processor
     return train, validation, processor
 
 

@@ -4,31 +4,62 @@ import argparse
 import importlib.metadata
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from midimamba.errors import InputError, exit_on_input_error
+
+# The options of `tokenize_corpus` that are plain flags.
+_TOKENIZE_OPTIONS = (
+    "tokenization",
+    "tokenizer",
+    "subword_model",
+    "vocab_size",
+    "training_tokens",
+    "controls",
+    "labels",
+    "valid_fraction",
+    "test_fraction",
+    "seed",
+    "limit",
+    "midi_column",
+    "streaming",
+    "num_workers",
+)
 
 
 def tokenize(args: argparse.Namespace) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
     from midimamba.tokenization.corpus import tokenize_corpus
 
-    report = tokenize_corpus(
-        args.source,
-        args.out,
-        tokenization=args.tokenization,
-        vocab_size=args.vocab_size,
-        valid_fraction=args.valid_fraction,
-        test_fraction=args.test_fraction,
-        seed=args.seed,
-        limit=args.limit,
-        num_workers=args.num_workers,
-    )
+    try:
+        report = tokenize_corpus(
+            args.source,
+            args.out,
+            tokenizer_options=_read_yaml(args.tokenizer_config) if args.tokenizer_config else None,
+            **{name: getattr(args, name) for name in _TOKENIZE_OPTIONS},
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on from here\n")
+        sys.exit(130)
     for split, counts in report["splits"].items():
         print(f"{split:>10}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
-    print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']} duplicates dropped")
+    print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
     if report["refused"]:
-        print(f"{report['refused']} files refused: {args.out / 'quarantine.jsonl'} says why")
+        print(f"{report['refused']:,} files refused: {args.out / 'quarantine.jsonl'} says why")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise InputError(f"{path} holds no options: write lines such as `num_velocities: 16`")
+    return options
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -38,6 +69,12 @@ def generate(args: argparse.Namespace) -> None:
     from midimamba.generation import generate_scores, load_pair
     from midimamba.tokenization.ingest import MidiRefusedError
 
+    if args.list_controls:
+        _list_controls(args.model)
+        return
+    controls = _read_controls(args.control)
+    if args.out is None:
+        raise InputError("nowhere to write the pieces: name a folder with --out")
     if is_taken(args.out):
         raise InputError(f"{args.out} is there already; choose another --out or delete it")
     model, processor = load_pair(args.model)
@@ -46,6 +83,7 @@ def generate(args: argparse.Namespace) -> None:
             model,
             processor,
             prompt=args.prompt,
+            controls=controls,
             num=args.num,
             bars=args.bars,
             max_new_tokens=args.max_new_tokens,
@@ -65,12 +103,35 @@ def generate(args: argparse.Namespace) -> None:
     print(f"{len(scores)} pieces in {args.out}")
 
 
+def _list_controls(model: str) -> None:
+    """Print one control a line, with its values."""
+    from midimamba import MidiProcessor
+    from midimamba.tokenization.controls import NO_CONTROLS
+
+    controls = MidiProcessor.from_pretrained(model).controls
+    if not controls:
+        raise InputError(NO_CONTROLS)
+    for name, values in controls.items():
+        print(f"{name}: {' '.join(values)}")
+
+
+def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """`["instruments=violin", "instruments=drums"]` as `{"instruments": ["violin", "drums"]}`."""
+    controls: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not (name and value):
+            raise InputError(f"--control {pair!r} is no request: write --control NAME=VALUE, such as key=C-major")
+        controls.setdefault(name, []).append(value)
+    return controls
+
+
 def publish(args: argparse.Namespace) -> None:
-    """`midimamba publish`: a run to the Hub."""
+    """`midimamba publish`: a run or a corpus to the Hub."""
     from midimamba.hub_cards.publish import publish as publish_run
 
     urls = publish_run(
-        args.generator,
+        args.folder,
         args.repo,
         discriminator=args.discriminator,
         report=args.report,
@@ -95,8 +156,6 @@ def info(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    from midimamba.tokenization.tokenizations import TOKENIZATIONS
-
     parser = argparse.ArgumentParser(
         prog="midimamba",
         description="Mamba language models for MIDI.",
@@ -115,25 +174,14 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
-    command = add(
-        "tokenize",
-        tokenize,
-        "Turn a folder of MIDI files into a tokenized corpus.",
-        "midimamba tokenize my-midi-folder --out data --vocab-size 1000",
+    _add_tokenize_options(
+        add(
+            "tokenize",
+            tokenize,
+            "Turn MIDI files into a tokenized corpus.",
+            "midimamba tokenize my-midi-folder --out data --vocab-size 1000",
+        )
     )
-    command.add_argument(
-        "source",
-        help="a folder of MIDI files and archives of them, searched recursively; a .zip or .tar archive; "
-        "or `chorales`, Bach's from music21",
-    )
-    command.add_argument("--out", type=Path, required=True, help="folder to make")
-    command.add_argument("--tokenization", default="REMI", choices=TOKENIZATIONS, help="MidiTok's tokenization")
-    command.add_argument("--vocab-size", type=int, default=1000, help="token ids after byte-pair encoding")
-    command.add_argument("--valid-fraction", type=float, default=0.1, help="share of the pieces for validation")
-    command.add_argument("--test-fraction", type=float, default=0.1, help="share of the pieces for the final test")
-    command.add_argument("--seed", type=int, default=0, help="decides which piece is in which split")
-    command.add_argument("--limit", type=int, help="use only so many files, the first by name")
-    command.add_argument("--num-workers", type=int, help="processes that read files; one a processor by default")
 
     command = add(
         "generate",
@@ -142,8 +190,16 @@ def build_parser() -> argparse.ArgumentParser:
         "midimamba generate runs/demo/generator --prompt opening.mid --bars 8 --out continued",
     )
     command.add_argument("model", help="a folder or a repository on the Hub")
-    command.add_argument("--out", type=Path, required=True, help="folder to make")
+    command.add_argument("--out", type=Path, help="folder to make")
     command.add_argument("--prompt", type=Path, help="a MIDI file to continue")
+    command.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the music should be like, such as key=C-major; again for more controls or more instruments",
+    )
+    command.add_argument("--list-controls", action="store_true", help="print the model's controls and their values")
     command.add_argument("--num", type=int, default=4, help="pieces")
     command.add_argument("--bars", type=int, default=16, help="new bars a piece, at most")
     command.add_argument("--max-new-tokens", type=int, default=2048, help="new tokens a piece, at most")
@@ -157,20 +213,58 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(
         "publish",
         publish,
-        "Upload a generator with its tokenizer and card, and its discriminator, to the Hub.",
+        "Upload to the Hub a generator with its tokenizer, card and discriminator; or a corpus, as a data set.",
         "midimamba publish runs/demo/generator --repo you/bach --discriminator runs/demo/generator-discriminator",
     )
-    command.add_argument("generator", type=Path, help="folder of the generator")
+    command.add_argument("folder", type=Path, help="of a generator, or of a corpus made by `midimamba tokenize`")
     command.add_argument(
         "--repo", required=True, help="repository, as owner/name; the discriminator's is <repo>-discriminator"
     )
-    command.add_argument("--discriminator", type=Path, help="folder of the discriminator")
-    command.add_argument("--report", type=Path, help="report.json of the run, for the card")
+    command.add_argument("--discriminator", type=Path, help="folder of the generator's discriminator")
+    command.add_argument("--report", type=Path, help="report.json of the generator's run, for the card")
     command.add_argument("--license", help="the Hub's name of a licence, such as cc-by-4.0")
     command.add_argument("--private", action="store_true", help="make new repositories private")
 
     add("info", info, "Show versions, device and scan backend.", "midimamba info")
     return parser
+
+
+def _add_tokenize_options(command: argparse.ArgumentParser) -> None:
+    from midimamba.tokenization.controls import CONTROLS
+    from midimamba.tokenization.tokenizations import TOKENIZATIONS
+    from midimamba.tokenization.tokenizer import SUBWORD_MODELS
+
+    add = command.add_argument
+    add(
+        "source",
+        help="a folder of MIDI files and archives of them, searched recursively; a .zip or .tar archive; a data set "
+        "with a column of MIDI bytes, in a folder or on the Hub (owner/name); or `chorales`, Bach's from music21",
+    )
+    add("--out", type=Path, required=True, help="folder to make, or to bring up to date")
+    add("--tokenization", default="REMI", choices=TOKENIZATIONS, help="MidiTok's tokenization")
+    add("--tokenizer-config", type=Path, help="YAML file of MidiTok's options, such as `num_velocities: 16`")
+    add("--tokenizer", help="use the tokenizer of this folder or repository, to make a corpus for an existing model")
+    add("--subword-model", default="BPE", choices=SUBWORD_MODELS, help="how frequent successions become one id")
+    add("--vocab-size", type=_vocab_size, default=1000, help="token ids after that; `none` for no subword model")
+    add(
+        "--training-tokens",
+        type=int,
+        default=10_000_000,
+        help="train the subword model on pieces of so many base tokens at most, which bounds its memory",
+    )
+    add("--controls", nargs="+", default=[], choices=CONTROLS, help="prefix pieces with computed control tokens")
+    add("--labels", nargs="+", default=[], metavar="COLUMN", help="... with these columns of the manifest or data set")
+    add("--valid-fraction", type=float, default=0.1, help="share of the pieces for validation")
+    add("--test-fraction", type=float, default=0.1, help="share of the pieces for the final test")
+    add("--seed", type=int, default=0, help="decides which piece is in which split")
+    add("--limit", type=int, help="use only so many files, the first by name")
+    add("--midi-column", help="the data set's column of MIDI bytes; by default the only one with bytes")
+    add("--streaming", action="store_true", help="read the data set row by row, without downloading it first")
+    add("--num-workers", type=int, help="processes that read files; one a processor by default")
+
+
+def _vocab_size(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
 
 
 def main() -> None:

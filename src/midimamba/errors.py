@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from midimamba.tokenization.errors import InputError
 
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message says what, where and what to do, in one line."""
+__all__ = ["InputError", "exit_on_input_error", "loading_generator"]
 
 
 @contextmanager

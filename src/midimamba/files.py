@@ -14,22 +14,27 @@ def is_taken(target: Path) -> bool:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """Fill a temporary sibling of `target`; on success it becomes `target`, on any error it is removed.
 
+    Args:
+        target (`Path`): the folder to make.
+        replace (`bool`, *optional*, defaults to `False`): whether it may take the place of what is there.
+
     Raises:
-        FileExistsError: if `target` exists already and is not an empty folder.
+        FileExistsError: if `target` exists already, is not an empty folder and may not be replaced.
     """
-    if is_taken(target):
+    if is_taken(target) and not replace:
         raise FileExistsError(f"{target} exists already")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         scratch.chmod(0o755)
         yield scratch
-        if target.exists():
-            target.rmdir()
-        scratch.rename(target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-old-", dir=target.parent) as old:
+            if target.exists() and (replace or not is_taken(target)):
+                target.rename(Path(old) / target.name)
+            scratch.rename(target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

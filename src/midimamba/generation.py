@@ -1,5 +1,6 @@
-"""From a generator to scores: new music, or the continuation of a prompt."""
+"""From a generator to scores: new music, as asked for by controls or not, or the continuation of a prompt."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.errors import InputError, loading_generator
+from midimamba.tokenization.tokenizations import BAR
 
 
 class _TokenProgress(StoppingCriteria):
@@ -46,6 +48,7 @@ def generate_scores(
     processor: MidiProcessor,
     *,
     prompt: str | Path | bytes | ScoreTick | None = None,
+    controls: Mapping[str, str | Sequence[str]] | None = None,
     num: int = 4,
     bars: int = 16,
     max_new_tokens: int = 2048,
@@ -60,8 +63,11 @@ def generate_scores(
         model (`MidiMambaForCausalLM`): the generator.
         processor (`MidiProcessor`): its processor.
         prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; it opens every result.
+        controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
+            `{"key": "C-major"}`; `processor.controls` has the names and their values.
         num (`int`, *optional*, defaults to 4): pieces.
-        bars (`int`, *optional*, defaults to 16): at most so many new bars a piece.
+        bars (`int`, *optional*, defaults to 16): at most so many new bars a piece. TSD and Structured know no
+            bars: there only `max_new_tokens` ends a piece.
         max_new_tokens (`int`, *optional*, defaults to 2048): at most so many new tokens a piece, and at least 16.
         temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder.
         top_p (`float`, *optional*, defaults to 0.95): draw from the likeliest tokens of this total probability.
@@ -72,9 +78,13 @@ def generate_scores(
 
     Raises:
         MidiRefusedError: if the prompt cannot be used.
+        InputError: if there is no such control or value, or valid music cannot be guaranteed for the tokenization.
     """
-    ids = [processor.bos_token_id] if prompt is None else processor.encode(prompt)
-    prompt_bars = processor.tokenizer.decode(ids).split().count("Bar_None")
+    ids = processor.encode(prompt, controls=controls)
+    max_bars = None
+    if BAR in processor.midi_tokenizer.vocab:
+        max_bars = bars + processor.tokenizer.decode(ids).split().count(BAR)
+    grammar = processor.grammar(max_bars=max_bars)
     torch.manual_seed(seed)
     with tqdm(total=max_new_tokens, desc="sampling", unit="token", leave=False) as bar:
         sequences = model.generate(
@@ -85,7 +95,7 @@ def generate_scores(
             temperature=temperature,
             top_p=top_p,
             top_k=0,
-            logits_processor=LogitsProcessorList([processor.grammar(max_bars=prompt_bars + bars)]),
+            logits_processor=LogitsProcessorList([grammar]),
             stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
         )
     return processor.batch_decode(sequences)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from midimamba import MidiMambaForCausalLM
 from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, held_out_nll, self_bleu
+from midimamba.tokenization.packing import BlockCollator
 
 
 def grams(row: list[int], n: int) -> list[tuple[int, ...]]:
@@ -81,12 +82,24 @@ def test_held_out_nll_is_the_mean_over_tokens_one_by_one(generator: MidiMambaFor
     nats = [
         -generator(row[None, :t]).logits[0, -1].log_softmax(-1)[row[t]].item() for row in blocks for t in range(1, 7)
     ]
-    assert held_out_nll(generator, blocks, batch_size=2) == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    assert held_out_nll(generator, blocks, BlockCollator(), batch_size=2) == pytest.approx(
+        sum(nats) / len(nats), rel=1e-5
+    )
+
+
+def test_held_out_nll_is_that_of_each_piece_by_itself(generator: MidiMambaForCausalLM) -> None:
+    blocks = torch.tensor([[5, 6, 1, 7, 8, 9], [1, 3, 5, 6, 7, 8], [6, 5, 1, 3, 9, 9]])
+    nats = []
+    for piece, first in (([5, 6], 1), ([1, 7, 8, 9], 1), ([1, 3, 5, 6, 7, 8], 2), ([6, 5], 1), ([1, 3, 9, 9], 2)):
+        chances = generator(torch.tensor([piece])).logits[0].log_softmax(-1)
+        nats += [-chances[t - 1, piece[t]].item() for t in range(first, len(piece))]
+    collator = BlockCollator(bos_token_id=1, control_ids=(3,))
+    assert held_out_nll(generator, blocks, collator, batch_size=2) == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
 def test_held_out_nll_leaves_the_model_in_its_mode_and_without_gradients(generator: MidiMambaForCausalLM) -> None:
     generator.train()
-    held_out_nll(generator, torch.randint(11, (2, 5)))
+    held_out_nll(generator, torch.randint(11, (2, 5)), BlockCollator())
     assert generator.training
     assert all(parameter.grad is None for parameter in generator.parameters())
 
@@ -96,7 +109,7 @@ def test_held_out_nll_refuses_blocks_without_a_token_to_predict(
     generator: MidiMambaForCausalLM, shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="no token to predict"):
-        held_out_nll(generator, torch.zeros(shape, dtype=torch.long))
+        held_out_nll(generator, torch.zeros(shape, dtype=torch.long), BlockCollator())
 
 
 class FirstTokenJudge(nn.Module):

@@ -13,7 +13,8 @@ from symusic import Note, Score, Track
 from midimamba import MidiMambaForCausalLM
 from midimamba.errors import InputError
 from midimamba.evaluation.report import main, write_report
-from midimamba.tokenization.corpus import load_corpus, pack_blocks, tokenize_corpus
+from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
+from midimamba.tokenization.packing import BlockCollator, PackedBlocks
 from midimamba.training.adversarial_config import AdversarialConfig
 from support import make_discriminator, make_generator
 
@@ -66,11 +67,12 @@ def report(finished_run: Path) -> dict:
 
 
 def test_likelihood_is_that_of_each_model_on_the_test_split(finished_run: Path, report: dict) -> None:
-    blocks = torch.tensor(pack_blocks(load_corpus(finished_run / "data")[0]["test"], LENGTH)["input_ids"])
+    splits, processor = load_corpus(finished_run / "data")
+    batch = BlockCollator.for_processor(processor)(list(PackedBlocks(splits["test"], LENGTH)))
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
         model = MidiMambaForCausalLM.from_pretrained(finished_run / folder)
         with torch.no_grad():
-            expected = model(blocks, labels=blocks).loss.item()
+            expected = model(**batch).loss.item()
         assert report[phase]["held_out_nll"] == pytest.approx(expected, rel=1e-5)
     assert report["before"]["held_out_nll"] != report["after"]["held_out_nll"]
 

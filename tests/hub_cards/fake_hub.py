@@ -1,20 +1,27 @@
-"""A Hub of one process: what huggingface_hub asks for to create, fill and read model repositories, held in memory."""
+"""A Hub of one process: what huggingface_hub and datasets ask for to create, fill and read repositories, in memory."""
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 OWNER = "you"
 COMMIT = "0" * 40
 
 Repositories = dict[str, dict[str, bytes]]
-"""Repository name to path to content."""
+"""Repository name, with `datasets/` before a data set's, to path to content."""
+# What comes after `/api/` for a repository: its kind and its name.
+_REPOSITORY = r"/api/(models|datasets)/([^/]+/[^/]+)"
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -24,12 +31,14 @@ class FakeHub(ThreadingHTTPServer):
     Args:
         repositories (`dict`): everything that was committed, by repository and path.
         private (`set`): the repositories that were created private.
+        commits (`list`): the repository of every commit.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: Repositories = {}
         self.private: set[str] = set()
+        self.commits: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -43,6 +52,21 @@ def serving() -> Iterator[FakeHub]:
         thread.join()
 
 
+def client(hub: FakeHub, desk: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user of `hub`, in a process of its own and with a cache of its own."""
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "token", "HF_HOME": str(desk / "cache")}
+    quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=desk,
+        env={**os.environ, **online, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
@@ -54,23 +78,34 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             front = json.loads(body)["content"].split("---")[1]
             self._send_json({"errors": [] if "tags:" in front else [{"message": "no tags"}], "warnings": []})
-        elif match := re.fullmatch(r"/api/models/(.+)/(preupload|commit)/main", self.path):
-            self._preupload(json.loads(body)) if match[2] == "preupload" else self._commit(match[1], body)
+        elif match := re.fullmatch(_REPOSITORY + "/(preupload|commit)/main", self.path):
+            if match[3] == "preupload":
+                self._preupload(json.loads(body))
+            else:
+                self._commit(_key(match[1], match[2]), body)
         else:
             self._refuse(404, "EntryNotFound")
 
     def do_GET(self) -> None:
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/main)?(?:\?.*)?", self.path):
-            self._describe(match[1])
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path):
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        if match := re.fullmatch(_REPOSITORY + "(?:/revision/[^/]+)?", path):
+            self._describe(_key(match[1], match[2]))
+        elif match := re.fullmatch(_REPOSITORY + "/tree/[^/]+(?:/(.+))?", path):
+            below = f"{match[3]}/" if match[3] else ""
+            entries = [entry for entry in self._tree(_key(match[1], match[2])) if entry["path"].startswith(below)]
+            deep = query.get("recursive") == ["true"]
+            self._send_json([entry for entry in entries if deep or "/" not in entry["path"].removeprefix(below)])
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._resolve(match[1], match[2])
         else:
             self._refuse(404, "EntryNotFound")
 
     do_HEAD = do_GET  # noqa: N815 (the name http.server asks for)
 
-    def _create(self, name: str, organization: str | None = None, visibility: str = "public", **_: Any) -> None:
-        repository = f"{organization or OWNER}/{name}"
+    def _create(
+        self, name: str, organization: str | None = None, visibility: str = "public", type: str = "model", **_: Any
+    ) -> None:
+        repository = _key(f"{type}s", f"{organization or OWNER}/{name}")
         if organization not in (None, OWNER):
             return self._refuse(403, "Forbidden")
         if visibility == "private":
@@ -89,6 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
                 self.server.repositories[repository][entry["value"]["path"]] = content
+            elif entry["key"] == "deletedFile":
+                del self.server.repositories[repository][entry["value"]["path"]]
+        self.server.commits.append(repository)
         url = f"{self.server.url}/{repository}/commit/{COMMIT}"
         self._send_json({"success": True, "commitUrl": url, "commitOid": COMMIT})
 
@@ -96,7 +134,15 @@ class _Handler(BaseHTTPRequestHandler):
         if repository not in self.server.repositories:
             return self._refuse(404, "RepoNotFound")
         siblings = [{"rfilename": path} for path in self.server.repositories[repository]]
-        return self._send_json({"id": repository, "sha": COMMIT, "siblings": siblings})
+        return self._send_json({"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings})
+
+    def _tree(self, repository: str) -> list[dict[str, Any]]:
+        files = self.server.repositories[repository]
+        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+        return [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)] + [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files.items()
+        ]
 
     def _resolve(self, repository: str, path: str) -> None:
         if repository not in self.server.repositories:
@@ -122,3 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are no news."""
+
+
+def _key(kind: str, name: str) -> str:
+    return name if kind == "models" else f"{kind}/{name}"

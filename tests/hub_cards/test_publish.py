@@ -1,11 +1,8 @@
 """A round trip through a Hub: publish, then load from there what was published."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from midimamba.hub_cards.publish import publish
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator
 
-from .fake_hub import FakeHub, serving
+from .fake_hub import FakeHub, client, serving
 
 # huggingface_hub reads its endpoint when it is imported, so each client is a process of its own.
 PUBLISH = """
@@ -62,6 +59,17 @@ for processor in processors:
     assert type(processor) is midimamba.MidiProcessor
     assert processor.encode("prompt.mid") == piece
 assert tokenizer.get_vocab() == processors[0].tokenizer.get_vocab()
+"""
+
+# Where midimamba is not installed.
+ABROAD = """
+import json, sys
+sys.modules["midimamba"] = None
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained("you/bach", trust_remote_code=True)
+assert processor.decode(processor.encode("prompt.mid")).note_num() == 8
+print(json.dumps(processor.encode("prompt.mid")))
 """
 
 AGAIN = """
@@ -123,21 +131,6 @@ def hub() -> Iterator[FakeHub]:
         yield hub
 
 
-def client(hub: FakeHub, desk: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user of `hub`, in a process of its own and with a cache of its own."""
-    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "token", "HF_HOME": str(desk / "cache")}
-    quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=desk,
-        env={**os.environ, **online, **quiet},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def urls(hub: FakeHub, run: Path, desk: Path) -> dict[str, str]:
     """The addresses of what was published on `hub`."""
@@ -158,6 +151,8 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
     assert set(hub.repositories["you/bach"]) == common | {
         *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "miditok.json"),
         *("processor_config.json", "evaluation.json", "curves.png"),
+        *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
+        *("ingest.py", "errors.py"),
         *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav"),
     }
     weights = (run / "generator" / "model.safetensors").read_bytes()
@@ -170,6 +165,14 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
 def test_what_was_published_loads_by_name(hub: FakeHub, run: Path, desk: Path) -> None:
     done = client(hub, desk, LOAD, run)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("urls")
+def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: Path) -> None:
+    done = client(hub, desk, ABROAD)
+    assert done.returncode == 0, done.stderr
+    expected = MidiProcessor.from_pretrained(run / "generator").encode(desk / "prompt.mid")
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 @pytest.mark.usefixtures("urls")

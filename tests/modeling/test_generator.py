@@ -101,8 +101,9 @@ def test_a_continuation_has_the_gradients_of_its_own_tokens(generator: MidiMamba
     assert not any(state.requires_grad for state in (*cache.conv_states, *cache.scan_states))
 
 
-def test_left_padding_is_exact() -> None:
-    model = make_generator(use_conv_bias=True)
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_left_padding_is_exact(use_bias: bool) -> None:
+    model = make_generator(use_conv_bias=True, use_bias=use_bias)
     ids = tokens(2, 9)
     padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids], 1)
     mask = torch.cat([torch.zeros(2, 4, dtype=torch.long), torch.ones_like(ids)], 1)

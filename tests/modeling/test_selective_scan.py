@@ -31,13 +31,25 @@ def make_inputs(batch: int, time: int, channels: int, state: int, dtype: torch.d
     ]
 
 
+# Rows with resets at the first step, in succession and on both sides of a chunk's border; elsewhere; and nowhere.
+RESETS = ((0, 3, 4, 5, CHUNK - 1, CHUNK), (1, CHUNK + 1, 70), ())
+
+
+def make_reset(batch: int, time: int) -> Tensor:
+    return torch.tensor([[t in times for t in range(time)] for times in RESETS[:batch]])
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("time", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 77])
-def test_equals_the_reference_in_values_and_gradients(batch: int, time: int, with_state: bool) -> None:
+def test_equals_the_reference_in_values_and_gradients(
+    batch: int, time: int, with_state: bool, with_reset: bool
+) -> None:
     inputs = [tensor.requires_grad_() for tensor in make_inputs(batch, time, 5, 3)]
     arguments = inputs if with_state else inputs[:5]
-    results = [scan(*arguments) for scan in (selective_scan, selective_scan_reference)]
+    reset = make_reset(batch, time) if with_reset else None
+    results = [scan(*arguments, reset=reset) for scan in (selective_scan, selective_scan_reference)]
     gradients = []
     for output, state in results:
         weights = torch.linspace(0.5, 1.5, output.numel()).view_as(output)
@@ -53,6 +65,7 @@ def test_equals_the_reference_in_values_and_gradients(batch: int, time: int, wit
 def test_gradients_equal_finite_differences() -> None:
     inputs = [tensor.requires_grad_() for tensor in make_inputs(2, CHUNK + 3, 2, 2, torch.float64)]
     assert torch.autograd.gradcheck(selective_scan, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(selective_scan, (*inputs, make_reset(2, CHUNK + 3)), fast_mode=True)
 
 
 def test_gradient_of_the_final_state_alone() -> None:
@@ -74,6 +87,28 @@ def test_a_split_sequence_equals_the_whole_when_the_state_is_handed_on() -> None
         parts.append(output)
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("begin", [1, CHUNK - 1, CHUNK, CHUNK + 1, 49])
+def test_a_reset_sequence_equals_two_sequences(begin: int) -> None:
+    x, dt, A, B, C, state = make_inputs(2, 50, 4, 3, torch.float64)
+    reset = torch.zeros(2, 50, dtype=torch.bool)
+    reset[:, begin] = True
+    output, final = selective_scan(x, dt, A, B, C, state, reset)
+    head, _ = selective_scan(x[:, :begin], dt[:, :begin], A, B[:, :begin], C[:, :begin], state)
+    tail, last = selective_scan(x[:, begin:], dt[:, begin:], A, B[:, begin:], C[:, begin:])
+    torch.testing.assert_close(output, torch.cat([head, tail], 1))
+    torch.testing.assert_close(final, last)
+
+
+def test_a_reset_at_the_first_step_drops_the_initial_state() -> None:
+    *inputs, state = (tensor.requires_grad_() for tensor in make_inputs(2, 5, 4, 3))
+    reset = torch.tensor([[True] + 4 * [False], 5 * [False]])
+    output, _ = selective_scan(*inputs, state, reset)
+    assert torch.equal(output[0], selective_scan(*inputs)[0][0])
+    (gradient,) = torch.autograd.grad(output.sum(), state)
+    assert (gradient[0] == 0).all()
+    assert (gradient[1] != 0).all()
 
 
 def test_a_step_equals_a_scan_of_one_and_updates_the_state_in_place() -> None:

@@ -1,5 +1,6 @@
 """Augmentation changes what it is asked to change, and nothing else."""
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from symusic.core import ScoreTick
 
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
-from midimamba.tokenization.augmentation import Augmentation, AugmentedBlocks
+from midimamba.tokenization.augmentation import Augmentation, EpochBlocks
+from midimamba.tokenization.controls import KEYS, control_token, describe
+from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_score
 
 
@@ -76,11 +79,13 @@ def test_the_original_stays_as_it_is_and_nothing_asked_is_nothing_changed() -> N
     Augmentation(5, 20, 0.2, 0.2).apply(score, np.random.default_rng(0))
     assert score.dumps_midi() == before
     assert Augmentation().apply(score, np.random.default_rng(0)).dumps_midi() == before
-    assert not Augmentation()
-    assert Augmentation(tempo_stretch=0.1)
+    assert not Augmentation().changes_music
+    assert Augmentation(tempo_stretch=0.1).changes_music
 
 
-@pytest.mark.parametrize("values", [{"transpose": -1}, {"duration_stretch": 1.0}, {"tempo_stretch": -0.1}])
+@pytest.mark.parametrize(
+    "values", [{"transpose": -1}, {"duration_stretch": 1.0}, {"tempo_stretch": -0.1}, {"control_dropout": -0.1}]
+)
 def test_impossible_values_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(InputError, match="cannot be"):
         Augmentation(**values)
@@ -88,7 +93,7 @@ def test_impossible_values_are_refused(values: dict[str, float]) -> None:
 
 def test_an_epoch_depends_on_the_seed_and_its_number_alone(split: Dataset, processor: MidiProcessor) -> None:
     def read(seed: int, *epochs: int) -> np.ndarray:
-        blocks = AugmentedBlocks(split, processor, 32, Augmentation(transpose=5), seed)
+        blocks = EpochBlocks(split, processor, 32, Augmentation(transpose=5), seed)
         for epoch in epochs:
             blocks.set_epoch(epoch)
         return np.array([blocks[index]["input_ids"] for index in range(len(blocks))])
@@ -101,7 +106,7 @@ def test_an_epoch_depends_on_the_seed_and_its_number_alone(split: Dataset, proce
 
 def test_blocks_without_changes_hold_the_pieces(split: Dataset, processor: MidiProcessor) -> None:
     """In another order, but the same tokens: what is cut off at the end is less than a block."""
-    blocks = AugmentedBlocks(split, processor, 32, Augmentation())
+    blocks = EpochBlocks(split, processor, 32, Augmentation())
     read = [token for index in range(len(blocks)) for token in blocks[index]["input_ids"]]
     everything = sorted(token for piece in split["input_ids"] for token in piece)
     assert 0 <= len(everything) - len(read) < 32
@@ -119,23 +124,88 @@ def test_equal_music_has_equal_tokens_whatever_the_order_of_tracks(processor: Mi
 
 
 def test_reading_beyond_the_end_is_an_index_error(split: Dataset, processor: MidiProcessor) -> None:
-    blocks = AugmentedBlocks(split, processor, 32, Augmentation())
+    blocks = EpochBlocks(split, processor, 32, Augmentation())
     assert blocks[-1] == blocks[len(blocks) - 1]
     with pytest.raises(IndexError):
         blocks[len(blocks)]
 
 
+@pytest.fixture(scope="module")
+def conditioned() -> tuple[Dataset, MidiProcessor]:
+    """Twenty pieces with the controls key and meter and a label."""
+    tokens = [control_token("key", key) for key in KEYS]
+    tokens += [control_token("meter", f"{n}/4") for n in (2, 3, 4, 5)]
+    tokens += [control_token("composer", name) for name in ("A", "B")]
+    processor = MidiProcessor(build_tokenizer("REMI", controls=tokens))
+    pieces = []
+    for seed in range(20):
+        score = make_score(seed, bars=3)
+        values = {name: found for name, found in describe(score).items() if name in ("key", "meter")}
+        ids = processor.encode(score, controls={**values, "composer": "AB"[seed % 2]})
+        pieces.append([*ids, processor.eos_token_id])
+    return Dataset.from_dict({"input_ids": pieces}), processor
+
+
+def pieces_of(blocks: EpochBlocks) -> list[list[int]]:
+    """The whole pieces that an epoch's blocks hold."""
+    ids = blocks.blocks.flatten()
+    starts = [*np.flatnonzero(ids == blocks.processor.bos_token_id)]
+    return [ids[start:stop].tolist() for start, stop in pairwise(starts)]
+
+
+def test_controls_are_dropped_one_by_one_and_all_at_once(conditioned: tuple[Dataset, MidiProcessor]) -> None:
+    split, processor = conditioned
+    num_controls = sum(map(len, processor.controls.values()))
+    without = {tuple(ids[:1] + [i for i in ids[1:] if i > 2 + num_controls or i == 2]) for ids in split["input_ids"]}
+    kept = []
+    for epoch in range(60):
+        blocks = EpochBlocks(split, processor, 32, Augmentation(control_dropout=0.3), seed=epoch)
+        for piece in pieces_of(blocks):
+            controls = [index for index in piece if 3 <= index < 3 + num_controls]
+            assert piece[1 : 1 + len(controls)] == controls == sorted(controls)
+            assert (piece[0], *piece[1 + len(controls) :]) in without
+            kept.append(len(controls))
+    shares = np.bincount(kept, minlength=4) / len(kept)
+    expected = [0.3 + 0.7 * 0.3**3, 0.7 * 3 * 0.3**2 * 0.7, 0.7 * 3 * 0.3 * 0.7**2, 0.7 * 0.7**3]
+    assert np.abs(shares - expected).max() < 0.05
+
+
+def test_nothing_is_dropped_at_0_and_everything_at_1(conditioned: tuple[Dataset, MidiProcessor]) -> None:
+    split, processor = conditioned
+    whole = {tuple(ids) for ids in split["input_ids"]}
+    blocks = EpochBlocks(split, processor, 32, Augmentation(control_dropout=0.0))
+    assert {tuple(piece) for piece in pieces_of(blocks)} <= whole
+    blocks = EpochBlocks(split, processor, 32, Augmentation(control_dropout=1.0))
+    assert not np.isin(blocks.blocks, processor.control_ids(processor.controls)).any()
+
+
+def test_controls_are_those_of_the_changed_music(conditioned: tuple[Dataset, MidiProcessor]) -> None:
+    split, processor = conditioned
+    blocks = EpochBlocks(split, processor, 32, Augmentation(transpose=6, control_dropout=0.0))
+    composers = Counter()
+    changed = 0
+    for piece in pieces_of(blocks):
+        tokens = processor.tokenizer.decode(piece[1:4]).split()
+        composers.update(token for token in tokens if "composer" in token)
+        music = describe(processor.decode(piece))
+        assert control_token("key", music["key"][0]) in tokens
+        assert control_token("meter", music["meter"][0]) in tokens
+        changed += tuple(piece) not in {tuple(ids) for ids in split["input_ids"]}
+    assert changed > 10
+    assert len(composers) == 2
+
+
 def test_the_trainer_sets_the_epoch(split: Dataset, processor: MidiProcessor, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from midimamba.training.data import stack_blocks
+    from midimamba.tokenization.packing import BlockCollator
     from support import make_generator
 
-    blocks = AugmentedBlocks(split, processor, 64, Augmentation(transpose=5))
+    blocks = EpochBlocks(split, processor, 64, Augmentation(transpose=5))
     first = blocks.blocks
     args = TrainingArguments(
         str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, save_strategy="no", use_cpu=True
     )
     model = make_generator(vocab_size=processor.vocab_size)
-    Trainer(model=model, args=args, data_collator=stack_blocks, train_dataset=blocks).train()
+    Trainer(model=model, args=args, data_collator=BlockCollator(), train_dataset=blocks).train()
     assert not np.array_equal(blocks.blocks[: len(first)], first[: len(blocks.blocks)])

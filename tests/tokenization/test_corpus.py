@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -8,17 +9,19 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from datasets import Dataset
 from symusic import Score
 
 from midimamba.errors import InputError
-from midimamba.tokenization import corpus
-from midimamba.tokenization.corpus import SPLITS, load_corpus, pack_blocks, tokenize_corpus
+from midimamba.tokenization import corpus, reading, store
+from midimamba.tokenization.controls import describe
+from midimamba.tokenization.corpus import SPLITS, load_corpus, tokenize_corpus
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, read_score
+from midimamba.tokenization.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from support import make_score
 
 MidiFolder = Callable[[int], Path]
 
@@ -77,24 +80,6 @@ def test_adding_files_moves_no_piece(midi_folder: MidiFolder, tmp_path: Path) ->
     assert splits_of(tmp_path / "other") != after
 
 
-@pytest.mark.parametrize("pieces", [3, 4, 7])
-@pytest.mark.parametrize("seed", range(4))
-def test_no_split_of_a_small_corpus_is_empty(pieces: int, seed: int) -> None:
-    made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(pieces)]
-    splits = corpus._split(made, valid_fraction=0.1, test_fraction=0.1, seed=seed, given={})
-    assert all(splits[split] for split in SPLITS)
-    assert sorted(piece.name for split in splits.values() for piece in split) == [piece.name for piece in made]
-    # No test split is wanted: none is filled.
-    assert corpus._split(made, valid_fraction=0.1, test_fraction=0.0, seed=seed, given={})["test"] == []
-
-
-def test_splits_have_about_the_asked_sizes() -> None:
-    made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(4000)]
-    splits = corpus._split(made, valid_fraction=0.2, test_fraction=0.1, seed=0, given={})
-    assert len(splits["validation"]) == pytest.approx(800, abs=100)
-    assert len(splits["test"]) == pytest.approx(400, abs=75)
-
-
 def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(5)
     (folder / "empty.mid").touch()
@@ -119,7 +104,7 @@ def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, 
 def stop_at(stage: str, name: str, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a worker do something at a stage of the file that has `name` as its only track's name."""
     function = {"read": "parse_midi", "check": "check_score", "tokenize": "_tokenize"}[stage]
-    original = getattr(corpus, function)
+    original = getattr(reading, function)
 
     def misbehave(*arguments: object) -> object:
         if any(name in str(argument) or name.encode() in bytes_of(argument) for argument in arguments):
@@ -129,7 +114,7 @@ def stop_at(stage: str, name: str, action: Callable[[], object], monkeypatch: py
     def bytes_of(argument: object) -> bytes:
         return argument if isinstance(argument, bytes) else getattr(argument, "dumps_midi", bytes)()
 
-    monkeypatch.setattr(corpus, function, misbehave)
+    monkeypatch.setattr(reading, function, misbehave)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers must inherit the patched reader")
@@ -155,7 +140,7 @@ def test_a_file_on_which_reading_fails_is_quarantined_with_the_stage(
     marked = Score.from_file(str(folder / "002.mid"))
     marked.tracks[0].name = "the culprit"
     marked.dump_midi(str(folder / "002.mid"))
-    monkeypatch.setattr(corpus, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(reading, "MAX_SECONDS", 1.0)
     stop_at(stage, "the culprit", action, monkeypatch)
     reports = []
     for workers in (1, 3):
@@ -225,23 +210,11 @@ def test_a_manifest_decides_the_splits_and_the_rest_falls_to_the_hash(midi_folde
     tokenize_corpus(str(folder), tmp_path / "hashed", vocab_size=None)
     table = "".join(f"{name},{split.replace('validation', 'valid')}\n" for name, split in given.items())
     (folder / "manifest.csv").write_text("file,split\n" + table)
-    with pytest.raises(InputError, match="delete it"):
-        tokenize_corpus(str(folder), tmp_path / "hashed", vocab_size=None)  # these splits are no longer the source's
     report = tokenize_corpus(str(folder), tmp_path / "given", vocab_size=None)
-    assert report["split_by"] == {"manifest": 12, "hash": 18}
+    assert report["split_by"] == {"given": 12, "hash": 18}
     splits, hashed = splits_of(tmp_path / "given"), splits_of(tmp_path / "hashed")
     assert {name: splits[name] for name in given} == given
     assert {name: splits[name] for name in names[12:]} == {name: hashed[name] for name in names[12:]}
-
-
-def test_a_manifest_is_never_overruled_to_fill_a_split() -> None:
-    made = [corpus._Piece(f"{i}.mid", np.zeros(1, np.int32), str(i), 1, 1.0) for i in range(6)]
-    given = {f"{i}.mid": "train" for i in range(5)}
-    splits = corpus._split(made, valid_fraction=0.1, test_fraction=0.1, seed=0, given=given)
-    assert {piece.name for piece in splits["train"]} >= set(given)
-    assert sum(map(len, splits.values())) == 6
-    with pytest.raises(InputError, match="no usable piece to train on"):
-        corpus._split(made[:5], 0.1, 0.1, 0, dict.fromkeys(given, "test"))
 
 
 def test_pieces_with_the_same_notes_are_kept_once(midi_folder: MidiFolder, tmp_path: Path) -> None:
@@ -274,7 +247,7 @@ def test_nothing_usable_is_an_input_error_and_leaves_nothing(content: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "options", [{"vocab_size": 100}, {"valid_fraction": 0.6, "test_fraction": 0.4}, {"tokenization": "Octuple"}]
+    "options", [{"vocab_size": 100}, {"valid_fraction": 0.6, "test_fraction": 0.4}, {"tokenization": "ABC"}]
 )
 def test_senseless_arguments_are_refused_before_any_work(
     options: dict[str, object], midi_folder: MidiFolder, tmp_path: Path
@@ -294,38 +267,151 @@ def test_a_finished_corpus_is_kept_and_another_one_refused(
     assert "already there" in capsys.readouterr().err
     with pytest.raises(InputError, match="delete it"):
         tokenize_corpus(str(folder), out, vocab_size=None, seed=1)
-    with pytest.raises(InputError, match="delete it"):
-        tokenize_corpus(str(midi_folder(5)), out, vocab_size=None)  # another file came
     assert (out / "corpus.json").stat().st_mtime_ns == stamp
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in a corpus but the store and what names the run."""
+    keep = (path for path in folder.rglob("*") if path.is_file() and path.suffix in (".arrow", ".jsonl"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in keep} | {
+        "miditok.json": (folder / "tokenizer" / "miditok.json").read_bytes(),
+        "corpus.json": (folder / "corpus.json").read_bytes(),
+    }
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch, log: Path) -> Callable[[], int]:
+    """How many files workers parsed since the last call."""
+    original = reading.parse_midi
+
+    def logged(content: bytes) -> object:
+        with log.open("a") as file:
+            file.write("x")
+        return original(content)
+
+    monkeypatch.setattr(reading, "parse_midi", logged)
+
+    def count() -> int:
+        reads = log.stat().st_size if log.exists() else 0
+        log.unlink(missing_ok=True)
+        return reads
+
+    return count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers must inherit the patched reader")
+def test_a_rerun_reads_what_is_new_and_gives_what_a_fresh_run_gives(
+    midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads = count_reads(monkeypatch, tmp_path / "log")
+    folder, out = midi_folder(6), tmp_path / "out"
+    (folder / "broken.mid").write_bytes(b"broken")
+    tokenize_corpus(str(folder), out, vocab_size=800)
+    assert reads() == 7
+    midi_folder(9)  # three more
+    make_score(99).dump_midi(str(folder / "002.mid"))  # another content
+    (folder / "000.mid").unlink()
+    (folder / "more" / "001.MID").rename(folder / "renamed.mid")
+    tokenize_corpus(str(folder), out, vocab_size=800)
+    assert "5 of 9 files are as they were read before" in capsys.readouterr().err
+    assert reads() == 4  # one changed, three are new
+    tokenize_corpus(str(folder), tmp_path / "fresh", vocab_size=800)
+    assert files_of(out) == files_of(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "log", "music", "out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers must inherit the patched reader")
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_COMMIT_EVERY", 1)
+    reads = count_reads(monkeypatch, tmp_path / "log")
+    folder, out = midi_folder(8), tmp_path / "out"
+    process = os.fork()
+    if process == 0:  # this one is killed when it has read five files
+        adding = PieceStore.add_outcome
+
+        def add(*arguments: Any) -> None:
+            adding(*arguments)
+            if (tmp_path / "log").stat().st_size >= 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        PieceStore.add_outcome = add
+        tokenize_corpus(str(folder), out, vocab_size=800, num_workers=1)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert not out.exists()
+    assert reads() in (5, 6)  # the worker is one file ahead
+    tokenize_corpus(str(folder), out, vocab_size=800, num_workers=1)
+    assert reads() in (2, 3, 4)
+    tokenize_corpus(str(folder), tmp_path / "fresh", vocab_size=800)
+    assert files_of(out) == files_of(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "log", "music", "out"]
+
+
+def test_a_corpus_for_an_existing_model_has_its_tokenizer(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(6)
+    tokenize_corpus(str(folder), tmp_path / "first", vocab_size=800, controls=["meter"], tokenization="TSD")
+    midi_folder(9)
+    tokenizer = str(tmp_path / "first" / "tokenizer")
+    report = tokenize_corpus(str(folder), tmp_path / "second", tokenizer=tokenizer, controls=["meter", "key"])
+    _, processor = load_corpus(tmp_path / "first")
+    dataset, same = load_corpus(tmp_path / "second")
+    assert same.midi_tokenizer.to_dict() == processor.midi_tokenizer.to_dict()
+    assert list(same.controls) == ["meter"]  # this model knows no keys
+    rows = [row for split in SPLITS for row in dataset[split]]
+    assert len(rows) == 9
+    for row in rows:
+        music = processor.encode(folder / row["name"], add_bos=False)
+        assert row["input_ids"][-len(music) - 1 :] == [*music, processor.eos_token_id]
+    assert report["vocab_size"] == processor.vocab_size
+
+
+def test_training_tokens_bound_what_the_subword_model_sees(
+    midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def train(_: object, pieces: Any, *__: object) -> None:
+        seen.append(sum(map(len, pieces)))
+
+    monkeypatch.setattr(corpus, "train_on_ids", train)
+    folder = midi_folder(20)
+    for bound in (1, 1000, 10**9):
+        tokenize_corpus(str(folder), tmp_path / str(bound), training_tokens=bound)
+    dataset, _ = load_corpus(tmp_path / "1")
+    lengths = [len(ids) - 2 for ids in dataset["train"]["input_ids"]]
+    assert seen[0] in lengths  # a single piece
+    assert 1000 <= seen[1] < 1000 + max(lengths)
+    assert seen[2] == sum(lengths)
+
+
+def test_controls_precede_the_music_as_it_is(midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(8)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    table = "".join(f"{name},Composer {i % 2}\n" for i, name in enumerate(names))
+    (folder / "manifest.csv").write_text("file,composer\n" + table)
+    tokenize_corpus(str(folder), tmp_path / "out", vocab_size=800, controls=["meter", "bars"], labels=["composer"])
+    dataset, processor = load_corpus(tmp_path / "out")
+    assert list(processor.controls) == ["meter", "bars", "composer"]
+    assert processor.controls["composer"] == ["Composer-0", "Composer-1"]
+    for row in dataset["train"]:
+        score = read_score(folder / row["name"])
+        values = {name: described for name, described in describe(score).items() if name in ("meter", "bars")}
+        expected = processor.encode(score, controls={**values, "composer": f"Composer {names.index(row['name']) % 2}"})
+        assert row["input_ids"] == [*expected, processor.eos_token_id]
+
+
+@pytest.mark.parametrize("options", [{"controls": ["mood"]}, {"labels": ["composer"]}, {"tokenizer": "nowhere"}])
+def test_what_is_not_there_is_refused(options: dict[str, Any], midi_folder: MidiFolder, tmp_path: Path) -> None:
+    folder = midi_folder(2)
+    with pytest.raises(InputError, match=r"mood|composer|nowhere"):
+        tokenize_corpus(str(folder), tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["music"]
 
 
 def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenized corpus"):
         load_corpus(tmp_path)
-
-
-def test_packing_keeps_every_token_but_the_last_incomplete_block() -> None:
-    rng = np.random.default_rng(0)
-    pieces = [rng.integers(0, 1000, size=length).tolist() for length in rng.integers(0, 50, size=40)]
-    dataset = Dataset.from_dict({"input_ids": pieces})
-    tokens = [token for piece in pieces for token in piece]
-    for block_size in (1, 7, 64, len(tokens)):
-        blocks = pack_blocks(dataset, block_size)["input_ids"]
-        assert {len(block) for block in blocks} == {block_size}
-        packed = [token for block in blocks for token in block]
-        assert packed == tokens[: len(packed)]
-        assert len(tokens) - len(packed) < block_size
-    chosen = pack_blocks(dataset.select([5, 3]), 10)["input_ids"]
-    assert [token for block in chosen for token in block] == (pieces[5] + pieces[3])[: 10 * len(chosen)]
-    with pytest.raises(InputError, match=f"holds {len(tokens)} tokens"):
-        pack_blocks(dataset, len(tokens) + 1)
-
-
-def test_a_too_short_split_is_named(midi_folder: MidiFolder, tmp_path: Path) -> None:
-    tokenize_corpus(str(midi_folder(4)), tmp_path / "out", vocab_size=None)
-    dataset, _ = load_corpus(tmp_path / "out")
-    with pytest.raises(InputError, match="the test split holds"):
-        pack_blocks(dataset["test"], 10**6)
 
 
 def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from miditok import MusicTokenizer
@@ -5,11 +7,13 @@ from symusic.core import ScoreTick
 from transformers import MambaConfig, MambaForCausalLM
 
 from midimamba.errors import InputError
+from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, SUPPORTED, MidiGrammar
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, expand_ids, merge_ids, train_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
+CONTROL_TOKENS = [control_token(*pair) for pair in (("key", "C-major"), ("instruments", "drums"), ("bars", "1-8"))]
 # In REMI: the fewest base tokens from each type to a complete note.
 TO_NOTE = {"Bar": 5, "TimeSig": 4, "Position": 3, "Tempo": 3, "Program": 3, "Pitch": 2, "PitchDrum": 2, "Velocity": 1}
 NEXT = {
@@ -104,11 +108,17 @@ def tsd(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
 
 
 def sample(
-    tokenizer: MusicTokenizer, grammar: MidiGrammar, preference: torch.Tensor, rows: int, steps: int, seed: int = 0
+    tokenizer: MusicTokenizer,
+    grammar: MidiGrammar,
+    preference: torch.Tensor,
+    rows: int,
+    steps: int,
+    seed: int = 0,
+    prefix: Sequence[int] = (BOS,),
 ) -> list[list[int]]:
     """Sample rows of ids from random logits plus `preference` of shape (vocab,), as `generate` would."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((rows, 1), BOS)
+    ids = torch.tensor([prefix]).repeat(rows, 1)
     for _ in range(steps):
         scores = torch.randn(rows, len(preference), generator=generator) + preference
         scores = grammar(ids, scores)
@@ -231,6 +241,51 @@ def test_padding_begin_and_order_of_rows_change_nothing(tokenizer: MusicTokenize
     assert torch.equal(grammar(packed, torch.zeros(1, size)), alone[5:6])
 
 
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("trained", [False, True])
+def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool, scores) -> None:
+    shift = len(CONTROL_TOKENS)
+    tokenizers = [build_tokenizer(name, controls=tokens) for tokens in ([], CONTROL_TOKENS)]
+    if trained:
+        for tokenizer in tokenizers:  # byte-pair encoding learns the same ids but for the shift
+            train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200)
+    size = tokenizers[0].vocab_size
+    options = {"max_bars": 3} if name == "REMI" else {}
+    plain, controlled = (MidiGrammar(tokenizer, **options) for tokenizer in tokenizers)
+    for row in sample(tokenizers[0], plain, torch.zeros(size), rows=6, steps=20):
+        for length in range(0, len(row) + 1, 2):
+            logits = torch.randn(1, size)
+            expected = plain(torch.tensor([[BOS, *row[:length]]]), logits)
+            music = [index + shift for index in row[:length]]
+            shifted = torch.cat([logits[:, :3], torch.full((1, shift), 50.0), logits[:, 3:]], dim=1)
+            middle = length // 2
+            within = [BOS, *music[:middle], 4, *music[middle:]]
+            before = [[*prefix, *music] for prefix in ([BOS], [BOS, 3, 5], [PAD, BOS, 3, 4, 5], [3])]
+            for ids in (*before, within):
+                judged = controlled(torch.tensor([ids]), shifted)
+                assert torch.isinf(judged[:, 3 : 3 + shift]).all()
+                assert torch.equal(torch.cat([judged[:, :3], judged[:, 3 + shift :]], dim=1), expected)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("model", ["untrained", "BPE", "Unigram"])
+def test_uniform_samples_after_controls_are_valid_music(name: str, model: str, scores) -> None:
+    tokenizer = build_tokenizer(name, controls=CONTROL_TOKENS)
+    if model != "untrained":
+        train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200, model)
+    processor = MidiProcessor(tokenizer)
+    prefix = processor.encode(None, controls={"key": "C-major", "bars": "1-8"})
+    assert prefix == [BOS, 3, 5]
+    preference = torch.zeros(tokenizer.vocab_size)
+    preference[3:6] = 50.0  # a model that would only write controls
+    for row in sample(tokenizer, processor.grammar(), preference, rows=40, steps=MAX_SILENT_TOKENS, prefix=prefix):
+        assert row[:2] == [3, 5]
+        assert not {3, 4, 5} & set(row[2:])
+        if name == "REMI":
+            assert read(tokenizer, row[2:]).notes > 0
+        assert processor.decode(row).note_num() > 0
+
+
 def test_a_prompt_that_was_silent_too_long_gets_a_note_at_once(tokenizer: MusicTokenizer) -> None:
     bar = [tokenizer.vocab["Bar_None"], tokenizer.vocab["TimeSig_4/4"]]
     ids = torch.tensor([[BOS, *bar * 20]])
@@ -270,7 +325,7 @@ def test_generate_with_a_padded_batch_and_with_beams(scores) -> None:
             read(processor.midi_tokenizer, [index for index in row if index > EOS])
 
 
-@pytest.mark.parametrize("name", ["MIDILike", "PerTok", "MMM", "BEAT"])
+@pytest.mark.parametrize("name", ["MIDILike", "PerTok", "MMM", "BEAT", "CPWord", "Octuple", "MuMIDI"])
 def test_other_tokenizations_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"knows REMI, TSD, Structured, not {name}"):
         MidiProcessor(build_tokenizer(name)).grammar()

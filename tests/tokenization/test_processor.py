@@ -1,16 +1,27 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers import AutoConfig, AutoProcessor, MambaConfig, MambaForCausalLM, PretrainedConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from midimamba.errors import InputError
+from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizer import SUBWORD_MODELS, TOKENIZATIONS, build_tokenizer, train_tokenizer
+from midimamba.tokenization.tokenizer import ONE_STREAM, SUBWORD_MODELS, build_tokenizer, train_tokenizer
+
+SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+# The module of the processor, and what it imports.
+CODE = {
+    *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
+    *("controls.py", "ingest.py", "errors.py"),
+}
 
 
 @pytest.fixture(scope="module", params=["untrained", "trained"])
@@ -61,6 +72,54 @@ def test_batch_decode_drops_special_tokens_and_padding(processor: MidiProcessor,
         processor.decode(batch)
 
 
+@pytest.fixture(scope="module", params=[None, *SUBWORD_MODELS])
+def controlled(request: pytest.FixtureRequest, scores) -> MidiProcessor:
+    pairs = [("instruments", "violin"), ("instruments", "drums"), ("key", "C-major"), ("composer", "Bach, J. S.")]
+    tokenizer = build_tokenizer(controls=[control_token(*pair) for pair in pairs])
+    if request.param:
+        train_tokenizer(tokenizer, scores[:20], 900, request.param)
+    return MidiProcessor(tokenizer)
+
+
+def test_controls_come_between_begin_and_music_in_the_vocabularys_order(controlled: MidiProcessor, scores) -> None:
+    assert controlled.controls == {
+        "instruments": ["violin", "drums"],
+        "key": ["C-major"],
+        "composer": ["Bach,-J.-S."],
+    }
+    asked = {"composer": "Bach, J. S.", "key": "C-major", "instruments": ["drums", "violin"]}
+    music = controlled.encode(scores[0])
+    assert controlled.control_ids(asked) == controlled.control_ids(dict(reversed(asked.items()))) == [3, 4, 5, 6]
+    assert controlled.encode(scores[0], controls=asked) == [1, 3, 4, 5, 6, *music[1:]]
+    assert controlled(scores[0], controls={"key": ["C-major"]})["input_ids"] == [1, 5, *music[1:]]
+    assert controlled(scores[0], add_bos=False, controls={"key": "C-major"})["input_ids"] == [5, *music[1:]]
+    batch = controlled(scores[:2], controls={"key": "C-major"}, return_tensors="pt")
+    assert [row[row != 0][:2].tolist() for row in batch["input_ids"]] == [[1, 5], [1, 5]]
+
+
+def test_music_may_be_asked_for_from_nothing(controlled: MidiProcessor) -> None:
+    assert controlled()["input_ids"] == controlled.encode(None) == [1]
+    inputs = controlled(controls={"instruments": "drums"}, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[1, 4]]
+    assert inputs["attention_mask"].tolist() == [[1, 1]]
+
+
+def test_decode_drops_controls_wherever_they_are(controlled: MidiProcessor, scores, notes) -> None:
+    ids = controlled.encode(scores[3], controls={"key": "C-major", "instruments": "violin"})
+    assert notes(controlled.decode(ids)) == notes(controlled.decode([*ids, 4, 6, 2])) == notes(scores[3])
+    assert controlled.decode([1, 3, 4, 5, 6]).note_num() == 0
+
+
+def test_controls_that_are_not_there_are_refused(controlled: MidiProcessor, processor: MidiProcessor, scores) -> None:
+    with pytest.raises(InputError, match="no control 'tempo': choose one of instruments, key, composer"):
+        controlled.encode(scores[0], controls={"tempo": "60-90"})
+    with pytest.raises(InputError, match="'instruments' has no value 'viola': choose one of violin, drums"):
+        controlled(controls={"instruments": ["drums", "viola"]})
+    assert processor.controls == {}
+    with pytest.raises(InputError, match=r"no control tokens: .*midimamba tokenize SOURCE --controls"):
+        processor(scores[0], controls={"key": "C-major"})
+
+
 def test_ids_beyond_the_vocabulary_and_nothing_at_all_decode(processor: MidiProcessor) -> None:
     assert processor.decode([processor.vocab_size, processor.vocab_size + 7]).note_num() == 0
     assert processor.decode([]).note_num() == 0
@@ -74,19 +133,23 @@ def test_an_unusable_file_is_refused(processor: MidiProcessor, tmp_path: Path) -
 def test_save_and_load_give_the_same_processor(processor: MidiProcessor, scores, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert json.loads((tmp_path / "processor_config.json").read_text()) == {"processor_class": "MidiProcessor"}
+    assert files == SAVED | CODE
+    assert json.loads((tmp_path / "processor_config.json").read_text()) == {
+        "auto_map": {"AutoProcessor": "processor.MidiProcessor"},
+        "processor_class": "MidiProcessor",
+    }
+    assert "auto_map" not in (tmp_path / "tokenizer_config.json").read_text()
     loaded = MidiProcessor.from_pretrained(tmp_path)
     assert loaded.vocab_size == processor.vocab_size
     assert loaded.encode(scores[0]) == processor.encode(scores[0])
 
 
-@pytest.mark.parametrize("tokenization", TOKENIZATIONS)
+@pytest.mark.parametrize("tokenization", ONE_STREAM)
 @pytest.mark.parametrize("model", SUBWORD_MODELS)
 def test_every_tokenization_and_model_is_saved_loaded_and_decoded(
     tokenization: str, model: str, scores, notes, tmp_path: Path
 ) -> None:
-    tokenizer = build_tokenizer(tokenization, num_velocities=16)
+    tokenizer = build_tokenizer(tokenization, controls=[control_token("key", "C-major")], num_velocities=16)
     train_tokenizer(tokenizer, scores[:20], len(tokenizer.vocab) + 100, model)
     processor = MidiProcessor(tokenizer)
     processor.save_pretrained(tmp_path)
@@ -101,7 +164,7 @@ def test_every_tokenization_and_model_is_saved_loaded_and_decoded(
         assert decoded.note_num() >= 0.95 * score.note_num()
 
 
-@pytest.mark.parametrize("tokenization", TOKENIZATIONS)
+@pytest.mark.parametrize("tokenization", ONE_STREAM)
 def test_whatever_a_model_samples_decodes(tokenization: str) -> None:
     processor = MidiProcessor(build_tokenizer(tokenization))
     ids = torch.randint(processor.vocab_size, (50, 200), generator=torch.Generator().manual_seed(0))
@@ -124,6 +187,69 @@ def test_auto_processor_finds_it_by_name(
     assert loaded.encode(scores[0]) == processor.encode(scores[0])
 
 
+# What a process does in which midimamba is not installed.
+ABROAD = """
+import json, sys
+sys.modules["midimamba"] = None
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+folder = Path(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert not any(name.startswith(("miditok", "transformers_modules")) for name in sys.modules)
+assert type(model).__module__.startswith("transformers.")
+
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+ids = processor.encode(folder / "music.mid", controls={"key": "C-major"})
+inputs = processor(controls={"key": "C-major"}, return_tensors="pt")
+torch.manual_seed(0)
+sample = model.generate(**inputs, max_new_tokens=20, do_sample=True, logits_processor=[processor.grammar(max_bars=2)])
+assert processor.decode(sample[0]).note_num() > 0
+processor.save_pretrained(folder / "again")
+again = AutoProcessor.from_pretrained(folder / "again", trust_remote_code=True)
+assert again.encode(folder / "music.mid", controls={"key": "C-major"}) == ids
+assert (folder / "again/tokenizer_config.json").read_text() == (folder / "tokenizer_config.json").read_text()
+processor.decode(ids).dump_midi(folder / "decoded.mid")
+print(json.dumps(ids))
+"""
+
+
+@pytest.mark.parametrize("model", [None, "BPE"])
+def test_auto_processor_needs_no_midimamba(model: str | None, scores, notes, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(controls=[control_token("key", "C-major")])
+    if model:
+        train_tokenizer(tokenizer, scores[:20], 900, model)
+    processor = MidiProcessor(tokenizer)
+    processor.save_pretrained(tmp_path)
+    config = MambaConfig(vocab_size=processor.vocab_size, hidden_size=8, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    scores[0].dump_midi(tmp_path / "music.mid")
+    run = subprocess.run(
+        [sys.executable, "-c", ABROAD, str(tmp_path)],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    ids = processor.encode(tmp_path / "music.mid", controls={"key": "C-major"})
+    assert json.loads(run.stdout.splitlines()[-1]) == ids
+    assert notes(read_score(tmp_path / "decoded.mid")) == notes(scores[0])
+
+
+def test_where_midimamba_is_there_no_remote_code_runs(processor: MidiProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    for module in CODE:
+        (tmp_path / module).write_text("raise AssertionError('remote code was run')")
+    for trust in (None, False, True):
+        assert type(AutoProcessor.from_pretrained(tmp_path, trust_remote_code=trust)) is MidiProcessor
+
+
 def test_push_to_hub_uploads_all_files(
     processor: MidiProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,9 +261,7 @@ def test_push_to_hub_uploads_all_files(
 
     monkeypatch.setattr(MidiProcessor, "push_to_hub", upload)
     processor.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/bach")
-    assert uploaded == {
-        "me/bach": ["miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
-    }
+    assert uploaded == {"me/bach": sorted(SAVED | CODE)}
 
 
 def test_a_repository_on_the_hub_is_read_through_its_cache(processor: MidiProcessor, scores, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from midimamba.errors import InputError
 from midimamba.tokenization import sources
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
-from midimamba.tokenization.sources import find_entries, read_entries
+from midimamba.tokenization.sources import Entry, Label, Refusal, list_source, read_entries
 
 CONTENT = {"a.mid": b"first", "more/b.MID": b"second", "more/deep/c.kar": b"third" * 1000, "notes.txt": b"no music"}
 MIDI = {name: content for name, content in CONTENT.items() if name != "notes.txt"}
@@ -44,19 +44,28 @@ WRITERS: dict[str, Callable[[Path, dict[str, bytes]], Path]] = {
 }
 
 
+def entries_of(source: Path) -> list[Entry]:
+    return sorted((item for item in list_source(str(source)) if isinstance(item, Entry)), key=lambda entry: entry.name)
+
+
+def labels_of(source: Path, *columns: str) -> dict[str, tuple[str | None, dict[str, str]]]:
+    return {i.name: (i.split, i.labels) for i in list_source(str(source), columns) if isinstance(i, Label)}
+
+
 def contents_of(source: Path) -> dict[str, bytes | MidiRefusedError]:
-    return {entry.name: content for entry, content in read_entries(find_entries(str(source)).entries)}
+    by_name = {entry.name: entry for entry in entries_of(source)}
+    return {entry.name: content for entry, content in read_entries(by_name.values())}
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_archive_is_read_member_by_member(name: str, tmp_path: Path) -> None:
     archive = WRITERS[name](tmp_path / name, dict(reversed(CONTENT.items())))
-    listing = find_entries(str(archive))
-    assert [entry.name for entry in listing.entries] == sorted(f"{name}/{member}" for member in MIDI)
-    assert {entry.name: entry.size for entry in listing.entries} == {f"{name}/{m}": len(c) for m, c in MIDI.items()}
+    entries = entries_of(archive)
+    assert [entry.name for entry in entries] == sorted(f"{name}/{member}" for member in MIDI)
+    assert {entry.name: entry.size for entry in entries} == {f"{name}/{m}": len(c) for m, c in MIDI.items()}
     assert contents_of(archive) == {f"{name}/{member}": content for member, content in MIDI.items()}
     # A selection, as with `limit`, reads just that.
-    assert [content for _, content in read_entries(listing.entries[1:2])] == [b"second"]
+    assert [content for _, content in read_entries(entries[1:2])] == [b"second"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -85,8 +94,7 @@ def test_links_and_devices_in_a_tar_file_are_no_files(tmp_path: Path) -> None:
             info = tarfile.TarInfo(f"{kind.decode()}.mid")
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
-    with pytest.raises(InputError, match="holds no MIDI files"):
-        find_entries(str(tmp_path / "music.tar"))
+    assert entries_of(tmp_path / "music.tar") == []
 
 
 def test_a_name_that_is_no_text_becomes_one(tmp_path: Path) -> None:
@@ -136,7 +144,7 @@ def test_a_tar_header_cannot_claim_the_memory(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "music.tar.gz", "wb") as file:
         file.write(info.tobuf())
     with pytest.raises(InputError, match=r"cannot be read \(a header of 4,294,967,296 bytes\)"):
-        find_entries(str(tmp_path / "music.tar.gz"))
+        entries_of(tmp_path / "music.tar.gz")
 
 
 def damaged(archive: Path) -> dict[str, bytes]:
@@ -158,11 +166,10 @@ def test_a_broken_archive_is_an_error_as_source_and_a_refusal_in_a_folder(name: 
     for way, content in damaged(archive).items():
         archive.write_bytes(content)
         with pytest.raises(InputError, match=f"{name}: the archive cannot be read") as caught:
-            find_entries(str(archive))
+            entries_of(archive)
         assert "\n" not in str(caught.value), way
-        listing = find_entries(str(tmp_path))
-        assert [entry.name for entry in listing.entries] == ["sound.zip/a.mid"]
-        ((refusal),) = listing.broken
+        assert [entry.name for entry in entries_of(tmp_path)] == ["sound.zip/a.mid"]
+        (refusal,) = (item for item in list_source(str(tmp_path)) if isinstance(item, Refusal))
         assert (refusal.name, refusal.stage) == (name, "read")
         assert refusal.sha256 is not None
         assert refusal.reason.startswith("the archive cannot be read (")
@@ -182,8 +189,8 @@ def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nowhere", "file.txt"])
 def test_what_is_neither_folder_nor_archive_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("text")
-    with pytest.raises(InputError, match="is no folder and no archive"):
-        find_entries(str(tmp_path / name))
+    with pytest.raises(InputError, match="is no folder, no archive"):
+        entries_of(tmp_path / name)
 
 
 def test_manifests_name_files_beside_them(tmp_path: Path) -> None:
@@ -196,25 +203,40 @@ def test_manifests_name_files_beside_them(tmp_path: Path) -> None:
             tmp_path / name,
             {f"top/{file}": data for file, data in CONTENT.items()} | {"top/manifest.csv": table.encode()},
         )
-    splits = find_entries(str(tmp_path)).splits
+    given = labels_of(tmp_path, "composer")
     archives = {
-        f"{name}/top/{file}": split
+        f"{name}/top/{file}": label
         for name in ("music.zip", "music.tgz")
-        for file, split in {"a.mid": "train", "more/b.MID": "validation", "gone.mid": "test"}.items()
+        for file, label in {
+            "a.mid": ("train", {"composer": "x"}),
+            "more/b.MID": ("validation", {}),
+            "more/deep/c.kar": (None, {}),
+            "gone.mid": ("test", {}),
+        }.items()
     }
-    assert splits == archives | {"sub/a.mid": "test"}
-    assert not any("manifest" in entry.name for entry in find_entries(str(tmp_path)).entries)
+    assert given == archives | {"sub/a.mid": ("test", {})}
+    assert not any("manifest" in entry.name for entry in entries_of(tmp_path))
 
 
 def test_a_manifest_about_something_else_is_ignored_and_a_senseless_one_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mid").touch()
     manifest = tmp_path / "manifest.csv"
-    for table in ("", "file,composer\na.mid,x\n", "\0\1"):
+    for table in ("", "split,composer\ntrain,x\n", "\0\1"):
         manifest.write_text(table)
-        assert find_entries(str(tmp_path)).splits == {}
+        assert labels_of(tmp_path) == {}
     manifest.write_text("file,split\nb.mid,train\na.mid,tset\n")
     with pytest.raises(InputError, match=r"manifest\.csv, line 3: split 'tset' is none of train, valid"):
-        find_entries(str(tmp_path))
+        labels_of(tmp_path)
+
+
+def test_a_label_that_no_manifest_has_is_refused_with_those_it_has(tmp_path: Path) -> None:
+    (tmp_path / "a.mid").touch()
+    with pytest.raises(InputError, match=r"no manifest\.csv has a column 'genre'; there is none with a column 'file'"):
+        labels_of(tmp_path, "genre")
+    (tmp_path / "manifest.csv").write_text("file,composer\na.mid, J. S. Bach \n")
+    assert labels_of(tmp_path, "composer") == {"a.mid": (None, {"composer": "J. S. Bach"})}
+    with pytest.raises(InputError, match=r"no manifest\.csv has a column 'genre'; there are composer, file"):
+        labels_of(tmp_path, "genre")
 
 
 def test_nothing_larger_than_a_file_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

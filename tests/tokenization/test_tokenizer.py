@@ -10,11 +10,12 @@ from symusic.core import ScoreTick
 from transformers import MambaConfig
 
 from midimamba.errors import InputError
-from midimamba.tokenization.ingest import MidiRefusedError
+from midimamba.tokenization.controls import control_token, is_control
+from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import (
+    ONE_STREAM,
     SUBWORD_MODELS,
-    TOKENIZATIONS,
     base_ids,
     build_tokenizer,
     expand_ids,
@@ -27,9 +28,14 @@ from midimamba.tokenization.tokenizer import (
 
 VOCAB_SIZE = 900
 MODELS = ("untrained", "BPE", "Unigram")
+# One begins another, one holds the name of a base token.
+CONTROL_TOKENS = [
+    control_token(*pair)
+    for pair in (("composer", "Bach"), ("composer", "Bach, J. S."), ("key", "C-major"), ("label", "Bar_None"))
+]
 
 
-@pytest.fixture(scope="module", params=TOKENIZATIONS)
+@pytest.fixture(scope="module", params=ONE_STREAM)
 def tokenization(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -70,6 +76,53 @@ def test_text_has_miditoks_ids_and_decodes_to_the_same_text(tokenizer: MusicToke
         assert fast.decode(ids) == text
         assert merge_ids(tokenizer, base_ids(tokenizer, score)) == ids
         assert expand_ids(tokenizer, ids) == base_ids(tokenizer, score)
+
+
+def test_controls_shift_the_base_ids_and_change_nothing_else(tokenization: str, scores) -> None:
+    shift = len(CONTROL_TOKENS)
+    plain, controlled = (build_tokenizer(tokenization, controls=tokens) for tokens in ([], CONTROL_TOKENS))
+    vocab = [token for token in controlled.vocab if token not in CONTROL_TOKENS]
+    assert vocab == list(plain.vocab)
+    assert list(controlled.vocab)[3 : 3 + shift] == CONTROL_TOKENS
+    for train in (False, True):
+        if train:
+            for tokenizer in (plain, controlled):
+                train_tokenizer(tokenizer, scores[:20], len(tokenizer.vocab) + 200)
+        for score in scores[20:25]:
+            ids = base_ids(plain, score)
+            assert base_ids(controlled, score) == [index + shift for index in ids]
+            merged = merge_ids(plain, ids)
+            assert merge_ids(controlled, base_ids(controlled, score)) == [index + shift for index in merged]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_controls_before_the_music_are_text_and_ids(tokenization: str, model: str, scores) -> None:
+    tokenizer = make_tokenizer(tokenization, model, scores, controls=CONTROL_TOKENS)
+    fast = fast_tokenizer(tokenizer)
+    assert len(fast) == tokenizer.vocab_size
+    assert sorted(fast.all_special_ids) == list(range(7))
+    for index in range(len(tokenizer.vocab), tokenizer.vocab_size):
+        assert not any(map(is_control, tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))))
+    for score in scores[20:25]:
+        music, ids = encode(tokenizer, normalize_score(score))
+        for chosen in ([3, 5], [4], [3, 4, 5, 6]):
+            text = " ".join(["BOS_None", *(tokenizer[index] for index in chosen), music, "EOS_None"])
+            assert fast(text)["input_ids"] == [1, *chosen, *ids, 2]
+            assert fast.decode([1, *chosen, *ids, 2]) == text
+            assert fast.decode([1, *chosen, *ids, 2], skip_special_tokens=True) == music
+            assert expand_ids(tokenizer, [1, *chosen, *ids]) == [1, *chosen, *base_ids(tokenizer, score)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_miditok_alone_reads_a_tokenizer_with_controls(tokenization: str, model: str, scores, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tokenization, model, scores, controls=CONTROL_TOKENS)
+    MidiProcessor(tokenizer).save_pretrained(tmp_path)
+    alone = MusicTokenizer.from_pretrained(tmp_path, filename="miditok.json")
+    ids = MidiProcessor(tokenizer).encode(scores[0], controls={"key": "C-major"})
+    for loaded in (alone, load_tokenizer(str(tmp_path))):
+        assert loaded.vocab == tokenizer.vocab
+        assert loaded.special_tokens == tokenizer.special_tokens
+        assert [1, 5, *encode(loaded, normalize_score(read_score(scores[0])))[1]] == ids
 
 
 def test_base_ids_are_miditoks_ids_of_the_normalised_score(tokenization: str, random_score) -> None:
@@ -173,13 +226,14 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: MusicTokenizer, scores, tmp_pa
 
 def test_plain_auto_tokenizer_loads_it_beside_a_mamba_config(scores, tmp_path: Path) -> None:
     expected = {}
-    for tokenization in TOKENIZATIONS:
+    for tokenization in ONE_STREAM:
         for model in MODELS:
-            tokenizer = make_tokenizer(tokenization, model, scores)
+            tokenizer = make_tokenizer(tokenization, model, scores, controls=CONTROL_TOKENS)
             folder = tmp_path / f"{tokenization}-{model}"
             MidiProcessor(tokenizer).save_pretrained(folder)
             MambaConfig(vocab_size=tokenizer.vocab_size).save_pretrained(folder)
             text, ids = encode(tokenizer, normalize_score(scores[30]))
+            text, ids = f"{CONTROL_TOKENS[1]} {text}", [4, *ids]
             (folder / "text").write_text(text)
             expected[folder.name] = [ids, text, [0, 1, 2], "left"]
     script = (
@@ -334,9 +388,6 @@ def test_options_reach_miditok() -> None:
         ("PerTok", {"use_sustain_pedals": True}, "pedals"),
         ("Structured", {"use_tempos": True}, "MidiTok keeps it at False"),
         ("BEAT", {"beat_res": {(0, 4): 8}}, "MidiTok keeps it at"),
-        ("CPWord", {}, "several ids a step"),
-        ("Octuple", {}, "several ids a step"),
-        ("MuMIDI", {}, "several ids a step"),
         ("ABC", {}, "choose one of REMI"),
     ],
 )
@@ -356,6 +407,6 @@ def test_a_vocabulary_without_room_to_learn_is_refused(tokenization: str, scores
 def test_a_folder_without_miditok_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"miditok\.json"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "miditok.json").write_text('{"tokenization": "Octuple"}')
-    with pytest.raises(InputError, match="Octuple"):
+    (tmp_path / "miditok.json").write_text('{"tokenization": "ABC"}')
+    with pytest.raises(InputError, match="ABC"):
         load_tokenizer(str(tmp_path))

@@ -7,6 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from midimamba import RecurrentCache
+from midimamba.modeling.sampling import next_logits
+from midimamba.training import credit
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from support import make_discriminator, make_generator
@@ -45,6 +48,18 @@ def make_trainer(folder: Path, kind: str = "cnn", **overrides: object) -> Advers
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def likelihoods_alone(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
+    """Log-likelihoods of all tokens that follow another of their piece, every piece in a pass of its own."""
+    likelihoods = []
+    for block in blocks:
+        begins = (block == model.config.bos_token_id).nonzero().flatten()
+        for piece in block.tensor_split(begins):
+            if len(piece) > 1:
+                chosen = model(piece[None]).logits[0, :-1].log_softmax(-1).gather(-1, piece[1:, None])
+                likelihoods.append(chosen.flatten())
+    return torch.cat(likelihoods)
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
@@ -101,6 +116,27 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
     for others in gradients[1:]:
         for gradient, other in zip(gradients[0], others, strict=True):
             torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mle_weight", [0.0, 0.5])
+def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path: Path, mle_weight: float) -> None:
+    trainer = make_trainer(tmp_path, mle_weight=mle_weight)
+    blocks = torch.tensor(make_blocks(10)["input_ids"])
+    blocks[:, 1] = blocks[5:, 4] = trainer.model.config.bos_token_id
+    fake, real = blocks.split(5)
+    advantages = torch.linspace(-1, 1, 5 * (LENGTH - 2)).view(5, LENGTH - 2)
+    cache = RecurrentCache.for_model(trainer.model, len(fake))
+    with torch.no_grad():
+        loss = trainer._generator_loss(trainer.model, fake, real, advantages)
+        chosen = []
+        for t in range(LENGTH - 1):
+            drawn_from = next_logits(trainer.model, fake[:, t : t + 1], cache).log_softmax(-1)
+            chosen.append(drawn_from.gather(-1, fake[:, t + 1 : t + 2]))
+        policy_loss = credit.reinforce_loss(torch.cat(chosen, 1)[:, 1:], advantages)
+        likelihoods = likelihoods_alone(trainer.model, real)
+    torch.testing.assert_close(loss, policy_loss - mle_weight * likelihoods.sum() / len(real))
+    if mle_weight:
+        assert trainer._metrics["mle_loss"] == pytest.approx([-likelihoods.mean().item()])
 
 
 def test_rewards_reinforce_what_they_prefer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +214,8 @@ def test_an_evaluation_does_not_change_the_run(tmp_path: Path) -> None:
 def test_evaluation_measures_likelihood_accuracy_and_diversity(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     metrics = trainer.evaluate()
-    ids = torch.tensor(make_blocks(8)["input_ids"])
-    with torch.no_grad():
-        logits = trainer.model(ids).logits[:, :-1]
-    naive = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    assert metrics["eval_loss"] == pytest.approx(naive.item(), abs=1e-5)
+    likelihoods = likelihoods_alone(trainer.model, torch.tensor(make_blocks(8)["input_ids"]))
+    assert metrics["eval_loss"] == pytest.approx(-likelihoods.mean().item(), abs=1e-5)
     assert metrics["eval_d_accuracy"] == pytest.approx(
         (metrics["eval_d_accuracy_real"] + metrics["eval_d_accuracy_fake"]) / 2
     )

@@ -1,0 +1,74 @@
+"""Tokens that training never sees: our packed blocks against MidiTok's `split_files_for_training` and `DatasetMIDI`.
+
+MidiTok cuts files into chunks that should hold a block of tokens each, and cuts off what a chunk holds beyond it. The
+last line is JSON: `ratio` is their lost share over ours.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset
+from miditok.pytorch_data import DatasetMIDI
+from miditok.utils import split_files_for_training
+
+from measure import finish
+from midimamba.tokenization.ingest import read_score
+from midimamba.tokenization.packing import PackedBlocks
+from midimamba.tokenization.sources import Entry, list_source, read_entries
+from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, merge_ids, train_on_ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="example: python benchmarks/packing.py my-midi-folder --block-size 512"
+    )
+    parser.add_argument("source", help="folder or archive of MIDI files")
+    parser.add_argument("--limit", type=int, default=200, help="files (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=1000, help="of byte-pair encoding (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    args = parser.parse_args()
+
+    entries = [item for item in list_source(args.source) if isinstance(item, Entry)][: args.limit]
+    tokenizer = build_tokenizer("REMI")
+    with tempfile.TemporaryDirectory() as scratch:
+        paths, scores = [], []
+        for index, (_, content) in enumerate(read_entries(entries)):
+            scores.append(read_score(content))
+            paths.append(Path(scratch) / f"{index:05}.mid")
+            scores[-1].dump_midi(paths[-1])
+        bases = [base_ids(tokenizer, score) for score in scores]
+        train_on_ids(tokenizer, bases, args.vocab_size)
+        pieces = [[1, *merge_ids(tokenizer, base), 2] for base in bases]
+        blocks = PackedBlocks(Dataset.from_dict({"input_ids": pieces}), args.block_size)
+
+        chunks = split_files_for_training(
+            files_paths=paths,
+            tokenizer=tokenizer,
+            save_dir=Path(scratch, "chunks"),
+            max_seq_len=args.block_size,
+            num_overlap_bars=0,
+        )
+        theirs = DatasetMIDI(chunks, tokenizer, max_seq_len=args.block_size, bos_token_id=1, eos_token_id=2)
+        kept = sum(len(theirs[index]["input_ids"]) for index in range(len(theirs)))
+        whole = sum(len(tokenizer.encode(chunk).ids) + 2 for chunk in chunks)
+
+    ours = 1 - len(blocks) * args.block_size / blocks.num_ids
+    lost = 1 - kept / whole
+    finish(
+        {
+            "benchmark": "packing",
+            "compared": "MidiTok's split_files_for_training and DatasetMIDI",
+            "ratio": round(lost / ours, 1) if ours else None,
+            "our_lost_share": round(ours, 5),
+            "their_lost_share": round(lost, 5),
+            "their_padded_share": round(1 - kept / (len(chunks) * args.block_size), 5),
+            "sizes": {"files": len(paths), "tokens": blocks.num_ids, "block_size": args.block_size},
+        },
+        args.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Reading MIDI files to base tokens: plain MidiTok in one process against ours in one and in two; and memory.
+
+The last line is JSON. `ratio` is our tokens a second in one worker over MidiTok's, `scaling` ours in two workers over
+one. MidiTok parses and encodes every file and does nothing else; ours hashes, checks, isolates, removes duplicates and
+stores as well. With `--memory` it simulates corpora of growing size instead, real files repeated by reference or small
+pieces that all differ, and `ratio` is the peak memory at the largest over the smallest.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from miditok import MusicTokenizer
+from symusic import Note, Score, Track
+
+from measure import finish
+from midimamba.tokenization.reading import read_source
+from midimamba.tokenization.sources import list_source, read_entries
+from midimamba.tokenization.store import PieceStore
+from midimamba.tokenization.tokenizer import build_tokenizer
+
+
+def unpack(source: str, folder: Path, limit: int | None) -> list[Path]:
+    """The MIDI files of a source as files of their own, which MidiTok can read."""
+    paths = []
+    entries = [item for item in list_source(source) if hasattr(item, "member")][:limit]
+    for index, (_, content) in enumerate(read_entries(entries)):
+        path = folder / f"{index:06}.mid"
+        path.write_bytes(content)
+        paths.append(path)
+    return paths
+
+
+def encode_plainly(tokenizer: MusicTokenizer, paths: list[Path]) -> int:
+    """MidiTok alone; returns the number of tokens."""
+    return sum(len(tokenizer.encode(Score(path), encode_ids=False).ids) for path in paths)
+
+
+def encode_in_a_process(tokenizer: MusicTokenizer, paths: list[Path]) -> tuple[int, float]:
+    """The same in a fresh process, as our workers are; returns tokens and seconds."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        start = time.perf_counter()
+        tokens = pool.apply(encode_plainly, (tokenizer, paths))
+        return tokens, time.perf_counter() - start
+
+
+def read(tokenizer: MusicTokenizer, folder: Path, workers: int) -> tuple[int, float]:
+    """Ours; returns tokens and seconds."""
+    with tempfile.TemporaryDirectory() as scratch, PieceStore(Path(scratch, "store"), "benchmark") as store:
+        start = time.perf_counter()
+        read_source(str(folder), store, tokenizer, workers=workers)
+        seconds = time.perf_counter() - start
+        store.deal_splits(0.0, 0.0, 0)
+        return sum(len(piece.ids) for piece in store.pieces("train")), seconds
+
+
+def measure_speed(source: str, limit: int | None, repeats: int, tokenization: str) -> dict[str, object]:
+    tokenizer = build_tokenizer(tokenization)
+    rates: dict[str, list[float]] = {"plain": [], "one": [], "two": []}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = unpack(source, Path(folder), limit)
+        for _ in range(repeats):  # in turn, so that a change of the machine's load meets all three
+            for name, (tokens, seconds) in {
+                "plain": encode_in_a_process(tokenizer, paths),
+                "one": read(tokenizer, Path(folder), 1),
+                "two": read(tokenizer, Path(folder), 2),
+            }.items():
+                rates[name].append(tokens / seconds)
+    plain, one, two = (statistics.median(rates[name]) for name in ("plain", "one", "two"))
+    return {
+        "benchmark": "tokenization",
+        "compared": "plain MidiTok, one process",
+        "ratio": round(one / plain, 3),
+        "scaling": round(two / one, 3),
+        "tokens_per_second": {"miditok": round(plain), "one_worker": round(one), "two_workers": round(two)},
+        "ratios": [round(ours / theirs, 3) for ours, theirs in zip(rates["one"], rates["plain"], strict=True)],
+        "scalings": [round(more / fewer, 3) for more, fewer in zip(rates["two"], rates["one"], strict=True)],
+        "sizes": {"files": len(paths), "tokens": tokens, "tokenization": tokenization},
+    }
+
+
+def simulate(folder: Path, count: int, originals: list[Path]) -> None:
+    """So many files, a thousand a folder: links to real ones, or small pieces that all differ."""
+    for index in range(count):
+        place = folder / f"{index // 1000:04}"
+        if index % 1000 == 0:
+            place.mkdir(parents=True)
+        target = place / f"{index:07}.mid"
+        if originals:
+            os.link(originals[index % len(originals)], target)
+        else:
+            digits = [index // 50**digit % 50 for digit in range(4)]
+            score = Score(24)
+            score.tracks.append(Track(0))
+            score.tracks[0].notes.extend(Note(24 * i, 24, 40 + digit, 64) for i, digit in enumerate(digits))
+            score.dump_midi(target)
+
+
+def peak_memory(command: list[str]) -> tuple[float, float]:
+    """Run a command. Returns seconds, and the largest sum of memory that it and its workers wrote to, in MB.
+
+    Pages of files that are only read do not count: the system may drop them.
+    """
+    start = time.perf_counter()
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.2):
+            try:
+                family = [process, *process.children(recursive=True)]
+                peak = max(peak, sum(member.memory_full_info().uss for member in family))
+            except psutil.Error:
+                continue  # one of them just ended
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    code = process.wait()
+    done.set()
+    thread.join()
+    if code != 0:
+        raise RuntimeError(f"{command} ended with {code}")
+    return time.perf_counter() - start, peak / 2**20
+
+
+def measure_memory(source: str | None, counts: list[int], workers: int) -> dict[str, object]:
+    rows = []
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+        originals = []
+        if source:
+            (Path(scratch) / "originals").mkdir()
+            originals = unpack(source, Path(scratch) / "originals", None)
+        for count in counts:
+            folder = Path(scratch) / f"corpus-{count}"
+            simulate(folder, count, originals)
+            command = [
+                sys.executable,
+                "-m",
+                "midimamba.cli",
+                "tokenize",
+                str(folder),
+                "--out",
+                f"{scratch}/out-{count}",
+            ]
+            seconds, megabytes = peak_memory([*command, "--num-workers", str(workers)])
+            rows.append({"files": count, "seconds": round(seconds, 1), "peak_mb": round(megabytes)})
+            print(rows[-1], flush=True)
+            shutil.rmtree(folder)
+    return {
+        "benchmark": "tokenization-memory",
+        "compared": "peak memory of the largest corpus over the smallest",
+        "ratio": round(rows[-1]["peak_mb"] / rows[0]["peak_mb"], 3),
+        "files": "real ones by reference" if source else "small pieces that all differ",
+        "workers": workers,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="example: python benchmarks/tokenization.py my-midi-folder --repeats 5"
+    )
+    parser.add_argument("source", nargs="?", help="folder or archive of MIDI files")
+    parser.add_argument("--limit", type=int, help="use only so many files")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--tokenization", default="REMI", help="which of MidiTok's (default: %(default)s)")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="FILES", help="measure memory for so many files")
+    parser.add_argument("--workers", type=int, default=2, help="processes, with --memory (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    args = parser.parse_args()
+    if args.memory:
+        result = measure_memory(args.source, args.memory, args.workers)
+    elif args.source:
+        result = measure_speed(args.source, args.limit, args.repeats, args.tokenization)
+    else:
+        parser.error("give a source, or --memory")
+    finish(result, args.out)
+
+
+if __name__ == "__main__":
+    main()

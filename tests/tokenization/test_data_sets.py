@@ -1,0 +1,155 @@
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from midimamba.errors import InputError
+from midimamba.tokenization.corpus import SPLITS, load_corpus, tokenize_corpus
+from midimamba.tokenization.data_sets import DataSetFiles, is_data_set
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
+from support import make_score
+
+
+def midi(seed: int) -> bytes:
+    content = make_score(seed, bars=2).dumps_midi()
+    assert isinstance(content, bytes)
+    return content
+
+
+def rows(count: int, first: int = 0) -> dict[str, list[Any]]:
+    return {
+        "title": [f"No. {i}" for i in range(first, first + count)],
+        "midi": [midi(i) for i in range(first, first + count)],
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Dataset | DatasetDict, str], str]:
+    """A data set on the disk, saved by `datasets` or as Parquet files."""
+
+    def save(data: Dataset | DatasetDict, form: str) -> str:
+        folder = tmp_path / f"data-{form}"
+        if form == "arrow":
+            data.save_to_disk(str(folder))
+        else:
+            folder.mkdir()
+            for split, part in (data if isinstance(data, DatasetDict) else {"train": data}).items():
+                part.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+        return str(folder)
+
+    return save
+
+
+@pytest.mark.parametrize(("form", "streaming"), [("arrow", False), ("parquet", False), ("parquet", True)])
+def test_a_column_of_bytes_is_a_corpus(form: str, streaming: bool, saved: Any, tmp_path: Path) -> None:
+    source = saved(Dataset.from_dict(rows(8)), form)
+    assert is_data_set(source)
+    report = tokenize_corpus(source, tmp_path / "out", vocab_size=None, streaming=streaming)
+    assert report["split_by"] == {"given": 0, "hash": 8}
+    dataset, processor = load_corpus(tmp_path / "out")
+    found = {row["name"]: row["input_ids"] for split in SPLITS for row in dataset[split]}
+    assert found == {f"train/{i:08}": [*processor.encode(midi(i)), processor.eos_token_id] for i in range(8)}
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_splits_of_a_data_set_are_honoured(form: str, saved: Any, tmp_path: Path) -> None:
+    parts = {"train": rows(3), "validation": rows(2, 3), "test": rows(1, 5)}
+    source = saved(DatasetDict({split: Dataset.from_dict(part) for split, part in parts.items()}), form)
+    report = tokenize_corpus(source, tmp_path / "out", vocab_size=None)
+    assert {split: counts["pieces"] for split, counts in report["splits"].items()} == {
+        "train": 3,
+        "validation": 2,
+        "test": 1,
+    }
+    assert report["split_by"] == {"given": 6, "hash": 0}
+
+
+def test_a_column_split_is_honoured(saved: Any, tmp_path: Path) -> None:
+    table = rows(6) | {"split": ["train", "valid", "TEST", "train", None, "train"]}
+    tokenize_corpus(saved(Dataset.from_dict(table), "arrow"), tmp_path / "out", vocab_size=None)
+    dataset, _ = load_corpus(tmp_path / "out")
+    assert "train/00000001" in dataset["validation"]["name"]
+    assert "train/00000002" in dataset["test"]["name"]
+
+
+def test_files_are_taken_from_structs_and_bad_rows_are_quarantined(saved: Any, tmp_path: Path) -> None:
+    contents = [midi(0), midi(1), None, b"no music", bytes(MAX_FILE_BYTES + 1), midi(2)]
+    files = [{"bytes": content, "path": "x.mid"} for content in contents]
+    source = saved(Dataset.from_dict({"music": files}), "parquet")
+    report = tokenize_corpus(source, tmp_path / "out", vocab_size=None)
+    assert report["refused"] == 3
+    quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text()
+    for row, reason in ((2, "the row holds no bytes"), (3, "not a well-formed MIDI file"), (4, "larger than 16 MB")):
+        assert f'"train/{row:08}"' in quarantine
+        assert reason in quarantine
+
+
+def test_columns_are_labels(saved: Any, tmp_path: Path) -> None:
+    table = rows(4) | {"genre": ["folk tune", "march", None, "march"], "split": ["train"] * 4}
+    tokenize_corpus(saved(Dataset.from_dict(table), "arrow"), tmp_path / "out", vocab_size=None, labels=["genre"])
+    dataset, processor = load_corpus(tmp_path / "out")
+    assert processor.controls == {"genre": ["folk-tune", "march"]}
+    starts = [processor.tokenizer.decode(ids[1:2]) for ids in dataset["train"]["input_ids"]]
+    assert starts == ["Control-genre_folk-tune", "Control-genre_march", "Bar_None", "Control-genre_march"]
+
+
+def test_limit_takes_the_first_rows(saved: Any, tmp_path: Path) -> None:
+    report = tokenize_corpus(saved(Dataset.from_dict(rows(6)), "arrow"), tmp_path / "out", vocab_size=None, limit=4)
+    assert sum(counts["pieces"] for counts in report["splits"].values()) == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"a": [b"x"], "b": [b"y"]}, {}, "which column .* Found a, b: name it with --midi-column"),
+        ({"a": ["x"]}, {}, "Found none"),
+        ({"a": [b"x"]}, {"midi_column": "b"}, "has no column 'b'; there are a"),
+        ({"a": [b"x"]}, {"columns": ["genre"]}, "has no column 'genre'; there are a"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(
+    columns: dict[str, list[Any]], options: dict[str, Any], message: str, saved: Any
+) -> None:
+    with pytest.raises(InputError, match=message):
+        DataSetFiles(saved(Dataset.from_dict(columns), "arrow"), **options)
+
+
+def test_the_column_can_be_named(saved: Any) -> None:
+    source = saved(Dataset.from_dict({"a": [b"x"], "b": [b"y"]}), "arrow")
+    ((_, _, content),) = DataSetFiles(source, midi_column="b")
+    assert content == b"y"
+
+
+def test_what_is_no_data_set_is_no_data_set(tmp_path: Path) -> None:
+    assert not is_data_set("chorales")
+    assert not is_data_set(str(tmp_path))
+    (tmp_path / "a.mid").touch()
+    (tmp_path / "meta.parquet").touch()
+    assert not is_data_set(str(tmp_path))  # MIDI files count more
+    assert is_data_set("owner/name")
+
+
+def test_a_source_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="nobody/nothing cannot be read as a folder, an archive, or a data set"
+    ) as caught:
+        tokenize_corpus("nobody/nothing", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_data_set_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(io.BytesIO(b"nothing").read())
+    with pytest.raises(InputError, match="cannot be read as a data set"):
+        tokenize_corpus(str(tmp_path / "data"), tmp_path / "out")
+
+
+def test_content_of_a_row_is_bytes_or_a_reason(saved: Any) -> None:
+    source = saved(Dataset.from_dict({"a": [b"x", None]}), "arrow")
+    contents = [content for _, _, content in DataSetFiles(source)]
+    assert contents[0] == b"x"
+    assert isinstance(contents[1], MidiRefusedError)

@@ -1,0 +1,222 @@
+"""Control tokens: a prefix by which a user asks for music of some instruments, tempo, key and so on.
+
+They follow begin-of-sequence, before the music: `BOS_None Control-instruments_violin Control-key_C-major Bar_None …`.
+A tokenizer that has them holds them as special tokens of MidiTok. The values of [`CONTROLS`] are computed from a
+score by [`describe`]; any other name is a free label, such as `composer`, whose values come with the files.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from miditok import MusicTokenizer
+from miditok.constants import MIDI_INSTRUMENTS
+from symusic.core import ScoreTick
+
+from .errors import InputError
+
+CONTROLS = ("instruments", "tempo", "density", "key", "meter", "bars")
+
+# MidiTok's tokens are of the form Type_Value. It has no type that begins like this: its `ControlChange` has no hyphen.
+_PREFIX = "Control-"
+_TOKEN = re.compile(rf"{_PREFIX}[^\s_]+_[^\s_]+")
+
+DRUMS = "drums"
+# General MIDI's names; of its sounds that share a program the first.
+INSTRUMENTS = tuple(
+    re.sub(r"[^a-z0-9]+", "-", instrument["name"].split(",")[0].lower()).strip("-") for instrument in MIDI_INSTRUMENTS
+)
+
+# Bands and where they begin; each ends where the next begins.
+_TEMPOS = {"0-60": 0, "60-90": 60, "90-120": 90, "120-150": 120, "150-180": 150, "180+": 180}
+_DENSITIES = {"0-1": 0, "1-2": 1, "2-4": 2, "4-8": 4, "8-16": 8, "16+": 16}
+_BARS = {"1-8": 1, "9-16": 9, "17-32": 17, "33-64": 33, "65+": 65}
+
+_DEFAULT_MSPQ = 500_000  # MIDI's tempo until told otherwise, in microseconds a quarter note: 120 quarters a minute
+_DEFAULT_METER = (4, 4)
+
+# How well the 12 pitch classes fit the keys of C: Krumhansl & Kessler (1982), "Tracing the dynamic changes in
+# perceived tonal organization in a spatial representation of musical keys", Psychological Review 89.
+_PROFILES = {
+    "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+    "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
+}
+_TONICS = {
+    "major": ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"),
+    "minor": ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"),
+}
+KEYS = tuple(f"{tonic}-{mode}" for mode, tonics in _TONICS.items() for tonic in tonics)
+
+NO_CONTROLS = "this tokenizer has no control tokens: train on a corpus of `midimamba tokenize SOURCE --controls …`"
+# A list of values longer than this is cut to the nearest ones in a message.
+_MAX_LISTED = 12
+_NEAREST = 5
+
+
+def control_token(name: str, value: str) -> str:
+    """The token of a control: `control_token("composer", "Bach, J. S.")` is `"Control-composer_Bach,-J.-S."`.
+
+    Args:
+        name (`str`):
+            One of `CONTROLS`, or a label's.
+        value (`str`):
+            In both, a run of white space or underscores becomes a hyphen: a token has neither.
+
+    Raises:
+        InputError: if nothing is left of one of them.
+    """
+    slugs = ["-".join(re.findall(r"[^\s_]+", part)) for part in (name, value)]
+    if not all(slugs):
+        raise InputError(f"control {name!r} with the value {value!r} has no name or no value")
+    return f"{_PREFIX}{'_'.join(slugs)}"
+
+
+def check_control_tokens(tokens: Sequence[str]) -> None:
+    """Raise an [`InputError`] if something is not as [`control_token`] writes it, or there twice."""
+    if wrong := [token for token in tokens if not _TOKEN.fullmatch(token)]:
+        raise InputError(f"{wrong[0]!r} is no control token: it is written control_token(name, value)")
+    if twice := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise InputError(f"control token {twice[0]!r} is given twice")
+
+
+def is_control(token: str) -> bool:
+    """Whether a token is a control token."""
+    return token.startswith(_PREFIX)
+
+
+def controls_of(tokenizer: MusicTokenizer) -> dict[str, list[str]]:
+    """The controls of a tokenizer: names, and the values each can have, in the order of the vocabulary."""
+    controls: dict[str, list[str]] = {}
+    for token in filter(is_control, tokenizer.special_tokens):
+        name, value = token.removeprefix(_PREFIX).split("_")
+        controls.setdefault(name, []).append(value)
+    return controls
+
+
+def control_ids(tokenizer: MusicTokenizer, values: Mapping[str, str | Sequence[str]]) -> list[int]:
+    """The ids that ask for `values`, in the order of the vocabulary.
+
+    Args:
+        tokenizer (`miditok.MusicTokenizer`):
+            From [`~midimamba.tokenization.tokenizer.build_tokenizer`].
+        values (`Mapping[str, str | Sequence[str]]`):
+            Names of controls, and one value or several each.
+
+    Raises:
+        InputError: if the tokenizer has no such control or value; the message names those that it has.
+    """
+    known = controls_of(tokenizer)
+    if values and not known:
+        raise InputError(NO_CONTROLS)
+    ids = set()
+    for name, given in values.items():
+        if name not in known:
+            raise InputError(f"there is no control {name!r}: {_choices(name, list(known))}")
+        for value in [given] if isinstance(given, str) else given:
+            token = control_token(name, value)
+            if token not in tokenizer.vocab:
+                raise InputError(f"control {name!r} has no value {value!r}: {_choices(value, known[name])}")
+            ids.add(tokenizer.vocab[token])
+    return sorted(ids)
+
+
+def _choices(wanted: str, known: list[str]) -> str:
+    if len(known) <= _MAX_LISTED:
+        return f"choose one of {', '.join(known)}"
+    lowered = {name.lower(): name for name in known}
+    nearest = get_close_matches(wanted.lower(), lowered, n=_NEAREST, cutoff=0)
+    return f"the nearest of {len(known)} are {', '.join(lowered[name] for name in nearest)}"
+
+
+def describe(score: ScoreTick) -> dict[str, list[str]]:
+    """The values of all `CONTROLS` of a score.
+
+    Args:
+        score (`symusic.Score`):
+            Times in ticks, checked by [`~midimamba.tokenization.ingest.check_score`].
+
+    Returns:
+        `dict[str, list[str]]`: for each control one value, but none where there is none, and for `instruments` all.
+
+        - `instruments`: those that play, by General MIDI's names such as `acoustic-grand-piano`, and `drums`.
+        - `tempo`: a band of the mean tempo in quarter notes a minute, rounded: all quarter notes by all minutes.
+        - `density`: a band of notes a quarter note, from the first onset to the end of the last note.
+        - `key`: such as `C-major` or `F#-minor`: the one whose profile of Krumhansl and Kessler correlates best with
+          the total durations of the pitch classes. None for drums alone, or all twelve classes alike.
+        - `meter`: the time signature that is in force for the longest time, `4/4` until there is one.
+        - `bars`: a band of the number of bars up to the last onset.
+    """
+    if score.note_num() == 0:
+        return {name: [] for name in CONTROLS}
+    notes = [track.notes.numpy() for track in score.tracks]
+    onsets = np.concatenate([track["time"] for track in notes]).astype(np.int64)
+    durations = np.concatenate([track["duration"] for track in notes])
+    first, last, end = int(onsets.min()), int(onsets.max()), int((onsets + durations).max())
+    quarters = max(end - first, 1) / score.ticks_per_quarter
+    return {
+        "instruments": _instruments(score),
+        "tempo": [_band(_mean_tempo(score, max(end, 1)), _TEMPOS)],
+        "density": [_band(len(onsets) / quarters, _DENSITIES)],
+        "key": _key(score),
+        "meter": [_longest_meter(score, max(end, 1))],
+        "bars": [_band(_count_bars(score, last + 1), _BARS)],
+    }
+
+
+def _band(value: float, bands: Mapping[str, int]) -> str:
+    return [band for band, begin in bands.items() if value >= begin][-1]
+
+
+def _instruments(score: ScoreTick) -> list[str]:
+    playing = sorted({(track.is_drum, 0 if track.is_drum else track.program) for track in score.tracks if track.notes})
+    return [DRUMS if is_drum else INSTRUMENTS[program] for is_drum, program in playing]
+
+
+def _key(score: ScoreTick) -> list[str]:
+    total = np.zeros(12)  # ticks of every pitch class
+    for track in score.tracks:
+        if not track.is_drum:
+            notes = track.notes.numpy()
+            np.add.at(total, notes["pitch"] % 12, notes["duration"])
+    if np.ptp(total) == 0:
+        return []
+    profiles = [np.roll(_PROFILES[mode], tonic) for mode in _TONICS for tonic in range(12)]
+    correlations = np.corrcoef([total, *profiles])[0, 1:]
+    return [KEYS[correlations.argmax()]]
+
+
+def _mean_tempo(score: ScoreTick, end: int) -> int:
+    """In quarter notes a minute. MIDI cannot write 90 exactly: it becomes 89.99996, hence rounded."""
+    spans = _spans(score.tempos, end)
+    microseconds = sum(ticks * (tempo.mspq if tempo else _DEFAULT_MSPQ) for tempo, ticks in spans)
+    return round(60_000_000 * end / microseconds)
+
+
+def _longest_meter(score: ScoreTick, end: int) -> str:
+    ticks: Counter[tuple[int, int]] = Counter()
+    for meter, span in _spans(score.time_signatures, end):
+        ticks[_fraction(meter)] += span
+    return "{}/{}".format(*ticks.most_common(1)[0][0])
+
+
+def _count_bars(score: ScoreTick, end: int) -> int:
+    """Bars that begin before tick `end`; a change of meter begins a bar."""
+    bars = 0
+    for meter, span in _spans(score.time_signatures, end):
+        numerator, denominator = _fraction(meter)
+        bars -= -span * denominator // (4 * score.ticks_per_quarter * numerator)  # rounds up
+    return bars
+
+
+def _fraction(meter: Any) -> tuple[int, int]:
+    return (meter.numerator, meter.denominator) if meter else _DEFAULT_METER
+
+
+def _spans(events: Iterable[Any], end: int) -> list[tuple[Any, int]]:
+    """Tempos or meters, each with the ticks for which it is in force until tick `end`; `None` before the first."""
+    ordered = sorted(events, key=lambda event: event.time)
+    times = [0, *(min(event.time, end) for event in ordered), end]
+    return [(event, times[i + 1] - times[i]) for i, event in enumerate([None, *ordered])]

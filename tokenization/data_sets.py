@@ -1,0 +1,123 @@
+"""MIDI in data sets: a column of bytes, on the Hub or on the disk, as `datasets` reads them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from .errors import InputError
+from .ingest import MAX_FILE_BYTES, MIDI_SUFFIXES, TOO_LARGE, MidiRefusedError
+from .sources import Entry, Label, split_named
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What `save_to_disk` leaves in a folder.
+_SAVED = ("dataset_dict.json", "dataset_info.json")
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a source is a data set on the disk (saved by `datasets`, or Parquet files) or may be one on the Hub."""
+    path = Path(source)
+    if not path.is_dir():
+        return not path.exists() and _HUB_ID.fullmatch(source) is not None
+    if any((path / name).is_file() for name in _SAVED):
+        return True
+    files = (file.suffix.lower() for file in path.rglob("*"))
+    return next((suffix for suffix in files if suffix in MIDI_SUFFIXES or suffix == ".parquet"), "") == ".parquet"
+
+
+class DataSetFiles:
+    """The MIDI files of a data set, in the order of its rows. A file is named by split and row: `train/00000042`.
+
+    Args:
+        source (`str`):
+            A folder or the name of a data set on the Hub.
+        midi_column (`str`, *optional*):
+            The column with the bytes; by default the only one that holds any.
+        columns (sequence of `str`, *optional*):
+            Columns to read as labels.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read from the Hub row by row instead of downloading everything first.
+
+    Raises:
+        InputError: if there is no such data set or column.
+    """
+
+    def __init__(
+        self, source: str, midi_column: str | None = None, columns: Sequence[str] = (), streaming: bool = False
+    ) -> None:
+        self.source = source
+        self._splits = _load(source, streaming)
+        self._columns = columns
+        first = next((row for rows in self._splits.values() for row in rows), None)
+        if first is None:
+            raise InputError(f"the data set {source} holds no rows")
+        self._midi_column = self._find_midi_column(first, midi_column)
+        if missing := [column for column in columns if column not in first]:
+            raise InputError(f"the data set {source} has no column {missing[0]!r}; there are {', '.join(first)}")
+
+    def __len__(self) -> int:
+        """The number of rows, 0 if it is not known."""
+        infos = [rows.info.splits[name].num_examples for name, rows in self._splits.items() if rows.info.splits]
+        if all(isinstance(rows, Dataset) for rows in self._splits.values()):
+            infos = [rows.num_rows for rows in self._splits.values()]
+        return sum(infos)
+
+    def __iter__(self) -> Iterator[tuple[Entry, Label, bytes | MidiRefusedError]]:
+        for split, rows in self._splits.items():
+            for index, row in enumerate(rows):
+                name = f"{split}/{index:08}"
+                content = _bytes_of(row[self._midi_column])
+                size = len(content) if isinstance(content, bytes) else 0
+                labels = {column: str(row[column]) for column in self._columns if row[column] is not None}
+                yield Entry(name, Path(self.source), size), Label(name, self._split_of(split, row), labels), content
+
+    def _find_midi_column(self, first: Mapping[str, Any], wanted: str | None) -> str:
+        holding = [column for column, value in first.items() if isinstance(_bytes_of(value), bytes)]
+        if wanted is not None:
+            if wanted not in first:
+                raise InputError(f"the data set {self.source} has no column {wanted!r}; there are {', '.join(first)}")
+            return wanted
+        if len(holding) != 1:
+            found = ", ".join(holding) if holding else "none"
+            raise InputError(
+                f"which column of the data set {self.source} holds MIDI bytes? Found {found}: "
+                "name it with --midi-column"
+            )
+        return holding[0]
+
+    def _split_of(self, split: str, row: Mapping[str, Any]) -> str | None:
+        """What a column `split` says, else the data set's own split if it has several; `None` leaves it to a hash."""
+        given = row.get("split")
+        try:
+            if isinstance(given, str):
+                return split_named(given)
+            return split_named(split) if len(self._splits) > 1 else None
+        except KeyError:
+            return None
+
+
+def _load(source: str, streaming: bool) -> Mapping[str, Dataset | IterableDataset]:
+    path = Path(source)
+    try:
+        if path.is_dir() and any((path / name).is_file() for name in _SAVED):
+            loaded = load_from_disk(source)
+        else:
+            loaded = load_dataset(source, streaming=streaming)
+    except (DatasetsError, OSError, ValueError) as error:
+        what = "a data set" if path.is_dir() else "a folder, an archive, or a data set on the Hub"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{source} cannot be read as {what}: {reason}") from error
+    if isinstance(loaded, Dataset):
+        loaded = {str(loaded.split or "train"): loaded}
+    return loaded if not isinstance(loaded, IterableDatasetDict) else dict(loaded)
+
+
+def _bytes_of(value: Any) -> bytes | MidiRefusedError:
+    """A file in a column of bytes, or of `{"bytes": …, "path": …}` as `datasets` keeps files."""
+    content = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(content, bytes):
+        return MidiRefusedError("the row holds no bytes")
+    return content if len(content) <= MAX_FILE_BYTES else MidiRefusedError(TOO_LARGE)

@@ -1,0 +1,320 @@
+"""What the files of a source are and what reading made of them: one SQLite file, so that memory stays flat.
+
+It makes a run incremental. What was read is kept under the SHA-256 of the file's bytes: a run that was interrupted, or
+one after files came and went, reads only what is new. SQLite commits whole transactions, so a run may be killed at
+any moment.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from .controls import control_token
+from .errors import InputError
+from .sources import Entry, Label, Refusal
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS reader (fingerprint TEXT);
+CREATE TABLE IF NOT EXISTS outcomes (
+    sha256 TEXT PRIMARY KEY, ids BLOB, content TEXT, num_notes INTEGER, seconds REAL, sanitized INTEGER,
+    controls TEXT, stage TEXT, reason TEXT, lost INTEGER
+) WITHOUT ROWID;
+CREATE TEMP TABLE fresh (sha256 TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TEMP TABLE files (
+    name TEXT PRIMARY KEY, container BLOB, member, size INTEGER, sha256 TEXT, stage TEXT, reason TEXT
+) WITHOUT ROWID;
+CREATE TEMP TABLE labels (name TEXT PRIMARY KEY, split TEXT, labels TEXT) WITHOUT ROWID;
+CREATE TEMP TABLE pieces (
+    name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT
+) WITHOUT ROWID;
+"""
+# Rows between two commits: what a killed run reads again, at most.
+_COMMIT_EVERY = 200
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What reading makes of a file.
+
+    Args:
+        ids (`bytes`):
+            Base ids, as [`pack_ids`] writes them.
+        content (`str`):
+            A digest of the notes.
+        num_notes (`int`), seconds (`float`), sanitized (`bool`):
+            Facts about it; sanitized if bytes were clamped to read it.
+        controls (`dict[str, list[str]]`):
+            Values of computed controls, if they were asked for.
+    """
+
+    ids: bytes
+    content: str
+    num_notes: int
+    seconds: float
+    sanitized: bool = False
+    controls: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why reading makes nothing of a file; `lost` if the process was, which may go better another time."""
+
+    reason: str
+    stage: str
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A piece of the corpus: its file's name, base ids of shape (time,) or (time, vocabularies), facts and labels."""
+
+    name: str
+    ids: np.ndarray
+    num_notes: int
+    seconds: float
+    controls: dict[str, list[str]]
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """The tokens of all its controls."""
+        return [control_token(name, value) for name, values in self.controls.items() for value in values]
+
+
+def pack_ids(ids: Sequence[int] | Sequence[Sequence[int]]) -> bytes:
+    """Base ids as compressed int32."""
+    return zlib.compress(np.asarray(ids, dtype=np.int32).tobytes(), level=1)
+
+
+class PieceStore:
+    """The files of a source, and what reading made of them.
+
+    Args:
+        path (`Path`):
+            The SQLite file. Made if it is not there.
+        reader (`str`):
+            A digest of everything that reading depends on but the file itself. Under another one all is read anew.
+        vocabularies (`int`, *optional*, defaults to 1):
+            Ids a step.
+
+    Raises:
+        InputError: if another run uses the file, or it is none of ours.
+    """
+
+    def __init__(self, path: Path, reader: str, vocabularies: int = 1) -> None:
+        self._vocabularies = vocabularies
+        self._unsaved = 0
+        try:
+            self._db = sqlite3.connect(path, timeout=1)
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("BEGIN EXCLUSIVE")
+            self._db.commit()
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{path} cannot be used ({error}): another run may be at work; if not, delete it"
+            ) from error
+        if self._db.execute("SELECT fingerprint FROM reader").fetchone() != (reader,):
+            self._db.execute("DELETE FROM outcomes")
+            self._db.execute("DELETE FROM reader")
+            self._db.execute("INSERT INTO reader VALUES (?)", (reader,))
+        self._db.execute("DELETE FROM outcomes WHERE lost")
+        self._db.commit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Save, and let go of the file."""
+        with suppress(sqlite3.ProgrammingError):  # it is closed already
+            self._db.commit()
+        self._db.close()
+
+    # ---- files ----
+
+    def add_file(self, entry: Entry, sha256: str | None = None) -> None:
+        """List a file. Of two with one name the later counts."""
+        container = os.fsencode(entry.path)
+        self._db.execute(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, NULL, NULL)",
+            (entry.name, container, entry.member, entry.size, sha256),
+        )
+
+    def add_refusal(self, refusal: Refusal) -> None:
+        """List something that could not even be read."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO files VALUES (?, x'', NULL, 0, ?, ?, ?)",
+            (refusal.name, refusal.sha256, refusal.stage, refusal.reason),
+        )
+
+    def add_label(self, label: Label) -> None:
+        """Note what a manifest says of a file."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", (label.name, label.split, json.dumps(label.labels))
+        )
+
+    def keep_first(self, count: int) -> None:
+        """Forget all files but so many, the first by name."""
+        self._db.execute(
+            "DELETE FROM files WHERE reason IS NULL AND name NOT IN "
+            "(SELECT name FROM files WHERE reason IS NULL ORDER BY name LIMIT ?)",
+            (count,),
+        )
+
+    def num_files(self) -> int:
+        """Files that are listed and not refused."""
+        return self._count("files WHERE reason IS NULL")
+
+    def entries(self) -> Iterator[Entry]:
+        """The listed files, those of an archive together and in the order they lie in."""
+        place: tuple[Any, ...] = (b"", -1, "")
+        query = (
+            "SELECT container, coalesce(member, 0), name, size, member FROM files WHERE reason IS NULL "
+            "AND (container, coalesce(member, 0), name) > (?, ?, ?) ORDER BY 1, 2, 3 LIMIT 1000"
+        )
+        self._db.execute("CREATE INDEX IF NOT EXISTS by_place ON files (container, coalesce(member, 0), name)")
+        # In batches, because rows change while they are read.
+        while rows := self._db.execute(query, place).fetchall():
+            for container, _, name, size, member in rows:
+                yield Entry(name, Path(os.fsdecode(container)), size, member)
+            place = rows[-1][:3]
+
+    # ---- outcomes ----
+
+    def knows(self, sha256: str) -> bool:
+        """Whether a file with these bytes was read."""
+        return self._db.execute("SELECT 1 FROM outcomes WHERE sha256 = ?", (sha256,)).fetchone() is not None
+
+    def add_outcome(self, sha256: str, outcome: Piece | Refused) -> None:
+        """Keep what reading made of a file with these bytes."""
+        row: tuple[Any, ...]
+        if isinstance(outcome, Piece):
+            facts = (outcome.num_notes, outcome.seconds, outcome.sanitized, json.dumps(outcome.controls))
+            row = (sha256, outcome.ids, outcome.content, *facts, None, None, False)
+        else:
+            row = (sha256, None, None, None, None, False, None, outcome.stage, outcome.reason, outcome.lost)
+        self._db.execute(f"INSERT OR REPLACE INTO outcomes VALUES ({', '.join('?' * len(row))})", row)
+        self._db.execute("INSERT OR IGNORE INTO fresh VALUES (?)", (sha256,))
+        self._unsaved += 1
+        if self._unsaved >= _COMMIT_EVERY:
+            self._db.commit()
+            self._unsaved = 0
+
+    def finish_reading(self) -> None:
+        """Forget what was read of files that are gone, and save."""
+        self._db.execute(
+            "DELETE FROM outcomes WHERE sha256 NOT IN (SELECT sha256 FROM files WHERE sha256 IS NOT NULL)"
+        )
+        self._db.commit()
+
+    def digest(self) -> str:
+        """Of all files, their bytes, splits and labels: two runs with the same digest have the same input."""
+        digest = hashlib.sha256()
+        query = "SELECT name, sha256, split, labels FROM files LEFT JOIN labels USING (name) ORDER BY name"
+        for row in self._db.execute(query):
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()[:16]
+
+    def refusals(self) -> Iterator[Refusal]:
+        """Every file that is not used, by name."""
+        query = (
+            "SELECT name, sha256, coalesce(files.stage, outcomes.stage), "
+            "coalesce(files.reason, outcomes.reason) AS why "
+            "FROM files LEFT JOIN outcomes USING (sha256) WHERE why IS NOT NULL ORDER BY name"
+        )
+        for row in self._db.execute(query):
+            yield Refusal(*row)
+
+    # ---- pieces ----
+
+    def deal_splits(self, valid_fraction: float, test_fraction: float, seed: int) -> None:
+        """Find the pieces, and the split of each.
+
+        Of files with the same notes the first by name is the piece. Where no split is given, a hash of the name
+        decides: test, validation and train are intervals of [0, 1). Should a split that is wanted stay empty, it takes
+        a piece from the largest, the one whose hash is nearest.
+        """
+        self._db.create_function("place_of", 1, lambda name: _hash(name, seed), deterministic=True)
+        self._db.execute(
+            "INSERT INTO pieces SELECT first, sha256, coalesce(split, CASE WHEN place_of(first) < ? THEN 'test' "
+            "WHEN place_of(first) < ? THEN 'validation' ELSE 'train' END), split IS NOT NULL, place_of(first), labels "
+            "FROM (SELECT min(name) AS first, sha256 FROM files JOIN outcomes USING (sha256) WHERE ids IS NOT NULL "
+            "GROUP BY content) LEFT JOIN labels ON labels.name = first",
+            (test_fraction, test_fraction + valid_fraction),
+        )
+        for split, fraction in (("train", 1.0), ("test", test_fraction), ("validation", valid_fraction)):
+            if fraction and not self._count(f"pieces WHERE split = '{split}'"):
+                self._fill(split)
+
+    def _fill(self, split: str) -> None:
+        query = "SELECT split, count(*) FROM pieces WHERE NOT given GROUP BY split ORDER BY 2 DESC, split LIMIT 1"
+        largest, size = self._db.execute(query).fetchone() or ("", 0)
+        if size > 1 or (split == "train" and size):
+            order = "DESC" if split == "train" else "ASC"
+            self._db.execute(
+                "UPDATE pieces SET split = ? WHERE name = "
+                f"(SELECT name FROM pieces WHERE split = ? AND NOT given ORDER BY place {order} LIMIT 1)",
+                (split, largest),
+            )
+
+    def pieces(self, split: str, order: str = "name") -> Iterator[StoredPiece]:
+        """The pieces of a split, by `name`, or by `place`: at random, but always the same."""
+        query = (
+            "SELECT name, ids, num_notes, seconds, controls, labels FROM pieces JOIN outcomes USING (sha256) "
+            f"WHERE split = ? ORDER BY {order}"
+        )
+        for name, ids, num_notes, seconds, controls, labels in self._db.execute(query, (split,)):
+            array = np.frombuffer(zlib.decompress(ids), dtype=np.int32)
+            array = array.reshape(-1, self._vocabularies) if self._vocabularies > 1 else array
+            yield StoredPiece(name, array, num_notes, seconds, _controls_of(controls, labels))
+
+    def control_values(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The values that these controls have in the train split."""
+        values: dict[str, set[str]] = {name: set() for name in names}
+        query = "SELECT controls, labels FROM pieces JOIN outcomes USING (sha256) WHERE split = 'train'"
+        for controls, labels in self._db.execute(query):
+            for name, found in _controls_of(controls, labels).items():
+                if name in values:
+                    values[name].update(found)
+        return {name: sorted(found) for name, found in values.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Files `refused`, `sanitized` to be read, `duplicates`, `reused` from an earlier run; `pieces`, those with a
+        `given` split, and those to `train` on.
+        """
+        read = "files JOIN outcomes USING (sha256) WHERE ids IS NOT NULL"
+        return {
+            "refused": sum(1 for _ in self.refusals()),
+            "sanitized": self._count(f"{read} AND sanitized"),
+            "duplicates": self._count(read) - self._count("pieces"),
+            "reused": self._count("files WHERE sha256 NOT NULL AND sha256 NOT IN (SELECT sha256 FROM fresh)"),
+            "given": self._count("pieces WHERE given"),
+            "train": self._count("pieces WHERE split = 'train'"),
+            "pieces": self._count("pieces"),
+        }
+
+    def _count(self, table: str) -> int:
+        (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
+        return int(count)
+
+
+def _controls_of(computed: str, labels: str | None) -> dict[str, list[str]]:
+    """Computed controls and labels together; a label without a letter or digit says nothing."""
+    given = json.loads(labels or "{}").items()
+    return json.loads(computed) | {name: [value] for name, value in given if value.strip("_ \t\r\n")}
+
+
+def _hash(name: str, seed: int) -> float:
+    """A number in [0, 1) that depends on nothing but the name and the seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64
