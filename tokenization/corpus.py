@@ -169,6 +169,7 @@ def tokenize_corpus(
             arguments["files"] = store.digest()
             if earlier is not None and earlier["arguments"] == arguments:
                 tqdm.write(f"{out} is already there", file=sys.stderr)
+                path.unlink()
                 return earlier
             with whole_folder(out, replace=earlier is not None) as folder:
                 report = _save(folder, store, base, arguments)

@@ -268,6 +268,7 @@ def test_a_finished_corpus_is_kept_and_another_one_refused(
     with pytest.raises(InputError, match="delete it"):
         tokenize_corpus(str(folder), out, vocab_size=None, seed=1)
     assert (out / "corpus.json").stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["music", "out"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
