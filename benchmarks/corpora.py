@@ -37,8 +37,9 @@ from midimamba.tokenization.tokenizer import MIDITOK_FILE, base_ids, build_token
 MODELS = (None, "BPE", "Unigram")
 # What a subword model is learned from, and how many ids it learns beyond the base tokens.
 TRAINING_TOKENS, LEARNED = 1_000_000, 500
-# PerTok writes onsets to 1/240 and durations to 1/24 of a beat, or 1/8 beyond four beats, at 480 ticks a beat.
-PERTOK_ONSET, PERTOK_DURATION = 2, 60
+# PerTok writes onsets to 1/240 and durations to 1/24 of a beat, or 1/8 beyond four beats, up to 11.75 beats; here in
+# ticks, 480 a beat.
+PERTOK_ONSET, PERTOK_DURATION, PERTOK_LONGEST = 2, 60, 5640
 
 Note = tuple[int, bool, int, int, float, float]
 Coders = dict[str, tuple[MusicTokenizer, MusicTokenizer, PreTrainedTokenizerFast]]
@@ -60,7 +61,9 @@ def count_kept(tokenizer: MusicTokenizer, score: ScoreTick) -> tuple[int, int]:
     found = notes_of(tokenizer.decode(TokSequence(ids=base_ids(tokenizer, score))))
     if type(tokenizer).__name__ == "PerTok":
         close = (
-            a[:4] == b[:4] and abs(a[4] - b[4]) <= PERTOK_ONSET and abs(a[5] - b[5]) <= PERTOK_DURATION
+            a[:4] == b[:4]
+            and abs(a[4] - b[4]) <= PERTOK_ONSET
+            and abs(min(a[5], PERTOK_LONGEST) - b[5]) <= PERTOK_DURATION
             for a, b in zip(expected, found, strict=False)
         )
         return sum(close), max(len(expected), len(found))

@@ -91,17 +91,19 @@ def measure_speed(source: str, limit: int | None, repeats: int, tokenization: st
 def simulate(folder: Path, count: int, originals: list[Path]) -> None:
     """So many files, a thousand a folder: links to real ones, or small pieces that all differ."""
     for index in range(count):
-        place = folder / f"{index // 1000:04}"
+        thousand = folder / f"{index // 1000:04}"
         if index % 1000 == 0:
-            place.mkdir(parents=True)
-        target = place / f"{index:07}.mid"
+            thousand.mkdir(parents=True)
+        target = thousand / f"{index:07}.mid"
         if originals:
             os.link(originals[index % len(originals)], target)
         else:
             digits = [index // 50**digit % 50 for digit in range(4)]
             score = Score(24)
-            score.tracks.append(Track(0))
-            score.tracks[0].notes.extend(Note(24 * i, 24, 40 + digit, 64) for i, digit in enumerate(digits))
+            track = Track()
+            for place, digit in enumerate(digits):
+                track.notes.append(Note(24 * place, 24, 40 + digit, 64))
+            score.tracks.append(track)
             score.dump_midi(target)
 
 

@@ -32,6 +32,16 @@ PUBLISHED = (
     # The processor's own code, for those who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
     *("ingest.py", "errors.py"),
+    # The generator's own code, of layouts that transformers has no class for.
+    *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
+    *(
+        "recurrent_cache.py",
+        "selective_scan.py",
+        "scan_backends.py",
+        "scan_chunked.py",
+        "scan_common.py",
+        "scan_triton.py",
+    ),
 )
 PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
 TAGS = ["midi", "music", "mamba", "seqgan"]

@@ -1,35 +1,91 @@
 """Configuration of the generator."""
 
 import os
-from typing import Any
+from dataclasses import fields
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import MambaConfig
+from transformers import LlamaConfig, MambaConfig
+
+# The five named layouts: what mixes tokens in a layer, and what works on each token after it.
+LAYOUTS = {
+    "mamba": ("mamba", "none"),
+    "mamba-mlp": ("mamba", "mlp"),
+    "moe-mamba": ("mamba", "moe"),
+    "transformer": ("attention", "mlp"),
+    "transformer-moe": ("attention", "moe"),
+}
+# Those that transformers has a class for: its configuration, and the name of the class.
+STOCK = {
+    "mamba": (MambaConfig.model_type, "MambaForCausalLM"),
+    "transformer": (LlamaConfig.model_type, "LlamaForCausalLM"),
+}
+
+# Named sizes: width, number of Mamba mixers in the `mamba` layout, attention heads, and the size of the MLP beside a
+# Mamba and beside an attention mixer. A layer with a feed-forward counts for two mixers, as in the Mamba paper.
+_SIZES = {
+    "tiny": (128, 4, 4, 304, 432),
+    "small": (256, 6, 4, 576, 800),
+    "medium": (512, 12, 8, 1104, 1520),
+    "large": (1024, 24, 16, 2176, 2976),
+}
 
 
 @strict
 class MidiMambaConfig(MambaConfig):
     r"""
-    Configuration of a [`MidiMambaForCausalLM`]: every field of [`~transformers.MambaConfig`], with defaults for MIDI.
+    Configuration of a [`MidiMambaForCausalLM`]: every field of [`~transformers.MambaConfig`], with defaults for MIDI,
+    and those of the other layouts.
 
-    A model of this layout computes what transformers' own `MambaForCausalLM` computes, so the configuration is
-    *written* as a `MambaConfig`: the checkpoint then loads anywhere, without this package. It is read from one, too.
+    Two layouts compute what a class of transformers computes, and are *written* as its configuration: `mamba` as a
+    `MambaConfig`, `transformer` as a `LlamaConfig`. Such a checkpoint loads anywhere, without this package. They are
+    read from one, too. The other three are written with the code that reads them.
 
     Args:
+        layout (`str`, *optional*, defaults to `"mamba"`):
+            What a layer is: a mixer, and a feed-forward that follows it. `"mamba"`: a Mamba mixer alone.
+            `"mamba-mlp"`: with a SwiGLU MLP. `"moe-mamba"`: with top-1 experts in place of the MLP (arXiv 2401.04081).
+            `"transformer"`: attention and an MLP, as Llama. `"transformer-moe"`: attention and top-1 experts.
         vocab_size (`int`, *optional*, defaults to 1000):
             Number of token ids.
         hidden_size (`int`, *optional*, defaults to 256):
-            Width of the residual stream; the mixer works on `expand` times as many channels.
+            Width of the residual stream; a Mamba mixer works on `expand` times as many channels.
         num_hidden_layers (`int`, *optional*, defaults to 6):
             Number of mixers.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, defaults to 0, 1, 2):
             As this package's tokenizers number them.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal initialisation of embeddings and projections.
+        num_attention_heads (`int`, *optional*, defaults to 4):
+            Heads of an attention mixer; they divide `hidden_size`.
+        num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
+            Heads of its keys and values (grouped-query attention, arXiv 2305.13245); they divide
+            `num_attention_heads`.
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+            Width of a head, an even number.
+        rope_theta (`float`, *optional*, defaults to 10000.0):
+            Base of the rotary position embedding (arXiv 2104.09864).
+        mlp_intermediate_size (`int`, *optional*):
+            Width inside an MLP; 8/3 of `hidden_size` by default, rounded up to a multiple of 16. (`intermediate_size`
+            is the number of a Mamba mixer's channels.)
+        num_experts (`int`, *optional*, defaults to 8):
+            Experts a layer; every token is sent to one.
+        moe_intermediate_size (`int`, *optional*, defaults to `mlp_intermediate_size`):
+            Width inside an expert.
+        capacity_factor (`float`, *optional*, defaults to 1.25):
+            In training an expert takes at most this many times its even share of the tokens (Switch Transformer,
+            arXiv 2101.03961, equation 3); the others pass by. In evaluation none is dropped.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the load-balancing loss in training.
+        router_z_loss_coef (`float`, *optional*, defaults to 0.001):
+            Weight of the router's z-loss in training.
     """
 
     model_type = "midimamba"
+    # What `Trainer` does not gather when it evaluates with metrics.
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "z_loss", "dropped_tokens"]  # noqa: RUF012
 
+    layout: str = "mamba"
     vocab_size: int = 1000
     hidden_size: int = 256
     num_hidden_layers: int = 6
@@ -37,27 +93,170 @@ class MidiMambaConfig(MambaConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     initializer_range: float = 0.02
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | int = 10000.0
+    mlp_intermediate_size: int | None = None
+    num_experts: int = 8
+    moe_intermediate_size: int | None = None
+    capacity_factor: float | int = 1.25
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        if self.mlp_intermediate_size is None:
+            self.mlp_intermediate_size = -(-8 * self.hidden_size // (3 * 16)) * 16
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.mlp_intermediate_size
+        if self.layout in LAYOUTS:
+            if self.mixer == "attention":
+                self.residual_in_fp32 = False  # Llama's residual stream has the model's own type
+            if self.layout not in STOCK:
+                self._auto_class = "AutoConfig"  # asked by `save_pretrained`: export the code that reads it
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def of_size(cls, size: str, layout: str = "mamba", **overrides: Any) -> Self:
+        """
+        A configuration of a named size. At one size the layouts have the same number of *active* parameters (those
+        that a token meets, embeddings aside) within 3 %, so that they may be compared.
+
+        Args:
+            size (`str`): `"tiny"`, `"small"`, `"medium"` or `"large"`: 0.5, 2.6, 20 or 160 million active parameters.
+            layout (`str`, *optional*, defaults to `"mamba"`): one of the five.
+            overrides: other fields, such as `vocab_size`; they win over those of the size.
+
+        Raises:
+            ValueError: if there is no such size.
+        """
+        if size not in _SIZES:
+            raise ValueError(f"size {size!r} is unknown; use one of {', '.join(_SIZES)}")
+        hidden_size, mixers, heads, beside_mamba, beside_attention = _SIZES[size]
+        mixer, feed_forward = LAYOUTS.get(layout, ("mamba", "none"))
+        shape = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": mixers if feed_forward == "none" else mixers // 2,
+            "num_attention_heads": heads,
+            "mlp_intermediate_size": beside_mamba if mixer == "mamba" else beside_attention,
+        }
+        return cls(layout=layout, **{**shape, **overrides})
+
+    @property
+    def mixer(self) -> str:
+        """What mixes tokens: `"mamba"` or `"attention"`."""
+        return LAYOUTS[self.layout][0]
+
+    @property
+    def feed_forward(self) -> str:
+        """What follows a mixer: `"none"`, `"mlp"` or `"moe"`."""
+        return LAYOUTS[self.layout][1]
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """Of an attention mixer: the heads of queries, the heads of keys and values, and the width of a head."""
+        heads = self.num_attention_heads
+        return heads, self.num_key_value_heads or heads, self.head_dim or self.hidden_size // heads
+
+    def validate_layout(self) -> None:
+        """One of the five, of a shape that it can have."""
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+        if self.mixer == "attention":
+            self._check_heads()
+        if self.feed_forward == "moe":
+            if self.num_experts < 1:
+                raise ValueError(f"num_experts is {self.num_experts}; at least 1 is needed")
+            if self.capacity_factor <= 0:
+                raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
+
+    def _check_heads(self) -> None:
+        heads, shared, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if heads < 1 or self.hidden_size % heads:
+            raise ValueError(f"num_attention_heads ({heads}) must divide hidden_size ({self.hidden_size})")
+        if not shared or shared < 1 or heads % shared:
+            raise ValueError(f"num_key_value_heads ({shared}) must divide num_attention_heads ({heads})")
+        if not width or width % 2:
+            raise ValueError(f"head_dim is {width}; rotary positions need an even number")
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the configuration of a Mamba language model, as this class or transformers' own wrote it.
+        """Read the configuration of a generator, or of a stock Mamba or Llama language model.
 
         Raises:
-            ValueError: if it is one of another model, whose weights would be dropped without a word.
+            ValueError: if it is one of another model, whose weights would be dropped without a word, or of a Llama
+                with parts that the `transformer` layout lacks.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = config.get("model_type")
-        if kind not in (MambaConfig.model_type, cls.model_type):
+        if kind not in (MambaConfig.model_type, LlamaConfig.model_type, cls.model_type):
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {kind!r}, not a Mamba language model"
+                f"{pretrained_model_name_or_path} is a model of type {kind!r}, not a Mamba language model, "
+                "nor a Llama one"
             )
+        if kind == LlamaConfig.model_type:
+            config = _from_llama(config, str(pretrained_model_name_or_path))
         return {**config, "model_type": cls.model_type}, unused
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a stock `MambaConfig` names them: what `save_pretrained` writes."""
-        return {**super().to_dict(), "model_type": MambaConfig.model_type, "architectures": ["MambaForCausalLM"]}
+        """What `save_pretrained` writes: the fields as a stock configuration names them where there is one."""
+        config = super().to_dict()
+        if self.layout == "mamba":
+            own = {field.name for field in fields(MidiMambaConfig)} - {field.name for field in fields(MambaConfig)}
+            config = {name: value for name, value in config.items() if name not in own}
+        elif self.layout == "transformer":
+            config = _to_llama(config)
+        model_type, architecture = STOCK.get(self.layout, (self.model_type, "MidiMambaForCausalLM"))
+        return {**config, "model_type": model_type, "architectures": [architecture]}
 
 
-__all__ = ["MidiMambaConfig"]
+def _to_llama(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `transformer` layout as `LlamaConfig` names them. What is neither's own stays as it is."""
+    theirs = {field.name for field in fields(LlamaConfig)}
+    ours = {field.name for field in fields(MidiMambaConfig)}
+    return {
+        **{name: value for name, value in config.items() if name in theirs or name not in ours},
+        "hidden_act": "silu",
+        "intermediate_size": config["mlp_intermediate_size"],
+        "rms_norm_eps": config["layer_norm_epsilon"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
+    }
+
+
+def _from_llama(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The reverse, with `LlamaConfig`'s defaults for what is not said.
+
+    Raises:
+        ValueError: if the model is not the plain Llama that the `transformer` layout is.
+    """
+    llama = LlamaConfig.from_dict(dict(config))
+    rope = llama.rope_parameters
+    for part, value, plain in (
+        ("hidden_act", llama.hidden_act, "silu"),
+        ("attention_bias", llama.attention_bias, False),
+        ("mlp_bias", llama.mlp_bias, False),
+        ("rope_type", rope["rope_type"], "default"),
+    ):
+        if value != plain:
+            raise ValueError(f"{name} is a Llama with {part}={value!r}, which the transformer layout cannot compute")
+    theirs = {field.name for field in fields(LlamaConfig)}
+    replaced = theirs - {"max_position_embeddings"} | {"rope_theta", "rope_scaling"}
+    kept = {key: value for key, value in config.items() if key not in replaced}
+    shared = theirs & {field.name for field in fields(MidiMambaConfig)} - {"hidden_act"}
+    return {
+        **kept,
+        **{key: getattr(llama, key) for key in shared},
+        "layout": "transformer",
+        "mlp_intermediate_size": llama.intermediate_size,
+        "layer_norm_epsilon": llama.rms_norm_eps,
+        "rope_theta": rope["rope_theta"],
+    }
+
+
+__all__ = ["LAYOUTS", "STOCK", "MidiMambaConfig"]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -85,6 +86,10 @@ class MidiDiscriminator(PreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(num_features, 1)
         self.post_init()
+        if config.spectral_norm:
+            for module in list(self.modules()):
+                if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1):
+                    spectral_norm(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,122 +1,93 @@
-"""The generator: a Mamba language model (arXiv 2312.00752) with a linear scan and an exact state on any device.
+"""The generator: a Mamba (arXiv 2312.00752), a MoE-Mamba (arXiv 2401.04081), a transformer, or what lies between.
 
-Parameters carry the names of transformers' `MambaForCausalLM` and the mathematics is the same, so checkpoints go both
-ways. What is different: training is linear in the sequence length without compiled packages, several tokens may be fed
-onto a state, and states are updated in place.
+Parameters of the `mamba` layout carry the names of transformers' `MambaForCausalLM`, those of `transformer` the names
+of its `LlamaForCausalLM`, and the mathematics is the same, so checkpoints go both ways. What is different: training a
+Mamba is linear in the sequence length without compiled packages, several tokens may be fed onto a state, and states
+are updated in place.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, MambaPreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
-from .configuration_midimamba import MidiMambaConfig
-from .recurrent_cache import RecurrentCache
-from .selective_scan import selective_scan, selective_step_
+from .attention import AttentionFrame, MidiMambaAttention, frame_attention
+from .configuration_midimamba import STOCK, MidiMambaConfig
+from .feed_forward import SwiGLU, SwitchExperts
+from .mamba_mixer import MidiMambaMixer
+from .recurrent_cache import CacheMismatchError, RecurrentCache
 
 
-class MidiMambaMixer(MambaMixer):
-    """Transformers' mixer (its parameters and their initialisation) with our own forward pass."""
+class _Names(NamedTuple):
+    """What modules are called. Each stock class has its own words, and a checkpoint's words are the modules' names."""
 
-    def __init__(self, config: MidiMambaConfig, layer_idx: int):
-        super().__init__(config, layer_idx, initialize_mixer_weights=False)
+    backbone: str
+    embeddings: str
+    last_norm: str
+    mixer_norm: str
+    mixer: str
+    feed_forward_norm: str
+    feed_forward: str
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: RecurrentCache | None = None,
-        mask: Tensor | None = None,
-        begins: Tensor | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            hidden_states (`Tensor` of shape `(batch, time, hidden)`): the normalised residual stream.
-            cache (`RecurrentCache`, *optional*): the state to start from, updated in place.
-            mask (`Tensor` of shape `(batch, time, 1)`, *optional*): 0 where a token is padding. A padding token enters
-                neither convolution nor state, so padding on the left is exact.
-            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins, which
-                neither convolution nor state looks across. Never the first, which goes on from the cache.
 
-        Returns:
-            `Tensor` of shape `(batch, time, hidden)`.
-        """
-        channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if mask is not None:  # here, because the projection's bias would enter the convolution
-            channels = channels * mask
-        channels = self.act(self._convolve(channels, cache, begins))
-        if mask is not None:
-            channels = channels * mask
-        dt, B, C = torch.split(
-            self.x_proj(channels), [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
-        )
-        # The recurrence runs in float32 (or wider), whatever the model's own type: its products decay towards zero.
-        wide = torch.promote_types(channels.dtype, torch.float32)
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
-        A = -torch.exp(self.A_log.to(wide))
-        inputs, B, C = channels.to(wide), B.to(wide), C.to(wide)
-        outputs = self._scan(inputs, dt, A, B, C, cache, begins)
-        outputs = torch.addcmul(outputs, inputs, self.D.to(wide)) * self.act(gate)
-        return self.out_proj(outputs.to(hidden_states.dtype))
+_NAMES = {
+    "mamba": _Names("backbone", "embeddings", "norm_f", "norm", "mixer", "feed_forward_norm", "feed_forward"),
+    "attention": _Names(
+        "model", "embed_tokens", "norm", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"
+    ),
+}
 
-    def _scan(
-        self,
-        inputs: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        cache: RecurrentCache | None,
-        begins: Tensor | None,
-    ) -> Tensor:
-        if cache is None:
-            return selective_scan(inputs, dt, A, B, C, reset=begins)[0]
-        state = cache.scan_states[self.layer_idx]
-        if inputs.shape[1] == 1 and not torch.is_grad_enabled():
-            return selective_step_(state, inputs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])[:, None]
-        # A copy, because the scan keeps its initial state for the backward pass and the cache moves on.
-        outputs, last = selective_scan(inputs, dt, A, B, C, state.clone(), begins)
-        state.copy_(last.detach())
-        return outputs
 
-    def _convolve(self, channels: Tensor, cache: RecurrentCache | None, begins: Tensor | None) -> Tensor:
-        """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length."""
-        time, kernel = channels.shape[1], self.conv_kernel_size
-        document = None
-        if begins is not None:  # numbers over the whole window; what lies before this call belongs to the first, 0
-            document = F.pad(begins.cumsum(1)[..., None], (0, 0, kernel - 1, 0))
-        if cache is None:
-            window = F.pad(channels, (0, 0, kernel - 1, 0))
-        else:
-            past = cache.conv_states[self.layer_idx]
-            window = torch.cat([past.to(channels.dtype), channels], dim=1)
-            past.copy_(window[:, time:].detach())
-            if document is not None:
-                past.masked_fill_(document[:, time:] != document[:, -1:], 0)
-        weight = self.conv1d.weight[:, 0].to(channels.dtype)
-        outputs = channels * weight[:, -1]
-        for tap in range(kernel - 1):
-            earlier = window[:, tap : tap + time]
-            if document is None:
-                outputs = torch.addcmul(outputs, earlier, weight[:, tap])
-            else:
-                # The product is masked, not the factor: autograd then keeps the window once, not once a tap.
-                other = document[:, tap : tap + time] != document[:, kernel - 1 :]
-                outputs = outputs + (earlier * weight[:, tap]).masked_fill(other, 0)
-        return outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype)
+@dataclass
+class MidiMambaModelOutput(BaseModelOutputWithPast):
+    """
+    Args:
+        router (`Tensor` of shape `(3,)`, *optional*): load-balancing loss, z-loss and the share of tokens dropped by
+            capacity, each the mean over the layers.
+    """
+
+    router: Tensor | None = None
+
+
+@dataclass
+class MidiMambaOutput(CausalLMOutputWithPast):
+    """
+    The last three are there for layouts with experts, and are means over the layers.
+
+    Args:
+        aux_loss (`Tensor`, *optional*): load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
+            without its coefficient; 1 if tokens are even over the experts.
+        z_loss (`Tensor`, *optional*): the router's z-loss (ST-MoE, arXiv 2202.08906, equation 5), without its
+            coefficient.
+        dropped_tokens (`Tensor`, *optional*): share of tokens that found their expert full.
+    """
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    dropped_tokens: Tensor | None = None
 
 
 class MidiMambaBlock(GradientCheckpointingLayer):
-    """Pre-norm residual block: `x + mixer(norm(x))`."""
+    """Pre-norm residual block: `x + mixer(norm(x))`, then the same with the feed-forward if there is one."""
 
     def __init__(self, config: MidiMambaConfig, layer_idx: int):
         super().__init__()
-        self.norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = MidiMambaMixer(config, layer_idx)
+        self.names = names = _NAMES[config.mixer]
+        mixer = MidiMambaMixer if config.mixer == "mamba" else MidiMambaAttention
+        self.add_module(names.mixer_norm, MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon))
+        self.add_module(names.mixer, mixer(config, layer_idx))
+        self.has_feed_forward = config.feed_forward != "none"
+        if self.has_feed_forward:
+            feed_forward = SwiGLU if config.feed_forward == "mlp" else SwitchExperts
+            self.add_module(names.feed_forward_norm, MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon))
+            self.add_module(names.feed_forward, feed_forward(config))
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
 
     def forward(
@@ -125,11 +96,41 @@ class MidiMambaBlock(GradientCheckpointingLayer):
         cache: RecurrentCache | None = None,
         mask: Tensor | None = None,
         begins: Tensor | None = None,
-    ) -> Tensor:
-        mixed = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), cache, mask, begins)
+        frame: AttentionFrame | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states (`Tensor` of shape `(batch, time, hidden)`): the residual stream.
+            cache (`RecurrentCache`, *optional*): the state to start from, updated in place.
+            mask (`Tensor` of shape `(batch, time, 1)`, *optional*): 0 where a token is padding.
+            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins.
+            frame (`AttentionFrame`, *optional*): for attention, what the layers share.
+
+        Returns:
+            The residual stream, and of a router its two losses and the share of tokens that it dropped.
+        """
+        normed = self._norm(self.names.mixer_norm, hidden_states)
+        mixer = self.get_submodule(self.names.mixer)
+        mixed = mixer(normed, cache, mask, begins) if frame is None else mixer(normed, cache, frame)
+        hidden_states = self._add(hidden_states, mixed)
+        if not self.has_feed_forward:
+            return hidden_states, None
+        normed = self._norm(self.names.feed_forward_norm, hidden_states)
+        feed_forward = self.get_submodule(self.names.feed_forward)
+        if isinstance(feed_forward, SwitchExperts):
+            outputs, router = feed_forward(normed, mask)
+            return self._add(hidden_states, outputs), router
+        return self._add(hidden_states, feed_forward(normed)), None
+
+    def _norm(self, name: str, hidden_states: Tensor) -> Tensor:
+        norm: Any = self.get_submodule(name)
+        normed: Tensor = norm(hidden_states.to(norm.weight.dtype))
+        return normed
+
+    def _add(self, hidden_states: Tensor, outputs: Tensor) -> Tensor:
         # Promoted rather than cast, so that a float64 model stays float64.
-        dtype = torch.promote_types(hidden_states.dtype, self.residual_dtype or mixed.dtype)
-        return hidden_states.to(dtype) + mixed
+        dtype = torch.promote_types(hidden_states.dtype, self.residual_dtype or outputs.dtype)
+        return hidden_states.to(dtype) + outputs
 
 
 class MidiMambaPreTrainedModel(MambaPreTrainedModel):
@@ -138,10 +139,19 @@ class MidiMambaPreTrainedModel(MambaPreTrainedModel):
     config_class = MidiMambaConfig
     config: MidiMambaConfig
     _no_split_modules = ["MidiMambaBlock"]  # noqa: RUF012 (transformers' interface)
+    _supports_sdpa = True
+    _supports_flash_attn = True
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `generate` then takes the RecurrentCache that the first forward pass returns
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SwitchExperts):
+            init.normal_(module.gate_up_proj, std=self.config.initializer_range)
+            init.normal_(module.down_proj, std=self.config.initializer_range)
 
 
 class MidiMambaModel(MidiMambaPreTrainedModel):
@@ -149,17 +159,19 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.names = names = _NAMES[config.mixer]
+        self.base_model_prefix = names.backbone
+        self.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(MidiMambaBlock(config, index) for index in range(config.num_hidden_layers))
-        self.norm_f = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.add_module(names.last_norm, MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon))
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_submodule(self.names.embeddings)
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.add_module(self.names.embeddings, value)
 
     def forward(
         self,
@@ -171,21 +183,15 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         output_hidden_states: bool | None = None,
         seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MidiMambaModelOutput:
         """See [`MidiMambaForCausalLM.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         batch, time, _ = hidden_states.shape
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = RecurrentCache.empty(self.config, batch, hidden_states.dtype, hidden_states.device)
-        if cache is not None and cache.batch_size != batch:
-            raise ValueError(
-                f"the cache holds {cache.batch_size} sequences, the input {batch}; fork or select it first"
-            )
+        cache = self._prepare_cache(past_key_values, use_cache, hidden_states)
         mask = None
         if attention_mask is not None:  # it may cover the tokens already in the state as well
             mask = attention_mask[:, -time:, None].to(hidden_states.dtype)
@@ -194,41 +200,79 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
             if seq_idx.shape != (batch, time):
                 raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the input {(batch, time)}")
             begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        frame = None
+        if self.config.mixer == "attention":
+            frame = frame_attention(self.config, hidden_states, mask, begins, cache)
         all_hidden_states = [hidden_states]
+        routers = []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cache, mask, begins)
+            hidden_states, router = layer(hidden_states, cache, mask, begins, frame)
             all_hidden_states.append(hidden_states)
-        hidden_states = self.norm_f(hidden_states)
+            routers.append(router)
+        hidden_states = self.get_submodule(self.names.last_norm)(hidden_states)
         if cache is not None:
-            cache.seen_tokens += time
+            cache.advance(time)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        return BaseModelOutputWithPast(
+        return MidiMambaModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
             hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            router=torch.stack(routers).mean(0) if self.config.feed_forward == "moe" else None,
         )
+
+    def _prepare_cache(
+        self, cache: RecurrentCache | None, use_cache: bool, hidden_states: Tensor
+    ) -> RecurrentCache | None:
+        """The cache to start from: the given one if it fits, or a new one if one is asked for."""
+        batch, device = len(hidden_states), hidden_states.device
+        if cache is None:
+            if not use_cache:
+                return None
+            return RecurrentCache.empty(self.config, batch, hidden_states.dtype, device)
+        if not isinstance(cache, RecurrentCache):
+            raise CacheMismatchError(
+                f"past_key_values is a {type(cache).__name__}; "
+                "make a cache with RecurrentCache.for_model(model, batch_size)"
+            )
+        cache.check_fits(self.config, batch, device)
+        if self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                "gradient checkpointing would read the tokens onto the cache a second time in the backward pass; "
+                "leave past_key_values out, or call gradient_checkpointing_disable()"
+            )
+        return cache
+
+
+def _always() -> bool:
+    return True
 
 
 class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
-    """The generator: [`MidiMambaModel`] with a language-modelling head tied to the embeddings.
+    """The generator: [`MidiMambaModel`] with a language-modelling head, tied to the embeddings by default.
 
-    Reads any `MambaForCausalLM` checkpoint, and saves one.
+    Reads any `MambaForCausalLM` checkpoint and any plain `LlamaForCausalLM`; saves one in layout `mamba` or
+    `transformer`, and a checkpoint with its code, for `trust_remote_code=True`, in the other three.
     """
-
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 (transformers' interface)
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
-        self.backbone = MidiMambaModel(config)
+        self.base_model_prefix = _NAMES[config.mixer].backbone
+        embeddings = f"{self.base_model_prefix}.{_NAMES[config.mixer].embeddings}"
+        self._tied_weights_keys = {"lm_head.weight": f"{embeddings}.weight"}
+        if config.layout not in STOCK:
+            # Both are asked by `save_pretrained`: export the code. Of this model, not of the class: others need none.
+            self._auto_class = "AutoModelForCausalLM"
+            self.is_remote_code = _always
+        self.add_module(self.base_model_prefix, MidiMambaModel(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.backbone.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.backbone.set_input_embeddings(value)
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.set_input_embeddings(value)
 
     def forward(
         self,
@@ -242,7 +286,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MidiMambaOutput:
         """
         Args:
             input_ids (`LongTensor` of shape `(batch, time)`): tokens; one or many may follow a state.
@@ -255,13 +299,19 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): only the last so many positions, or
                 these; 0 keeps all.
             seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
-                changes, state and convolution begin anew, so packed documents do not see each other. The first token
-                goes on from `past_key_values`, whatever its number.
+                changes, state, convolution, attention and positions begin anew, so packed documents do not see each
+                other. The first token goes on from `past_key_values`, whatever its number.
 
         Returns:
-            [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with `logits` of shape `(batch, time, vocab)`.
+            [`MidiMambaOutput`] with `logits` of shape `(batch, time, vocab)`. In training the `loss` of a layout with
+            experts has the router's two losses in it, with their coefficients.
+
+        Raises:
+            CacheMismatchError: if `past_key_values` belongs to another model, batch or device.
+            ValueError: if the input is ambiguous, `seq_idx` has another shape, or gradient checkpointing is on and
+                there is a cache.
         """
-        outputs = self.backbone(
+        outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -277,12 +327,25 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            if self.training and outputs.router is not None:
+                loss = loss + self._router_loss(outputs.router, labels, kwargs.get("num_items_in_batch"))
+        aux_loss, z_loss, dropped = (None,) * 3 if outputs.router is None else outputs.router.unbind()
+        return MidiMambaOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            dropped_tokens=None if dropped is None else dropped.detach(),
         )
+
+    def _router_loss(self, router: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        loss = self.config.router_aux_loss_coef * router[0] + self.config.router_z_loss_coef * router[1]
+        if num_items_in_batch is None:
+            return loss
+        # `Trainer` adds up the losses of the micro-batches of a step: each brings its share of the tokens.
+        return loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
@@ -291,9 +354,9 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            # Padding on the left and earlier documents lie behind, in the state.
+            # Padding on the left and earlier documents lie behind, in the cache.
             inputs["attention_mask"] = inputs["seq_idx"] = None
         return inputs
 
 
-__all__ = ["MidiMambaForCausalLM", "MidiMambaModel"]
+__all__ = ["MidiMambaForCausalLM", "MidiMambaModel", "MidiMambaModelOutput", "MidiMambaOutput"]

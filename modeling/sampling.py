@@ -51,7 +51,7 @@ def sample(model: MidiMambaForCausalLM, prompts: Tensor, length: int) -> Tensor:
     sequences = torch.empty(batch, length, dtype=torch.long, device=prompts.device)
     sequences[:, :prompt] = prompts
     with inference(model):
-        cache = RecurrentCache.for_model(model, batch)
+        cache = RecurrentCache.for_model(model, batch, max_length=length)
         unread = prompts
         for t in range(prompt, length):
             sequences[:, t] = draw(next_logits(model, unread, cache))

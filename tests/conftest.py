@@ -10,6 +10,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, as long as it is told before anything imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score

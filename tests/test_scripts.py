@@ -144,6 +144,18 @@ def test_adversarial_tuning_writes_both_networks(corpus: Path, pretrained: Path,
     assert len(list((tmp_path / "samples").iterdir())) == 6
 
 
+def test_filters_that_do_not_fit_are_left_out_with_a_warning(
+    corpus: Path, pretrained: Path, run: Run, tmp_path: Path
+) -> None:
+    options = {"data": corpus, "model": pretrained, "output_dir": tmp_path / "tuned", "sequence_length": 12}
+    code, errors = run("adversarial.py", *tiny("chorales-cpu-adversarial.yaml", **options))
+    assert code == 0, errors
+    assert "warning: filters of width 16 do not fit 12 tokens and are left out" in errors
+    config = json.loads((tmp_path / "tuned-discriminator" / "config.json").read_text())
+    assert config["filter_sizes"] == [1, 2, 3, 4, 6, 8, 12]
+    assert len(config["num_filters"]) == 7
+
+
 def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -9,6 +9,7 @@ Tokenizations of several vocabularies write rows of ids instead, one id of each 
 """
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +60,8 @@ __all__ = [
 
 MIDITOK_FILE = "miditok.json"
 SUBWORD_MODELS = ("BPE", "Unigram")
+# Elsewhere the trainers of `tokenizers` print empty lines instead of a bar.
+_SHOW_PROGRESS = sys.stderr.isatty()
 
 
 def normalize_score(score: ScoreTick) -> ScoreTick:
@@ -195,7 +198,7 @@ def train_on_ids(
     check_vocab_size(tokenizer, vocab_size)
     check_subword_model(model)
     alphabet = [tokenizer._vocab_base_id_to_byte[index] for index in range(len(tokenizer.vocab))]
-    words = [_words(tokenizer, piece) for piece in pieces]
+    words = (_words(tokenizer, piece) for piece in pieces)  # the trainers count words, and keep each once
     learn = _learn_unigram if model == "Unigram" else _learn_bpe
     tokenizer._model = learn(alphabet, words, vocab_size)
     # What MidiTok derives from its model when it loads one.
@@ -205,18 +208,18 @@ def train_on_ids(
     }
 
 
-def _learn_bpe(alphabet: list[str], words: list[list[str]], vocab_size: int) -> Tokenizer:
+def _learn_bpe(alphabet: list[str], words: Iterable[list[str]], vocab_size: int) -> Tokenizer:
     """Byte-pair encoding whose first ids are the alphabet: its characters ascend, and the trainer sorts them."""
     learner = Tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=_SHOW_PROGRESS)
     learner.train_from_iterator(words, trainer)
     return learner
 
 
-def _learn_unigram(alphabet: list[str], words: list[list[str]], vocab_size: int) -> Tokenizer:
+def _learn_unigram(alphabet: list[str], words: Iterable[list[str]], vocab_size: int) -> Tokenizer:
     """A unigram model whose first ids are the alphabet, then the learned pieces, the likeliest first."""
     learner = Tokenizer(models.Unigram())
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=_SHOW_PROGRESS)
     learner.train_from_iterator(words, trainer)
     # The trainer adds numbers up in any order, hence rounded. Symbols that it dropped it puts back, 0.0001 apart from
     # the lowest score up, again in any order, hence levelled.

@@ -26,6 +26,7 @@ class AdversarialArguments:
         default=None, metadata={"help": "Widths of a new cnn's convolutions; unset: SeqGAN's."}
     )
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
+    d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
     )
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
-    discriminator = load_discriminator(script_args, processor)
+    discriminator = load_discriminator(script_args, processor, training_args.sequence_length)
     # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
     push, training_args.push_to_hub = training_args.push_to_hub, False
     try:

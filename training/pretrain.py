@@ -1,8 +1,13 @@
 """Maximum-likelihood training of a generator on a tokenized corpus, with `transformers.Trainer`."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from midimamba.errors import exit_on_input_error
+from midimamba.errors import InputError, exit_on_input_error
+
+if TYPE_CHECKING:
+    from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.tokenization.processor import MidiProcessor
 
 EXAMPLE = """example:
   midimamba tokenize my-midi-folder --out data
@@ -20,12 +25,50 @@ class PretrainArguments:
         metadata={"help": "Generator to start from: a folder or a repository on the Hub. Unset: a new one."},
     )
     sequence_length: int = field(default=256, metadata={"help": "Tokens in a training block."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of a new model."})
-    num_hidden_layers: int = field(default=6, metadata={"help": "Layers of a new model."})
-    state_size: int = field(default=16, metadata={"help": "State of every channel of a new model."})
+    layout: str = field(
+        default="mamba",
+        metadata={"help": "Layers of a new model: mamba, mamba-mlp, moe-mamba, transformer or transformer-moe."},
+    )
+    size: str | None = field(
+        default=None,
+        metadata={
+            "help": "Size of a new model: tiny, small, medium or large, equal in active parameters between layouts. "
+            "Unset: the next three."
+        },
+    )
+    hidden_size: int = field(default=256, metadata={"help": "Width of a new model without a named size."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Layers of a new model without a named size."})
+    state_size: int = field(
+        default=16, metadata={"help": "State of every channel of a new model without a named size."}
+    )
     carry_state: bool = field(
         default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
     )
+
+
+def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "MidiMambaConfig":
+    """The configuration of a new generator for a corpus's vocabulary.
+
+    Raises:
+        InputError: if there is no such layout or size, or the layout cannot have it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+
+    fields: dict[str, Any] = {
+        "vocab_size": processor.vocab_size,
+        "pad_token_id": processor.pad_token_id,
+        "bos_token_id": processor.bos_token_id,
+        "eos_token_id": processor.eos_token_id,
+    }
+    try:
+        if arguments.size is not None:
+            return MidiMambaConfig.of_size(arguments.size, arguments.layout, **fields)
+        shape = ("hidden_size", "num_hidden_layers", "state_size")
+        return MidiMambaConfig(layout=arguments.layout, **fields, **{name: getattr(arguments, name) for name in shape})
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def main() -> None:
@@ -34,7 +77,6 @@ def main() -> None:
 
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from midimamba.modeling.configuration_midimamba import MidiMambaConfig
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
     from midimamba.tokenization.augmentation import Augmentation
     from midimamba.tokenization.packing import BlockCollator
@@ -59,17 +101,7 @@ def main() -> None:
     if script_args.model:
         model = load_generator(script_args.model, processor)
     else:
-        model = MidiMambaForCausalLM(
-            MidiMambaConfig(
-                vocab_size=processor.vocab_size,
-                hidden_size=script_args.hidden_size,
-                num_hidden_layers=script_args.num_hidden_layers,
-                state_size=script_args.state_size,
-                pad_token_id=processor.pad_token_id,
-                bos_token_id=processor.bos_token_id,
-                eos_token_id=processor.eos_token_id,
-            )
-        )
+        model = MidiMambaForCausalLM(new_config(script_args, processor))
     trainer = Trainer(
         model=model,
         args=training_args,

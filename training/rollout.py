@@ -50,7 +50,7 @@ def monte_carlo_values(
     values = []
     with inference(policy):
         for rows in sequences.split(max(1, max_rows // num_rollouts)):
-            prefixes = RecurrentCache.for_model(policy, len(rows))
+            prefixes = RecurrentCache.for_model(policy, len(rows), max_length=sequences.shape[1])
             group = max(1, max_rows // (len(rows) * num_rollouts))
             groups = [positions[start : start + group] for start in range(0, len(positions), group)]
             read = 0
@@ -79,7 +79,7 @@ def _complete(
     batch, length = rows.shape
     per_time = batch * num_rollouts
     completions = rows.repeat_interleave(num_rollouts, 0).repeat(len(times), 1)
-    forks = RecurrentCache.for_model(policy, len(completions))
+    forks = RecurrentCache.for_model(policy, len(completions), max_length=length)
     logits = rows.new_empty((0, policy.config.vocab_size), dtype=torch.float32)
     running = 0
     for t in range(times[0], length - 1):

@@ -115,8 +115,8 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     return model
 
 
-def load_discriminator(arguments: Any, processor: MidiProcessor) -> MidiDiscriminator:
-    """A new discriminator for a corpus's vocabulary, or a trained one, as `AdversarialArguments` say.
+def load_discriminator(arguments: Any, processor: MidiProcessor, length: int) -> MidiDiscriminator:
+    """A new discriminator for sequences of `length` tokens, or a trained one, as `AdversarialArguments` say.
 
     Raises:
         InputError: if its shape is impossible, or there is no checkpoint of that name.
@@ -134,12 +134,25 @@ def load_discriminator(arguments: Any, processor: MidiProcessor) -> MidiDiscrimi
             hidden_size=arguments.d_hidden_size,
             num_hidden_layers=arguments.d_num_hidden_layers,
             dropout=arguments.d_dropout,
+            spectral_norm=arguments.d_spectral_norm,
             pad_token_id=processor.pad_token_id,
             **{name: value for name, value in filters.items() if value is not None},
         )
     except StrictDataclassError as error:
         raise InputError(" ".join(str(error).split())) from error
+    if arguments.discriminator == "cnn":
+        _drop_wide_filters(config, length)
     return MidiDiscriminator(config)
+
+
+def _drop_wide_filters(config: MidiDiscriminatorConfig, length: int) -> None:
+    """A convolution wider than the sequences never sees a whole window: its filters would say nothing."""
+    filters = list(zip(config.filter_sizes, config.num_filters, strict=True))
+    fitting = [(width, count) for width, count in filters if width <= length]
+    if len(fitting) < len(filters):
+        wide = [width for width, _ in filters if width > length]
+        announce(f"warning: filters of width {', '.join(map(str, wide))} do not fit {length} tokens and are left out")
+        config.filter_sizes, config.num_filters = map(list, zip(*fitting, strict=True))
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:

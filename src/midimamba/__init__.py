@@ -11,7 +11,7 @@ from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConf
 from midimamba.modeling.configuration_midimamba import MidiMambaConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.modeling.recurrent_cache import RecurrentCache
+from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
 from midimamba.tokenization.processor import MidiProcessor
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ def load(name: str, **kwargs: Any) -> MidiMambaForCausalLM:
 
     Args:
         name (`str`): a folder, or a repository on the Hub, that holds a checkpoint of this package or of any
-            transformers `MambaForCausalLM`.
+            transformers `MambaForCausalLM` or plain `LlamaForCausalLM`.
         kwargs: as for `from_pretrained`.
     """
     model: MidiMambaForCausalLM = MidiMambaForCausalLM.from_pretrained(name, **kwargs)
@@ -37,6 +37,7 @@ def load(name: str, **kwargs: Any) -> MidiMambaForCausalLM:
 
 
 __all__ = [
+    "CacheMismatchError",
     "MidiDiscriminator",
     "MidiDiscriminatorConfig",
     "MidiMambaConfig",

@@ -146,12 +146,19 @@ def info(args: argparse.Namespace) -> None:
     """`midimamba info`: what is installed, and what it will run on."""
     import torch
 
+    from midimamba.modeling.selective_scan import available_backends, choose_backend
+
     print(f"python {sys.version.split()[0]}")
     for package in ("midimamba", "torch", "transformers", "miditok", "symusic", "datasets", "accelerate", "trl"):
         print(f"{package} {importlib.metadata.version(package)}")
-    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda ({torch.cuda.get_device_name()})" if kind == "cuda" else kind
     print(f"device: {device}, {torch.get_num_threads()} threads of {os.cpu_count()} processors")
-    print("scan: chunked, in plain torch")
+    try:
+        scan = choose_backend(kind)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    print(f"scan: {scan} (of {', '.join(available_backends(kind))})")
 
 
 def build_parser() -> argparse.ArgumentParser:

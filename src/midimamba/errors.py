@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from midimamba.tokenization.errors import InputError
@@ -18,6 +19,8 @@ def loading_generator(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+    except StrictDataclassError as error:  # says over two lines which field of the configuration is wrong
+        raise InputError(f"no generator can be loaded from {name!r}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

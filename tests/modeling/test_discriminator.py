@@ -65,6 +65,22 @@ def test_learns_to_tell_two_languages_apart(kind: str) -> None:
     assert accuracy > 0.9
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_spectral_norm_no_layer_stretches(kind: str, tmp_path: Path) -> None:
+    discriminator = make_discriminator(kind, spectral_norm=True).train()
+    for _ in range(200):  # power iteration, a step each forward pass in training
+        discriminator(tokens())
+    layers = [module for module in discriminator.eval().modules() if hasattr(module, "parametrizations")]
+    assert len(layers) == {"cnn": 3 + 1 + 1, "mamba": 2 * 4 + 1}[kind]
+    for layer in layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1.0, abs=1e-3)
+    discriminator.save_pretrained(tmp_path)
+    loaded = MidiDiscriminator.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens()).logits, discriminator(tokens()).logits)
+    loaded(tokens(), labels=torch.ones(4)).loss.backward()
+    assert all(p.grad is not None for p in loaded.score.parameters())
+
+
 def test_impossible_shapes_are_refused() -> None:
     with pytest.raises(StrictDataclassError, match="use 'cnn' or 'mamba'"):
         MidiDiscriminatorConfig(kind="forest")

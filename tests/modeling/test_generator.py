@@ -57,10 +57,10 @@ def test_any_stock_checkpoint_is_a_generator(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    from transformers import LlamaConfig
+    from transformers import GPT2Config
 
-    LlamaConfig(vocab_size=11).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a model of type 'llama', not a Mamba language model"):
+    GPT2Config(vocab_size=11).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model of type 'gpt2', not a Mamba language model, nor a Llama one"):
         midimamba.load(str(tmp_path))
 
 

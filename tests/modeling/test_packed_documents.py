@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.configuration_midimamba import LAYOUTS
 from support import make_discriminator, make_generator
 
 # Lengths of the documents of each row; several are shorter than the convolution's kernel of 4.
@@ -15,10 +16,14 @@ TIME = 26
 CALLS = [(), (3,), (16, 25), (4, 7, 16, 21), (2, 3, 4, 7, 9, 11, 12, 14, 15, 16, 20, 21, 22, 23, 25)]
 
 
-@pytest.fixture
-def model() -> MidiMambaForCausalLM:
-    """With every bias: a product with zeros would not give away that something else was added."""
-    return make_generator(use_bias=True, use_conv_bias=True)
+@pytest.fixture(params=LAYOUTS)
+def model(request: pytest.FixtureRequest) -> MidiMambaForCausalLM:
+    """With every bias: a product with zeros would not give away that something else was added.
+
+    In training no expert is full and no router's loss is added, neither of which goes by documents.
+    """
+    experts = {"num_experts": 4, "capacity_factor": 4.0, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+    return make_generator(layout=request.param, use_bias=True, use_conv_bias=True, num_key_value_heads=2, **experts)
 
 
 def tokens() -> Tensor:

@@ -1,38 +1,34 @@
-"""The chunked scan against the obvious loop, in values and in all gradients."""
+"""The scan in plain torch against the obvious loop, in values and in all gradients; what it refuses; its choice."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from midimamba.cli import main
+from midimamba.modeling import scan_backends
+from midimamba.modeling import selective_scan as selective_scan_module
+from midimamba.modeling.scan_backends import scan_mamba_ssm
+from midimamba.modeling.scan_chunked import CHUNK
 from midimamba.modeling.selective_scan import (
-    CHUNK,
+    available_backends,
+    choose_backend,
     selective_scan,
     selective_scan_reference,
     selective_step_,
 )
-
-
-def make_inputs(batch: int, time: int, channels: int, state: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(batch * 1000 + time)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=dtype)
-
-    return [
-        normal(batch, time, channels),
-        uniform(batch, time, channels) * 0.3 + 0.01,
-        -uniform(channels, state) * 3 - 0.1,
-        normal(batch, time, state),
-        normal(batch, time, state),
-        normal(batch, state, channels),
-    ]
-
+from scan_support import assert_equals_reference, make_inputs, run
 
 # Rows with resets at the first step, in succession and on both sides of a chunk's border; elsewhere; and nowhere.
 RESETS = ((0, 3, 4, 5, CHUNK - 1, CHUNK), (1, CHUNK + 1, 70), ())
+plain_torch = pytest.mark.parametrize("backend", ["chunked", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def no_choice_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MIDIMAMBA_SCAN", raising=False)
 
 
 def make_reset(batch: int, time: int) -> Tensor:
@@ -46,36 +42,55 @@ def make_reset(batch: int, time: int) -> Tensor:
 def test_equals_the_reference_in_values_and_gradients(
     batch: int, time: int, with_state: bool, with_reset: bool
 ) -> None:
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(batch, time, 5, 3)]
-    arguments = inputs if with_state else inputs[:5]
+    inputs = make_inputs(batch, time, 5, 3)
     reset = make_reset(batch, time) if with_reset else None
-    results = [scan(*arguments, reset=reset) for scan in (selective_scan, selective_scan_reference)]
-    gradients = []
-    for output, state in results:
-        weights = torch.linspace(0.5, 1.5, output.numel()).view_as(output)
-        loss = (output * weights).sum() + state.sin().sum()
-        gradients.append(torch.autograd.grad(loss, arguments))
-    for ours, reference in zip(results[0], results[1], strict=True):
-        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
-    for ours, reference in zip(*gradients, strict=True):
-        scale = reference.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours / scale, reference / scale, atol=1e-5, rtol=0)
+    assert_equals_reference("chunked", inputs if with_state else inputs[:5], reset)
 
 
-def test_gradients_equal_finite_differences() -> None:
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(2, CHUNK + 3, 2, 2, torch.float64)]
-    assert torch.autograd.gradcheck(selective_scan, inputs, fast_mode=True)
-    assert torch.autograd.gradcheck(selective_scan, (*inputs, make_reset(2, CHUNK + 3)), fast_mode=True)
+@plain_torch
+def test_gradients_equal_finite_differences(backend: str) -> None:
+    def scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(*inputs, backend=backend)
+
+    inputs = make_inputs(2, CHUNK + 3, 2, 2, torch.float64)
+    assert torch.autograd.gradcheck(scan, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(scan, (*inputs, make_reset(2, CHUNK + 3)), fast_mode=True)
 
 
 def test_gradient_of_the_final_state_alone() -> None:
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(2, 40, 3, 2, torch.float64)]
-    ours, reference = (
-        torch.autograd.grad(scan(*inputs)[1].square().sum(), inputs, allow_unused=True)
-        for scan in (selective_scan, selective_scan_reference)
-    )
-    for mine, theirs in zip(ours, reference, strict=True):
-        torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs)
+    assert_equals_reference("chunked", make_inputs(2, 40, 3, 2, torch.float64), final_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@plain_torch
+def test_the_state_is_float32_when_the_inputs_are_not(backend: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(2, 60, 4, 3, dtype)
+    output, state, gradients = run(backend, inputs)
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    wide_output, wide_state, wide_gradients = run("reference", wide)
+    assert (output.dtype, state.dtype) == (dtype, torch.float32)
+    assert {gradient.dtype for gradient in gradients} == {dtype}
+    # What is rounded is rounded once, at the end.
+    torch.testing.assert_close(state, wide_state)
+    for ours, theirs in zip((output, *gradients), (wide_output, *wide_gradients), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=1e-4, rtol=torch.finfo(dtype).eps)
+
+
+@plain_torch
+def test_a_wider_input_widens_the_state(backend: str) -> None:
+    x, *others = make_inputs(2, 9, 4, 3, torch.float64)
+    output, state = selective_scan(x.float(), *others, backend=backend)
+    assert (output.dtype, state.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(state, selective_scan_reference(x.float().double(), *others)[1])
+
+
+def test_autocast_changes_nothing_neither_forward_nor_backward() -> None:
+    inputs = make_inputs(2, 40, 4, 3)
+    output, state, gradients = run("chunked", inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast_output, cast_state, cast_gradients = run("chunked", inputs)
+    for ours, theirs in zip((cast_output, cast_state, *cast_gradients), (output, state, *gradients), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_split_sequence_equals_the_whole_when_the_state_is_handed_on() -> None:
@@ -90,29 +105,31 @@ def test_a_split_sequence_equals_the_whole_when_the_state_is_handed_on() -> None
 
 
 @pytest.mark.parametrize("begin", [1, CHUNK - 1, CHUNK, CHUNK + 1, 49])
-def test_a_reset_sequence_equals_two_sequences(begin: int) -> None:
+@plain_torch
+def test_a_reset_sequence_equals_two_sequences(backend: str, begin: int) -> None:
     x, dt, A, B, C, state = make_inputs(2, 50, 4, 3, torch.float64)
     reset = torch.zeros(2, 50, dtype=torch.bool)
     reset[:, begin] = True
-    output, final = selective_scan(x, dt, A, B, C, state, reset)
+    output, final = selective_scan(x, dt, A, B, C, state, reset, backend)
     head, _ = selective_scan(x[:, :begin], dt[:, :begin], A, B[:, :begin], C[:, :begin], state)
     tail, last = selective_scan(x[:, begin:], dt[:, begin:], A, B[:, begin:], C[:, begin:])
     torch.testing.assert_close(output, torch.cat([head, tail], 1))
     torch.testing.assert_close(final, last)
 
 
-def test_a_reset_at_the_first_step_drops_the_initial_state() -> None:
-    *inputs, state = (tensor.requires_grad_() for tensor in make_inputs(2, 5, 4, 3))
+@plain_torch
+def test_a_reset_at_the_first_step_drops_the_initial_state(backend: str) -> None:
+    *inputs, state = make_inputs(2, 5, 4, 3)
     reset = torch.tensor([[True] + 4 * [False], 5 * [False]])
-    output, _ = selective_scan(*inputs, state, reset)
-    assert torch.equal(output[0], selective_scan(*inputs)[0][0])
+    output, _ = selective_scan(*inputs, state, reset, backend)
+    assert torch.equal(output[0], selective_scan(*inputs, backend=backend)[0][0])
     (gradient,) = torch.autograd.grad(output.sum(), state)
     assert (gradient[0] == 0).all()
     assert (gradient[1] != 0).all()
 
 
 def test_a_step_equals_a_scan_of_one_and_updates_the_state_in_place() -> None:
-    x, dt, A, B, C, state = make_inputs(3, 1, 4, 3)
+    x, dt, A, B, C, state = (tensor.detach() for tensor in make_inputs(3, 1, 4, 3))
     output, final = selective_scan(x, dt, A, B, C, state)
     stepped = selective_step_(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
     torch.testing.assert_close(stepped, output[:, 0])
@@ -121,23 +138,214 @@ def test_a_step_equals_a_scan_of_one_and_updates_the_state_in_place() -> None:
 
 def test_the_initial_state_is_left_as_it_is() -> None:
     *inputs, state = make_inputs(2, 40, 4, 3)
-    before = state.clone()
+    before = state.detach().clone()
     selective_scan(*inputs, state)
     assert torch.equal(state, before)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(1, 3, 2, 2)]
-    (gradient,) = torch.autograd.grad(selective_scan(*inputs)[0].square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+@pytest.mark.parametrize("loss", [lambda output: output.square().sum(), lambda output: output.sum()])
+def test_a_second_derivative_is_refused_unless_by_the_reference(loss) -> None:
+    inputs = make_inputs(1, 3, 2, 2)
+    (gradient,) = torch.autograd.grad(loss(selective_scan(*inputs)[0]), inputs[1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r'no second derivative.*backend="reference"'):
         gradient.sum().backward()
+    output, _ = selective_scan(*inputs, backend="reference")
+    (expected,) = torch.autograd.grad(loss(output), inputs[1], create_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    expected.sum().backward()
+    assert inputs[1].grad.abs().sum() > 0
 
 
-def test_memory_kept_for_backward_is_inputs_plus_one_state_a_chunk() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_kept_for_backward_is_inputs_plus_one_state_a_chunk(dtype: torch.dtype) -> None:
     batch, time, channels, state = 2, 8 * CHUNK, 16, 8
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(batch, time, channels, state)]
+    inputs = make_inputs(batch, time, channels, state, dtype)
+    inputs[5] = inputs[5].detach().float().requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         selective_scan(*inputs)
-    inputs_without_state = sum(tensor.numel() for tensor in inputs[:5])
-    assert sum(kept) == inputs_without_state + (time // CHUNK) * batch * state * channels
+    inputs_without_state = sum(tensor.nbytes for tensor in inputs[:5])
+    assert sum(kept) == inputs_without_state + (time // CHUNK) * batch * state * channels * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("x", (2, 5), r"x has shape \(2, 5\), expected \(batch, time, channels\)"),
+        ("x", (2, 0, 4), r"x has shape \(2, 0, 4\)"),
+        ("dt", (2, 5, 1), r"dt has shape \(2, 5, 1\), expected \(2, 5, 4\)"),
+        ("A", (4,), r"A has shape \(4,\), expected \(4, state\)"),
+        ("A", (3, 4), r"A has shape \(3, 4\), expected \(4, 4\)"),
+        ("B", (1, 5, 3), r"B has shape \(1, 5, 3\), expected \(2, 5, 3\)"),
+        ("C", (2, 5, 1), r"C has shape \(2, 5, 1\), expected \(2, 5, 3\)"),
+        ("initial_state", (2, 4, 3), r"initial_state has shape \(2, 4, 3\), expected \(2, 3, 4\)"),
+        ("reset", (2, 1), r"reset has shape \(2, 1\), expected \(2, 5\)"),
+    ],
+)
+def test_a_wrong_shape_is_named(name: str, shape: tuple[int, ...], message: str) -> None:
+    arguments = dict(zip(("x", "dt", "A", "B", "C", "initial_state"), make_inputs(2, 5, 4, 3), strict=True))
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**{**arguments, name: torch.zeros(shape)})
+
+
+def test_a_reset_that_is_not_boolean_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reset has type torch\.int64"):
+        selective_scan(*make_inputs(2, 5, 4, 3), torch.zeros(2, 5, dtype=torch.int64))
+
+
+def test_a_state_on_another_device_is_refused() -> None:
+    *inputs, state = make_inputs(2, 5, 4, 3)
+    with pytest.raises(ValueError, match=r"initial_state is on meta and x on cpu: .*initial_state\.to\(x\.device\)"):
+        selective_scan(*inputs, state.to("meta"))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The packages that can be imported, to be filled by the test."""
+    names: set[str] = set()
+    monkeypatch.setattr(scan_backends, "_importable", lambda module: module.partition(".")[0] in names)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return names
+
+
+def test_the_fastest_backend_that_is_able_is_chosen(installed: set[str]) -> None:
+    assert (choose_backend("cpu"), choose_backend("cuda")) == ("chunked", "chunked")
+    assert available_backends("cuda") == ["chunked", "reference"]
+    installed.add("triton")
+    assert (choose_backend("cpu"), choose_backend("cuda")) == ("chunked", "triton")
+    assert choose_backend("cuda", state_size=65) == "chunked"
+    installed.add("mamba_ssm")
+    assert (choose_backend("cpu"), choose_backend("cuda")) == ("chunked", "mamba_ssm")
+    assert available_backends("cuda") == ["mamba_ssm", "triton", "chunked", "reference"]
+    assert available_backends("cpu") == ["chunked", "reference"]
+    # What mamba_ssm cannot do goes elsewhere.
+    assert choose_backend("cuda", has_initial_state=True) == "triton"
+    assert choose_backend("cuda", has_reset=True) == "triton"
+    assert choose_backend("cuda", dtype=torch.float64) == "triton"
+
+
+def test_the_argument_goes_before_the_environment(installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIDIMAMBA_SCAN", "reference")
+    assert (choose_backend("cpu"), choose_backend("cuda", "chunked")) == ("reference", "chunked")
+    monkeypatch.setenv("MIDIMAMBA_SCAN", "")
+    assert choose_backend("cpu") == "chunked"
+
+
+def test_the_environment_chooses_what_the_scan_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(1, 3, 2, 2)
+    for name, graph in (("reference", "Stack"), ("chunked", "_ChunkedScan")):
+        monkeypatch.setenv("MIDIMAMBA_SCAN", name)
+        assert graph in selective_scan(*inputs)[0].grad_fn.name()
+
+
+def test_the_choice_is_told_what_the_call_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def choose(*arguments: object, **options: object) -> str:
+        asked.append((*arguments, options))
+        return "reference"
+
+    monkeypatch.setattr(selective_scan_module, "choose_backend", choose)
+    inputs = make_inputs(2, 5, 4, 3)
+    selective_scan(*inputs[:5])
+    selective_scan(*inputs[:5], inputs[5].double(), torch.zeros(2, 5, dtype=torch.bool), "triton")
+    selective_scan(*(tensor.double() for tensor in inputs[:5]))
+    common = {"dtype": torch.float32, "state_size": 3, "has_initial_state": False, "has_reset": False}
+    cpu = torch.device("cpu")
+    assert asked[0] == (cpu, None, common)
+    assert asked[1] == (cpu, "triton", {**common, "has_initial_state": True, "has_reset": True})
+    assert asked[2] == (cpu, None, {**common, "dtype": torch.float64})
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"backend='fast' .*chunked, mamba_ssm, reference, triton"):
+        choose_backend("cpu", "fast")
+    with pytest.raises(ValueError, match="backend=''"):
+        choose_backend("cpu", "")
+    monkeypatch.setenv("MIDIMAMBA_SCAN", "fast")
+    with pytest.raises(ValueError, match=r"MIDIMAMBA_SCAN='fast' .*chunked, mamba_ssm, reference, triton"):
+        selective_scan(*make_inputs(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "options", "message"),
+    [
+        ("cpu", "triton", {}, "tensors on CUDA and these are on cpu. Choose chunked or reference"),
+        ("cpu", "mamba_ssm", {}, "tensors on CUDA and these are on cpu. Choose chunked or reference"),
+        ("cuda", "triton", {"state_size": 65}, "at most 64 .* here are 65. Choose mamba_ssm or chunked"),
+        ("cuda", "mamba_ssm", {"has_initial_state": True}, "no initial state. Choose triton or chunked"),
+        ("cuda", "mamba_ssm", {"has_reset": True}, "no reset. Choose triton or chunked"),
+        ("cuda", "mamba_ssm", {"dtype": torch.float64}, "no float64. Choose triton or chunked"),
+        ("cuda", "mamba_ssm", {"state_size": 257}, "at most 256 .* here are 257. Choose chunked or reference"),
+    ],
+)
+def test_a_backend_asked_for_says_why_it_cannot(
+    installed: set[str], device: str, backend: str, options: dict, message: str
+) -> None:
+    installed.update({"triton", "mamba_ssm"})
+    with pytest.raises(ValueError, match=message):
+        choose_backend(device, backend, **options)
+
+
+@pytest.mark.parametrize(("backend", "install"), [("triton", "triton"), ("mamba_ssm", "mamba-ssm")])
+def test_a_backend_that_is_not_installed_says_how_to_install_it(
+    installed: set[str], backend: str, install: str
+) -> None:
+    with pytest.raises(ValueError, match=f"pip install {install}"):
+        choose_backend("cuda", backend)
+
+
+def test_a_package_that_is_there_but_does_not_load_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_backends, "_importable", scan_backends._importable.__wrapped__)
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ImportError
+    assert "triton" not in available_backends("cuda")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
+    assert "triton" in available_backends("cuda")
+
+
+@pytest.fixture
+def fake_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public interface of `selective_scan_fn`: time last, one type, the state `(batch, channels, state)`."""
+
+    def selective_scan_fn(u, delta, A, B, C, return_last_state=False):
+        assert {tensor.dtype for tensor in (u, delta, A, B, C)} == {torch.float32}
+        assert all(tensor.is_contiguous() for tensor in (u, delta, B, C))
+        output, state = selective_scan_reference(*(t.transpose(1, 2) for t in (u, delta)), A, B.mT, C.mT)
+        assert return_last_state
+        return output.transpose(1, 2), state.transpose(1, 2)
+
+    module = SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", module)
+
+
+def test_mamba_ssm_is_called_in_its_own_layout(fake_mamba_ssm: None) -> None:
+    x, *others, _ = make_inputs(2, 9, 4, 3)
+    inputs = [x.detach().bfloat16().requires_grad_(), *others]
+    output, state = scan_mamba_ssm(*inputs)
+    expected, expected_state = selective_scan_reference(*inputs)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(state, expected_state)
+    ours, theirs = (torch.autograd.grad(result.float().square().sum(), inputs) for result in (output, expected))
+    for gradient, expected_gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
+    # Its state has no gradient, and does not pretend to have one.
+    with pytest.raises(RuntimeError, match="no gradient through the final state"):
+        state.sum().backward()
+
+
+def test_info_names_the_backend_and_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(sys, "argv", ["midimamba", "info"])
+    monkeypatch.setenv("MIDIMAMBA_SCAN", "reference")
+    main()
+    assert f"scan: reference (of {', '.join(available_backends(kind))})" in capsys.readouterr().out
+    monkeypatch.setenv("MIDIMAMBA_SCAN", "fast")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "MIDIMAMBA_SCAN='fast'" in capsys.readouterr().err

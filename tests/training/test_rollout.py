@@ -18,10 +18,10 @@ from support import make_generator
 VOCAB, TIME, PROMPT = 3, 4, 1
 
 
-@pytest.fixture
-def policy() -> MidiMambaForCausalLM:
+@pytest.fixture(params=["mamba", "transformer-moe"])
+def policy(request: pytest.FixtureRequest) -> MidiMambaForCausalLM:
     """Vocabulary 3, T=4: all 27 continuations of a prompt can be enumerated."""
-    return make_generator(vocab_size=VOCAB)
+    return make_generator(vocab_size=VOCAB, layout=request.param)
 
 
 def reward(sequences: Tensor) -> Tensor:

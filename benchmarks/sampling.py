@@ -1,0 +1,133 @@
+"""Sampling tokens: ours against `generate` of transformers' Mamba and of a Llama with as many parameters.
+
+The last line is JSON; `ratio` is the stock Mamba's time over ours at the largest batch. All three draw from their
+whole distribution at temperature 1. Before anything is timed, our class must choose the same tokens as the stock one
+with the same weights: greedily, and with `generate` at the same seed. `late_over_early` is our time a token around
+position 8,000 over that around position 80.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+
+from measure import finish
+from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.sampling import draw, inference, next_logits, sample
+
+EARLY, LATE, WINDOW = 80, 8_000, 64
+
+
+def make_models(vocab: int, layers: int, hidden: int) -> dict[str, PreTrainedModel]:
+    """Ours and the stock Mamba with the same weights, and a Llama of as many parameters."""
+    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers}
+    theirs = MambaForCausalLM(MambaConfig(**sizes, initializer_range=0.02, pad_token_id=0)).eval()
+    ours = MidiMambaForCausalLM(MidiMambaConfig(**sizes)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    count = sum(parameter.numel() for parameter in theirs.backbone.layers.parameters()) / layers
+    mlp = round((count - 4 * hidden**2 - 2 * hidden) / (3 * hidden))
+    llama = LlamaConfig(
+        **sizes,
+        intermediate_size=mlp,
+        num_attention_heads=hidden // 64,
+        tie_word_embeddings=True,
+        max_position_embeddings=16_384,
+        pad_token_id=0,
+    )
+    return {"ours": ours, "mamba": theirs, "llama": LlamaForCausalLM(llama).eval()}
+
+
+def generate(model: PreTrainedModel, prompts: torch.Tensor, length: int, **options: Any) -> torch.Tensor:
+    """`generate` to exactly so many tokens."""
+    new = length - prompts.shape[1]
+    mask = torch.ones_like(prompts)
+    return model.generate(
+        prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, eos_token_id=None, top_k=0, **options
+    )
+
+
+def check_same_tokens(models: dict[str, PreTrainedModel], prompts: torch.Tensor) -> None:
+    for options in ({"do_sample": False}, {"do_sample": True}):
+        chosen = []
+        for name in ("ours", "mamba"):
+            torch.manual_seed(0)
+            chosen.append(generate(models[name], prompts, 64, **options))
+        if not torch.equal(*chosen):
+            raise RuntimeError(f"ours and the stock Mamba choose different tokens with {options}")
+
+
+def seconds(model: PreTrainedModel, name: str, prompts: torch.Tensor, length: int) -> float:
+    start = time.perf_counter()
+    if name == "ours":
+        sample(model, prompts, length)
+    else:
+        generate(model, prompts, length, do_sample=True)
+    return time.perf_counter() - start
+
+
+def late_over_early(model: MidiMambaForCausalLM, batch: int) -> float:
+    """Time a token around position 8,000 over that around position 80: medians of two windows."""
+    times: list[float] = []
+    with inference(model):
+        cache = RecurrentCache.for_model(model, batch)
+        tokens = torch.ones(batch, 1, dtype=torch.long)
+        for _ in range(LATE + WINDOW):
+            start = time.perf_counter()
+            tokens = draw(next_logits(model, tokens, cache))[:, None]
+            times.append(time.perf_counter() - start)
+    early, late = (statistics.median(times[at - WINDOW : at + WINDOW]) for at in (EARLY, LATE))
+    return late / early
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python benchmarks/sampling.py --repeats 3")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences (default: %(default)s)")
+    parser.add_argument("--length", type=int, nargs="+", default=[512], help="tokens (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=6, help="layers (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    models = make_models(args.vocab, args.layers, args.hidden)
+    check_same_tokens(models, torch.randint(3, args.vocab, (4, 5)))
+    rows = []
+    for length in args.length:
+        for batch in args.batch:
+            prompts = torch.randint(3, args.vocab, (batch, 1))
+            times: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(args.repeats):
+                for name, model in models.items():
+                    times[name].append(seconds(model, name, prompts, length))
+            median = {name: statistics.median(values) for name, values in times.items()}
+            rows.append(
+                {
+                    "batch": batch,
+                    "length": length,
+                    "ms_per_step": {name: round(1e3 * value / length, 3) for name, value in median.items()},
+                    "ratio_mamba": round(median["mamba"] / median["ours"], 2),
+                    "ratio_llama": round(median["llama"] / median["ours"], 2),
+                }
+            )
+            print(rows[-1], flush=True)
+    finish(
+        {
+            "benchmark": "sampling",
+            "compared": "generate of transformers' Mamba, and of a Llama",
+            "ratio": rows[-1]["ratio_mamba"],
+            "late_over_early": round(late_over_early(models["ours"], 16), 3),
+            "rows": rows,
+            "sizes": {"layers": args.layers, "hidden": args.hidden, "vocab": args.vocab},
+        },
+        args.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Forward and backward pass of the selective scan on CUDA: every backend against the memory roofline.
+
+Not run yet: no figure of it is published, and the sizes of the kernels' blocks are not tuned.
+
+The last line is JSON. `seconds` are of one forward and backward pass, `roofline_seconds` what moving the bytes takes
+that any backend has to move: the five inputs read by both passes, the output written, its gradient read, and the five
+gradients written, at the bandwidth that a copy reaches on the same GPU. `of_roofline` is their ratio: 1 is the best
+there is. Output and gradients of every backend are compared with those of `chunked` before anything is timed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from measure import finish, median_seconds
+from midimamba.modeling.selective_scan import available_backends, selective_scan
+
+
+def make_inputs(batch: int, time: int, channels: int, state: int, dtype: torch.dtype) -> list[Tensor]:
+    """`x`, `dt`, `A`, `B` and `C`; `A` stays in float32, as it does in a model."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda")
+
+    inputs = [
+        normal(batch, time, channels),
+        torch.rand(batch, time, channels, device="cuda") * 0.1 + 0.001,
+        normal(batch, time, state),
+        normal(batch, time, state),
+    ]
+    x, dt, B, C = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+    A = -torch.arange(1, state + 1, device="cuda").float().repeat(channels, 1)
+    return [x, dt, A.requires_grad_(), B, C]
+
+
+def forward_backward(backend: str, inputs: list[Tensor], grad_output: Tensor) -> list[Tensor]:
+    """One pass; returns the output and the gradients."""
+    output, _ = selective_scan(*inputs, backend=backend)
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad_output)]
+
+
+def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Relative to the largest element of each tensor."""
+    return max(
+        float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes read and written a second by a copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python benchmarks/scan_gpu.py --seq-len 2048",
+    )
+    parser.add_argument("--seq-len", type=int, default=2048, help="steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="sequences (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=1024, help="channels (default: %(default)s)")
+    parser.add_argument("--state", type=int, default=16, help="state of a channel (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the inputs")
+    parser.add_argument("--repeats", type=int, default=20, help="timed passes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a CUDA GPU; benchmarks/scan.py runs without")
+
+    torch.manual_seed(0)
+    inputs = make_inputs(args.batch, args.seq_len, args.channels, args.state, getattr(torch, args.dtype))
+    x = inputs[0]
+    grad_output = torch.randn_like(x)
+    moved = 3 * sum(tensor.nbytes for tensor in inputs) + 2 * x.nbytes
+    bandwidth = copy_bandwidth(args.repeats)
+    roofline = moved / bandwidth
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s; roofline of the scan: {roofline * 1e3:.3f} ms", flush=True)
+
+    expected = forward_backward("chunked", inputs, grad_output)
+    results = {}
+    for backend in available_backends("cuda"):
+        if backend == "reference":
+            continue
+        difference = largest_difference(forward_backward(backend, inputs, grad_output), expected)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds = median_seconds(lambda name=backend: forward_backward(name, inputs, grad_output), args.repeats)
+        results[backend] = {
+            "seconds": round(seconds, 6),
+            "of_roofline": round(seconds / roofline, 1),
+            "extra_memory_mb": round((torch.cuda.max_memory_allocated() - before) / 1e6),
+            "relative_difference": difference,
+        }
+        print(f"{backend}: {seconds * 1e3:.3f} ms, {seconds / roofline:.1f} times the roofline", flush=True)
+    finish(
+        {
+            "benchmark": "scan_gpu",
+            "backends": results,
+            "roofline_seconds": round(roofline, 6),
+            "copy_gb_per_second": round(bandwidth / 1e9),
+            "sizes": {name: getattr(args, name) for name in ("batch", "seq_len", "channels", "state", "dtype")},
+        },
+        args.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The Mamba mixer (arXiv 2312.00752): transformers' parameters, a linear scan and an exact state on any device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from .configuration_midimamba import MidiMambaConfig
+from .recurrent_cache import RecurrentCache
+from .selective_scan import selective_scan, selective_step_
+
+
+class MidiMambaMixer(MambaMixer):
+    """Transformers' mixer (its parameters and their initialisation) with our own forward pass."""
+
+    def __init__(self, config: MidiMambaConfig, layer_idx: int):
+        super().__init__(config, layer_idx, initialize_mixer_weights=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: RecurrentCache | None = None,
+        mask: Tensor | None = None,
+        begins: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states (`Tensor` of shape `(batch, time, hidden)`): the normalised residual stream.
+            cache (`RecurrentCache`, *optional*): the state to start from, updated in place.
+            mask (`Tensor` of shape `(batch, time, 1)`, *optional*): 0 where a token is padding. A padding token enters
+                neither convolution nor state, so padding on the left is exact.
+            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins, which
+                neither convolution nor state looks across. Never the first, which goes on from the cache.
+
+        Returns:
+            `Tensor` of shape `(batch, time, hidden)`.
+        """
+        if cache is not None and hidden_states.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
+            return self._step(hidden_states[:, 0], cache)[:, None]
+        channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if mask is not None:  # here, because the projection's bias would enter the convolution
+            channels = channels * mask
+        channels = self.act(self._convolve(channels, cache, begins))
+        if mask is not None:
+            channels = channels * mask
+        inputs, dt, A, B, C = self._discretize(channels)
+        outputs = self._scan(inputs, dt, A, B, C, cache, begins)
+        outputs = torch.addcmul(outputs, inputs, self.D.to(inputs.dtype)) * self.act(gate)
+        return self.out_proj(outputs.to(hidden_states.dtype))
+
+    def _step(self, hidden_states: Tensor, cache: RecurrentCache) -> Tensor:
+        """One token `(batch, hidden)` onto the state, in place and without a graph: what `forward` computes."""
+        channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        past, weight = cache.conv_states[self.layer_idx], self.conv1d.weight[:, 0].T.contiguous()
+        mixed = channels * weight[-1]
+        for tap, kernel in enumerate(weight[:-1]):
+            mixed.addcmul_(past[:, tap].to(mixed.dtype), kernel)
+        for tap in range(past.shape[1]):
+            past[:, tap] = past[:, tap + 1] if tap + 1 < past.shape[1] else channels
+        if self.conv1d.bias is not None:
+            mixed += self.conv1d.bias
+        inputs, dt, A, B, C = self._discretize(self.act(mixed))
+        outputs = selective_step_(cache.scan_states[self.layer_idx], inputs, dt, A, B, C, cache.scratch)
+        outputs = outputs.addcmul_(inputs, self.D.to(inputs.dtype)) * self.act(gate)
+        return self.out_proj(outputs.to(hidden_states.dtype))
+
+    def _discretize(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan needs of the convolved channels `(…, channels)`: itself, dt, A, B and C, in float32 or wider.
+
+        The recurrence runs in that, whatever the model's own type: its products decay towards zero.
+        """
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = torch.split(self.x_proj(channels), sizes, dim=-1)
+        wide = torch.promote_types(channels.dtype, torch.float32)
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        return channels.to(wide), dt, -torch.exp(self.A_log.to(wide)), B.to(wide), C.to(wide)
+
+    def _scan(
+        self,
+        inputs: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        cache: RecurrentCache | None,
+        begins: Tensor | None,
+    ) -> Tensor:
+        if cache is None:
+            return selective_scan(inputs, dt, A, B, C, reset=begins)[0]
+        state = cache.scan_states[self.layer_idx]
+        # A copy, because the scan keeps its initial state for the backward pass and the cache moves on.
+        outputs, last = selective_scan(inputs, dt, A, B, C, state.clone(), begins)
+        state.copy_(last.detach())
+        return outputs
+
+    def _convolve(self, channels: Tensor, cache: RecurrentCache | None, begins: Tensor | None) -> Tensor:
+        """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length."""
+        time, kernel = channels.shape[1], self.conv_kernel_size
+        document = None
+        if begins is not None:  # numbers over the whole window; what lies before this call belongs to the first, 0
+            document = F.pad(begins.cumsum(1)[..., None], (0, 0, kernel - 1, 0))
+        if cache is None:
+            window = F.pad(channels, (0, 0, kernel - 1, 0))
+        else:
+            past = cache.conv_states[self.layer_idx]
+            window = torch.cat([past.to(channels.dtype), channels], dim=1)
+            past.copy_(window[:, time:].detach())
+            if document is not None:
+                past.masked_fill_(document[:, time:] != document[:, -1:], 0)
+        weight = self.conv1d.weight[:, 0].to(channels.dtype)
+        outputs = channels * weight[:, -1]
+        for tap in range(kernel - 1):
+            earlier = window[:, tap : tap + time]
+            if document is None:
+                outputs = torch.addcmul(outputs, earlier, weight[:, tap])
+            else:
+                # The product is masked, not the factor: autograd then keeps the window once, not once a tap.
+                other = document[:, tap : tap + time] != document[:, kernel - 1 :]
+                outputs = outputs + (earlier * weight[:, tap]).masked_fill(other, 0)
+        return outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype)
+
+
+__all__ = ["MidiMambaMixer"]

@@ -1,0 +1,52 @@
+"""A discriminator as the reward function of TRL's trainers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.sampling import inference
+from midimamba.tokenization.processor import MidiProcessor
+
+
+class DiscriminatorReward:
+    """
+    How likely a prompt with its completion is real music: for `reward_funcs` of TRL's `GRPOTrainer` and `RLOOTrainer`.
+
+    Args:
+        discriminator (`MidiDiscriminator`): judges whole sequences.
+        processor (`MidiProcessor`): its `tokenizer` is the trainer's `processing_class`, and prompts are its text,
+            such as `"BOS_None Bar_None"`.
+        batch_size (`int`, *optional*, defaults to 64): sequences judged at once.
+    """
+
+    def __init__(self, discriminator: MidiDiscriminator, processor: MidiProcessor, batch_size: int = 64):
+        self.discriminator = discriminator
+        self.processor = processor
+        self.batch_size = batch_size
+        self.__name__ = "discriminator"  # under which TRL logs it
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any
+    ) -> list[float]:
+        """A probability for each completion. TRL passes more by name, which is of no use here."""
+        tokenizer = self.processor.tokenizer
+        sequences = [
+            torch.tensor([*tokenizer(prompt).input_ids, *ids])
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        rewards: list[float] = []
+        device = self.discriminator.device
+        with inference(self.discriminator):
+            for start in range(0, len(sequences), self.batch_size):
+                rows = sequences[start : start + self.batch_size]
+                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+                ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.pad_token_id)
+                logits = self.discriminator(ids.to(device), attention_mask=mask.to(device)).logits[:, 0]
+                rewards += logits.float().sigmoid().tolist()
+        return rewards
+
+
+__all__ = ["DiscriminatorReward"]
