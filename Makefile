@@ -39,6 +39,9 @@ check: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/scan.py --seq-len 512 --out benchmarks/results/scan-512.json
 	$(BIN)/python benchmarks/scan.py --seq-len 512 --mambapy --their-repeats 3 --out benchmarks/results/scan-512-mambapy.json
+	$(BIN)/python benchmarks/scan_memory.py --out benchmarks/results/scan-memory.json
+	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training-step.json
+	$(BIN)/python benchmarks/sampling.py --out benchmarks/results/sampling.json
 
 clean-demo:
 	rm -rf $(RUN)

@@ -21,6 +21,7 @@ from midimamba.evaluation.report import (
     sample_gallery,
     training_settings,
 )
+from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
 
 from .publish_corpus import publish_corpus
 
@@ -139,15 +140,25 @@ def _generator_card(
 ) -> ModelCard:
     # The Hub has no task for symbolic music; text generation is what loads the model and names its output: tokens.
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, license=license)
-    fields: dict[str, Any] = {}
+    fields = _architecture(folder)
     if report is not None and measured is not None:
-        fields = {
+        fields |= {
             "evaluation": evaluation_table(measured),
             "reading": reading(measured),
             "gallery": sample_gallery(report.parent),
             "curves": (report.parent / "curves.png").exists(),
         }
     return _render("generator_card.md", data, folder, repo_id=repo_id, **fields)
+
+
+def _architecture(folder: Path) -> dict[str, Any]:
+    """What kind of language model it is, and how transformers alone loads it."""
+    config = json.loads((folder / "config.json").read_text())
+    model_type = config["model_type"]
+    if model_type == MidiMambaConfig.model_type:
+        return {"kind": config["layout"], "loads_as": "with its own code", "trust": ", trust_remote_code=True"}
+    kind, name = {model_type: (layout, name) for layout, (model_type, name) in STOCK.items()}[model_type]
+    return {"kind": kind.capitalize(), "loads_as": f"a stock `{name}`, no remote code", "trust": ""}
 
 
 def _discriminator_card(folder: Path, repo_id: str, measured: Report | None, license: str | None) -> ModelCard:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer, TrainerCallback
 
 from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu
+from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import inference, sample
@@ -76,6 +77,10 @@ class AdversarialTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        for module in model.modules():
+            if isinstance(module, SwitchExperts):
+                # Sampling drops no token. Nor must the pass that scores its samples, or it scores another policy.
+                module.capacity_factor = model.config.num_experts
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self.rollout_policy = copy.deepcopy(model).requires_grad_(False).to(args.device)
         d_optimizer = torch.optim.AdamW(

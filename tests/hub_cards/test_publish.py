@@ -12,7 +12,7 @@ from symusic import Note, Score, Track
 
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
-from midimamba.hub_cards.publish import publish
+from midimamba.hub_cards.publish import _generator_card, publish
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator
 
@@ -201,6 +201,22 @@ def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
     assert "- `estimator`: dense" in cards["you/bach"]
     assert "91% of real sequences" in cards["you/bach-discriminator"]
     assert "77 tokens" in cards["you/bach-discriminator"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "loads_as", "trust"),
+    [
+        ("mamba", "A Mamba language model", "a stock `MambaForCausalLM`, no remote code", False),
+        ("transformer", "A Transformer language model", "a stock `LlamaForCausalLM`, no remote code", False),
+        ("moe-mamba", "A moe-mamba language model", "with its own code", True),
+    ],
+)
+def test_a_card_tells_how_its_layout_loads(layout: str, kind: str, loads_as: str, trust: bool, tmp_path: Path) -> None:
+    make_generator(layout=layout).save_pretrained(tmp_path)
+    card = str(_generator_card(tmp_path, "you/bach", None, None, None))
+    assert kind in card
+    assert f"With transformers alone ({loads_as};" in card
+    assert ("trust_remote_code=True" in card) == trust
 
 
 def test_an_own_card_stays_and_what_the_hub_refuses_is_one_line(

@@ -246,6 +246,21 @@ def test_a_last_batch_of_one_sequence_does_not_end_the_run(tmp_path: Path) -> No
     assert trainer.state.global_step == 4
 
 
+def test_experts_drop_no_token_of_a_sample(tmp_path: Path) -> None:
+    """Sampling drops none: the pass that scores its samples must not either, or it scores another policy."""
+    generator = make_generator(layout="moe-mamba", num_experts=4, capacity_factor=0.1)
+    blocks = make_blocks()
+    ids = torch.tensor(blocks["input_ids"])
+    assert generator.train()(ids).dropped_tokens > 0
+    args = make_trainer(tmp_path).args
+    trainer = AdversarialTrainer(generator, make_discriminator(), args, blocks, blocks)
+    scored = trainer.model.train()(ids)
+    assert scored.dropped_tokens == 0
+    torch.testing.assert_close(scored.logits, trainer.model.eval()(ids).logits)
+    trainer.train()
+    assert trainer.model.config.capacity_factor == 0.1
+
+
 def test_networks_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
     args = AdversarialConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
     with pytest.raises(ValueError, match="knows 5 tokens, the generator 11"):
