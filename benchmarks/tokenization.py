@@ -137,7 +137,7 @@ def peak_memory(command: list[str]) -> tuple[float, float]:
 
 def measure_memory(source: str | None, counts: list[int], workers: int) -> dict[str, object]:
     rows = []
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         originals = []
         if source:
             (Path(scratch) / "originals").mkdir()

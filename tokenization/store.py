@@ -113,7 +113,8 @@ class PieceStore:
         self._vocabularies = vocabularies
         self._unsaved = 0
         try:
-            self._db = sqlite3.connect(path, timeout=1)
+            # The trainers of `tokenizers` draw pieces from a thread of theirs, while this one waits.
+            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("BEGIN EXCLUSIVE")
             self._db.commit()

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_pieces_come_by_name_or_at_random(store: PieceStore) -> None:
     shuffled = [piece.name for piece in store.pieces("train", order="place")]
     assert shuffled != names
     assert sorted(shuffled) == names
+
+
+def test_pieces_may_be_drawn_from_another_thread(store: PieceStore) -> None:
+    """As the trainers of `tokenizers` do with many pieces."""
+    fill(store, ["a", "b"])
+    store.deal_splits(valid_fraction=0.0, test_fraction=0.0, seed=0)
+    with ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(lambda: [piece.name for piece in store.pieces("train")]).result()
+    assert drawn == ["a", "b"]
 
 
 @pytest.mark.parametrize(("vocabularies", "ids"), [(1, [5, 6, 7]), (3, [[1, 2, 3], [4, 5, 6]])])
