@@ -7,6 +7,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.tokenization.corpus import tokenize_corpus
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
 
@@ -25,6 +28,17 @@ torch.set_num_threads(1)
 @pytest.fixture
 def generator() -> MidiMambaForCausalLM:
     return make_generator()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve synthetic scores, tokenized: the folder that scripts take as `--data`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "midi").mkdir()
+    for seed in range(12):
+        make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
+    tokenize_corpus(str(folder / "midi"), folder / "data", vocab_size=720, num_workers=1)
+    return folder / "data"
 
 
 @pytest.fixture(scope="session")

@@ -24,16 +24,6 @@ LENGTH = 32
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "midi").mkdir()
-    for seed in range(12):
-        make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
-    tokenize_corpus(str(folder / "midi"), folder / "data", vocab_size=720, num_workers=1)
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
 def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained") / "model"
     processor = MidiProcessor.from_pretrained(corpus / "tokenizer")

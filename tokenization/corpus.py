@@ -164,7 +164,7 @@ def tokenize_corpus(
                 with_controls=bool(controls),
                 limit=limit,
             )
-            if reused := store.counts()["reused"]:
+            if reused := store.num_reused():
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
             if earlier is not None and earlier["arguments"] == arguments:

@@ -46,11 +46,6 @@ class MidiRefusedError(ValueError):
         return self.reason if self.source is None else f"{self.source}: {self.reason}"
 
 
-def find_midi_files(folder: str | Path) -> list[Path]:
-    """All `.mid`, `.midi` and `.kar` files (in any case) below `folder`, sorted by their path."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in MIDI_SUFFIXES and path.is_file())
-
-
 def read_score(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond) -> ScoreTick:
     """Read MIDI and check that it can be tokenised in reasonable time and memory.
 

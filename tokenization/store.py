@@ -177,6 +177,10 @@ class PieceStore:
         """Files that are listed and not refused."""
         return self._count("files WHERE reason IS NULL")
 
+    def num_reused(self) -> int:
+        """Files that an earlier run read."""
+        return self._count("files WHERE sha256 NOT NULL AND sha256 NOT IN (SELECT sha256 FROM fresh)")
+
     def entries(self) -> Iterator[Entry]:
         """The listed files, those of an archive together and in the order they lie in."""
         place: tuple[Any, ...] = (b"", -1, "")
@@ -291,15 +295,12 @@ class PieceStore:
         return {name: sorted(found) for name, found in values.items()}
 
     def counts(self) -> dict[str, int]:
-        """Files `refused`, `sanitized` to be read, `duplicates`, `reused` from an earlier run; `pieces`, those with a
-        `given` split, and those to `train` on.
-        """
+        """Files `refused`, `sanitized`, `duplicates`; `pieces`, those with a `given` split, those to `train` on."""
         read = "files JOIN outcomes USING (sha256) WHERE ids IS NOT NULL"
         return {
             "refused": sum(1 for _ in self.refusals()),
             "sanitized": self._count(f"{read} AND sanitized"),
             "duplicates": self._count(read) - self._count("pieces"),
-            "reused": self._count("files WHERE sha256 NOT NULL AND sha256 NOT IN (SELECT sha256 FROM fresh)"),
             "given": self._count("pieces WHERE given"),
             "train": self._count("pieces WHERE split = 'train'"),
             "pieces": self._count("pieces"),

@@ -10,7 +10,7 @@ from miditok import TokSequence
 from symusic import Note, Score, Tempo, Track
 
 from midimamba.tokenization import ingest
-from midimamba.tokenization.ingest import MidiRefusedError, find_midi_files, parse_midi, read_score
+from midimamba.tokenization.ingest import MidiRefusedError, parse_midi, read_score
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer
 from support import make_score
 
@@ -184,11 +184,3 @@ def test_arbitrary_bytes_are_refused_or_can_be_encoded(content: bytes) -> None:
     except MidiRefusedError:
         return
     assert base_ids(TOKENIZER, score)
-
-
-def test_midi_files_are_found_in_any_case_and_sorted(tmp_path: Path) -> None:
-    for name in ("b.MID", "a.midi", "sub/c.Kar", "sub/d.mid", "notes.txt", "e.mid.bak"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.mid").mkdir()
-    assert [path.name for path in find_midi_files(tmp_path)] == ["a.midi", "b.MID", "c.Kar", "d.mid"]

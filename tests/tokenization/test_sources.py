@@ -79,6 +79,14 @@ def test_a_folder_holds_files_and_archives(tmp_path: Path) -> None:
     assert contents_of(tmp_path) == expected
 
 
+def test_midi_files_are_found_in_any_case(tmp_path: Path) -> None:
+    for name in ("b.MID", "a.midi", "sub/c.Kar", "sub/d.mid", "notes.txt", "e.mid.bak"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mid").mkdir()
+    assert [entry.path.name for entry in entries_of(tmp_path)] == ["a.midi", "b.MID", "c.Kar", "d.mid"]
+
+
 @pytest.mark.parametrize("name", ["music.zip", "music.tar.gz"])
 def test_member_names_are_only_names(name: str, tmp_path: Path) -> None:
     (tmp_path / "box").mkdir()

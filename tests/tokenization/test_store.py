@@ -147,11 +147,11 @@ def test_a_later_run_knows_what_was_read_but_what_was_lost(tmp_path: Path) -> No
             store.add_file(Entry(name, Path(name), 1), name)
             store.add_outcome(name, Refused("why", "read", lost))
         store.finish_reading()
-        assert store.counts()["reused"] == 0
+        assert store.num_reused() == 0
     with PieceStore(tmp_path / "store", "reader") as store:
         assert [store.knows(sha) for sha in ("a", "bad", "lost", "new")] == [True, True, False, False]
         store.add_file(Entry("a", Path("a"), 1), "a")
-        assert store.counts()["reused"] == 1
+        assert store.num_reused() == 1
         store.finish_reading()  # "bad" is gone
         assert not store.knows("bad")
     with PieceStore(tmp_path / "store", "another reader") as store:

@@ -11,21 +11,9 @@ import midimamba
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
 from midimamba.modeling.configuration_midimamba import LAYOUTS
-from midimamba.tokenization.corpus import tokenize_corpus
 from midimamba.training.pretrain import PretrainArguments, new_config
-from support import make_score
 
 SCRIPT = Path(__file__).parents[2] / "training" / "pretrain.py"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "midi").mkdir()
-    for seed in range(12):
-        make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
-    tokenize_corpus(str(folder / "midi"), folder / "data", vocab_size=720, num_workers=1)
-    return folder / "data"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
