@@ -8,8 +8,7 @@ THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(THREADS) \
 	--mixed_precision no --dynamo_backend no
 
-# Threads that spin without end for one whose core another process has taken make small operations 20 to 50 times
-# slower; after this many turns they sleep. On an idle machine it costs nothing measurable.
+# As `import midimamba` sets it, for what imports torch before.
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM = false
 

@@ -4,11 +4,17 @@ The last line is JSON; `ratio` is the stock Mamba's time over ours at the larges
 whole distribution at temperature 1. Before anything is timed, our class must choose the same tokens as the stock one
 with the same weights: greedily, and with `generate` at the same seed. `late_over_early` is our time a token around
 position 8,000 over that around position 80.
+
+Every measurement has a process of its own, as it has for someone who runs `generate`. The stock Mamba allocates its
+states anew at every token, and what that costs depends on what the process allocated before: in one that had run other
+models it was anything from half as fast to as fast as in a new one.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +66,24 @@ def check_same_tokens(models: dict[str, PreTrainedModel], prompts: torch.Tensor)
             raise RuntimeError(f"ours and the stock Mamba choose different tokens with {options}")
 
 
-def seconds(model: PreTrainedModel, name: str, prompts: torch.Tensor, length: int) -> float:
+def seconds(name: str, sizes: tuple[int, int, int], batch: int, length: int) -> float:
+    """Time of one run of one model, after a short one to warm up."""
+    torch.manual_seed(0)
+    model = make_models(*sizes)[name]
+    prompts = torch.randint(3, sizes[0], (batch, 1))
+
+    def run(tokens: int) -> None:
+        sample(model, prompts, tokens) if name == "ours" else generate(model, prompts, tokens, do_sample=True)
+
+    run(8)
     start = time.perf_counter()
-    if name == "ours":
-        sample(model, prompts, length)
-    else:
-        generate(model, prompts, length, do_sample=True)
+    run(length)
     return time.perf_counter() - start
+
+
+def in_new_process(*arguments: Any) -> float:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(seconds, *arguments).result()
 
 
 def late_over_early(model: MidiMambaForCausalLM, batch: int) -> float:
@@ -95,22 +112,25 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    models = make_models(args.vocab, args.layers, args.hidden)
+    sizes = (args.vocab, args.layers, args.hidden)
+    models = make_models(*sizes)
     check_same_tokens(models, torch.randint(3, args.vocab, (4, 5)))
     rows = []
     for length in args.length:
         for batch in args.batch:
-            prompts = torch.randint(3, args.vocab, (batch, 1))
             times: dict[str, list[float]] = {name: [] for name in models}
             for _ in range(args.repeats):
-                for name, model in models.items():
-                    times[name].append(seconds(model, name, prompts, length))
+                for name in models:
+                    times[name].append(in_new_process(name, sizes, batch, length))
             median = {name: statistics.median(values) for name, values in times.items()}
             rows.append(
                 {
                     "batch": batch,
                     "length": length,
                     "ms_per_step": {name: round(1e3 * value / length, 3) for name, value in median.items()},
+                    "ms_per_step_each": {
+                        name: [round(1e3 * value / length, 3) for value in values] for name, values in times.items()
+                    },
                     "ratio_mamba": round(median["mamba"] / median["ours"], 2),
                     "ratio_llama": round(median["llama"] / median["ours"], 2),
                 }

@@ -41,7 +41,10 @@ PUBLISHED = (
         "scan_backends.py",
         "scan_chunked.py",
         "scan_common.py",
+        "numba_common.py",
+        "scan_numba.py",
         "scan_triton.py",
+        "step_numba.py",
     ),
 )
 PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")

@@ -7,7 +7,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from .configuration_midimamba import MidiMambaConfig
 from .recurrent_cache import RecurrentCache
-from .selective_scan import selective_scan, selective_step_
+from .selective_scan import choose_backend, selective_scan, selective_step_
 
 
 class MidiMambaMixer(MambaMixer):
@@ -50,7 +50,11 @@ class MidiMambaMixer(MambaMixer):
 
     def _step(self, hidden_states: Tensor, cache: RecurrentCache) -> Tensor:
         """One token `(batch, hidden)` onto the state, in place and without a graph: what `forward` computes."""
-        channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        projected = self.in_proj(hidden_states)
+        fits_kernels = projected.dtype == self.A_log.dtype == torch.float32 and self.config.hidden_act == "silu"
+        if fits_kernels and choose_backend(projected.device) == "numba":
+            return self._step_by_kernels(projected, cache)
+        channels, gate = projected.chunk(2, dim=-1)
         past, weight = cache.conv_states[self.layer_idx], self.conv1d.weight[:, 0].T.contiguous()
         mixed = channels * weight[-1]
         for tap, kernel in enumerate(weight[:-1]):
@@ -63,6 +67,17 @@ class MidiMambaMixer(MambaMixer):
         outputs = selective_step_(cache.scan_states[self.layer_idx], inputs, dt, A, B, C, cache.scratch)
         outputs = outputs.addcmul_(inputs, self.D.to(inputs.dtype)) * self.act(gate)
         return self.out_proj(outputs.to(hidden_states.dtype))
+
+    def _step_by_kernels(self, projected: Tensor, cache: RecurrentCache) -> Tensor:
+        """The same by kernels, from channels and gate `(batch, 2 * channels)` on."""
+        from .step_numba import convolve_step_, scan_step_
+
+        past, state = cache.conv_states[self.layer_idx], cache.scan_states[self.layer_idx]
+        channels = convolve_step_(past, projected, self.conv1d.weight, self.conv1d.bias)
+        selected = self.x_proj(channels)
+        steps = F.linear(selected[:, : self.time_step_rank], self.dt_proj.weight)
+        outputs = scan_step_(state, channels, steps, self.dt_proj.bias, self.A_log, selected, self.D, projected)
+        return self.out_proj(outputs)
 
     def _discretize(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the scan needs of the convolved channels `(…, channels)`: itself, dt, A, B and C, in float32 or wider.

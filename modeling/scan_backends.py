@@ -12,7 +12,7 @@ from torch import Tensor
 from .scan_common import refuse_gradient, working_dtype
 
 # The fastest first.
-BACKENDS = ("mamba_ssm", "triton", "chunked", "reference")
+BACKENDS = ("mamba_ssm", "triton", "numba", "chunked", "reference")
 VARIABLE = "MIDIMAMBA_SCAN"
 # A program of the Triton kernels holds the states in registers; mamba_ssm states its own limit.
 _MAX_TRITON_STATE, _MAX_MAMBA_SSM_STATE = 64, 256
@@ -36,7 +36,7 @@ def available_backends(device: torch.device | str) -> list[str]:
         device (`torch.device` or `str`): where the tensors would be.
 
     Returns:
-        `list[str]`: some of `"mamba_ssm"`, `"triton"`, `"chunked"` and `"reference"`.
+        `list[str]`: some of `"mamba_ssm"`, `"triton"`, `"numba"`, `"chunked"` and `"reference"`.
     """
     call = _Call(torch.device(device), torch.float32, 1, False, False)
     return [name for name in BACKENDS if _obstacle(name, call) is None]
@@ -56,8 +56,8 @@ def choose_backend(
     Args:
         device (`torch.device` or `str`): where the tensors are.
         backend (`str`, *optional*): the backend asked for. By default the one that the environment variable
-            `MIDIMAMBA_SCAN` names and, where it is unset or empty, the fastest: on CUDA the first of `mamba_ssm`,
-            `triton` and `chunked` that is installed and able, elsewhere `chunked`.
+            `MIDIMAMBA_SCAN` names and, where it is unset or empty, the fastest that is installed and able: of
+            `mamba_ssm`, `triton` and `chunked` on CUDA, of `numba` and `chunked` elsewhere.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): the type of the recurrent state.
         state_size (`int`, *optional*, defaults to 16): the size of the state of a channel.
         has_initial_state (`bool`, *optional*, defaults to `False`): whether an initial state is given.
@@ -72,9 +72,8 @@ def choose_backend(
     call = _Call(torch.device(device), dtype, state_size, has_initial_state, has_reset)
     asked, source = (backend, "backend") if backend is not None else (os.environ.get(VARIABLE, ""), VARIABLE)
     if asked == "" and backend is None:
-        if call.device.type != "cuda":
-            return "chunked"
-        return next(name for name in BACKENDS if _obstacle(name, call) is None)
+        candidates = BACKENDS if call.device.type == "cuda" else ("numba", "chunked")
+        return next(name for name in candidates if _obstacle(name, call) is None)
     if asked not in BACKENDS:
         raise ValueError(f"{source}={asked!r} is no backend of the scan: choose one of {', '.join(sorted(BACKENDS))}")
     obstacle = _obstacle(asked, call)
@@ -90,6 +89,8 @@ def _obstacle(name: str, call: _Call) -> str | None:
         return _triton_obstacle(call)
     if name == "mamba_ssm":
         return _mamba_ssm_obstacle(call)
+    if name == "numba":
+        return _numba_obstacle(call)
     return None
 
 
@@ -100,6 +101,18 @@ def _triton_obstacle(call: _Call) -> str | None:
         return "Triton cannot be imported (pip install triton)"
     if call.state_size > _MAX_TRITON_STATE:
         return f"it takes at most {_MAX_TRITON_STATE} state values a channel, and here are {call.state_size}"
+    return None
+
+
+def _numba_obstacle(call: _Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"it takes tensors on the processor and these are on {call.device}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot look into its kernels"
+    if not _importable("numba"):
+        return "Numba cannot be imported (pip install numba)"
+    if call.dtype != torch.float32:
+        return f"its state is float32, and here it is {str(call.dtype).removeprefix('torch.')}"
     return None
 
 

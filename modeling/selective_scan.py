@@ -20,6 +20,7 @@ from .scan_common import working_dtype
 __all__ = ["available_backends", "choose_backend", "selective_scan", "selective_scan_reference", "selective_step_"]
 
 
+@torch.compiler.disable  # traced, the loop over time would be unrolled: minutes of compilation for a few hundred steps
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -42,8 +43,8 @@ def selective_scan(
             zeros by default.
         reset (`BoolTensor` of shape `(batch, time)`, *optional*): steps at which a document begins: the state before
             them is zero, the initial state included; none by default.
-        backend (`str`, *optional*): `"reference"`, `"chunked"`, `"triton"` or `"mamba_ssm"`; chosen by
-            [`choose_backend`] by default.
+        backend (`str`, *optional*): `"reference"`, `"chunked"`, `"numba"`, `"triton"` or `"mamba_ssm"`; chosen
+            by [`choose_backend`] by default.
 
     Returns:
         `tuple[Tensor, Tensor]`: the output of shape `(batch, time, channels)` in the type of `x`, and the state after
@@ -75,6 +76,10 @@ def selective_scan(
             from .scan_triton import scan_triton
 
             return scan_triton(x, dt, A, B, C, initial_state, reset)
+        if name == "numba":
+            from .scan_numba import scan_numba
+
+            return scan_numba(x, dt, A, B, C, initial_state, reset)
         return scan_chunked(x, dt, A, B, C, initial_state, reset)
 
 

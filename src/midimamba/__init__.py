@@ -3,7 +3,13 @@
 Importing the package registers its classes with transformers' Auto classes; stock classes keep doing what they did.
 """
 
+import os
 from typing import Any
+
+# Read when torch is imported. Its threads spin between two operations, and hold the core that another process, or a
+# kernel of ours, wants: small operations took up to 50 times as long on a busy machine, and our scan twice as long on
+# an idle one. After fewer turns they sleep, which costs nothing measurable.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
 

@@ -1,5 +1,7 @@
 """The scan in plain torch against the obvious loop, in values and in all gradients; what it refuses; its choice."""
 
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from midimamba.modeling import scan_backends
 from midimamba.modeling import selective_scan as selective_scan_module
 from midimamba.modeling.scan_backends import scan_mamba_ssm
 from midimamba.modeling.scan_chunked import CHUNK
+from midimamba.modeling.scan_numba import WIDTH
 from midimamba.modeling.selective_scan import (
     available_backends,
     choose_backend,
@@ -24,6 +27,8 @@ from scan_support import assert_equals_reference, make_inputs, run
 # Rows with resets at the first step, in succession and on both sides of a chunk's border; elsewhere; and nowhere.
 RESETS = ((0, 3, 4, 5, CHUNK - 1, CHUNK), (1, CHUNK + 1, 70), ())
 plain_torch = pytest.mark.parametrize("backend", ["chunked", "reference"])
+on_processor = pytest.mark.parametrize("backend", ["chunked", "numba"])
+every_backend = pytest.mark.parametrize("backend", ["chunked", "numba", "reference"])
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +44,73 @@ def make_reset(batch: int, time: int) -> Tensor:
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("time", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 77])
+@on_processor
 def test_equals_the_reference_in_values_and_gradients(
-    batch: int, time: int, with_state: bool, with_reset: bool
+    backend: str, time: int, batch: int, with_state: bool, with_reset: bool
 ) -> None:
     inputs = make_inputs(batch, time, 5, 3)
     reset = make_reset(batch, time) if with_reset else None
-    assert_equals_reference("chunked", inputs if with_state else inputs[:5], reset)
+    assert_equals_reference(backend, inputs if with_state else inputs[:5], reset)
+
+
+@pytest.mark.parametrize("channels", [WIDTH - 1, WIDTH, 2 * WIDTH + 3])
+def test_blocks_of_channels_fit_together(channels: int) -> None:
+    assert_equals_reference("numba", make_inputs(2, 9, channels, 2), make_reset(2, 9))
+
+
+def test_threads_change_no_bit() -> None:
+    inputs = make_inputs(3, 40, WIDTH + 5, 2)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            output, state, gradients = run("numba", inputs, make_reset(3, 40))
+            results.append([output, state, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+
+@on_processor
+def test_a_nan_stays_one(backend: str) -> None:
+    """Or a guard against divergence would see nothing."""
+    inputs = make_inputs(1, 9, 3, 2)
+    with torch.no_grad():
+        inputs[0][0, 4, 1] = torch.nan
+    output, state, gradients = run(backend, inputs)
+    assert output[0, 4:, 1].isnan().all()
+    assert output[0, :, [0, 2]].isfinite().all()
+    assert state[0, :, 1].isnan().all()
+    assert all(gradient.isnan().any() for gradient in gradients)
+
+
+@on_processor
+def test_a_state_that_decays_to_nothing_or_not_at_all(backend: str) -> None:
+    inputs = make_inputs(1, 5, 3, 2)
+    with torch.no_grad():
+        inputs[1][0, 1], inputs[1][0, 3] = 1e4, 0
+    output, state, gradients = run(backend, inputs)
+    expected_output, expected_state, _ = run("reference", inputs)
+    torch.testing.assert_close(output, expected_output)
+    torch.testing.assert_close(state, expected_state)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    inputs = make_inputs(2, 5, WIDTH + 1, 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        selective_scan(*inputs, backend="numba")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a pool without its threads would wait for ever
+            selective_scan(*inputs, backend="numba")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 @plain_torch
@@ -57,12 +123,14 @@ def test_gradients_equal_finite_differences(backend: str) -> None:
     assert torch.autograd.gradcheck(scan, (*inputs, make_reset(2, CHUNK + 3)), fast_mode=True)
 
 
-def test_gradient_of_the_final_state_alone() -> None:
-    assert_equals_reference("chunked", make_inputs(2, 40, 3, 2, torch.float64), final_only=True)
+@on_processor
+def test_gradient_of_the_final_state_alone(backend: str) -> None:
+    dtype = torch.float64 if backend == "chunked" else torch.float32
+    assert_equals_reference(backend, make_inputs(2, 40, 3, 2, dtype), final_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@plain_torch
+@every_backend
 def test_the_state_is_float32_when_the_inputs_are_not(backend: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(2, 60, 4, 3, dtype)
     output, state, gradients = run(backend, inputs)
@@ -84,11 +152,12 @@ def test_a_wider_input_widens_the_state(backend: str) -> None:
     torch.testing.assert_close(state, selective_scan_reference(x.float().double(), *others)[1])
 
 
-def test_autocast_changes_nothing_neither_forward_nor_backward() -> None:
+@on_processor
+def test_autocast_changes_nothing_neither_forward_nor_backward(backend: str) -> None:
     inputs = make_inputs(2, 40, 4, 3)
-    output, state, gradients = run("chunked", inputs)
+    output, state, gradients = run(backend, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast_output, cast_state, cast_gradients = run("chunked", inputs)
+        cast_output, cast_state, cast_gradients = run(backend, inputs)
     for ours, theirs in zip((cast_output, cast_state, *cast_gradients), (output, state, *gradients), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -117,7 +186,7 @@ def test_a_reset_sequence_equals_two_sequences(backend: str, begin: int) -> None
     torch.testing.assert_close(final, last)
 
 
-@plain_torch
+@every_backend
 def test_a_reset_at_the_first_step_drops_the_initial_state(backend: str) -> None:
     *inputs, state = make_inputs(2, 5, 4, 3)
     reset = torch.tensor([[True] + 4 * [False], 5 * [False]])
@@ -136,17 +205,19 @@ def test_a_step_equals_a_scan_of_one_and_updates_the_state_in_place() -> None:
     torch.testing.assert_close(state, final)
 
 
-def test_the_initial_state_is_left_as_it_is() -> None:
+@every_backend
+def test_the_initial_state_is_left_as_it_is(backend: str) -> None:
     *inputs, state = make_inputs(2, 40, 4, 3)
     before = state.detach().clone()
-    selective_scan(*inputs, state)
+    selective_scan(*inputs, state, backend=backend)
     assert torch.equal(state, before)
 
 
 @pytest.mark.parametrize("loss", [lambda output: output.square().sum(), lambda output: output.sum()])
-def test_a_second_derivative_is_refused_unless_by_the_reference(loss) -> None:
+@on_processor
+def test_a_second_derivative_is_refused_unless_by_the_reference(backend: str, loss) -> None:
     inputs = make_inputs(1, 3, 2, 2)
-    (gradient,) = torch.autograd.grad(loss(selective_scan(*inputs)[0]), inputs[1], create_graph=True)
+    (gradient,) = torch.autograd.grad(loss(selective_scan(*inputs, backend=backend)[0]), inputs[1], create_graph=True)
     with pytest.raises(RuntimeError, match=r'no second derivative.*backend="reference"'):
         gradient.sum().backward()
     output, _ = selective_scan(*inputs, backend="reference")
@@ -163,7 +234,7 @@ def test_memory_kept_for_backward_is_inputs_plus_one_state_a_chunk(dtype: torch.
     inputs[5] = inputs[5].detach().float().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        selective_scan(*inputs)
+        selective_scan(*inputs, backend="chunked")
     inputs_without_state = sum(tensor.nbytes for tensor in inputs[:5])
     assert sum(kept) == inputs_without_state + (time // CHUNK) * batch * state * channels * 4
 
@@ -213,11 +284,14 @@ def test_the_fastest_backend_that_is_able_is_chosen(installed: set[str]) -> None
     assert available_backends("cuda") == ["chunked", "reference"]
     installed.add("triton")
     assert (choose_backend("cpu"), choose_backend("cuda")) == ("chunked", "triton")
+    installed.add("numba")
+    assert (choose_backend("cpu"), choose_backend("cuda"), choose_backend("mps")) == ("numba", "triton", "chunked")
+    assert choose_backend("cpu", dtype=torch.float64) == "chunked"
     assert choose_backend("cuda", state_size=65) == "chunked"
     installed.add("mamba_ssm")
-    assert (choose_backend("cpu"), choose_backend("cuda")) == ("chunked", "mamba_ssm")
+    assert (choose_backend("cpu"), choose_backend("cuda")) == ("numba", "mamba_ssm")
     assert available_backends("cuda") == ["mamba_ssm", "triton", "chunked", "reference"]
-    assert available_backends("cpu") == ["chunked", "reference"]
+    assert available_backends("cpu") == ["numba", "chunked", "reference"]
     # What mamba_ssm cannot do goes elsewhere.
     assert choose_backend("cuda", has_initial_state=True) == "triton"
     assert choose_backend("cuda", has_reset=True) == "triton"
@@ -233,7 +307,7 @@ def test_the_argument_goes_before_the_environment(installed: set[str], monkeypat
 
 def test_the_environment_chooses_what_the_scan_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(1, 3, 2, 2)
-    for name, graph in (("reference", "Stack"), ("chunked", "_ChunkedScan")):
+    for name, graph in (("reference", "Stack"), ("chunked", "_ChunkedScan"), ("numba", "_NumbaScan")):
         monkeypatch.setenv("MIDIMAMBA_SCAN", name)
         assert graph in selective_scan(*inputs)[0].grad_fn.name()
 
@@ -258,12 +332,12 @@ def test_the_choice_is_told_what_the_call_needs(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"backend='fast' .*chunked, mamba_ssm, reference, triton"):
+    with pytest.raises(ValueError, match=r"backend='fast' .*chunked, mamba_ssm, numba, reference, triton"):
         choose_backend("cpu", "fast")
     with pytest.raises(ValueError, match="backend=''"):
         choose_backend("cpu", "")
     monkeypatch.setenv("MIDIMAMBA_SCAN", "fast")
-    with pytest.raises(ValueError, match=r"MIDIMAMBA_SCAN='fast' .*chunked, mamba_ssm, reference, triton"):
+    with pytest.raises(ValueError, match=r"MIDIMAMBA_SCAN='fast' .*chunked, mamba_ssm, numba, reference, triton"):
         selective_scan(*make_inputs(1, 3, 2, 2))
 
 
@@ -276,23 +350,27 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are(monkeypatch: pyt
         ("cuda", "mamba_ssm", {"has_initial_state": True}, "no initial state. Choose triton or chunked"),
         ("cuda", "mamba_ssm", {"has_reset": True}, "no reset. Choose triton or chunked"),
         ("cuda", "mamba_ssm", {"dtype": torch.float64}, "no float64. Choose triton or chunked"),
+        ("cuda", "numba", {}, "tensors on the processor and these are on cuda. Choose mamba_ssm or triton or chunked"),
+        ("cpu", "numba", {"dtype": torch.float64}, "its state is float32, and here it is float64. Choose chunked"),
         ("cuda", "mamba_ssm", {"state_size": 257}, "at most 256 .* here are 257. Choose chunked or reference"),
     ],
 )
 def test_a_backend_asked_for_says_why_it_cannot(
     installed: set[str], device: str, backend: str, options: dict, message: str
 ) -> None:
-    installed.update({"triton", "mamba_ssm"})
+    installed.update({"triton", "mamba_ssm", "numba"} if backend == "numba" else {"triton", "mamba_ssm"})
     with pytest.raises(ValueError, match=message):
         choose_backend(device, backend, **options)
 
 
-@pytest.mark.parametrize(("backend", "install"), [("triton", "triton"), ("mamba_ssm", "mamba-ssm")])
+@pytest.mark.parametrize(
+    ("backend", "install"), [("triton", "triton"), ("mamba_ssm", "mamba-ssm"), ("numba", "numba")]
+)
 def test_a_backend_that_is_not_installed_says_how_to_install_it(
     installed: set[str], backend: str, install: str
 ) -> None:
     with pytest.raises(ValueError, match=f"pip install {install}"):
-        choose_backend("cuda", backend)
+        choose_backend("cpu" if backend == "numba" else "cuda", backend)
 
 
 def test_a_package_that_is_there_but_does_not_load_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
