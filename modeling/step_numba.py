@@ -38,7 +38,7 @@ def _scan(
     channels: Any,
     steps: Any,
     bias: Any,
-    A: Any,
+    A_log: Any,
     selected: Any,
     D: Any,
     projected: Any,
@@ -47,7 +47,11 @@ def _scan(
     first: int,
     last: int,
 ) -> None:
-    size, width = A.shape
+    width, size = A_log.shape
+    A = np.empty((size, width), np.float32)
+    for c in range(width):
+        for n in range(size):
+            A[n, c] = -LOG2_E * exp2(LOG2_E * A_log[c, n])
     entering_at, reading_at = selected.shape[1] - 2 * size, selected.shape[1] - size
     dt, entering = np.empty(width, np.float32), np.empty(width, np.float32)
     for b in range(first, last):
@@ -111,8 +115,7 @@ def scan_step_(
         `Tensor` of shape `(batch, channels)`: what the output projection takes.
     """
     output = torch.empty_like(channels)
-    A = A_log.T.exp().mul_(-float(LOG2_E)).contiguous()
-    tensors = (channels, steps, bias, A, selected, D, projected, state, output)
+    tensors = (channels, steps, bias, A_log, selected, D, projected, state, output)
     in_parallel(_scan, tensors, len(channels), _ROWS_A_THREAD)
     return output
 
