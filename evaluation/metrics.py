@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from midimamba.modeling.recurrent_cache import RecurrentCache
 from midimamba.modeling.sampling import inference
 from midimamba.tokenization.packing import IGNORED, BlockCollator
 
@@ -49,7 +50,49 @@ def held_out_nll(model: Any, blocks: Tensor, collator: BlockCollator, batch_size
     return total / targets
 
 
-def discriminator_accuracy(discriminator: Any, real: Tensor, fake: Tensor, batch_size: int = 64) -> dict[str, float]:
+def piece_nlls(
+    model: Any, pieces: Sequence[Sequence[int]], collator: BlockCollator, window: int = 1024
+) -> tuple[list[float], list[int]]:
+    """
+    Negative log-likelihood of whole pieces, each read from its begin to its end with all its past.
+
+    By a piece's notes or seconds instead of its tokens, it is comparable between tokenizers: a large vocabulary writes
+    the same music with fewer and costlier tokens.
+
+    Args:
+        model (`MidiMambaForCausalLM`): its mode is the same afterwards.
+        pieces (`Sequence[Sequence[int]]`): ids of one piece each, from begin- to end-of-sequence.
+        collator (`BlockCollator`): knows which tokens are no targets.
+        window (`int`, *optional*, defaults to 1024): tokens a forward pass, which bounds memory and changes nothing:
+            the state is carried on.
+
+    Returns:
+        `tuple[list[float], list[int]]`: nats and predicted tokens of every piece.
+    """
+    nats, targets = [], []
+    with inference(model):
+        for ids in tqdm(pieces, desc="held-out likelihood", leave=False, disable=None):
+            piece = torch.tensor([ids], device=model.device)
+            labels = collator.separate(piece)["labels"]
+            cache = RecurrentCache.for_model(model, 1, max_length=len(ids))
+            total = 0.0
+            for start in range(0, len(ids) - 1, window):
+                following = labels[0, start + 1 : start + 1 + window]
+                read = piece[:, start : start + len(following)]
+                logits = model(input_ids=read, past_key_values=cache).logits[0].float()
+                total += F.cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum").item()
+            nats.append(total)
+            targets.append(int((labels[0, 1:] != IGNORED).sum()))
+    return nats, targets
+
+
+def discriminator_accuracy(
+    discriminator: Any,
+    real: Tensor,
+    fake: Tensor,
+    batch_size: int = 64,
+    masks: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
     """
     How often a discriminator is right at the threshold 0.5. At an `accuracy` of 0.5 it cannot tell the two apart.
 
@@ -58,15 +101,26 @@ def discriminator_accuracy(discriminator: Any, real: Tensor, fake: Tensor, batch
         real (`LongTensor` of shape `(n, time)`): held-out music.
         fake (`LongTensor` of shape `(m, time)`): generated sequences.
         batch_size (`int`, *optional*, defaults to 64): sequences a forward pass.
+        masks (`tuple` of two `LongTensor`s, *optional*): 0 on padding of `real` and of `fake`, 1 elsewhere.
 
     Returns:
         `dict[str, float]`: `accuracy_real`, `accuracy_fake`, and `accuracy`, the mean of the two, so that it does not
         depend on how many sequences of each kind there are.
     """
-    with inference(discriminator):
-        right_real = _called_real(discriminator, real, batch_size)
-        right_fake = 1.0 - _called_real(discriminator, fake, batch_size)
+    of_real, of_fake = masks or (torch.ones_like(real), torch.ones_like(fake))
+    right_real = called_real(discriminator, real, of_real, batch_size)
+    right_fake = 1.0 - called_real(discriminator, fake, of_fake, batch_size)
     return {"accuracy": (right_real + right_fake) / 2, "accuracy_real": right_real, "accuracy_fake": right_fake}
+
+
+def called_real(discriminator: Any, sequences: Tensor, mask: Tensor, batch_size: int = 64) -> float:
+    """The share of sequences `(n, time)`, whose padding the mask tells, that are more likely real than generated."""
+    called, device = [], discriminator.device
+    batches = zip(_batches(sequences, batch_size, "discriminator"), mask.split(batch_size), strict=True)
+    with inference(discriminator):
+        for rows, valid in batches:
+            called.append(discriminator(rows.to(device), attention_mask=valid.to(device)).logits[:, 0] > 0)
+    return torch.cat(called).float().mean().item()
 
 
 def distinct_n(sequences: Sequences, n: int) -> float:
@@ -153,15 +207,6 @@ def _rows(sequences: Sequences) -> list[list[int]]:
 
 def _ngrams(row: list[int], n: int) -> Iterator[NGram]:
     return zip(*(row[start:] for start in range(n)), strict=False)
-
-
-def _called_real(discriminator: Any, sequences: Tensor, batch_size: int) -> float:
-    """The share of `sequences` whose probability of being real is above one half."""
-    called = [
-        discriminator(input_ids=batch.to(discriminator.device)).logits[:, 0] > 0
-        for batch in _batches(sequences, batch_size, "discriminator")
-    ]
-    return torch.cat(called).float().mean().item()
 
 
 def _batches(sequences: Tensor, batch_size: int, description: str) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from .configuration_discriminator import MidiDiscriminatorConfig
 from .configuration_midimamba import MidiMambaConfig
 from .modeling_midimamba import MidiMambaModel
+from .recurrent_cache import RecurrentCache
 
 
 @dataclass
@@ -45,14 +46,15 @@ class ConvolutionEncoder(nn.Module):
         """Ids and mask of shape `(batch, time)` to features of shape `(batch, num_features)`."""
         missing = max(0, max(self.widths) - input_ids.shape[1])
         mask = F.pad(mask, (0, missing))
-        embedded = F.pad(self.embeddings(input_ids), (0, 0, 0, missing)) * mask[..., None]
+        embedded = (F.pad(self.embeddings(input_ids), (0, 0, 0, missing)) * mask[..., None]).transpose(1, 2)
         pooled = []
         for width, convolution in zip(self.widths, self.convolutions, strict=True):
-            activation = F.relu(convolution(embedded.transpose(1, 2)))
             # Only windows without padding count; rectified activations are at least 0, so 0 means "not there".
-            window = mask.unfold(1, width, 1).amin(-1)
-            pooled.append((activation * window[:, None]).amax(-1))
-        features = torch.cat(pooled, dim=1)
+            is_padded = mask.unfold(1, width, 1).amin(-1)[:, None] == 0
+            # `max` keeps indices for the backward pass where `amax` would keep the activations of every window, and
+            # rectifies but one a filter: in training, memory is that of one width instead of all of them.
+            pooled.append(convolution(embedded).masked_fill_(is_padded, 0).max(-1).values)
+        features = F.relu(torch.cat(pooled, dim=1))
         candidate, gate = self.highway(features).chunk(2, dim=-1)
         carry = torch.sigmoid(gate - 2.0)  # SeqGAN's bias: begin by passing features through
         return carry * F.relu(candidate) + (1 - carry) * features
@@ -105,27 +107,51 @@ class MidiDiscriminator(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_submodule("embeddings")
 
+    def make_cache(self, batch_size: int) -> RecurrentCache:
+        """The state before the first token of so many sequences, for kind `mamba`.
+
+        Raises:
+            ValueError: for kind `cnn`, which keeps no state.
+        """
+        if not isinstance(self.encoder, MidiMambaModel):
+            raise ValueError("a discriminator of kind 'cnn' has no state; it reads whole sequences")
+        return RecurrentCache.for_model(self.encoder, batch_size)
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> DiscriminatorOutput:
         """
         Args:
-            input_ids (`LongTensor` of shape `(batch, time)`): whole sequences.
-            attention_mask (`LongTensor` of shape `(batch, time)`, *optional*): 0 on padding.
+            input_ids (`LongTensor` of shape `(batch, time)`): whole sequences, or what follows `past_key_values`.
+            attention_mask (`LongTensor` of shape `(batch, time)`, *optional*): 0 on padding of the `input_ids`.
             labels (`Tensor` of shape `(batch,)`, *optional*): 1 for real, 0 for generated (or between, for smoothed
                 labels). The loss is the cross-entropy; for `mamba` its mean over every prefix of a sequence.
+            past_key_values (`RecurrentCache`, *optional*): `mamba` only: the state to continue from, made by
+                [`~MidiDiscriminator.make_cache`] and **updated in place**. `logits` then value the sequences from
+                their start to the last of the new tokens that is no padding; a row of padding alone has none.
+
+        Raises:
+            ValueError: if `past_key_values` is given to a discriminator of kind `cnn`.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_logits = None
         if self.config.kind == "cnn":
+            if past_key_values is not None:
+                raise ValueError("a discriminator of kind 'cnn' has no state; leave past_key_values out")
             features = self.encoder(input_ids, mask.to(self.dtype))
             logits = self.score(self.dropout(features))
         else:
-            hidden = self.encoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            hidden = self.encoder(
+                input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+            ).last_hidden_state
             position_logits = self.score(self.dropout(hidden.to(self.dtype))).squeeze(-1)
             last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1, keepdim=True)
             logits = position_logits.gather(1, last)

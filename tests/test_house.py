@@ -100,7 +100,7 @@ def test_the_wheel_holds_every_module_recipe_and_card(tmp_path: Path) -> None:
         "midimamba/py.typed"
     }
     for folder in FOLDERS:
-        for pattern in ("*.py", "*.md", "recipes/*.yaml", "recipes/*.py"):
+        for pattern in ("*.py", "*.md", "recipes/*.yaml", "recipes/*.py", "accelerate_configs/*.*"):
             expected |= {f"midimamba/{file.relative_to(ROOT)}" for file in (ROOT / folder).glob(pattern)}
     assert {name for name in packed if ".dist-info" not in name} == expected
 

@@ -41,6 +41,8 @@ def main() -> None:
     from midimamba.tokenization.packing import BlockCollator
     from midimamba.training.adversarial_config import AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
+    from midimamba.training.lora import LoraArguments, lora_config
+    from midimamba.training.rollout import tokens_that_begin_bars
     from midimamba.training.scripts import (
         RecipeParser,
         announce,
@@ -53,9 +55,9 @@ def main() -> None:
     )
 
     parser = RecipeParser(
-        (AdversarialArguments, Augmentation, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE
+        (AdversarialArguments, LoraArguments, Augmentation, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE
     )
-    script_args, augmentation, training_args = parser.parse_recipe()
+    script_args, lora_args, augmentation, training_args = parser.parse_recipe()
     warn_of_a_lost_process()
     resume = find_resume_point(training_args)
     train, validation, processor = load_blocks(
@@ -75,6 +77,8 @@ def main() -> None:
             eval_dataset=validation,
             data_collator=BlockCollator.for_processor(processor),
             processing_class=processor,
+            bar_token_ids=tokens_that_begin_bars(processor.midi_tokenizer),
+            peft_config=lora_config(lora_args),
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -82,10 +86,10 @@ def main() -> None:
     if trainer.is_world_process_zero():
         output = Path(training_args.output_dir)
         d_output = output.with_name(f"{output.name}-discriminator")
-        arguments = (training_args, augmentation, script_args)
+        arguments = (training_args, augmentation, lora_args, script_args)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
-        save_model(output, trainer.generator, processor, arguments=arguments)
+        save_model(output, trainer.generator_for_saving, processor, arguments=arguments)
         announce(f"the generator is in {output}, the discriminator in {d_output}")
         if push:
             repo = training_args.hub_model_id or output.name

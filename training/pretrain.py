@@ -80,6 +80,7 @@ def main() -> None:
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
     from midimamba.tokenization.augmentation import Augmentation
     from midimamba.tokenization.packing import BlockCollator
+    from midimamba.training.lora import LoraArguments, add_adapters, lora_config, merged
     from midimamba.training.scripts import (
         RecipeParser,
         announce,
@@ -90,8 +91,13 @@ def main() -> None:
         warn_of_a_lost_process,
     )
 
-    parser = RecipeParser((PretrainArguments, Augmentation, TrainingArguments), prog="pretrain.py", epilog=EXAMPLE)
-    script_args, augmentation, training_args = parser.parse_recipe()
+    parser = RecipeParser(
+        (PretrainArguments, LoraArguments, Augmentation, TrainingArguments), prog="pretrain.py", epilog=EXAMPLE
+    )
+    script_args, lora_args, augmentation, training_args = parser.parse_recipe()
+    peft_config = lora_config(lora_args)
+    if peft_config is not None and script_args.model is None:
+        raise InputError("use_peft needs --model, a generator to adapt: adapters of a new one would learn little")
     warn_of_a_lost_process()
     resume = find_resume_point(training_args)
     train, validation, processor = load_blocks(
@@ -103,7 +109,7 @@ def main() -> None:
     else:
         model = MidiMambaForCausalLM(new_config(script_args, processor))
     trainer = Trainer(
-        model=model,
+        model=model if peft_config is None else add_adapters(model, peft_config),
         args=training_args,
         data_collator=BlockCollator.for_processor(processor, script_args.carry_state),
         train_dataset=train,
@@ -120,9 +126,9 @@ def main() -> None:
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         save_model(
             output,
-            trainer.accelerator.unwrap_model(trainer.model),
+            merged(model),
             processor,
-            arguments=(training_args, augmentation, script_args),
+            arguments=(training_args, augmentation, lora_args, script_args),
         )
         announce(f"the generator is in {output}")
     trainer.end()

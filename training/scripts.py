@@ -25,6 +25,7 @@ from midimamba.tokenization.corpus import load_corpus
 from midimamba.tokenization.packing import PackedBlocks
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizations import ONE_STREAM
+from midimamba.training.guard import is_complete, last_complete_checkpoint
 
 
 class RecipeParser(TrlParser):
@@ -156,7 +157,7 @@ def _drop_wide_filters(config: MidiDiscriminatorConfig, length: int) -> None:
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from. `--resume_from_checkpoint true` takes the last one, if there is any.
+    """The checkpoint to go on from. `--resume_from_checkpoint true` takes the last whole one, if there is any.
 
     Raises:
         InputError: if the output folder holds an earlier run that was not asked to be resumed, or the checkpoint is
@@ -173,8 +174,8 @@ def find_resume_point(args: TrainingArguments) -> str | None:
             )
         return None
     if str(args.resume_from_checkpoint).lower() == "true":  # YAML gives a bool
-        return last
-    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():
+        return last_complete_checkpoint(output)
+    if not is_complete(Path(args.resume_from_checkpoint)):
         raise InputError(f"{args.resume_from_checkpoint} is no checkpoint to resume from")
     return str(args.resume_from_checkpoint)
 

@@ -49,6 +49,49 @@ def test_the_causal_one_values_every_prefix_in_one_pass() -> None:
         torch.testing.assert_close(values[:, t : t + 1], discriminator(ids[:, : t + 1]).logits, atol=1e-5, rtol=0)
 
 
+def test_the_causal_one_continues_from_a_forked_state() -> None:
+    """Two completions of each prefix: what follows is valued as in a pass over the whole sequence."""
+    discriminator = make_discriminator("mamba")
+    with torch.no_grad():
+        for parameter in discriminator.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        whole = torch.cat([tokens(2, 5).repeat_interleave(2, 0), tokens(4, 7)], 1)
+        cache = discriminator.make_cache(2)
+        discriminator(whole[::2, :5], past_key_values=cache)
+        continued = discriminator(whole[:, 5:], past_key_values=cache.fork(2))
+        expected = discriminator(whole)
+    assert expected.logits.std() > 0.01
+    torch.testing.assert_close(continued.logits, expected.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(continued.position_logits, expected.position_logits[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_the_convolutions_have_no_state() -> None:
+    with pytest.raises(ValueError, match="'cnn' has no state"):
+        make_discriminator("cnn").make_cache(2)
+    with pytest.raises(ValueError, match="leave past_key_values out"):
+        make_discriminator("cnn")(tokens(), past_key_values=make_discriminator("mamba").make_cache(4))
+
+
+def test_features_are_the_largest_rectified_activations() -> None:
+    """Against the definition: every window of every filter, rectified, and those on padding left out."""
+    encoder = make_discriminator("cnn").encoder
+    ids, lengths = tokens(), [12, 7, 5, 3]
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).float()
+    expected = []
+    for row, length in zip(ids, lengths, strict=True):
+        pooled = []
+        for width, convolution in zip(encoder.widths, encoder.convolutions, strict=True):
+            flat = convolution.weight.transpose(1, 2).flatten(1)
+            windows = [row[start : start + width] for start in range(length - width + 1)]
+            values = [flat @ encoder.embeddings(window).flatten() + convolution.bias for window in windows]
+            pooled.append(torch.stack([*values, torch.zeros(len(flat))]).relu().amax(0))
+        expected.append(torch.cat(pooled))
+    seen: list[torch.Tensor] = []
+    encoder.highway.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    encoder(ids, mask)
+    torch.testing.assert_close(seen[0], torch.stack(expected))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_to_tell_two_languages_apart(kind: str) -> None:
     torch.manual_seed(0)

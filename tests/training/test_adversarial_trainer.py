@@ -1,53 +1,28 @@
 """The trainer on tiny networks: what must move, what must not, and that a resumed run is the same run."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from transformers import TrainerCallback
 
 from midimamba import RecurrentCache
-from midimamba.modeling.sampling import next_logits
+from midimamba.errors import InputError
+from midimamba.modeling.sampling import next_logits, valid_tokens
 from midimamba.training import credit
+from midimamba.training.action_values import ActionValues
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.discriminator_update import DiscriminatorUpdate
 from support import make_discriminator, make_generator
+from trainer_support import ALL_STABILISERS, LENGTH, make_blocks, make_trainer, moved, parameters
 
-LENGTH = 8
-
-
-def make_blocks(count: int = 24) -> Dataset:
-    generator = torch.Generator().manual_seed(5)
-    return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
-
-
-def make_trainer(folder: Path, kind: str = "cnn", **overrides: object) -> AdversarialTrainer:
-    options: dict[str, object] = {
-        "output_dir": str(folder),
-        "sequence_length": LENGTH,
-        "prompt_length": 2,
-        "num_rollouts": 2,
-        "rollout_positions": 2,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "micro_batch_size": 3,
-        "d_warmup_steps": 2,
-        "num_eval_samples": 6,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    args = AdversarialConfig(**options | overrides)
-    return AdversarialTrainer(make_generator(), make_discriminator(kind), args, make_blocks(), make_blocks(8))
-
-
-def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+# What differs from run to run in a log.
+TIMES = dict.fromkeys(
+    ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "tokens_per_second", "memory_mb_max"), 0.0
+)
 
 
 def likelihoods_alone(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
@@ -60,10 +35,6 @@ def likelihoods_alone(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Ten
                 chosen = model(piece[None]).logits[0, :-1].log_softmax(-1).gather(-1, piece[1:, None])
                 likelihoods.append(chosen.flatten())
     return torch.cat(likelihoods)
-
-
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return max((after[name] - before[name]).abs().max().item() for name in before)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +54,10 @@ def test_every_estimator_trains_both_networks(tmp_path: Path, estimator: str, ki
 
 
 @pytest.mark.parametrize("estimator", ["monte-carlo", "dense", "terminal"])
-def test_a_constant_reward_moves_nothing_when_the_baseline_is_on(tmp_path: Path, estimator: str) -> None:
-    trainer = make_trainer(tmp_path, "mamba", estimator=estimator, reward="constant", mle_weight=0.0)
+@pytest.mark.parametrize("baseline", ["leave-one-out", "group", "running"])
+def test_a_constant_reward_moves_nothing_when_a_baseline_is_on(tmp_path: Path, estimator: str, baseline: str) -> None:
+    options = {"estimator": estimator, "baseline": baseline, "ppo_epochs": 2, "ppo_clip": 0.2}
+    trainer = make_trainer(tmp_path, "mamba", reward="constant", mle_weight=0.0, **options)
     before = parameters(trainer.model)
     trainer.train()
     assert moved(before, parameters(trainer.model)) == 0.0
@@ -127,7 +100,7 @@ def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path
     advantages = torch.linspace(-1, 1, 5 * (LENGTH - 2)).view(5, LENGTH - 2)
     cache = RecurrentCache.for_model(trainer.model, len(fake))
     with torch.no_grad():
-        loss = trainer._generator_loss(trainer.model, fake, real, advantages)
+        loss = trainer.generator_loss(trainer.model, mle_weight, fake, real, advantages).loss
         chosen = []
         for t in range(LENGTH - 1):
             drawn_from = next_logits(trainer.model, fake[:, t : t + 1], cache).log_softmax(-1)
@@ -139,9 +112,8 @@ def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path
         assert trainer._metrics["mle_loss"] == pytest.approx([-likelihoods.mean().item()])
 
 
-def test_rewards_reinforce_what_they_prefer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_reinforce_what_they_prefer(tmp_path: Path) -> None:
     """With a known reward, its expectation must rise: here the share of token 7 in a sequence."""
-    monkeypatch.setattr(AdversarialTrainer, "_rewards", lambda self, rows, **_: (rows == 7).float().mean(1))
     trainer = make_trainer(
         tmp_path,
         max_steps=25,
@@ -150,6 +122,7 @@ def test_rewards_reinforce_what_they_prefer(tmp_path: Path, monkeypatch: pytest.
         d_warmup_steps=0,
         rollout_positions=None,
     )
+    trainer.action_values.reward = lambda rows: (rows == 7).float().mean(1)
     trainer.train()
     rewards = [logged["reward"] for logged in trainer.state.log_history if "reward" in logged]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
@@ -175,21 +148,44 @@ def test_the_rollout_policy_follows_the_generator_after_a_round(tmp_path: Path, 
         torch.testing.assert_close(beta, expected)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, momentum: float) -> None:
-    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "g_steps": 2, "rollout_momentum": momentum}
-    straight = make_trainer(tmp_path / "straight", eval_strategy="steps", eval_steps=2, **options)
+@pytest.mark.parametrize(
+    "options", [{}, ALL_STABILISERS, ALL_STABILISERS | {"reward": "random"}], ids=["plain", "all", "random reward"]
+)
+def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, object]) -> None:
+    # Five steps in rounds of two, and two evaluations; resumed in the middle of a round.
+    common = {"max_steps": 5, "g_steps": 2, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
+    straight = make_trainer(tmp_path / "straight", eval_steps=2, **common, **options)
     straight.train()
-    shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    resumed = make_trainer(tmp_path / "resumed", eval_strategy="steps", eval_steps=2, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
-    for name in ("model", "discriminator", "rollout_policy"):
+    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = make_trainer(tmp_path / "resumed", eval_steps=2, **common, **options)
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.add_(1.0)  # nothing may be left of the model that the trainer was made with
+        for policy in resumed.adversarial_state.policies.values():
+            policy.get_input_embeddings().weight.add_(1.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-3"))
+    for name in ("model", "discriminator", "generator_for_saving"):
         assert moved(parameters(getattr(straight, name)), parameters(getattr(resumed, name))) == 0.0
-    ours, theirs = straight.d_optimizer.state_dict(), resumed.d_optimizer.state_dict()
+    ours, theirs = (run.adversarial_state.policies for run in (straight, resumed))
+    assert ours.keys() == theirs.keys()
+    assert all(moved(parameters(ours[name]), parameters(theirs[name])) == 0.0 for name in ours)
+    ours, theirs = (run.discriminator_update.optimizer.state_dict() for run in (straight, resumed))
     assert str(ours) == str(theirs)
-    losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (straight, resumed)]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 5
+    logs = [run.state.log_history[:-1] for run in (straight, resumed)]  # the last entry is of the time it took
+    assert [log | TIMES for log in logs[0]] == [log | TIMES for log in logs[1]]
+    assert sum("loss" in log for log in logs[0]) == 5
+    if options:
+        assert torch.equal(*(run.discriminator_update.replay.sequences for run in (straight, resumed)))
+        assert torch.equal(*(run.baseline.mean for run in (straight, resumed)))
+        assert straight.generator_loss.kl_coef == resumed.generator_loss.kl_coef != 0.1
+
+
+def test_a_checkpoint_without_the_state_of_an_option_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert not list(tmp_path.rglob("*unfinished*"))
+    resumed = make_trainer(tmp_path, **ALL_STABILISERS)
+    with pytest.raises(InputError, match=r"lacks reference_policy.*, averaged_policy.*, replay_0"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path) -> None:
@@ -222,21 +218,172 @@ def test_evaluation_measures_likelihood_accuracy_and_diversity(tmp_path: Path) -
     assert 0 < metrics["eval_distinct_1"] <= metrics["eval_distinct_4"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"num_rollouts": 0}, "num_rollouts is 0, but must be at least 1"),
-        ({"prompt_length": LENGTH}, "leaves nothing to sample"),
-        ({"rollout_positions": LENGTH}, "rollout_positions is 8, but must lie in 1 … 6"),
-        ({"rollout_momentum": 1.0}, "rollout_momentum is 1.0"),
-        ({"per_device_train_batch_size": 1}, "needs per_device_train_batch_size of at least 2"),
-        ({"gradient_accumulation_steps": 2}, "use micro_batch_size instead"),
-        ({"estimator": "dense"}, "needs a discriminator of kind 'mamba'"),
-    ],
-)
-def test_impossible_options_are_refused(tmp_path: Path, overrides: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, **overrides)
+def test_every_stabiliser_has_its_metric_in_the_log(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, **ALL_STABILISERS)
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    metrics = {
+        *("advantage_mean", "advantage_clip_fraction", "policy_ratio_max", "clip_fraction", "approx_kl"),
+        *("kl", "kl_coef", "entropy", "mle_weight", "mle_loss", "ema_distance", "grad_norm"),
+        *("d_grad_norm", "d_real_probability", "d_r1", "d_replay_accuracy", "d_skipped"),
+    }
+    for log in logged[1:]:
+        assert metrics - {"d_r1", "d_replay_accuracy"} <= log.keys() or log["d_skipped"]
+    assert metrics <= set().union(*logged)
+    assert "d_warmup_steps" in logged[0]
+    assert logged[0]["kl"] < 1e-6  # the policy is still the reference
+    assert [log["mle_weight"] for log in logged] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_ppo_steps_once_an_epoch_and_the_schedule_once_a_batch(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2, ppo_epochs=3, ppo_clip=0.2, lr_scheduler_type="linear")
+    trainer.train()
+    states = trainer.optimizer.state_dict()["state"].values()
+    assert {int(state["step"]) for state in states} == {6}
+    assert trainer.lr_scheduler.last_epoch == 2
+    assert trainer.state.log_history[0]["policy_ratio_max"] > 1
+
+
+def test_the_first_ppo_epoch_is_reinforce(tmp_path: Path) -> None:
+    plain, clipped = make_trainer(tmp_path), make_trainer(tmp_path, ppo_clip=0.2)
+    for trainer in (plain, clipped):
+        trainer.train()
+    assert moved(parameters(plain.model), parameters(clipped.model)) < 1e-6
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, 1e-2])
+def test_every_ppo_epoch_has_a_gradient_of_its_own_clipped_to_the_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning_rate: float
+) -> None:
+    # Where nothing moves, all passes have the same gradient: none may be left of the pass before.
+    limit = 0.01 if learning_rate else 0.0
+    options = {"ppo_epochs": 3, "ppo_clip": 0.2, "max_grad_norm": limit, "learning_rate": learning_rate}
+    trainer = make_trainer(tmp_path, max_steps=1, **options)
+    norms = []
+    trainer.create_optimizer()
+    step = trainer.optimizer.step
+
+    def watched(*arguments: object) -> None:
+        gradients = [parameter.grad.norm() for parameter in trainer.model.parameters()]
+        norms.append(torch.linalg.vector_norm(torch.stack(gradients)).item())
+        step(*arguments)
+
+    monkeypatch.setattr(trainer.optimizer, "step", watched)
+    trainer.train()
+    assert norms == pytest.approx([limit or norms[0]] * 3, rel=1e-3)
+
+
+def test_advantages_are_clipped_after_the_normalisation(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, advantage_clip=1.5)
+    values = torch.randn(8, LENGTH - 2)
+    expected = credit.normalize_advantages(credit.leave_one_out_advantages(values))
+    torch.testing.assert_close(trainer._advantages(values), expected.clamp(-1.5, 1.5))
+    share = trainer._metrics["advantage_clip_fraction"]
+    assert share == pytest.approx([(expected.abs() > 1.5).float().mean().item()])
+    assert share[0] > 0
+
+
+def test_a_group_shares_its_prompt_and_the_likelihood_keeps_the_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = []
+    values = ActionValues.__call__
+
+    def watched(self: ActionValues, sequences: torch.Tensor) -> torch.Tensor:
+        sampled.append(sequences)
+        return values(self, sequences)
+
+    monkeypatch.setattr(ActionValues, "__call__", watched)
+    trainer = make_trainer(tmp_path, baseline="group", group_size=2, per_device_train_batch_size=6, micro_batch_size=6)
+    trainer.model.zero_grad()
+    blocks = torch.tensor(make_blocks(6)["input_ids"])
+    trainer._generator_step(trainer.model, blocks)
+    assert torch.equal(sampled[0][:, :2], blocks[[0, 0, 2, 2, 4, 4], :2])
+    assert len(sampled[0].unique(dim=0)) > 3
+    expected = -likelihoods_alone(trainer.model, blocks).mean().item()
+    assert trainer._metrics["mle_loss"] == pytest.approx([expected], rel=1e-5)
+
+
+def test_the_reference_is_the_pretrained_policy_and_holds_the_generator_back(tmp_path: Path) -> None:
+    divergences = []
+    for coefficient in (1e-9, 10.0):
+        trainer = make_trainer(tmp_path, reward="random", mle_weight=0.0, max_steps=6, kl_coef=coefficient)
+        start = parameters(trainer.model)
+        trainer.train()
+        assert moved(start, parameters(trainer.reference_policy)) == 0.0
+        divergences.append(trainer.state.log_history[-2]["kl"])
+    assert divergences[1] < divergences[0] / 2
+
+
+def test_the_average_is_evaluated_and_saved_and_does_not_touch_the_run(tmp_path: Path) -> None:
+    steps: list[dict[str, torch.Tensor]] = []
+    plain, averaged = (
+        make_trainer(tmp_path),
+        make_trainer(tmp_path, ema_decay=0.5, eval_strategy="steps", eval_steps=1),
+    )
+    expected = parameters(plain.model)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            steps.append(parameters(plain.model))
+
+    plain.add_callback(Watch())
+    for trainer in (plain, averaged):
+        trainer.train()
+    assert moved(parameters(plain.model), parameters(averaged.model)) == 0.0
+    for step in steps:
+        expected = {name: (expected[name] + step[name]) / 2 for name in expected}
+    assert moved(expected, parameters(averaged.generator_for_saving)) < 1e-6
+    assert plain.generator_for_saving is plain.generator
+    plain.model.load_state_dict(averaged.averaged_policy.state_dict())
+    plain.discriminator.load_state_dict(averaged.discriminator.state_dict())
+    ours, theirs = plain.evaluate(), averaged.evaluate()
+    assert ours | TIMES == theirs | TIMES
+
+
+def test_the_best_average_is_loaded_at_the_end(tmp_path: Path) -> None:
+    # The greatest loss counts as the best here: it is that of the first step, and not what the run ends with.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, ema_decay=0.5, **best, **steps)
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert losses[0] == max(losses) > losses[-1] + 0.01
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_the_warm_up_ends_at_the_accuracy_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
+    monkeypatch.setattr(AdversarialTrainer, "_discriminator_step", lambda self, may_skip=False: next(accuracies))
+    trainer = make_trainer(tmp_path, d_warmup_steps=5, d_warmup_accuracy=0.8)
+    trainer._warm_up_discriminator()
+    assert trainer._metrics["d_warmup_steps"] == [3]
+    assert next(accuracies) == 0.9
+
+
+def test_only_as_many_negatives_are_sampled_as_are_not_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    step = DiscriminatorUpdate.step
+
+    def watched(update: DiscriminatorUpdate, real: torch.Tensor, fake: torch.Tensor, may_skip: bool) -> float:
+        assert torch.equal(real[: len(fake), :2], fake[:, :2])
+        counts.append(len(fake))
+        return step(update, real, fake, may_skip)
+
+    monkeypatch.setattr(DiscriminatorUpdate, "step", watched)
+    trainer = make_trainer(tmp_path, replay_size=20, replay_fraction=0.5)
+    for _ in range(3):
+        trainer._discriminator_step()
+    assert counts == [4, 2, 2]
+
+
+@pytest.mark.parametrize("option", [{"estimator": "dense"}, {"r1_weight": 1.0}], ids=str)
+def test_what_a_discriminator_cannot_do_is_refused(tmp_path: Path, option: dict[str, object]) -> None:
+    kind = "cnn" if "estimator" in option else "mamba"
+    with pytest.raises(ValueError, match="needs a discriminator of kind"):
+        make_trainer(tmp_path, kind, **option)
 
 
 def test_a_last_batch_of_one_sequence_does_not_end_the_run(tmp_path: Path) -> None:
@@ -265,3 +412,111 @@ def test_networks_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
     args = AdversarialConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
     with pytest.raises(ValueError, match="knows 5 tokens, the generator 11"):
         AdversarialTrainer(make_generator(), make_discriminator(vocab_size=5), args, make_blocks(), make_blocks())
+
+
+@pytest.mark.parametrize("option", [{"rollout_memory_mb": 0.001}, {"stop_at_eos": True}], ids=str)
+def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, option: dict[str, object]) -> None:
+    trainer = make_trainer(tmp_path)
+    generator = make_generator()
+    generator.config.pad_token_id = None
+    args = dataclasses.replace(trainer.args, **option)
+    with pytest.raises(
+        ValueError, match=rf"{next(iter(option))} (is 0.001, but one completion|needs an eos_token_id)"
+    ):
+        AdversarialTrainer(generator, make_discriminator(), args, make_blocks(), make_blocks(8))
+
+
+def test_a_memory_budget_sets_the_number_of_completions_and_changes_no_value(tmp_path: Path) -> None:
+    sequences = torch.tensor(make_blocks(4)["input_ids"])
+    for kind in ("cnn", "mamba"):
+        small, large = (make_trainer(tmp_path, kind, rollout_memory_mb=budget) for budget in (0.5, 100.0))
+        assert 0 < small.action_values.max_rows < large.action_values.max_rows
+        plain = make_trainer(tmp_path, kind, rollout_batch_size=large.action_values.max_rows)
+        values = []
+        for trainer in (large, plain):
+            torch.manual_seed(0)
+            values.append(trainer.action_values(sequences))
+        assert torch.equal(*values)
+
+
+def test_rollouts_value_bar_lines_first(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.action_values.bar_token_ids = [7]
+    sequences = torch.tensor([[1, 1, 1, 7, 1, 7, 1, 1], [7, 7, 1, 1, 1, 1, 1, 1]])
+    assert trainer.action_values._positions(sequences)[0].tolist() == [3, 5]
+    trainer.args.rollout_at = "strided"
+    assert trainer.action_values._positions(sequences).tolist() == [[3, 5], [3, 5]]
+
+
+@pytest.mark.parametrize("options", [{}, {"ppo_clip": 0.2, "kl_coef": 0.1, "entropy_coef": 0.1}], ids=["plain", "all"])
+def test_the_loss_of_sequences_that_ended_is_that_of_the_sequences_without_padding(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    trainer = make_trainer(tmp_path, stop_at_eos=True, mle_weight=0.0, **options)
+    if trainer.reference_policy is not None:
+        trainer.reference_policy.get_input_embeddings().weight.mul_(1.1)  # else there is no divergence
+    eos, pad = trainer.eos_token_id, trainer.generator.config.pad_token_id
+    fake = torch.tensor([[1, 3, 4, 5, eos, pad, pad, pad], [1, eos, 6, eos, pad, pad, pad, pad], [3] * LENGTH])
+    valid = valid_tokens(fake, eos, 2)[:, 2:].bool()
+    advantages = torch.randn(3, LENGTH - 2) * valid
+    with torch.no_grad():
+        whole = trainer.generator_loss(trainer.model, 0.0, fake, fake, advantages, valid=valid)
+        entropy = trainer._metrics.pop("entropy")[0]
+        parts = []
+        for row, lived in enumerate(valid.sum(1).tolist()):
+            end = 2 + lived
+            parts.append(
+                trainer.generator_loss(
+                    trainer.model, 0.0, *[fake[row : row + 1, :end]] * 2, advantages[row : row + 1, :lived]
+                )
+            )
+    torch.testing.assert_close(whole.loss, torch.stack([part.loss for part in parts]).mean())
+    lengths = valid.sum(1).float()
+    divergences = torch.stack([part.divergence for part in parts])
+    torch.testing.assert_close(whole.divergence, (divergences * lengths).sum() / lengths.sum())
+    entropies = torch.tensor(trainer._metrics["entropy"])
+    assert entropy == pytest.approx(((entropies * lengths).sum() / lengths.sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kind"), [("monte-carlo", "cnn"), ("monte-carlo", "mamba"), ("dense", "mamba"), ("terminal", "cnn")]
+)
+def test_what_follows_an_end_changes_nothing(tmp_path: Path, estimator: str, kind: str) -> None:
+    """Real blocks run on past their end, samples are padded: neither values, judge nor evaluation look there."""
+    trainer = make_trainer(tmp_path, kind, stop_at_eos=True, estimator=estimator)
+    eos = trainer.eos_token_id
+    blocks = torch.tensor(make_blocks(4)["input_ids"])
+    blocks[blocks == eos] = 3
+    blocks[:, 4] = eos
+    others = blocks.clone()
+    others[:, 5:] = 9
+    outputs = []
+    for sequences in (blocks, others):
+        trainer.discriminator.train(False)
+        torch.manual_seed(0)
+        values = trainer.action_values(sequences)[:, :3]
+        logits = trainer.discriminator(sequences, attention_mask=trainer.discriminator_update._mask(sequences)).logits
+        outputs.append((values, logits.detach(), trainer.monitor.measure(sequences, sequences)[0]))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-6, rtol=1e-5)
+    trainer.train()
+    trainer.evaluate()
+
+
+def test_a_temperature_weights_actions_by_the_ratio_of_the_policies(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, temperature=0.5, importance_clip=1.3, mle_weight=0.0)
+    behaviour = torch.empty(6, LENGTH - 2)
+    prompts = torch.tensor(make_blocks(6)["input_ids"])[:, :2]
+    fake = trainer._sample(prompts, 0.5, behaviour)
+    advantages = torch.randn(6, LENGTH - 2)
+    with torch.no_grad():
+        logits = trainer.model(fake).logits[:, 1:-1]
+        policy, cold = (
+            part.log_softmax(-1).gather(-1, fake[:, 2:, None]).squeeze(-1) for part in (logits, logits / 0.5)
+        )
+        torch.testing.assert_close(behaviour, cold, atol=1e-4, rtol=1e-4)
+        weights = (policy - cold).exp().clamp(max=1.3)
+        assert weights.min() < 1
+        loss = trainer.generator_loss(trainer.model, 0.0, fake, fake, advantages, behaviour=behaviour).loss
+        torch.testing.assert_close(loss, credit.reinforce_loss(policy, weights * advantages), atol=1e-4, rtol=1e-4)
+    trainer.train()
+    assert trainer.state.log_history[0]["importance_weight_max"] == pytest.approx(1.3)

@@ -3,17 +3,26 @@
 import gc
 import itertools
 import math
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from midimamba import MidiMambaForCausalLM
-from midimamba.modeling.sampling import draw, sample
+from midimamba import MidiDiscriminator, MidiMambaForCausalLM, MidiProcessor
+from midimamba.modeling.sampling import draw, pick, sample, valid_tokens
 from midimamba.training import credit
-from midimamba.training.rollout import monte_carlo_values, rollout_positions
-from support import make_generator
+from midimamba.training.rollout import (
+    bar_positions,
+    monte_carlo_values,
+    rollout_positions,
+    rows_for_budget,
+    tokens_that_begin_bars,
+)
+from support import make_discriminator, make_generator
 
 VOCAB, TIME, PROMPT = 3, 4, 1
 
@@ -128,6 +137,165 @@ def test_forked_rollouts_equal_reencoded_prefixes(
     assert compared == sum(per_position * (9 - 1 - position) for position in positions)
 
 
+def numbered_draw(numbers: Tensor, first: int) -> Callable[[Tensor], Tensor]:
+    """`draw` with given random numbers `(time, n)` for tokens `first` and following."""
+    steps = iter(range(first, len(numbers)))
+    return lambda logits: pick(logits, numbers[next(steps), : len(logits), None])
+
+
+def test_positions_of_rows_value_as_each_row_alone(
+    policy: MidiMambaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same random numbers for a completion, whether its sequence is rolled out with others or alone."""
+    torch.manual_seed(0)
+    length, rollouts = 9, 3
+    sequences = torch.randint(0, VOCAB, (3, length))
+    positions = torch.tensor([[1, 4, 6], [2, 3, 7], [1, 2, 4]])
+    order = positions.flatten().argsort(stable=True)
+    numbers = torch.rand(length, positions.numel() * rollouts, dtype=torch.float64)
+    weights = torch.rand(length)
+
+    def score(rows: Tensor) -> Tensor:
+        return (rows * weights).sum(1)
+
+    policy.double()  # so that rounding flips no token
+    monkeypatch.setattr("midimamba.training.rollout.draw", numbered_draw(numbers, 2))
+    together = monte_carlo_values(policy, score, sequences, positions, rollouts, max_rows=1000)
+    for row in range(len(sequences)):
+        mine = (order // positions.shape[1] == row).repeat_interleave(rollouts)
+        first = int(positions[row, 0]) + 1
+        monkeypatch.setattr("midimamba.training.rollout.draw", numbered_draw(numbers[:, mine], first))
+        alone = monte_carlo_values(policy, score, sequences[row : row + 1], positions[row].tolist(), rollouts, 1000)
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_positions_of_rows_are_unbiased(policy: MidiMambaForCausalLM) -> None:
+    torch.manual_seed(0)
+    sequences = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 1]])
+    rollouts = 5_000
+    values = monte_carlo_values(policy, reward, sequences, torch.tensor([[2], [1]]), rollouts, max_rows=999)
+    exact = torch.stack([exact_values(policy, sequence) for sequence in sequences])
+    expected = torch.stack([exact[0, [1, 2]], exact[1, [0, 2]]])
+    torch.testing.assert_close(values, expected, atol=6 / (2 * math.sqrt(rollouts)), rtol=0)
+
+
+def test_no_more_rows_are_in_memory_than_asked_for(policy: MidiMambaForCausalLM) -> None:
+    """However many roll-outs there are: of the policy, every pass reads `max_rows` tokens at most."""
+    passes: list[int] = []
+    policy.register_forward_pre_hook(
+        lambda _, args, inputs: passes.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    rewarded: list[int] = []
+
+    def keep(rows: Tensor) -> Tensor:
+        rewarded.append(len(rows))
+        return rows.float().mean(1)
+
+    sequences = torch.randint(0, VOCAB, (3, 12))
+    for rollouts in (1, 16):
+        monte_carlo_values(policy, keep, sequences, [1, 5, 8], rollouts, max_rows=6)
+        assert max(passes) == 6
+        assert max(rewarded) == 6
+        assert sum(rewarded) == 3 * 3 * rollouts + 3
+        passes.clear()
+        rewarded.clear()
+
+
+def moved_discriminator(kind: str) -> MidiDiscriminator:
+    """With parameters far enough from their initial values for logits to differ."""
+    discriminator = make_discriminator(kind, vocab_size=VOCAB)
+    with torch.no_grad():
+        for parameter in discriminator.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return discriminator
+
+
+@pytest.mark.parametrize("eos_token_id", [None, 2])
+@pytest.mark.parametrize("max_rows", [3, 1000])
+@pytest.mark.parametrize("kind", ["cnn", "mamba"])
+def test_a_discriminator_values_completions_as_whole_sequences(
+    policy: MidiMambaForCausalLM, kind: str, max_rows: int, eos_token_id: int | None
+) -> None:
+    """Forked states of the discriminator against its pass over every whole completion."""
+    discriminator = moved_discriminator(kind)
+    torch.manual_seed(2)
+    sequences = sample(policy, torch.zeros(3, 1, dtype=torch.long), 12, eos_token_id)
+    positions = torch.tensor([[1, 4, 9], [1, 2, 10], [5, 6, 7]])
+    judged: list[Tensor] = []
+
+    def judge(rows: Tensor) -> Tensor:
+        mask = None if eos_token_id is None else valid_tokens(rows, eos_token_id, 1)
+        with torch.no_grad():
+            judged.append(discriminator(rows, attention_mask=mask).logits[:, 0].sigmoid())
+        return judged[-1]
+
+    values = []
+    for valuer in (judge, discriminator):
+        torch.manual_seed(3)
+        values.append(monte_carlo_values(policy, valuer, sequences, positions, 4, max_rows, eos_token_id))
+    assert torch.cat(judged).std() > 0.01
+    torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=0)
+
+
+def test_a_causal_discriminator_reads_every_token_once(policy: MidiMambaForCausalLM) -> None:
+    """Each prefix once, and of each completion only what is new."""
+    discriminator = moved_discriminator("mamba")
+    read: list[int] = []
+    discriminator.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    length, rollouts = 12, 4
+    sequences = torch.randint(0, VOCAB, (3, length))
+    for max_rows in (3, 7, 1000):
+        read.clear()
+        monte_carlo_values(policy, discriminator, sequences, [2, 5, 9], rollouts, max_rows)
+        assert sum(read) == 3 * length + 3 * rollouts * sum(length - 1 - time for time in (2, 5, 9))
+
+
+def test_nothing_follows_an_end(policy: MidiMambaForCausalLM) -> None:
+    end, padding = 2, policy.config.pad_token_id
+    torch.manual_seed(0)
+    sequences = sample(policy, torch.full((4, 1), end), 20, end)
+    kept: list[Tensor] = []
+
+    def keep(rows: Tensor) -> Tensor:
+        kept.append(rows)
+        return rows.float().mean(1)
+
+    values = monte_carlo_values(policy, keep, sequences, [3, 8, 18], 5, max_rows=8, eos_token_id=end)
+    for row in [*torch.cat(kept).tolist(), *sequences.tolist()]:
+        if end in row[1:]:
+            assert set(row[row.index(end, 1) + 1 :]) <= {padding}
+    over = valid_tokens(sequences, end, 1)[:, 19] == 0
+    assert over.any()
+    # What can no longer change is worth what the sequence is.
+    torch.testing.assert_close(values[over, 2], values[over, 3])
+
+
+def test_ended_values_agree_with_the_exact_expectation(policy: MidiMambaForCausalLM) -> None:
+    """Enumerated with an end: every sequence of 3 actions, cut and padded behind its first end."""
+    end, rollouts = 2, 20_000
+    everything = enumerate_sequences(0)
+    mask = valid_tokens(everything, end, PROMPT)
+    with torch.no_grad():
+        steps = log_probabilities(policy, everything) * mask[:, 1:]
+    canonical, first = torch.unique(everything * mask, dim=0, return_inverse=True)
+    steps = torch.stack([steps[first == index][0] for index in range(len(canonical))])
+    torch.manual_seed(0)
+    for sequence in canonical[:: len(canonical) // 4]:
+        exact = []
+        for t in range(PROMPT, TIME):
+            matches = (canonical[:, : t + 1] == sequence[: t + 1]).all(1)
+            exact.append((steps[matches, t:].sum(1).exp() * reward(canonical[matches])).sum())
+        values = monte_carlo_values(policy, reward, sequence[None], [1, 2], rollouts, rollouts, end)
+        torch.testing.assert_close(values[0], torch.stack(exact), atol=6 / (2 * math.sqrt(rollouts)), rtol=0)
+
+
+def test_a_policy_without_padding_cannot_end_sequences(policy: MidiMambaForCausalLM) -> None:
+    policy.config.pad_token_id = None
+    sequences = torch.zeros(2, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match="set pad_token_id"):
+        monte_carlo_values(policy, reward, sequences, [2], 2, 8, eos_token_id=2)
+
+
 def test_completions_keep_their_prefix(policy: MidiMambaForCausalLM) -> None:
     sequences = torch.randint(0, VOCAB, (3, 8))
     kept: list[Tensor] = []
@@ -172,6 +340,81 @@ def test_positions_are_spread_evenly_and_never_hold_the_last_action() -> None:
     assert rollout_positions(10, 2, 99) == [2, 3, 4, 5, 6, 7, 8]
     assert rollout_positions(102, 1, 4) == [13, 38, 63, 88]
     assert rollout_positions(10, 9, 3) == []
+
+
+def test_bar_lines_are_valued_first() -> None:
+    bar, length = 9, 12
+    sequences = torch.zeros(4, length, dtype=torch.long)
+    sequences[0, [0, 3, 6, 11]] = bar  # of these, the prompt and the last action are none to value
+    sequences[1, 1:11] = bar
+    sequences[2, [2, 4, 6, 8]] = bar
+    positions = bar_positions(sequences, [bar], 1, 4).tolist()
+    for row in positions:
+        assert row == sorted(set(row))
+        assert 1 <= row[0] <= row[-1] <= length - 2
+    assert {3, 6} < set(positions[0])
+    assert positions[1] == rollout_positions(length, 1, 4)
+    assert positions[2] == [2, 4, 6, 8]
+    assert positions[3] == rollout_positions(length, 1, 4)
+    assert bar_positions(sequences, [bar], 1, None).tolist() == [rollout_positions(length, 1, None)] * 4
+    assert bar_positions(sequences, [bar], length - 1, 3).shape == (4, 0)
+
+
+def test_the_tokens_that_begin_bars_are_those_whose_music_does(processor: MidiProcessor) -> None:
+    tokenizer = processor.midi_tokenizer
+    ids = tokens_that_begin_bars(tokenizer)
+    assert tokenizer.vocab["Bar_None"] in ids
+    merged = [index for index in ids if index >= len(tokenizer.vocab)]
+    assert merged  # byte-pair encoding has learned some
+    for index in ids:
+        assert processor.tokenizer.decode([index]).split()[0] == "Bar_None"
+    others = set(range(tokenizer.vocab_size)) - set(ids)
+    assert not any(processor.tokenizer.decode([index]).startswith("Bar_None") for index in others)
+
+
+def test_a_budget_too_small_for_one_completion_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rollout_memory_mb is 0.001, but one completion of 64 tokens needs about"):
+        rows_for_budget(make_generator(), 64, 0.001)
+
+
+@pytest.mark.parametrize("kind", [None, "cnn", "mamba"])
+def test_a_budget_buys_rows_in_proportion(kind: str | None) -> None:
+    discriminator = None if kind is None else make_discriminator(kind)
+    rows, more = (rows_for_budget(make_generator(), 64, budget, discriminator) for budget in (10, 100))
+    assert rows > 1
+    assert more == pytest.approx(10 * rows, rel=0.1)
+
+
+MEASURE = """
+import gc, sys, torch
+from pathlib import Path
+from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.training.rollout import monte_carlo_values, rows_for_budget
+def resident(name):  # not getrusage's peak, which a process inherits from the one that started it
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
+torch.set_num_threads(1)
+kind, budget, length, rollouts = sys.argv[1], float(sys.argv[2]), 128, int(sys.argv[3])
+policy = MidiMambaForCausalLM(MidiMambaConfig(vocab_size=500, hidden_size=192, num_hidden_layers=4))
+discriminator = MidiDiscriminator(MidiDiscriminatorConfig(vocab_size=500, kind=kind))
+sequences = torch.randint(3, 500, (4, length))
+monte_carlo_values(policy, discriminator, sequences[:, :16], [3], 2, 4)
+gc.collect()
+before = resident("VmRSS")
+rows = rows_for_budget(policy, length, budget, discriminator)
+monte_carlo_values(policy, discriminator, sequences, [80, 96], rollouts, rows)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("kind", ["cnn", "mamba"])
+def test_memory_keeps_to_the_budget_however_many_rollouts(kind: str) -> None:
+    """In processes of their own; the budget is full with the fewer roll-outs already."""
+    budget, grown = 32, []
+    for rollouts in (16, 48):
+        command = [sys.executable, "-c", MEASURE, kind, str(budget), str(rollouts)]
+        grown.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert all(budget / 2.5 < growth < 1.6 * budget for growth in grown), grown
 
 
 def test_sampling_and_rollouts_leave_no_graph_and_no_memory_behind(policy: MidiMambaForCausalLM) -> None:

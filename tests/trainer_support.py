@@ -1,0 +1,69 @@
+"""A trainer of tiny networks, for the tests of adversarial training."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.adversarial_trainer import AdversarialTrainer
+from support import make_discriminator, make_generator
+
+LENGTH = 8
+
+ALL_STABILISERS: dict[str, object] = {
+    "baseline": "running",
+    "advantage_clip": 1.5,
+    "ppo_epochs": 2,
+    "ppo_clip": 0.2,
+    "kl_coef": 0.1,
+    "kl_target": 0.01,
+    "entropy_coef": 0.01,
+    "mle_weight_final": 0.2,
+    "ema_decay": 0.5,
+    "rollout_momentum": 0.5,
+    "d_epochs": 2,
+    "d_max_accuracy": 0.9,
+    "d_warmup_accuracy": 0.9,
+    "label_smoothing": 0.1,
+    "r1_weight": 0.1,
+    "replay_size": 10,
+    "replay_fraction": 0.5,
+}
+
+
+def make_blocks(count: int = 24) -> Dataset:
+    generator = torch.Generator().manual_seed(5)
+    return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
+
+
+def make_trainer(folder: Path, kind: str = "cnn", **overrides: object) -> AdversarialTrainer:
+    options: dict[str, object] = {
+        "output_dir": str(folder),
+        "sequence_length": LENGTH,
+        "prompt_length": 2,
+        "num_rollouts": 2,
+        "rollout_positions": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "micro_batch_size": 3,
+        "d_warmup_steps": 2,
+        "num_eval_samples": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    args = AdversarialConfig(**options | overrides)
+    return AdversarialTrainer(make_generator(), make_discriminator(kind), args, make_blocks(), make_blocks(8))
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return max((after[name] - before[name]).abs().max().item() for name in before)

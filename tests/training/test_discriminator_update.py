@@ -1,0 +1,187 @@
+"""The discriminator's steps: what each stabiliser changes, on sequences that are easy to tell apart."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.discriminator_update import DiscriminatorUpdate, r1_penalty
+from support import make_discriminator
+
+COUNT, LENGTH = 8, 6
+
+
+def make_update(folder: Path, kind: str = "cnn", **options: object) -> DiscriminatorUpdate:
+    common = {"sequence_length": LENGTH, "per_device_train_batch_size": COUNT, "d_learning_rate": 1e-2}
+    args = AdversarialConfig(output_dir=str(folder), use_cpu=True, **(common | options))
+    torch.manual_seed(0)
+    return DiscriminatorUpdate(make_discriminator(kind, dropout=0.0), args, Accelerator(cpu=True), defaultdict(list))
+
+
+def real() -> Tensor:
+    return torch.randint(1, 6, (COUNT, LENGTH))
+
+
+def fake(count: int = COUNT) -> Tensor:
+    return torch.randint(6, 11, (count, LENGTH))
+
+
+def weights(update: DiscriminatorUpdate) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in update.discriminator.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mamba"])
+def test_steps_teach_the_discriminator_and_report_the_accuracy_before(tmp_path: Path, kind: str) -> None:
+    update = make_update(tmp_path, kind)
+    accuracies = [update.step(real(), fake()) for _ in range(30)]
+    assert accuracies[0] < 0.9
+    assert accuracies[-1] == 1.0
+    assert update._metrics["d_accuracy"] == accuracies
+    assert len(update._metrics["d_loss"]) == len(update._metrics["d_grad_norm"]) == 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "eos_token_id"),
+    [("cnn", {"r1_weight": 0.5}, None), ("cnn", {"d_epochs": 2}, 8), ("mamba", {}, None), ("mamba", {}, 8)],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_do_not_change_the_update(
+    tmp_path: Path, kind: str, options: dict[str, object], eos_token_id: int | None, size: int
+) -> None:
+    sequences = real(), fake()
+    gradients, metrics = [], []
+    for micro_batch_size in (COUNT, size):
+        update = make_update(tmp_path, kind, micro_batch_size=micro_batch_size, label_smoothing=0.1, **options)
+        update.eos_token_id = eos_token_id
+        update.discriminator.double()  # so that what is not rounding shows
+        rows: list[int] = []
+        update.discriminator.register_forward_hook(
+            lambda _module, inputs, _output, rows=rows: rows.append(len(inputs[0]))
+        )
+        update.step(*sequences)
+        assert max(rows) == 2 * micro_batch_size
+        assert sum(rows) == 2 * COUNT * update.args.d_epochs
+        gradients.append([parameter.grad for parameter in update.discriminator.parameters()])
+        metrics.append(update._metrics)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=0)
+    assert metrics[0].keys() == metrics[1].keys()
+    for name in metrics[0]:
+        assert metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-7), name
+
+
+def test_epochs_are_passes_over_the_same_sequences(tmp_path: Path) -> None:
+    one, three = make_update(tmp_path), make_update(tmp_path, d_epochs=3)
+    sequences = real(), fake()
+    for _ in range(3):
+        one.step(*sequences)
+    three.step(*sequences)
+    assert torch.equal(weights(one), weights(three))
+    assert len(three._metrics["d_accuracy"]) == 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing_bounds_the_confidence_in_real_music_alone(tmp_path: Path, smoothing: float) -> None:
+    update = make_update(tmp_path, label_smoothing=smoothing, d_weight_decay=0.0)
+    for _ in range(150):
+        update.step(real(), fake())
+    of_fake = update.discriminator(fake()).logits.sigmoid().mean().item()
+    assert update._metrics["d_real_probability"][-1] == pytest.approx(1 - smoothing, abs=0.03)
+    assert of_fake == pytest.approx(0.0, abs=0.03)
+
+
+def test_the_penalty_is_the_squared_slope_of_the_logit(tmp_path: Path) -> None:
+    """Against finite differences in every coordinate of the embeddings."""
+    discriminator = make_discriminator(dropout=0.0).double()
+    # Different tokens: of equal ones the maximum over time takes either, and has no slope.
+    rows = torch.stack([torch.randperm(11)[:LENGTH] for _ in range(3)])
+    table = discriminator.get_input_embeddings()
+    embedded = table(rows).detach()
+
+    def logits(inputs: Tensor) -> Tensor:
+        handle = table.register_forward_hook(lambda *_: inputs)
+        try:
+            return discriminator(rows).logits[:, 0]
+        finally:
+            handle.remove()
+
+    inputs = embedded.clone().requires_grad_()
+    penalty = r1_penalty(logits(inputs)[:2], inputs)
+    assert penalty.requires_grad
+    squared, step = 0.0, 1e-5
+    with torch.no_grad():
+        for index in range(embedded[0].numel()):
+            nudge = torch.zeros_like(embedded)
+            nudge.view(3, -1)[:, index] = step
+            slopes = (logits(embedded + nudge) - logits(embedded - nudge)) / (2 * step)
+            squared += slopes[:2].square().sum().item()
+    assert penalty.item() == pytest.approx(squared / 2, rel=1e-3)
+
+
+def test_the_penalty_flattens_the_discriminator_at_real_music(tmp_path: Path) -> None:
+    slopes = []
+    for weight in (1e-9, 1.0):  # the metric is only there when the penalty is
+        update = make_update(tmp_path, r1_weight=weight)
+        torch.manual_seed(1)
+        for _ in range(40):
+            update.step(real(), fake())
+        slopes.append(update._metrics["d_r1"][-1])
+    assert slopes[1] < slopes[0] / 3
+
+
+def test_the_penalty_needs_a_second_derivative(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"r1_weight is 1\.0, but needs a discriminator of kind 'cnn'"):
+        make_update(tmp_path, "mamba", r1_weight=1.0)
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.0])
+def test_the_gradient_has_a_norm_of_its_own_at_most(tmp_path: Path, limit: float) -> None:
+    update = make_update(tmp_path, d_max_grad_norm=limit, max_grad_norm=1e-6)
+    update.step(real(), fake())
+    gradients = [parameter.grad for parameter in update.discriminator.parameters()]
+    norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients])).item()
+    logged = update._metrics["d_grad_norm"][0]
+    assert logged > 0.05
+    assert norm == pytest.approx(min(logged, limit or logged), rel=1e-3)
+
+
+def test_a_discriminator_that_is_too_strong_waits(tmp_path: Path) -> None:
+    update = make_update(tmp_path, d_max_accuracy=0.9)
+    for _ in range(40):
+        update.step(real(), fake())  # the warm-up may not be skipped
+    before = weights(update)
+    assert update.step(real(), fake(), may_skip=True) == 1.0
+    assert torch.equal(weights(update), before)
+    assert update._metrics["d_skipped"] == [1.0]
+    # Now it is fooled: what it holds for real is generated, and it must learn again.
+    assert update.step(fake(), real(), may_skip=True) < 0.9
+    assert not torch.equal(weights(update), before)
+    assert update._metrics["d_skipped"] == [1.0, 0.0]
+
+
+def test_old_negatives_fill_up_a_step_and_are_judged_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = make_update(tmp_path, replay_size=20, replay_fraction=0.25)
+    assert update.num_replayed(COUNT) == 0  # nothing to remember yet
+    first = torch.full((COUNT, LENGTH), 6)
+    update.step(real(), first)
+    assert update.num_replayed(COUNT) == 2
+    assert "d_replay_accuracy" not in update._metrics
+    judged: list[tuple[Tensor, Tensor]] = []
+    loss = DiscriminatorUpdate._loss
+
+    def watched(self: DiscriminatorUpdate, sequences: Tensor, labels: Tensor, num_real: int) -> tuple[Tensor, Tensor]:
+        judged.append((sequences, labels))
+        return loss(self, sequences, labels, num_real)
+
+    monkeypatch.setattr(DiscriminatorUpdate, "_loss", watched)
+    second = torch.full((COUNT - 2, LENGTH), 7)
+    update.step(real(), second)
+    ((sequences, labels),) = judged
+    assert len(sequences) == 2 * COUNT
+    assert torch.equal(sequences[COUNT:], torch.cat([second, first[:2]]))
+    assert labels.tolist() == [1.0] * COUNT + [0.0] * COUNT
+    assert len(update._metrics["d_replay_accuracy"]) == 1
+    assert len(update.replay) == 2 * COUNT - 2

@@ -1,0 +1,224 @@
+"""Two processes give the update of one, and none of them waits for another for ever.
+
+This file is also the program that those processes run: `python test_distributed.py OUT ROWS_A_PROCESS`.
+"""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from midimamba.modeling import sampling
+from midimamba.training import rollout
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.adversarial_trainer import AdversarialTrainer
+from support import make_discriminator, make_generator
+
+CONFIGS = {file.stem: file for file in (Path(__file__).parents[2] / "training" / "accelerate_configs").glob("*.yaml")}
+LENGTH = 8
+GLOBAL_BATCH = 8
+
+# Every statistic over a batch that a process could take over its own part by mistake.
+CASES: dict[str, dict[str, object]] = {
+    "leave-one-out": {"estimator": "terminal", "d_epochs": 2, "r1_weight": 0.1, "label_smoothing": 0.1},
+    "group": {"estimator": "terminal", "baseline": "group", "group_size": 2, "advantage_clip": 0.5},
+    "running": {"baseline": "running", "num_rollouts": 2, "rollout_positions": 2, "rollout_momentum": 0.5},
+    "ppo with kl": {
+        **{"estimator": "terminal", "ppo_epochs": 2, "ppo_clip": 0.2, "kl_coef": 0.5, "kl_target": 0.001},
+        **{"entropy_coef": 0.01, "ema_decay": 0.5, "micro_batch_size": 2},
+    },
+    "skipping": {"estimator": "terminal", "d_warmup_steps": 60, "d_warmup_accuracy": 0.85, "d_max_accuracy": 0.8},
+    "dense": {"estimator": "dense", "kind": "mamba", "micro_batch_size": 1},
+    # Sequences of different lengths, which count by their tokens in a discriminator of prefixes.
+    "ends": {"estimator": "dense", "kind": "mamba", "stop_at_eos": True, "micro_batch_size": 1, "ppo_clip": 0.2},
+}
+
+
+def make_blocks(count: int, seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
+
+
+def make_trainer(folder: Path, rows: int, kind: str = "cnn", **options: object) -> AdversarialTrainer:
+    common: dict[str, object] = {
+        "output_dir": str(folder),
+        "sequence_length": LENGTH,
+        "prompt_length": 2,
+        "max_steps": 2,
+        "per_device_train_batch_size": rows,
+        "d_warmup_steps": 2,
+        "d_learning_rate": 1e-2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",  # whose step, unlike Adam's, shows a gradient of a wrong size
+        "max_grad_norm": 0.0,
+        "num_eval_samples": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    args = AdversarialConfig(**common | options)
+    discriminator = make_discriminator(kind, dropout=0.0)
+    generator = make_generator(eos_token_id=2, pad_token_id=0)
+    return AdversarialTrainer(generator, discriminator, args, make_blocks(32, 5), make_blocks(8, 6))
+
+
+def draw_by_content(logits: Tensor) -> Tensor:
+    """A token a row with a number that depends on that row alone, and not on who draws it."""
+    numbers = (logits.argmax(-1) * 0.618 + logits.argmin(-1) * 0.414 + 0.1) % 1
+    return sampling.pick(logits, numbers[:, None])
+
+
+class Blocks:
+    """Draws of real music that do not depend on how the batch is spread: consecutive rows of one list."""
+
+    def __init__(self) -> None:
+        self.rows = torch.tensor(make_blocks(512, 7)["input_ids"])
+        self.drawn = 0
+
+    def __call__(self, trainer: AdversarialTrainer, count: int) -> Tensor:
+        start = self.drawn + trainer.args.process_index * count
+        self.drawn += trainer.args.world_size * count
+        return self.rows[start : start + count]
+
+
+def work(out: Path, rows: int) -> None:
+    """Train all cases and save what becomes of both networks, and what was logged."""
+    for name, options in CASES.items():
+        blocks = Blocks()
+        with (
+            patch.object(sampling, "draw", draw_by_content),
+            patch.object(rollout, "draw", draw_by_content),
+            patch.object(
+                AdversarialTrainer, "_draw_blocks", lambda trainer, count, blocks=blocks: blocks(trainer, count)
+            ),
+        ):
+            trainer = make_trainer(out, rows, **options)
+            trainer.train()
+        if trainer.is_world_process_zero():
+            networks = {"g": trainer.generator, "d": trainer.accelerator.unwrap_model(trainer.discriminator)}
+            state = {f"{key}.{n}": p.data for key, net in networks.items() for n, p in net.named_parameters()}
+            for step, log in enumerate(trainer.state.log_history[:-1]):
+                state |= {f"log.{step}.{key}": torch.tensor(float(value)) for key, value in log.items()}
+            save_file(state, out / f"{name}.safetensors")
+    # Random draws of their own: other data on each process, whose accuracies disagree.
+    options = {"replay_size": 8, "replay_fraction": 0.5, "save_strategy": "steps", "save_steps": 6, "max_steps": 12}
+    trainer = make_trainer(out / "own", rows, **CASES["skipping"] | options)
+    trainer.train()
+    skipped = [log["d_skipped"] for log in trainer.state.log_history if "d_skipped" in log]
+    (out / f"skipped-{trainer.args.process_index}").write_text(" ".join(map(str, skipped)))
+    (out / f"weights-{trainer.args.process_index}").write_text(str(sum_of_weights(trainer)))
+
+
+def sum_of_weights(trainer: AdversarialTrainer) -> list[float]:
+    networks = trainer.generator, trainer.accelerator.unwrap_model(trainer.discriminator)
+    return [parameter.double().sum().item() for network in networks for parameter in network.parameters()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launch(out: Path, processes: int) -> None:
+    out.mkdir()
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["cpu-2"])]
+        command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
+    command += [__file__, str(out), str(GLOBAL_BATCH // processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks the network for this machine's name
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    except subprocess.TimeoutExpired as slow:
+        pytest.fail(f"no end in sight: {(slow.stderr or b'')[-3000:]!r}")
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of one process and of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for processes in (1, 2):
+        launch(folder / str(processes), processes)
+    return folder / "1", folder / "2"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_update_of_one(case: str, runs: tuple[Path, Path]) -> None:
+    one, two = (load_file(run / f"{case}.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    for network, start in (("g", make_generator()), ("d", make_discriminator(CASES[case].get("kind", "cnn")))):
+        apart = [(one[f"{network}.{name}"] - parameter).abs().max() for name, parameter in start.named_parameters()]
+        assert max(apart) > 1e-3
+    for key in one:
+        if not key.startswith("log."):
+            torch.testing.assert_close(
+                one[key], two[key], atol=1e-6, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
+            )
+        elif key.rpartition(".")[2] in ("reward", "advantage_std", "d_accuracy", "d_loss", "kl", "kl_coef", "loss"):
+            torch.testing.assert_close(
+                one[key], two[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+def test_processes_agree_on_what_to_skip_although_their_music_differs(runs: tuple[Path, Path]) -> None:
+    skipped = [(runs[1] / f"skipped-{index}").read_text() for index in (0, 1)]
+    assert skipped[0] == skipped[1]
+    assert {"0.0", "1.0"} == set(skipped[0].split())
+    assert (runs[1] / "weights-0").read_text() == (runs[1] / "weights-1").read_text()
+
+
+def test_every_process_saves_its_own_memory_and_only_one_the_networks(runs: tuple[Path, Path]) -> None:
+    checkpoint = runs[1] / "own" / "checkpoint-12"
+    memories = [load_file(checkpoint / f"replay_{index}.safetensors")["input_ids"] for index in (0, 1)]
+    assert not torch.equal(*memories)
+    written = {file.name for file in checkpoint.iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "discriminator.safetensors"} <= written
+    assert not any("unfinished" in name for name in written)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_are_accelerates_own(name: str) -> None:
+    file = CONFIGS[name]
+    loaded = load_config_from_file(str(file))
+    assert loaded.num_processes == int(name.rpartition("-")[2])
+    assert loaded.use_cpu == name.startswith("cpu")
+    assert loaded.mixed_precision == ("no" if loaded.use_cpu else "bf16")
+    # The header's command names this file, and a recipe and a script that are there.
+    command = re.findall(r"training/\S+", file.read_text())
+    assert command[0] == f"training/accelerate_configs/{file.name}"
+    assert all((file.parents[2] / path).exists() for path in command)
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_sharded_generator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: str) -> None:
+    create = AdversarialTrainer.create_accelerator_and_postprocess
+
+    def sharded(trainer: AdversarialTrainer) -> None:
+        create(trainer)
+        setattr(trainer, sharding, True)
+
+    monkeypatch.setattr(AdversarialTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed would shard the generator"):
+        make_trainer(tmp_path, 4)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,190 @@
+"""A run that goes wrong goes back with half the learning rates, and ends cleanly when that does not help."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+
+from midimamba.errors import InputError
+from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.checkpoint import DISCRIMINATOR_FILE, STATE_FILE
+from midimamba.training.guard import is_complete, last_complete_checkpoint
+from trainer_support import ALL_STABILISERS, make_trainer, moved, parameters
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+class Poison(TrainerCallback):
+    """Breaks something once, at a step."""
+
+    def __init__(self, trainer: AdversarialTrainer, what: str, step: int):
+        self.trainer, self.what, self.step = trainer, what, step
+        self.is_used = False
+
+    def _strikes(self, state: TrainerState, what: str) -> bool:
+        strikes = state.global_step == self.step and self.what == what and not self.is_used
+        self.is_used |= strikes
+        return strikes
+
+    def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        embeddings = self.trainer.generator.get_input_embeddings().weight
+        if self._strikes(state, "loss"):
+            self.trainer.discriminator.score.bias.data.fill_(torch.nan)
+        elif self._strikes(state, "gradient"):
+            self.handle = embeddings.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+
+    def on_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        if self._strikes(state, "weight"):
+            self.trainer.discriminator.score.weight.data[0, 0] = torch.inf
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        if self.is_used and self.what == "gradient":
+            self.handle.remove()
+
+
+def rates(trainer: AdversarialTrainer) -> tuple[float, ...]:
+    optimizers = (trainer.optimizer, trainer.discriminator_update.optimizer)
+    return tuple(group["lr"] for optimizer in optimizers for group in optimizer.param_groups[:1])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
+def test_a_run_recovers_from_numbers_that_are_not_finite(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING)
+    trainer.add_callback(Poison(trainer, what, step=3))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert trainer.guard.rollbacks == 1
+    assert rates(trainer) == (0.005, 0.0005)
+    assert trainer.lr_scheduler.base_lrs[0] == 0.005
+    networks = (trainer.generator, trainer.discriminator, *trainer.adversarial_state.policies.values())
+    assert all(parameter.isfinite().all() for network in networks for parameter in network.parameters())
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["rollbacks"] for log in logged] == [0, 0, 1, 1, 1, 1]
+    assert [log["learning_rate"] for log in logged] == [0.01] * 2 + [0.005] * 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "back to" in line]
+    names = {"loss": "the loss", "gradient": "the norm of the gradient", "weight": "a weight"}
+    assert line.startswith(f"step {3 + (what == 'weight')}: {names[what]} is not finite; back to ")
+    assert "checkpoint-2 (roll-back 1 of 3), learning_rate 0.005, d_learning_rate 0.0005" in line
+
+
+def test_the_run_after_a_roll_back_is_the_resumed_one(tmp_path: Path) -> None:
+    """Nothing is left of what went wrong: a new process that goes on from the checkpoint does the same."""
+    trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING)
+    trainer.add_callback(Poison(trainer, "loss", step=3))
+    trainer.train()
+    resumed = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.guard.rollbacks == 1  # from the file beside the checkpoints: checkpoint-2 knows of none
+    for name in ("model", "discriminator", "generator_for_saving"):
+        assert moved(parameters(getattr(trainer, name)), parameters(getattr(resumed, name))) == 0.0
+
+
+@pytest.mark.parametrize("bound", ["max_nll_drift", "max_self_bleu_increase"])
+def test_a_bound_that_is_always_broken_ends_the_run_with_what_was_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bound: str
+) -> None:
+    measured = AdversarialTrainer.evaluate
+
+    def worse(trainer: AdversarialTrainer, *args: object, **options: object) -> dict[str, float]:
+        metrics = measured(trainer, *args, **options)
+        for name in ("eval_loss", "eval_self_bleu_4"):
+            metrics[name] = 1.0 + 0.01 * (trainer.state.global_step > 3)
+        return metrics
+
+    monkeypatch.setattr(AdversarialTrainer, "evaluate", worse)
+    options = {"max_rollbacks": 2, "max_steps": 5, bound: 0.0}
+    trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING | EVALUATING | options)
+    output = trainer.train()
+    assert output.global_step == 2
+    assert output.metrics["rollbacks"] == trainer.guard.rollbacks == 2
+    assert rates(trainer) == (0.0025, 0.00025)
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    ours = trainer.model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in saved.items())
+    saved = load_file(tmp_path / "checkpoint-2" / DISCRIMINATOR_FILE)
+    assert all(torch.equal(trainer.discriminator.state_dict()[name], tensor) for name, tensor in saved.items())
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4: eval_")]
+    assert len(lines) == 3
+    assert "is 1.0100, above its bound of 1.0000 (it was 1.0000 at the start)" in lines[0]
+    assert lines[-1].endswith(f"the run ends after 2 roll-backs, with {tmp_path / 'checkpoint-2'}")
+
+
+def test_before_the_first_checkpoint_the_start_is_what_a_run_goes_back_to(tmp_path: Path) -> None:
+    options = SAVING | EVALUATING | {"max_nll_drift": 100.0}
+    trainer = make_trainer(tmp_path / "poisoned", **ALL_STABILISERS, **options)
+    trainer.add_callback(Poison(trainer, "loss", step=1))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    half = {"learning_rate": 0.005, "d_learning_rate": 0.0005}
+    slow = make_trainer(tmp_path / "slow", **ALL_STABILISERS, **options | half)
+    slow.train()
+    for name in ("model", "discriminator", "generator_for_saving"):
+        assert moved(parameters(getattr(trainer, name)), parameters(getattr(slow, name))) == 0.0
+    state = json.loads((tmp_path / "slow" / "checkpoint-6" / STATE_FILE).read_text())["guard"]
+    assert state["reference"] == {"eval_loss": slow.state.log_history[0]["eval_loss"]}
+
+
+def test_a_guarded_run_is_the_run_without_the_guard(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path / "plain", **ALL_STABILISERS, **SAVING)
+    guarded = make_trainer(tmp_path / "guarded", **ALL_STABILISERS, **SAVING | EVALUATING | {"max_nll_drift": 100.0})
+    for trainer in (plain, guarded):
+        trainer.train()
+    assert moved(parameters(plain.model), parameters(guarded.model)) == 0.0
+    assert moved(parameters(plain.discriminator), parameters(guarded.discriminator)) == 0.0
+
+
+def test_without_a_checkpoint_there_is_one_clear_error(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Poison(trainer, "loss", step=1))
+    with pytest.raises(InputError, match="step 1: the loss is not finite; there is no checkpoint to go back to"):
+        trainer.train()
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    text = state.read_text()
+    for broken in (text[: len(text) // 2], "", None):
+        state.unlink() if broken is None else state.write_text(broken)
+        assert not is_complete(tmp_path / "checkpoint-2")
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    # A checkpoint that is written once more is incomplete until it is whole again.
+    state.write_text(text)
+    resumed = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    seen = []
+    save = AdversarialTrainer._save_optimizer_and_scheduler
+
+    def watched(trainer: AdversarialTrainer, folder: str) -> None:
+        seen.append(is_complete(Path(folder)))
+        save(trainer, folder)
+
+    monkeypatch.setattr(AdversarialTrainer, "_save_optimizer_and_scheduler", watched)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert seen == [False]
+    assert is_complete(tmp_path / "checkpoint-2")
+
+
+def test_all_processes_raise_together() -> None:
+    """What one process finds is counted in all of them."""
+    from midimamba.training.guard import DivergedError, Guard
+
+    class Accelerator:
+        device = torch.device("cpu")
+
+        def reduce(self, tensor: Tensor, how: str) -> Tensor:
+            assert how == "sum"
+            return tensor + 1.0  # another process has found something
+
+    guard = object.__new__(Guard)
+    guard.accelerator = Accelerator()
+    with pytest.raises(DivergedError, match="the loss is not finite in another process"):
+        guard.check_finite("the loss", 1.0)

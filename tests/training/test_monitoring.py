@@ -1,0 +1,116 @@
+"""What is watched during a run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from midimamba import MidiProcessor
+from midimamba.evaluation import rendering
+from midimamba.tokenization.packing import BlockCollator
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.monitoring import CopyRate, peak_memory_mb, reward_by_position
+from support import make_discriminator, make_generator, make_score
+from trainer_support import LENGTH, make_trainer
+
+
+def test_the_copy_rate_is_the_share_of_ngrams_that_the_training_music_holds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(3, (20, 12), generator=generator).tolist()
+    samples = [*torch.randint(3, (30, 10), generator=generator).tolist(), blocks[3]]
+    known = {tuple(row[i : i + 4]) for row in blocks for i in range(9)}
+    grams = [tuple(row[i : i + 4]) for row in samples for i in range(len(row) - 3)]
+    rate = CopyRate([{"input_ids": row} for row in blocks], n=4)
+    assert rate(samples) == pytest.approx(sum(gram in known for gram in grams) / len(grams))
+    assert rate(blocks) == 1.0
+    assert rate([[1, 2]]) == 0.0
+
+
+def test_no_more_ngrams_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midimamba.training.monitoring.MAX_NGRAMS", 20)
+    blocks = [{"input_ids": list(range(10 * i, 10 * i + 10))} for i in range(100)]
+    rate = CopyRate(blocks, n=6)
+    assert len(rate._known) <= 20
+    assert rate([blocks[0]["input_ids"]]) == 1.0
+    assert rate([blocks[1]["input_ids"]]) == 0.0
+
+
+def test_rewards_by_position_and_memory() -> None:
+    values = torch.arange(5.0).expand(3, -1)
+    assert reward_by_position(values) == {f"reward_at_{25 * part}": float(part) for part in (1, 2, 3, 4)}
+    assert 50 < peak_memory_mb(torch.device("cpu")) < 50_000
+
+
+def test_every_log_and_every_evaluation_tells_what_is_watched(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    watched = {
+        "reward_at_25",
+        "reward_at_100",
+        "d_accuracy_held_out",
+        "tokens_per_second",
+        "memory_mb_max",
+        "rollbacks",
+    }
+    for log in logged:
+        assert watched <= log.keys()
+        assert log["reward_at_100"] == log["reward"]
+        assert log["tokens_per_second"] > 0
+    evaluated = [log for log in trainer.state.log_history if "eval_copied_8" in log]
+    assert len(evaluated) == 3
+    assert all(0 <= log["eval_copied_8_real"] <= 1 for log in evaluated)
+
+
+def test_the_tokens_drawn_are_counted(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1, d_warmup_steps=2, rollout_at="strided")
+    trainer.train()
+    batches = 2 + 1 + 1  # warm-up, d-step, g-step
+    assert trainer._num_sampled == batches * 4 * (LENGTH - 2)
+    positions = (3, 5)  # two of the times 2 … 6
+    assert trainer.action_values.num_drawn == 4 * 2 * sum(LENGTH - 1 - position for position in positions)
+
+
+@pytest.fixture
+def musical(tmp_path: Path, processor: MidiProcessor) -> AdversarialTrainer:
+    ids = [token for seed in range(4) for token in processor.encode(make_score(seed))]
+    blocks = Dataset.from_dict({"input_ids": [ids[i : i + 24] for i in range(0, len(ids) - 24, 24)]})
+    options = {"estimator": "terminal", "d_warmup_steps": 0, "num_eval_samples": 6, "num_logged_samples": 2}
+    shape = {"sequence_length": 24, "per_device_train_batch_size": 4, "max_steps": 1, "disable_tqdm": True}
+    watching = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "tensorboard", "save_strategy": "no"}
+    args = AdversarialConfig(output_dir=str(tmp_path), use_cpu=True, **options, **shape, **watching)
+    size = processor.vocab_size
+    networks = (make_generator(vocab_size=size), make_discriminator(vocab_size=size))
+    return AdversarialTrainer(*networks, args, blocks, blocks, BlockCollator.for_processor(processor), processor)
+
+
+def test_samples_of_evaluations_are_written_and_drawn(musical: AdversarialTrainer) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    musical.train()
+    folder = Path(musical.args.output_dir)
+    written = sorted(path.name for path in (folder / "samples" / "step-1").iterdir())
+    assert written == ["0.mid", "0.png", "1.mid", "1.png"]
+    assert (folder / "samples" / "step-1" / "0.mid").read_bytes()[:4] == b"MThd"
+    (events,) = folder.rglob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload().Tags()["images"]
+    assert {re.sub(r"/image.*", "", tag) for tag in shown} == {"samples/0", "samples/1"}
+
+
+def test_without_matplotlib_one_line_says_that_there_are_no_pictures(
+    musical: AdversarialTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(rendering, "import_module", missing)
+    musical.evaluate()
+    musical.evaluate()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "piano rolls" in line]
+    assert len(lines) == 1
+    assert "matplotlib is not installed" in lines[0]
+    written = {path.suffix for path in (Path(musical.args.output_dir) / "samples").rglob("*.*")}
+    assert written == {".mid"}

@@ -1,0 +1,90 @@
+"""The two named recipes: the paper has no stabiliser on, the stable one has them all, and both train."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import HfArgumentParser, TrainingArguments
+
+from midimamba.training.adversarial import AdversarialArguments
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.adversarial_trainer import AdversarialTrainer
+from support import make_discriminator, make_generator
+
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+# Every stabiliser, and its value when it is off.
+OFF: dict[str, object] = {
+    "advantage_clip": None,
+    "ppo_clip": None,
+    "kl_coef": 0.0,
+    "kl_target": None,
+    "entropy_coef": 0.0,
+    "mle_weight": 0.0,
+    "mle_weight_final": None,
+    "ema_decay": 0.0,
+    "rollout_momentum": 0.0,
+    "d_max_accuracy": None,
+    "d_warmup_accuracy": None,
+    "d_max_grad_norm": 0.0,
+    "label_smoothing": 0.0,
+    "r1_weight": 0.0,
+    "replay_size": 0,
+    "replay_fraction": 0.0,
+    "max_nll_drift": None,
+    "max_self_bleu_increase": None,
+}
+
+
+def read(name: str, folder: Path, **overrides: object) -> AdversarialConfig:
+    values = yaml.safe_load((RECIPES / f"{name}-adversarial.yaml").read_text())
+    values |= {"output_dir": str(folder), "use_cpu": True} | overrides
+    config = HfArgumentParser((AdversarialConfig, AdversarialArguments)).parse_dict(values)[0]
+    assert isinstance(config, AdversarialConfig)
+    return config
+
+
+def test_the_paper_has_no_stabiliser(tmp_path: Path) -> None:
+    paper = read("paper", tmp_path)
+    assert {name: getattr(paper, name) for name in OFF} == OFF
+    assert (paper.baseline, paper.normalize_advantages, paper.ppo_epochs) == ("none", False, 1)
+    assert (paper.estimator, paper.num_rollouts, paper.rollout_positions) == ("monte-carlo", 16, None)
+    assert (paper.g_steps, paper.d_steps, paper.d_epochs, paper.d_learning_rate) == (1, 5, 3, 1e-4)
+
+
+def test_the_stable_recipe_has_them_all(tmp_path: Path) -> None:
+    stable = read("stable", tmp_path)
+    assert [name for name, off in OFF.items() if getattr(stable, name) == off] == []
+    assert stable.baseline != "none"
+    assert stable.ppo_epochs > 1
+
+
+def test_an_option_is_a_stabiliser_or_not(tmp_path: Path) -> None:
+    """A new option has to say here which of the two it is, so that no recipe forgets it."""
+    others = {
+        *("sequence_length", "prompt_length", "micro_batch_size", "num_eval_samples", "logging_nan_inf_filter"),
+        *("estimator", "num_rollouts", "rollout_positions", "rollout_batch_size", "discount", "reward"),
+        *("rollout_at", "rollout_memory_mb", "stop_at_eos", "temperature", "importance_clip"),
+        *("num_logged_samples", "max_rollbacks"),
+        *("baseline", "group_size", "baseline_decay", "normalize_advantages", "ppo_epochs"),
+        *("g_steps", "d_steps", "d_epochs", "d_warmup_steps", "d_learning_rate", "d_weight_decay"),
+    }
+    inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
+    options = {option.name for option in dataclasses.fields(AdversarialConfig)}
+    assert options - inherited == (others | OFF.keys()) - inherited
+
+
+@pytest.mark.parametrize("name", ["paper", "stable"])
+def test_recipes_train(tmp_path: Path, name: str) -> None:
+    length = 20
+    small = {"sequence_length": length, "max_steps": 2, "num_rollouts": 2, "d_warmup_steps": 3, "logging_steps": 1}
+    config = read(name, tmp_path, per_device_train_batch_size=4, num_eval_samples=4, disable_tqdm=True, **small)
+    generator = torch.Generator().manual_seed(5)
+    blocks = Dataset.from_dict({"input_ids": torch.randint(1, 11, (12, length), generator=generator).tolist()})
+    trainer = AdversarialTrainer(make_generator(), make_discriminator(), config, blocks, blocks)
+    before = trainer.generator.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.generator_for_saving.get_input_embeddings().weight)
+    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in trainer.state.log_history if "loss" in log)

@@ -1,0 +1,121 @@
+"""Action values of sampled sequences: which estimator, of what reward, from where."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.sampling import inference, valid_tokens
+from midimamba.training import credit
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.rollout import (
+    Reward,
+    bar_positions,
+    monte_carlo_values,
+    rollout_positions,
+    rows_for_budget,
+)
+
+
+class ActionValues:
+    """
+    Q of every sampled action, by the estimator and the reward that the options name.
+
+    Args:
+        args (`AdversarialConfig`): the options.
+        policy (`MidiMambaForCausalLM`): the roll-out policy.
+        discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
+        bar_token_ids (`Sequence[int]`): the tokens that begin a bar; none: positions are evenly spread.
+        eos_token_id (`int`, *optional*): the token that ends sequences; by default nothing does.
+
+    Attributes:
+        reward (`MidiDiscriminator` or `Callable`): what values whole sequences.
+        max_rows (`int`): completions in memory at once.
+        num_drawn (`int`): tokens that roll-outs have drawn so far.
+
+    Raises:
+        ValueError: if `rollout_memory_mb` does not hold a single completion.
+    """
+
+    def __init__(
+        self,
+        args: AdversarialConfig,
+        policy: MidiMambaForCausalLM,
+        discriminator: MidiDiscriminator,
+        bar_token_ids: Sequence[int],
+        eos_token_id: int | None,
+    ):
+        self.args = args
+        self.policy = policy
+        self.bar_token_ids = bar_token_ids
+        self.eos_token_id = eos_token_id
+        self.reward: MidiDiscriminator | Reward = discriminator
+        if args.reward == "constant":
+            self.reward = lambda sequences: torch.ones(len(sequences), device=sequences.device)
+        elif args.reward == "random":
+            self.reward = lambda sequences: torch.rand(len(sequences), device=sequences.device)
+        self.max_rows = args.rollout_batch_size
+        if args.rollout_memory_mb is not None:
+            judge = discriminator if args.reward == "discriminator" else None
+            self.max_rows = rows_for_budget(policy, args.sequence_length, args.rollout_memory_mb, judge)
+        self.num_drawn = 0
+
+    def __call__(self, sequences: Tensor) -> Tensor:
+        """Q of sequences `(batch, time)`, of shape `(batch, actions)`; the last is the reward of the whole."""
+        length, prompt = self.args.sequence_length, self.args.prompt_length
+        if self.args.estimator == "dense":
+            return credit.discounted_returns(self._rewards_of_prefixes(sequences)[:, prompt:], self.args.discount)
+        positions = self._positions(sequences)
+        values = monte_carlo_values(
+            self.policy,
+            self.reward,
+            sequences,
+            positions,
+            self.args.num_rollouts,
+            self.max_rows,
+            self.eos_token_id,
+            prompt,
+        )
+        self.num_drawn += self.args.num_rollouts * int((length - 1 - positions).sum())
+        times = torch.cat([positions, torch.full_like(sequences[:, :1], length - 1)], dim=1) - prompt
+        return credit.interpolate_rows(values, times, length - prompt)
+
+    def _positions(self, sequences: Tensor) -> Tensor:
+        """The times that roll-outs value, `(batch, K)`; none for `terminal`, which spreads the reward of the whole."""
+        length, prompt, count = self.args.sequence_length, self.args.prompt_length, self.args.rollout_positions
+        if self.args.estimator == "terminal":
+            return sequences[:, :0]
+        if self.args.rollout_at == "bars" and self.bar_token_ids:
+            return bar_positions(sequences, self.bar_token_ids, prompt, count)
+        spread = rollout_positions(length, prompt, count)
+        return torch.tensor(spread, dtype=torch.long, device=sequences.device).expand(len(sequences), -1)
+
+    def _rewards_of_prefixes(self, sequences: Tensor) -> Tensor:
+        """2D - 1 of every prefix of sequences `(batch, time)`; 0 behind their ends."""
+        valid = torch.ones_like(sequences)
+        if self.eos_token_id is not None:
+            valid = valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
+        if not isinstance(self.reward, MidiDiscriminator):
+            rewards = self.reward(sequences.flatten()).view(sequences.shape)
+            return (2 * rewards - 1) * valid
+        parts = zip(sequences.split(self.max_rows), valid.split(self.max_rows), strict=True)
+        with inference(self.reward):
+            logits = [self.reward(rows, attention_mask=mask).position_logits for rows, mask in parts]
+        return (2 * torch.cat(logits).float().sigmoid() - 1) * valid
+
+
+def ending_token(model: MidiMambaForCausalLM) -> int:
+    """The token that ends sequences.
+
+    Raises:
+        ValueError: if the generator's configuration does not say, or has no padding for what follows.
+    """
+    config = model.config
+    if not isinstance(config.eos_token_id, int) or config.pad_token_id is None:
+        raise ValueError(
+            f"stop_at_eos needs an eos_token_id and a pad_token_id in the generator's configuration, "
+            f"but they are {config.eos_token_id} and {config.pad_token_id}"
+        )
+    return config.eos_token_id

@@ -1,0 +1,106 @@
+"""What a checkpoint holds beside the files of Trainer, so that a resumed run goes on bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from midimamba.errors import InputError
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.training.baseline import Baseline
+from midimamba.training.discriminator_update import DiscriminatorUpdate
+from midimamba.training.generator_loss import GeneratorLoss
+from midimamba.training.guard import Guard
+from midimamba.training.policies import load_policy, save_policy, save_tensors, whole_file
+
+DISCRIMINATOR_FILE = "discriminator.safetensors"
+D_OPTIMIZER_FILE = "discriminator_optimizer.pt"
+ROLLOUT_POLICY_FILE = "rollout_policy.safetensors"
+REFERENCE_POLICY_FILE = "reference_policy.safetensors"
+AVERAGED_POLICY_FILE = "averaged_policy.safetensors"
+STATE_FILE = "adversarial_state.json"
+
+
+class AdversarialState:
+    """
+    All that a run has beside the generator and its optimizer.
+
+    Args:
+        policies (`dict[str, MidiMambaForCausalLM]`): the copies of the generator, by the files they are saved in.
+        discriminator_update (`DiscriminatorUpdate`): the discriminator, its optimizer, and the old negatives.
+        generator_loss (`GeneratorLoss`): has the adaptive weight.
+        baseline (`Baseline`): has a running mean.
+        guard (`Guard`): has the reference values and the number of roll-backs.
+    """
+
+    def __init__(
+        self,
+        policies: dict[str, MidiMambaForCausalLM],
+        discriminator_update: DiscriminatorUpdate,
+        generator_loss: GeneratorLoss,
+        baseline: Baseline,
+        guard: Guard,
+    ):
+        self.policies = policies
+        self.discriminator_update = discriminator_update
+        self.generator_loss = generator_loss
+        self.baseline = baseline
+        self.guard = guard
+        self.args = discriminator_update.args
+        accelerator = discriminator_update.accelerator
+        self._discriminator = accelerator.unwrap_model(discriminator_update.discriminator)
+
+    def save(self, folder: Path) -> None:
+        """Write what this process has to write."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.replay_size:
+            replayed = self.discriminator_update.replay.sequences
+            if replayed is None:  # before the first step
+                replayed = torch.empty(0, self.args.sequence_length, dtype=torch.long)
+            save_tensors({"input_ids": replayed}, folder / self._replay_file)
+        if not self.args.should_save:
+            return
+        save_tensors(self._discriminator.state_dict(), folder / DISCRIMINATOR_FILE)
+        with whole_file(folder / D_OPTIMIZER_FILE) as unfinished:
+            torch.save(self.discriminator_update.optimizer.state_dict(), unfinished)
+        for name, policy in self.policies.items():
+            save_policy(policy, folder / name)
+        state = {
+            "kl_coef": self.generator_loss.kl_coef,
+            "baseline": self.baseline.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+        with whole_file(folder / STATE_FILE) as unfinished:
+            unfinished.write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> float:
+        """Read what was written. Returns what the saved learning rates are to be multiplied by.
+
+        Raises:
+            InputError: if the run that wrote it had other options.
+        """
+        expected = [DISCRIMINATOR_FILE, D_OPTIMIZER_FILE, STATE_FILE, *self.policies]
+        if self.args.replay_size:
+            expected.append(self._replay_file)
+        missing = [name for name in expected if not (folder / name).exists()]
+        if missing:
+            raise InputError(f"{folder} lacks {', '.join(missing)}: resume a run with the options it was started with")
+        device = self.args.device
+        self._discriminator.load_state_dict(load_file(folder / DISCRIMINATOR_FILE))
+        optimizer = torch.load(folder / D_OPTIMIZER_FILE, map_location=device, weights_only=True)
+        self.discriminator_update.optimizer.load_state_dict(optimizer)
+        for name, policy in self.policies.items():
+            load_policy(policy, folder / name)
+        if self.args.replay_size:
+            self.discriminator_update.replay.sequences = load_file(folder / self._replay_file)["input_ids"].to(device)
+        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+        self.generator_loss.kl_coef = state["kl_coef"]
+        self.baseline.load_state_dict(state["baseline"], device)
+        return self.guard.load_state_dict(state["guard"])
+
+    @property
+    def _replay_file(self) -> str:
+        """Every process remembers what it sampled itself."""
+        return f"replay_{self.args.process_index}.safetensors"

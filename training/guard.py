@@ -1,0 +1,136 @@
+"""What makes a run go back: numbers that are not finite, likelihood that drifts, samples that grow alike."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from midimamba.files import write_whole
+from midimamba.training.adversarial_config import AdversarialConfig
+
+TRAINER_STATE_FILE = "trainer_state.json"
+ROLLBACKS_FILE = "rollbacks.json"
+
+
+class DivergedError(Exception):
+    """The run has gone wrong; the message says what was measured and what is allowed."""
+
+
+class Guard:
+    """
+    Watches a run, and remembers what to go back to and how often that was done.
+
+    All processes of a run raise together: whatever one of them finds counts for all.
+
+    Args:
+        args (`AdversarialConfig`): the bounds.
+        accelerator (`Accelerator`): the trainer's.
+
+    Attributes:
+        reference (`dict[str, float]`): what the pre-trained generator measured; empty before its evaluation.
+        rollbacks (`int`): how often the run went back. Learning rates are halved as often.
+        last_good (`Path`, *optional*): the checkpoint to go back to.
+    """
+
+    def __init__(self, args: AdversarialConfig, accelerator: Accelerator):
+        self.accelerator = accelerator
+        bounds = (("eval_loss", args.max_nll_drift), ("eval_self_bleu_4", args.max_self_bleu_increase))
+        self._bounds = {name: bound for name, bound in bounds if bound is not None}
+        self._file = Path(args.output_dir) / ROLLBACKS_FILE
+        self.reference: dict[str, float] = {}
+        self.rollbacks = 0
+        self.last_good: Path | None = None
+
+    def begin(self, checkpoint: str | None) -> None:
+        """A run starts, or goes on from a checkpoint: then the roll-backs after that checkpoint count, too."""
+        self.last_good = None if checkpoint is None else Path(checkpoint)
+        if checkpoint is not None and self._file.exists():
+            self.rollbacks = int(json.loads(self._file.read_text())["rollbacks"])
+        elif self.accelerator.is_main_process:
+            self._file.unlink(missing_ok=True)
+
+    def roll_back(self) -> None:
+        """Count a roll-back, on the disk as well: a run that is killed before its next checkpoint does not forget."""
+        self.rollbacks += 1
+        if self.accelerator.is_main_process:
+            write_whole(self._file, json.dumps({"rollbacks": self.rollbacks}))
+
+    def check_finite(self, what: str, values: Tensor | float) -> None:
+        """
+        Raises:
+            DivergedError: if a value is infinite or NaN.
+        """
+        self._raise_together(not bool(torch.as_tensor(values).isfinite().all()), f"{what} is not finite")
+
+    def check_weights(self, parameters: Iterable[Tensor]) -> None:
+        """
+        Raises:
+            DivergedError: if a weight is infinite or NaN.
+        """
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters])
+        self._raise_together(not bool(finite.all()), "a weight is not finite")
+
+    def check_evaluation(self, metrics: dict[str, float]) -> None:
+        """The first evaluation of a run, before its first step, is what later ones are compared with.
+
+        Raises:
+            DivergedError: if a bound is broken.
+        """
+        if not self.reference:
+            self.reference = {name: metrics[name] for name in self._bounds}
+        for name, bound in self._bounds.items():
+            start, value = self.reference.get(name, metrics[name]), metrics[name]
+            limit = start * (1 + bound) if name == "eval_loss" else start + bound
+            # NaN is no number below a limit.
+            message = f"{name} is {value:.4f}, above its bound of {limit:.4f} (it was {start:.4f} at the start)"
+            self._raise_together(not value <= limit, message)
+
+    def _raise_together(self, is_wrong: bool, message: str) -> None:
+        wrong = torch.tensor(float(is_wrong), device=self.accelerator.device)
+        if self.accelerator.reduce(wrong, "sum").item():
+            raise DivergedError(message if is_wrong else f"{message} in another process")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for JSON."""
+        return {"reference": self.reference, "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> float:
+        """Go on from a checkpoint. Returns what its learning rates are to be multiplied by."""
+        self.reference = state["reference"]
+        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+        return math.ldexp(1.0, state["rollbacks"] - self.rollbacks)
+
+
+def scale_learning_rates(optimizer: Any, factor: float, scheduler: Any = None) -> None:
+    """Multiply the rates of an optimizer, and those from which its scheduler computes the next ones."""
+    for group in optimizer.param_groups:
+        for name in {"lr", "initial_lr"} & group.keys():
+            group[name] *= factor
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # what Trainer logs
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in a folder that is whole; one that a killed process left half-written is passed over."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    steps = [int(match[1]) for child in folder.glob("*") if (match := pattern.fullmatch(child.name))]
+    checkpoints = [folder / f"{PREFIX_CHECKPOINT_DIR}-{step}" for step in sorted(steps, reverse=True)]
+    return next((str(checkpoint) for checkpoint in checkpoints if is_complete(checkpoint)), None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is whole: Trainer writes its own state last, so that is there and can be read."""
+    try:
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,219 @@
+"""What a person watches during a run: rewards over time, memory, measures of samples, and the samples themselves."""
+
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
+
+from midimamba.errors import InputError
+from midimamba.evaluation.metrics import called_real, discriminator_accuracy, distinct_n, self_bleu
+from midimamba.evaluation.rendering import draw_piano_roll, import_demo
+from midimamba.files import write_whole
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.sampling import valid_tokens
+from midimamba.tokenization.packing import stack_blocks
+from midimamba.tokenization.processor import MidiProcessor
+from midimamba.training.adversarial_config import AdversarialConfig
+
+COPIED_TOKENS = 8
+"""An n-gram of so many tokens that the training music holds as well counts as copied: two to four notes of REMI,
+where shorter ones are idiom and much longer ones are rare in any sample."""
+
+MAX_NGRAMS = 2**22
+"""So many n-grams of the training music are remembered (32 MB of hashes); of more blocks, evenly spread ones are."""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far, in MB of 2^20 bytes: of the graphics card if there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return 0.0  # the standard library does not tell
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def reward_by_position(values: Tensor) -> dict[str, float]:
+    """The mean action value `(batch, actions)` at a quarter, a half, three quarters and the end of the actions."""
+    last = values.shape[1] - 1
+    return {f"reward_at_{part}": values[:, round(last * part / 100)].mean().item() for part in (25, 50, 75, 100)}
+
+
+def spread_blocks(dataset: Any, count: int) -> Tensor:
+    """So many blocks, evenly spread over a data set, `(count, time)`; all if there are fewer."""
+    count = min(count, len(dataset))
+    return stack_blocks([dataset[index * len(dataset) // count] for index in range(count)])
+
+
+class CopyRate:
+    """
+    How much of some sequences is copied from the training music: the share of their n-grams that it holds.
+
+    N-grams are compared by 64-bit hashes: about one of 10^12 that are new is taken for a copy.
+
+    Args:
+        dataset (`Dataset`): training blocks.
+        n (`int`, *optional*, defaults to 8): tokens an n-gram.
+    """
+
+    def __init__(self, dataset: Any, n: int = COPIED_TOKENS):
+        # Odd multipliers keep every bit of a token's own.
+        self._multipliers = np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64) * 2 + 1
+        per_block = max(1, len(dataset[0]["input_ids"]) - n + 1)
+        count = min(len(dataset), max(1, MAX_NGRAMS // per_block))
+        rows = (dataset[index * len(dataset) // count]["input_ids"] for index in range(count))
+        progress = tqdm(rows, total=count, desc="n-grams of the training music", leave=False, disable=None)
+        self._known = np.unique(np.concatenate([self._hashes(row) for row in progress]))
+
+    def __call__(self, sequences: list[list[int]]) -> float:
+        """The share of all n-grams of sequences; 0 if they are too short to have any."""
+        hashes = np.concatenate([self._hashes(row) for row in sequences])
+        return float(np.isin(hashes, self._known).mean()) if len(hashes) else 0.0
+
+    def _hashes(self, row: list[int]) -> NDArray[np.uint64]:
+        n = len(self._multipliers)
+        if len(row) < n:
+            return np.empty(0, dtype=np.uint64)
+        tokens = np.lib.stride_tricks.sliding_window_view(np.array(row, dtype=np.uint64) + 1, n)
+        # Mixed token by token: a plain weighted sum of small numbers collides as soon as two weights are related.
+        hashes = np.zeros(len(tokens), dtype=np.uint64)
+        for column, multiplier in zip(tokens.T, self._multipliers, strict=True):
+            hashes = (hashes ^ column) * multiplier
+            hashes ^= hashes >> np.uint64(29)
+        return hashes
+
+
+class Monitor:
+    """
+    Measures a run on music that it does not train on, and what it has copied of the music that it does.
+
+    Args:
+        args (`AdversarialConfig`): the options.
+        discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
+        train_dataset (`Dataset`): training blocks.
+        eval_dataset (`Dataset`): held-out blocks.
+        eos_token_id (`int`, *optional*): the token that ends sequences; by default nothing does.
+    """
+
+    def __init__(
+        self,
+        args: AdversarialConfig,
+        discriminator: MidiDiscriminator,
+        train_dataset: Any,
+        eval_dataset: Any,
+        eos_token_id: int | None,
+    ):
+        self.args = args
+        self.discriminator = discriminator
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.eos_token_id = eos_token_id
+
+    def measure_log(self) -> dict[str, float]:
+        """What changes from log to log rather than from step to step.
+
+        `d_accuracy_held_out` is how often the discriminator takes a batch of held-out music, always the same, for
+        real: far below its accuracy on training music it has learned that by heart. `memory_mb_max` is the peak.
+        """
+        mask = self._mask(self._held_out)
+        return {
+            "d_accuracy_held_out": called_real(self.discriminator, self._held_out, mask),
+            "memory_mb_max": peak_memory_mb(self.args.device),
+        }
+
+    def measure(self, real: Tensor, fake: Tensor) -> tuple[dict[str, float], list[list[int]]]:
+        """
+        Measures of samples `(count, time)` beside as much held-out music, up to their ends if they have any.
+
+        Returns:
+            `dict[str, float]` and the samples without padding: the accuracies of the discriminator (`d_accuracy…`),
+            `distinct_1` … `distinct_4`, `self_bleu_4`, and the copy rates of the samples and of the music: music that
+            copies nothing shares that much.
+        """
+        masks = (self._mask(real), self._mask(fake))
+        accuracy = discriminator_accuracy(self.discriminator, real, fake, masks=masks)
+        music, samples = (_without_padding(rows, mask) for rows, mask in zip((real, fake), masks, strict=True))
+        longest = max(map(len, samples))
+        measures = {
+            **{f"d_{name}": value for name, value in accuracy.items()},
+            **{f"distinct_{n}": distinct_n(samples, n) if longest >= n else 0.0 for n in (1, 2, 3, 4)},
+            "self_bleu_4": self_bleu(samples, 4),
+            f"copied_{COPIED_TOKENS}": self._copy_rate(samples),
+            f"copied_{COPIED_TOKENS}_real": self._copy_rate(music),
+        }
+        return measures, samples
+
+    @cached_property
+    def _held_out(self) -> Tensor:
+        return spread_blocks(self.eval_dataset, self.args.per_device_train_batch_size).to(self.args.device)
+
+    @cached_property
+    def _copy_rate(self) -> CopyRate:
+        return CopyRate(self.train_dataset)
+
+    def _mask(self, sequences: Tensor) -> Tensor:
+        if self.eos_token_id is None:
+            return torch.ones_like(sequences)
+        return valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
+
+
+def _without_padding(sequences: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[:count] for row, count in zip(sequences.tolist(), mask.sum(1).tolist(), strict=True)]
+
+
+class SampleLog:
+    """
+    Writes samples as MIDI and as piano rolls, and shows those in TensorBoard if it is on.
+
+    Args:
+        folder (`Path`): gets a folder `step-N` for every evaluation.
+        processor (`ProcessorMixin`, *optional*): decodes samples. Nothing is written by another than a
+            [`MidiProcessor`].
+        count (`int`): so many of the samples are written.
+        callbacks (`CallbackHandler`): the trainer's, among which TensorBoard's may be.
+    """
+
+    def __init__(self, folder: Path, processor: ProcessorMixin | None, count: int, callbacks: CallbackHandler):
+        self.folder = folder
+        self.processor = processor
+        self.count = count
+        self.callbacks = callbacks
+        self._draws = True
+
+    def write(self, step: int, samples: list[list[int]]) -> None:
+        """Write the first samples of an evaluation. Without matplotlib there are no pictures, and one line says so."""
+        if not isinstance(self.processor, MidiProcessor):
+            return
+        for index, ids in enumerate(samples[: self.count]):
+            file = self.folder / f"step-{step}" / f"{index}.mid"
+            try:
+                score = self.processor.decode(ids)
+            except ValueError as error:
+                sys.stderr.write(f"sample {index} of step {step} is not written: {error}\n")
+                continue
+            write_whole(file, score.dumps_midi())
+            if self._draws:
+                self._draw(score, file.with_suffix(".png"), step)
+
+    def _draw(self, score: Any, file: Path, step: int) -> None:
+        try:
+            draw_piano_roll(score, file, f"step {step}")
+        except InputError as error:
+            self._draws = False
+            sys.stderr.write(f"samples are written without piano rolls: {error}\n")
+            return
+        for callback in self.callbacks.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                image = import_demo("matplotlib.image").imread(file)
+                callback.tb_writer.add_image(f"samples/{file.stem}", image, step, dataformats="HWC")
