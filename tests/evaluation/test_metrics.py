@@ -117,7 +117,7 @@ class FirstTokenJudge(nn.Module):
 
     device = torch.device("cpu")
 
-    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         assert not self.training
         return SimpleNamespace(logits=input_ids[:, :1].float() - 0.5)
 
