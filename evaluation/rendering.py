@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
+from midimamba.evaluation.features import bar_starts
 from midimamba.files import write_whole
 
 Audio = NDArray[np.float64]
@@ -34,7 +35,7 @@ def draw_piano_roll(score: ScoreTick, path: Path, title: str = "") -> None:
         InputError: if matplotlib is not installed.
     """
     axes = new_figure(width=1200, height=400).add_subplot()
-    starts = _bar_starts(score)
+    starts = bar_starts(score)
     tracks = [track for track in score.tracks if len(track.notes)]
     for index, track in enumerate(tracks):
         _draw_track(axes, track, starts, f"C{index % 10}")
@@ -123,20 +124,6 @@ def import_demo(name: str) -> Any:
 def pitch_name(pitch: int) -> str:
     """`60` -> `"C4"`."""
     return f"{PITCH_CLASSES[pitch % 12]}{pitch // 12 - 1}"
-
-
-def _bar_starts(score: ScoreTick) -> NDArray[np.float64]:
-    """Ticks at which bars begin, the last of them at or after the end of the last note."""
-    quarter = score.ticks_per_quarter
-    signatures = sorted((s.time, s.numerator, s.denominator) for s in score.time_signatures)
-    if not signatures or signatures[0][0] > 0:
-        signatures.insert(0, (0, 4, 4))  # what MIDI means when it says nothing
-    starts: list[float] = []
-    ends = [time for time, _, _ in signatures[1:]] + [max(score.end(), 1)]
-    for (time, numerator, denominator), end in zip(signatures, ends, strict=True):
-        length = 4 * quarter * numerator / denominator
-        starts.extend(np.arange(time, end, length))
-    return np.array([*starts, starts[-1] + length])
 
 
 def _draw_track(axes: Any, track: Any, starts: NDArray[np.float64], colour: str) -> None:

@@ -29,6 +29,9 @@ _TOKENIZE_OPTIONS = (
 )
 
 
+_SAMPLED_AT_ONCE = 16  # pieces
+
+
 def tokenize(args: argparse.Namespace) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
     from midimamba.tokenization.corpus import tokenize_corpus
@@ -126,6 +129,63 @@ def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
     return controls
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """`midimamba evaluate`: generated music beside held-out music."""
+    from midimamba.evaluation.comparison import compare, model_figures, read_reference
+    from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
+    from midimamba.evaluation.validity import read_folder
+
+    check_target(args.out)
+    if min(args.bars, args.num) < 1 or args.temperature <= 0:
+        raise InputError("--bars, --num and --temperature must be positive")
+    if args.length < 4:
+        raise InputError("--length must be at least 4 tokens, of which distinct-4 takes four")
+    settings = {name: getattr(args, name) for name in ("music", "reference", "split", "seed")}
+    reference = read_reference(args.reference, args.split, args.bars)
+    figures = {}
+    folder = Path(args.music)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        samples = read_folder(folder)
+    else:
+        settings |= {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+        model, processor, samples = _sample_pieces(args)
+        figures = model_figures(model, processor, reference, args.num, args.length, args.temperature, args.seed)
+    found = compare(samples, reference, args.length, args.seed)
+    found.figures.update(figures)
+    write_comparison(args.out, f"{args.music} beside {args.reference}", found, reference, settings)
+    print(figures_table(found.figures))
+    print(f"\nthe whole report is in {args.out.with_suffix('.md')}")
+
+
+def _sample_pieces(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The generator, its processor, and the samples that `midimamba evaluate` judges."""
+    import numpy as np
+    from tqdm.auto import tqdm
+
+    from midimamba.evaluation.validity import Samples
+    from midimamba.generation import generate_scores, load_pair
+
+    model, processor = load_pair(args.music)
+    samples = Samples()
+    # In parts, each with a seed of its own, so that memory does not grow with the number of pieces.
+    starts = range(0, args.num, _SAMPLED_AT_ONCE)
+    seeds = np.random.SeedSequence(args.seed).generate_state(len(starts))
+    for start, seed in zip(tqdm(starts, desc="samples", leave=False, disable=None), seeds, strict=True):
+        scores = generate_scores(
+            model,
+            processor,
+            num=min(_SAMPLED_AT_ONCE, args.num - start),
+            bars=args.bars,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=int(seed),
+        )
+        for index, score in enumerate(scores, start):
+            samples.add(f"sample {index}", score)
+    return model, processor, samples
+
+
 def publish(args: argparse.Namespace) -> None:
     """`midimamba publish`: a run or a corpus to the Hub."""
     from midimamba.hub_cards.publish import publish as publish_run
@@ -217,6 +277,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same pieces")
     command.add_argument("--render", action="store_true", help="write a piano roll and a WAV file beside each piece")
 
+    _add_evaluate_options(
+        add(
+            "evaluate",
+            evaluate,
+            "Compare generated music with held-out music: features, copies, classifiers; intervals and floors.",
+            "midimamba evaluate runs/demo/generator --reference runs/demo/data --out evaluation.json",
+        )
+    )
+
     command = add(
         "publish",
         publish,
@@ -268,6 +337,21 @@ def _add_tokenize_options(command: argparse.ArgumentParser) -> None:
     add("--midi-column", help="the data set's column of MIDI bytes; by default the only one with bytes")
     add("--streaming", action="store_true", help="read the data set row by row, without downloading it first")
     add("--num-workers", type=int, help="processes that read files; one a processor by default")
+
+
+def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("music", help="a generator, in a folder or on the Hub; or a folder of MIDI files")
+    add("--reference", required=True, help="a corpus made by `midimamba tokenize`, or such a data set on the Hub")
+    add("--out", type=Path, required=True, help="report.json to write; report.md and pictures go beside it")
+    add("--split", default="test", choices=("test", "validation"), help="the held-out music; copies are of `train`")
+    add("--bars", type=int, default=32, help="compare so many bars from the begin of every piece")
+    add("--length", type=int, default=128, help="tokens, where sequences of equal length are compared")
+    add("--num", type=int, default=64, help="pieces to sample from a generator")
+    add("--max-new-tokens", type=int, default=2048, help="tokens a sampled piece, at most")
+    add("--temperature", type=float, default=1.0, help="of sampling")
+    add("--top-p", type=float, default=1.0, help="of sampling; 1 is the model's own distribution")
+    add("--seed", type=int, default=0, help="the same seed gives the same report")
 
 
 def _vocab_size(text: str) -> int | None:

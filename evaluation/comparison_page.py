@@ -1,0 +1,224 @@
+"""The page of a comparison: tables with intervals and floors, distributions laid over each other, piano rolls."""
+
+import json
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from midimamba.errors import InputError
+from midimamba.evaluation.comparison import Comparison, FeatureFigures, Figure, Reference, to_json
+from midimamba.evaluation.distances import Estimate
+from midimamba.evaluation.features import LENGTHS, NUMBERS, Vector
+from midimamba.evaluation.rendering import (
+    FAINT,
+    INK,
+    PITCH_CLASSES,
+    draw_piano_roll,
+    import_demo,
+    new_figure,
+    quiet,
+    save_figure,
+)
+
+ROLLS = 2
+REAL, SAMPLES = "#8a93a0", "#1f77b4"
+
+_LENGTH_NAMES = [str(Fraction(length).limit_denominator(12)) for length in LENGTHS]
+
+LABELS = {
+    "pitch_class_entropy": "pitch-class entropy, bits",
+    "scale_consistency": "scale consistency",
+    "polyphony": "polyphony, notes",
+    "notes_per_second": "notes a second",
+    "notes_per_bar": "notes a bar",
+    "groove_consistency": "groove consistency",
+    "empty_beat_rate": "empty beats",
+    "bar_self_similarity_4": "self-similarity, 4 bars apart",
+    "bar_self_similarity_8": "self-similarity, 8 bars apart",
+    "bar_self_similarity_16": "self-similarity, 16 bars apart",
+    "key_stability": "key stability",
+    "meter_stability": "meter stability",
+    "pitch_class_histogram": "pitch classes",
+    "duration_histogram": "note lengths, quarters",
+    "onset_interval_histogram": "onset intervals, quarters",
+    "held_out_nll_per_token": "held-out NLL, nats per token ↓",
+    "held_out_nll_per_note": "held-out NLL, nats per note ↓",
+    "held_out_nll_per_second": "held-out NLL, nats per second ↓",
+    "usable_samples": "samples that hold music ↑",
+    "empty_samples": "samples without a note ↓",
+    "free_samples_usable": "samples without the grammar that hold music ↑",
+    "grammar_errors": "tokens against the grammar, sampled without it ↓",
+    "syntax_errors": "MidiTok's token syntax errors, sampled without the grammar ↓",
+    "frechet_distance": "Fréchet distance of the features ↓",
+    "classifier_features": "fresh classifier on features, accuracy ↓",
+    "classifier_features_p_value": "… p-value",
+    "classifier_tokens": "fresh classifier on tokens, accuracy ↓",
+    "classifier_tokens_p_value": "… p-value",
+    "distinct_4": "distinct-4",
+    "self_bleu_4": "self-BLEU-4",
+    "copied_runs_8": "runs of 8 notes that are in the training set",
+    "copied_runs_12": "runs of 12 notes that are in the training set",
+    "copied_runs_16": "runs of 16 notes that are in the training set",
+    "longest_copy": "longest run from the training set, notes",
+}
+
+EXPLANATION = (
+    "Intervals are of 95 %, over pieces. The floor is what real music gets: one half of the reference against the "
+    "other, and for copies all of the held-out music against the training set. A figure as good as its floor is as "
+    "good as it can be; one far beyond it, such as more runs of notes from the training set, is a reason to look "
+    "twice. ↑ and ↓ say which way is better; without an arrow, near the floor is."
+)
+
+
+def check_target(out: Path) -> None:
+    """Refuse early what could not be written at the end.
+
+    Raises:
+        InputError: if `out` is no `.json`, is there already, or matplotlib is not installed.
+    """
+    if out.suffix != ".json":
+        raise InputError(f"{out} is no place for a report: give --out a name that ends in .json")
+    if taken := [file for file in (out, out.with_suffix(".md")) if file.exists()]:
+        raise InputError(f"{taken[0]} is there already; choose another --out or delete it")
+    import_demo("matplotlib")
+
+
+def write_comparison(out: Path, title: str, found: Comparison, reference: Reference, settings: dict[str, Any]) -> None:
+    """
+    Write `<name>.json`, `<name>.md`, `<name>-features.png` and piano rolls: all of them, or none.
+
+    Args:
+        out (`Path`): the JSON file.
+        title (`str`): what was evaluated.
+        found (`Comparison`): the figures.
+        reference (`Reference`): what it was compared with.
+        settings (`dict`): how the samples were made; sizes are added.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = settings | found.sizes
+    with TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as scratch:
+        folder = Path(scratch)
+        draw_distributions(found.measured, folder / f"{out.stem}-features.png")
+        rolls = []
+        for kind, pieces in (("sample", found.pieces), ("real", reference.pieces)):
+            for index, piece in enumerate(pieces[:ROLLS]):
+                rolls.append(f"{out.stem}-{kind}-{index}.png")
+                draw_piano_roll(piece.score, folder / rolls[-1], title=f"{kind} {index}")
+        page = _page(title, found, f"{out.stem}-features.png", rolls, settings)
+        (folder / f"{out.stem}.md").write_text(page, encoding="utf-8")
+        report = {"features": found.features, "figures": found.figures, "settings": settings}
+        (folder / out.name).write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n")
+        # The report itself last: where it is, everything is.
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == out.name):
+            file.replace(out.parent / file.name)
+
+
+def figures_table(figures: Mapping[str, Figure]) -> str:
+    """Figures as a Markdown table with the columns value, interval, floor."""
+    rows = ["| | value | 95 % interval | real music |", "|---|---:|---:|---:|"]
+    for name, figure in figures.items():
+        rows.append(f"| {LABELS[name]} | {_triple(figure)} |")
+    return "\n".join(rows)
+
+
+def features_table(features: Mapping[str, FeatureFigures]) -> str:
+    """Features as a Markdown table: means of samples and of real music, overlap and divergence with their floors."""
+    rows = [
+        "| | samples | 95 % interval | real music | 95 % interval "
+        "| overlapping area ↑ | 95 % interval | floor | KL, nats ↓ | 95 % interval | floor |",
+        "|---|" + 10 * "---:|",
+    ]
+    for name, row in features.items():
+        means = " | ".join(f"{_number(mean.value)} | {_interval(mean)}" for mean in (row.samples, row.real))
+        rows.append(f"| {LABELS[name]} | {means} | {_triple(row.overlapping_area)} | {_triple(row.kl_divergence)} |")
+    return "\n".join(rows)
+
+
+def draw_distributions(measured: Mapping[str, tuple[Vector, Vector]], path: Path) -> None:
+    """
+    Draw every feature of samples and of real music over each other, as a PNG of 1600 × 1200 pixels.
+
+    Args:
+        measured (`Mapping[str, tuple[array, array]]`): by feature, `(pieces, bins)` of samples and of real music.
+        path (`Path`): the PNG file, replaced as a whole.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    figure = new_figure(width=1600, height=1200)
+    panels = figure.subplots(4, 4).flatten()
+    for axes, (name, (samples, real)) in zip(panels, measured.items(), strict=False):
+        if name in NUMBERS:
+            _draw_number(axes, samples[:, 0], real[:, 0])
+        else:
+            _draw_histogram(axes, name, samples, real)
+        axes.set_title(LABELS[name], loc="left", color=INK, fontsize=11, fontweight="bold")
+        axes.set_yticks([])
+        quiet(axes)
+    for axes in panels[len(measured) :]:
+        axes.set_axis_off()
+    handles = [import_demo("matplotlib.patches").Patch(color=colour) for colour in (REAL, SAMPLES)]
+    figure.legend(handles, ["real music", "samples"], loc="lower right", frameon=False, fontsize=11, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def _draw_number(axes: Any, samples: Vector, real: Vector) -> None:
+    """Histograms of as many pieces as there are, each as shares of its set."""
+    known = [values[~np.isnan(values)] for values in (real, samples)]
+    if not all(map(len, known)):
+        axes.text(0.5, 0.5, "not defined", ha="center", color=INK, transform=axes.transAxes)
+        return
+    low, high = np.min(np.concatenate(known)), np.max(np.concatenate(known))
+    # Where all pieces agree but for rounding there is nothing to divide.
+    bins = np.linspace(low, high, 21) if high - low > 1e-6 else np.linspace(low - 0.5, high + 0.5, 21)
+    for values, colour, style in ((known[0], REAL, "stepfilled"), (known[1], SAMPLES, "step")):
+        weights = np.full(len(values), 1 / len(values))
+        axes.hist(values, bins, weights=weights, histtype=style, color=colour, alpha=0.9, linewidth=1.8)
+        axes.axvline(values.mean(), color=colour, linestyle=":")
+
+
+def _draw_histogram(axes: Any, name: str, samples: Vector, real: Vector) -> None:
+    """Mean shares of each bin side by side."""
+    places = np.arange(samples.shape[1])
+    for shift, values, colour in ((-0.2, real, REAL), (0.2, samples, SAMPLES)):
+        means = np.nansum(values, axis=0) / max(1, (~np.isnan(values[:, 0])).sum())
+        axes.bar(places + shift, means, width=0.4, color=colour)
+    names = PITCH_CLASSES if name == "pitch_class_histogram" else _LENGTH_NAMES
+    axes.set_xticks(places, names)
+    axes.tick_params(axis="x", labelsize=8, rotation=0 if names is PITCH_CLASSES else 60)
+    axes.grid(axis="y", color=FAINT)
+
+
+def _page(title: str, found: Comparison, plot: str, rolls: list[str], settings: dict[str, Any]) -> str:
+    sections = [
+        f"# {title}",
+        figures_table(found.figures),
+        EXPLANATION,
+        "## Musical features",
+        features_table(found.features),
+        f"![Distributions of the features]({plot})",
+        "## Piano rolls",
+        *(f"![{Path(roll).stem}]({roll})" for roll in rolls),
+        "## Measured with",
+        "\n".join(f"- `{name}`: {value}" for name, value in settings.items()),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _triple(figure: Figure) -> str:
+    return f"{_number(figure.estimate.value)} | {_interval(figure.estimate)} | {_number(figure.floor)}"
+
+
+def _interval(estimate: Estimate) -> str:
+    return "–" if math.isnan(estimate.low) else f"{_number(estimate.low)} … {_number(estimate.high)}"  # noqa: RUF001
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "–"  # noqa: RUF001
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

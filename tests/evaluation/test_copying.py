@@ -1,0 +1,116 @@
+"""Copies are found whatever their key, tempo and place; what is found is what brute force finds."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from symusic import Note, Score, Track
+from symusic.core import ScoreTick
+
+from midimamba.evaluation.copying import Melodies, copied_share, longest_copies
+from support import make_score
+
+QUARTER = 480
+
+
+def random_melody(notes: int, seed: int, pitches: int = 5, program: int = 0) -> ScoreTick:
+    chance = random.Random(seed)
+    score, time = Score(QUARTER), 0
+    track = Track(program=program)
+    for _ in range(notes):
+        track.notes.append(Note(time, QUARTER // 2, 60 + chance.randrange(pitches), 80))
+        time += chance.choice((QUARTER // 2, QUARTER))
+    score.tracks.append(track)
+    return score
+
+
+def steps(score: ScoreTick) -> list[tuple[int, int]]:
+    """The melody of a score of one voice."""
+    notes = sorted((note.time, note.pitch) for track in score.tracks for note in track.notes)
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(notes)]
+
+
+def runs(score: ScoreTick, notes: int) -> list[tuple[tuple[int, int], ...]]:
+    own = steps(score)
+    return [tuple(own[i : i + notes - 1]) for i in range(len(own) - notes + 2)]
+
+
+def share(sample: ScoreTick, training: list[ScoreTick], notes: int) -> float:
+    return copied_share(Melodies([sample]), np.unique(Melodies(training).runs(notes)), notes)
+
+
+@pytest.mark.parametrize("notes", [2, 3, 4, 5, 8, 9])
+def test_shares_and_longest_runs_are_those_of_brute_force(notes: int) -> None:
+    training = [random_melody(60, seed, pitches=3) for seed in range(5)]
+    samples = [random_melody(40, seed, pitches=3) for seed in range(10, 16)]
+    known = {run for score in training for run in runs(score, notes)}
+    for sample in samples:
+        expected = np.mean([run in known for run in runs(sample, notes)])
+        assert share(sample, training, notes) == pytest.approx(expected)
+    longest = [
+        max(n for n in range(1, 41) if n == 1 or any(set(runs(s, n)) & set(runs(t, n)) for t in training))
+        for s in samples
+    ]
+    assert max(longest) > 5
+    assert longest_copies([Melodies([sample]) for sample in samples], Melodies(training)) == longest
+
+
+def test_a_copy_is_one_in_any_key_at_any_tempo_and_from_any_bar() -> None:
+    training = [random_melody(60, seed, pitches=40) for seed in range(4)]
+    training[2].tracks.append(random_melody(30, 9, program=40).tracks[0])
+    copy = Score(960)
+    for track in training[2].tracks:
+        later = Track(program=track.program, is_drum=track.is_drum)
+        for note in track.notes:  # at twice the resolution
+            later.notes.append(Note(2 * note.time + 3840, note.duration, note.pitch, 1))
+        copy.tracks.append(later)
+    whole = Melodies(training)
+    for sample in (training[1], training[1].shift_pitch(-1, inplace=False), copy):
+        assert share(sample, training, 8) == 1
+        melodies = Melodies([sample])
+        assert longest_copies([melodies], whole) == [melodies.longest]
+    assert share(random_melody(60, 99, pitches=40), training, 8) == 0
+
+
+def test_an_excerpt_is_copied_for_its_length() -> None:
+    training, stranger = random_melody(100, 1, pitches=40), random_melody(50, 2, pitches=40)
+    sample = stranger.copy()
+    end = sample.end() + 7 * QUARTER
+    for note in list(training.tracks[0].notes)[30:60]:
+        sample.tracks[0].notes.append(Note(note.time + end, 10, note.pitch - 7, 3))
+    assert longest_copies([Melodies([sample])], Melodies([training])) == [30]
+    assert share(sample, [training], 12) == pytest.approx(19 / 69)
+
+
+def test_duplicating_the_training_set_changes_nothing_and_shuffling_notes_does() -> None:
+    training = [random_melody(80, seed) for seed in range(3)]
+    assert share(training[0], training * 3, 8) == 1
+    shuffled = training[0].copy()
+    pitches = random.Random(0).sample([note.pitch for note in shuffled.tracks[0].notes], 80)
+    for note, pitch in zip(shuffled.tracks[0].notes, pitches, strict=True):
+        note.pitch = pitch
+    assert share(shuffled, training, 8) < 0.1
+
+
+def test_no_run_goes_from_one_melody_into_the_next() -> None:
+    first, second = random_melody(10, 1, pitches=40), random_melody(10, 2, pitches=40)
+    joined = first.copy()
+    offset = first.end() + QUARTER
+    for note in second.tracks[0].notes:
+        joined.tracks[0].notes.append(Note(note.time + offset, note.duration, note.pitch, note.velocity))
+    assert longest_copies([Melodies([joined])], Melodies([first, second])) == [10]
+    two_programs = first.copy()
+    two_programs.tracks.append(random_melody(10, 2, pitches=40, program=40).tracks[0])
+    assert Melodies([two_programs]).longest == 10
+    assert len(Melodies([first, second]).runs(10)) == 2
+
+
+def test_what_is_too_short_or_silent_has_no_share() -> None:
+    training = Melodies([random_melody(30, 0)])
+    drums = make_score(0, programs=())
+    for score, longest in ((Score(QUARTER), 0), (drums, 0), (random_melody(1, 0), 1)):
+        assert np.isnan(copied_share(Melodies([score]), np.unique(training.runs(8)), 8))
+        assert longest_copies([Melodies([score])], training) == [longest]
+    assert longest_copies([training], Melodies([])) == [0]
+    assert longest_copies([], training) == []

@@ -1,0 +1,165 @@
+"""`midimamba evaluate`: a model or a folder of MIDI beside a corpus, as a report that is whole or not there."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from symusic import Note, Score, Track
+
+from midimamba.cli import main
+from midimamba.evaluation import comparison_page
+from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
+from support import make_generator, make_score
+
+
+def write_song(path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    score, track = Score(480), Track(program=0)
+    for step in range(64):
+        track.notes.append(Note(step * 240, 240, 60 + chance.choice((0, 2, 4, 5, 7, 9, 11)), 64))
+    score.tracks.append(track)
+    score.dump_midi(path)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    midi = tmp_path_factory.mktemp("songs")
+    for seed in range(40):
+        write_song(midi / f"{seed}.mid", seed)
+    tokenize_corpus(str(midi), midi / "data", vocab_size=None, test_fraction=0.5, num_workers=1)
+    return midi / "data"
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generated")
+    for seed in range(100, 108):
+        write_song(folder / f"{seed}.mid", seed)
+    (folder / "broken.mid").write_bytes(b"MThd")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generator")
+    processor = load_corpus(corpus)[1]
+    make_generator(vocab_size=processor.vocab_size, pad_token_id=processor.pad_token_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run `midimamba evaluate` and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["midimamba", "evaluate", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_folder_of_midi_gets_its_report(
+    songs: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "report.json"
+    assert command(monkeypatch, songs, "--reference", corpus, "--out", out, "--length", 32, "--bars", 6) == 0
+    report = json.loads(out.read_text())
+    assert report["figures"]["usable_samples"]["estimate"]["value"] == pytest.approx(8 / 9)
+    assert "held_out_nll_per_note" not in report["figures"]
+    assert report["settings"]["bars_a_piece"] == 6
+    assert report["settings"]["split"] == "test"
+    page = out.with_suffix(".md").read_text()
+    for name in ("features", "sample-0", "sample-1", "real-0", "real-1"):
+        assert f"(report-{name}.png)" in page
+        imread(out.with_name(f"report-{name}.png"))
+    assert imread(out.with_name("report-features.png")).shape[:2] == (1200, 1600)
+    assert len(list(out.parent.iterdir())) == 7
+    distance = report["figures"]["frechet_distance"]
+    line = next(line for line in page.splitlines() if "Fréchet" in line)
+    for value in (*distance["estimate"].values(), distance["floor"]):
+        assert f"{value:.3g}" in line
+    assert line in capsys.readouterr().out
+
+
+def test_a_model_is_sampled_and_asked_for_its_likelihood(
+    generator: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--num", 18, "--bars", 2, "--max-new-tokens", 40, "--length", 16, "--temperature", 0.9)
+    for name in ("one", "two"):
+        assert (
+            command(monkeypatch, generator, "--reference", corpus, "--out", tmp_path / f"{name}.json", *options) == 0
+        )
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert first == second
+    assert first["figures"]["held_out_nll_per_note"]["estimate"]["value"] > 0
+    assert first["figures"]["usable_samples"]["estimate"]["value"] == 1  # the grammar sees to that
+    assert first["figures"]["grammar_errors"]["estimate"]["value"] > 0.1  # and what it prevents is told
+    assert (first["settings"]["samples"], first["settings"]["temperature"]) == (18, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("music", "options", "reason"),
+    [
+        ("empty", (), "neither a generator"),
+        ("songs", ("--reference", "nowhere"), "no tokenized corpus"),
+        ("songs", ("--split", "validation"), "the validation split holds"),
+        ("songs", ("--out", "report.txt"), "ends in .json"),
+        ("generator", ("--num", "0"), "must be positive"),
+        ("generator", ("--temperature", "0"), "must be positive"),
+        ("songs", ("--bars", "0"), "must be positive"),
+        ("songs", ("--length", "3"), "at least 4"),
+        ("two", (), "2 of 2 samples can be used"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line_and_nothing_is_written(
+    music: str,
+    options: tuple[str, ...],
+    reason: str,
+    songs: Path,
+    generator: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("empty", 0), ("two", 2)):
+        (tmp_path / name).mkdir()
+        for seed in range(count):
+            make_score(seed).dump_midi(tmp_path / name / f"{seed}.mid")
+    folder = {"songs": songs, "generator": generator}.get(music, tmp_path / music)
+    arguments = (folder, "--reference", corpus, "--out", "out/report.json", "--length", 32, "--bars", 6, *options)
+    assert command(monkeypatch, *arguments) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+    assert {file.name for file in tmp_path.iterdir()} == {"empty", "two"}
+
+
+def test_a_report_that_is_there_is_not_replaced(
+    songs: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    assert command(monkeypatch, songs, "--reference", corpus, "--out", tmp_path / "report.json") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_failure_while_writing_leaves_nothing(
+    songs: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(comparison_page, "_page", fail)
+    with pytest.raises(OSError, match="disk full"):
+        command(
+            monkeypatch, songs, "--reference", corpus, "--out", tmp_path / "report.json", "--length", 32, "--bars", 6
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") == 0
+    assert "example: midimamba evaluate" in capsys.readouterr().out
