@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from symusic.core import ScoreTick
 
-from midimamba.tokenization.controls import _PROFILES
+from midimamba.tokenization.controls import KEY_PROFILES
 
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -23,7 +23,7 @@ WINDOW = 4  # bars in which a key is sought
 MAJOR = (0, 2, 4, 5, 7, 9, 11)
 # Lengths in quarter notes, from a triplet of sixty-fourths to two bars; a length counts as the nearest by ratio.
 LENGTHS = np.array([1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 1.5, 2, 3, 4, 8])
-_KEYS = np.array([np.roll(profile, tonic) for profile in _PROFILES.values() for tonic in range(12)])
+_KEYS = np.array([np.roll(profile, tonic) for profile in KEY_PROFILES.values() for tonic in range(12)])
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ _DEFAULT_METER = (4, 4)
 
 # How well the 12 pitch classes fit the keys of C: Krumhansl & Kessler (1982), "Tracing the dynamic changes in
 # perceived tonal organization in a spatial representation of musical keys", Psychological Review 89.
-_PROFILES = {
+KEY_PROFILES = {
     "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
     "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
 }
@@ -183,7 +183,7 @@ def _key(score: ScoreTick) -> list[str]:
             np.add.at(total, notes["pitch"] % 12, notes["duration"])
     if np.ptp(total) == 0:
         return []
-    profiles = [np.roll(_PROFILES[mode], tonic) for mode in _TONICS for tonic in range(12)]
+    profiles = [np.roll(KEY_PROFILES[mode], tonic) for mode in _TONICS for tonic in range(12)]
     correlations = np.corrcoef([total, *profiles])[0, 1:]
     return [KEYS[correlations.argmax()]]
 
