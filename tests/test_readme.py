@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with music in it, where the README's shell commands have run."""
     here = tmp_path_factory.mktemp("user")
     (here / "my-midi-folder").mkdir()
-    for seed in range(24):
+    for seed in range(160):
         make_score(seed, bars=8).dump_midi(here / "my-midi-folder" / f"{seed}.mid")
     for name in ("prompt.mid", "opening.mid"):
         make_score(99, bars=2).dump_midi(here / name)
@@ -45,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             command += f" {SHORT}" + (f" {SHORTER}" if "adversarial" in line else " --hidden_size 16")
         if "generate" in line:
             command += " --max-new-tokens 64"
+        if "evaluate" in line:
+            command += " --max-new-tokens 128 --num 8 --length 32 --bars 8"
         done = subprocess.run(command, shell=True, cwd=here, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     (here / "runs" / "demo").mkdir(parents=True)
@@ -54,7 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shell_commands_leave_what_the_readme_says(folder: Path) -> None:
     assert len(snippets("bash")) == 1
-    for name in ("data/quarantine.jsonl", "model/config.json", "tuned/config.json", "tuned-discriminator/config.json"):
+    for name in (
+        *("data/quarantine.jsonl", "model/config.json", "tuned/config.json", "tuned-discriminator/config.json"),
+        *("evaluation/tuned.json", "evaluation/tuned.md"),
+    ):
         assert (folder / name).exists(), name
     for suffix in (".mid", ".png", ".wav"):
         assert len(list((folder / "samples").glob(f"*{suffix}"))) == 4
