@@ -41,6 +41,9 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/scan_memory.py --out benchmarks/results/scan-memory.json
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training-step.json
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/results/sampling.json
+	$(BIN)/python benchmarks/rollout.py --out benchmarks/results/rollout.json
+	$(BIN)/python benchmarks/memory.py --length 256 512 1024 --rollouts 4 1 16 --positions 16 --micro-batch 4 \
+		--rollout-rows 256 --naive-length 16 32 64 --limit-gb 12 --out benchmarks/results/memory.json
 
 clean-demo:
 	rm -rf $(RUN)
