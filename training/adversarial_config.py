@@ -56,7 +56,8 @@ class AdversarialConfig(TrainingArguments):
             their first end. By default sequences run on past an end into the next piece, as the packed blocks do.
         prompt_length (`int`, *optional*, defaults to 1): tokens at the start of every sampled sequence that are taken
             from real music and not rewarded. Real and sampled sequences then start alike, wherever a block begins.
-        micro_batch_size (`int`, *optional*, defaults to 16): sequences in memory at once while gradients are computed.
+        micro_batch_size (`int`, *optional*, defaults to 16): sequences in memory at once while gradients are
+            computed; of the discriminator, so many real ones and as many samples.
         estimator (`str`, *optional*, defaults to `"monte-carlo"`): of action values: `monte-carlo` (the paper's),
             `dense` (the causal discriminator's values of prefixes) or `terminal` (the value of the whole sequence).
         num_rollouts (`int`, *optional*, defaults to 16): completions an action value; `N` in the paper.

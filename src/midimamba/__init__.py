@@ -1,6 +1,7 @@
 """midimamba: Mamba language models for MIDI, pre-trained, tuned adversarially, at home on the Hub.
 
-Importing the package registers its classes with transformers' Auto classes; stock classes keep doing what they did.
+Importing the package registers its classes with transformers' Auto classes, and the pipeline "midi-generation"; stock
+classes keep doing what they did.
 """
 
 import os
@@ -12,11 +13,13 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.configuration_midimamba import MidiMambaConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
 from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
 from midimamba.tokenization.processor import MidiProcessor
 
@@ -27,6 +30,7 @@ AutoConfig.register(MidiDiscriminatorConfig.model_type, MidiDiscriminatorConfig,
 AutoModelForCausalLM.register(MidiMambaConfig, MidiMambaForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MidiDiscriminatorConfig, MidiDiscriminator, exist_ok=True)
 AutoProcessor.register(MidiMambaConfig, MidiProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline("midi-generation", MidiGenerationPipeline, pt_model=MidiMambaForCausalLM)
 
 
 def load(name: str, **kwargs: Any) -> MidiMambaForCausalLM:
@@ -46,6 +50,7 @@ __all__ = [
     "CacheMismatchError",
     "MidiDiscriminator",
     "MidiDiscriminatorConfig",
+    "MidiGenerationPipeline",
     "MidiMambaConfig",
     "MidiMambaForCausalLM",
     "MidiProcessor",
