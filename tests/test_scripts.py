@@ -115,6 +115,24 @@ def test_resuming_finishes_an_interrupted_run(corpus: Path, run: Run, tmp_path: 
     assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
 
 
+def test_a_checkpoint_of_other_networks_is_refused(corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "true"}
+    options = {"data": corpus, "output_dir": tmp_path / "model", "num_hidden_layers": 1, **saves}
+    assert run("pretrain.py", *tiny("chorales-cpu.yaml", hidden_size=16, **options))[0] == 0
+    (tmp_path / "model" / "config.json").unlink()  # as if it had been killed
+    code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", hidden_size=24, **options))
+    assert code == 2
+    assert "model.safetensors is of another network: backbone.embeddings.weight has shape [720, 16]" in errors
+
+    tuned = tmp_path / "tuned"
+    assert run("adversarial.py", *adversarial(pretrained, corpus, tuned, **saves))[0] == 0
+    (tuned / "config.json").unlink()
+    code, errors = run("adversarial.py", *adversarial(pretrained, corpus, tuned, **saves, discriminator="mamba"))
+    assert code == 2
+    assert "discriminator.safetensors is of another network" in errors
+    assert "here is no such tensor" in errors
+
+
 def test_adversarial_tuning_writes_both_networks(corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     code, errors = run("adversarial.py", *adversarial(pretrained, corpus, out))

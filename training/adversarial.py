@@ -34,6 +34,7 @@ def main() -> None:
     from pathlib import Path
 
     from transformers import set_seed
+    from transformers.utils import SAFE_WEIGHTS_NAME
 
     from midimamba.errors import InputError
     from midimamba.hub_cards.publish import publish
@@ -41,11 +42,13 @@ def main() -> None:
     from midimamba.tokenization.packing import BlockCollator
     from midimamba.training.adversarial_config import AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
+    from midimamba.training.checkpoint import DISCRIMINATOR_FILE
     from midimamba.training.lora import LoraArguments, lora_config
     from midimamba.training.rollout import tokens_that_begin_bars
     from midimamba.training.scripts import (
         RecipeParser,
         announce,
+        check_resumes,
         find_resume_point,
         load_blocks,
         load_discriminator,
@@ -66,6 +69,7 @@ def main() -> None:
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
     discriminator = load_discriminator(script_args, processor, training_args.sequence_length)
+    check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
     # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
     push, training_args.push_to_hub = training_args.push_to_hub, False
     try:

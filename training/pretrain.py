@@ -76,6 +76,7 @@ def main() -> None:
     from pathlib import Path
 
     from transformers import Trainer, TrainingArguments, set_seed
+    from transformers.utils import SAFE_WEIGHTS_NAME
 
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
     from midimamba.tokenization.augmentation import Augmentation
@@ -84,6 +85,7 @@ def main() -> None:
     from midimamba.training.scripts import (
         RecipeParser,
         announce,
+        check_resumes,
         find_resume_point,
         load_blocks,
         load_generator,
@@ -108,6 +110,7 @@ def main() -> None:
         model = load_generator(script_args.model, processor)
     else:
         model = MidiMambaForCausalLM(new_config(script_args, processor))
+    check_resumes(resume, {SAFE_WEIGHTS_NAME: model})
     trainer = Trainer(
         model=model if peft_config is None else add_adapters(model, peft_config),
         args=training_args,

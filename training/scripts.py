@@ -4,14 +4,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
@@ -178,6 +178,32 @@ def find_resume_point(args: TrainingArguments) -> str | None:
     if not is_complete(Path(args.resume_from_checkpoint)):
         raise InputError(f"{args.resume_from_checkpoint} is no checkpoint to resume from")
     return str(args.resume_from_checkpoint)
+
+
+def check_resumes(checkpoint: str | None, networks: Mapping[str, PreTrainedModel]) -> None:
+    """Refuse to go on, with these networks, from a checkpoint that others wrote.
+
+    Args:
+        checkpoint (`str`, *optional*): the checkpoint; without one everything fits.
+        networks (`Mapping[str, PreTrainedModel]`): by the name of their file. One that is not there, as of a generator
+            whose checkpoints hold adapters, is left to the trainer.
+
+    Raises:
+        InputError: if a tensor is missing or has another shape.
+    """
+    for file, network in networks.items():
+        path = Path(checkpoint or "") / file
+        if checkpoint is None or not path.exists():
+            continue
+        with safe_open(path, "pt") as saved:
+            theirs = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+        ours = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+        other = next((name for name in sorted(theirs) if theirs[name] != ours.get(name)), None)
+        if other is not None:
+            raise InputError(
+                f"{path} is of another network: {other} has shape {theirs[other]} there, and here "
+                f"{ours.get(other, 'is no such tensor')}; resume with the options the run was started with"
+            )
 
 
 def save_model(folder: Path, model: PreTrainedModel, *others: Any, arguments: Sequence[Any] = ()) -> None:
