@@ -1,0 +1,248 @@
+"""The models of SeqGAN's synthetic benchmark, how they are fitted, and how they are measured.
+
+Sequences are of shape `(count, 1 + length)` throughout and begin with the start token, which is given, never scored.
+A negative log-likelihood (NLL) is a mean over the scored tokens, in nats.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midimamba import MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.modeling.sampling import draw, inference, sample
+
+START = 0  # also an ordinary token of the vocabulary, as in the original code
+ROWS = 50  # sequences scored at once: 20 MB of logits with the original's vocabulary and length
+DRAWN = 500  # sequences drawn at once, with logits of one token each
+GATES = ("i", "f", "c", "og")  # of the file, in the order in which torch stacks them
+
+
+class LSTMLanguageModel(nn.Module):
+    """
+    SeqGAN's generator and its oracle: an LSTM between an embedding and a softmax (arXiv 1609.05473, section 4).
+
+    Args:
+        vocab_size (`int`): number of tokens.
+        embedding_size (`int`): width of the embedding.
+        hidden_size (`int`): units.
+        dropout (`float`, *optional*, defaults to 0.0): in training, of the embedding and of the LSTM's output.
+    """
+
+    def __init__(self, vocab_size: int, embedding_size: int, hidden_size: int, dropout: float = 0.0):
+        super().__init__()
+        self.embeddings = nn.Embedding(vocab_size, embedding_size)
+        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True)
+        self.lm_head = nn.Linear(hidden_size, vocab_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, input_ids: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Ids `(batch, time)` that follow a state to logits `(batch, time, vocab)` and the next state."""
+        hidden, state = self.lstm(self.dropout(self.embeddings(input_ids)), state)
+        return self.lm_head(self.dropout(hidden)), state
+
+    def sample(self, prompts: Tensor, length: int, temperature: float = 1.0) -> Tensor:
+        """Continue prompts `(batch, prompt)` to sequences `(batch, length)`."""
+        sequences, unread, state = prompts, prompts, None
+        with inference(self):
+            while sequences.shape[1] < length:
+                logits, state = self(unread, state)
+                unread = draw(logits[:, -1] / temperature)[:, None]
+                sequences = torch.cat([sequences, unread], dim=1)
+        return sequences
+
+
+class Oracle(LSTMLanguageModel):
+    """The distribution to learn: an LSTM whose parameters are drawn from N(0, 1), so that it can score samples."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The original parameters, from a file of arrays `embedding`, `W`, `U` and `b` of every gate, `Wo` and `bo`.
+
+        A gate there is `x W + h U + b`, `W` of shape `(embedding, hidden)`; torch has it transposed, with two biases.
+        """
+        with np.load(path) as file:
+            arrays = {name: torch.from_numpy(file[name]).float() for name in file.files}
+        oracle = cls(*arrays["embedding"].shape, len(arrays["Ui"]))
+        biases = torch.cat([arrays[f"b{gate}"] for gate in GATES])
+        oracle.load_state_dict(
+            {
+                "embeddings.weight": arrays["embedding"],
+                "lstm.weight_ih_l0": torch.cat([arrays[f"W{gate}"].T for gate in GATES]),
+                "lstm.weight_hh_l0": torch.cat([arrays[f"U{gate}"].T for gate in GATES]),
+                "lstm.bias_ih_l0": biases,
+                "lstm.bias_hh_l0": torch.zeros_like(biases),
+                "lm_head.weight": arrays["Wo"].T,
+                "lm_head.bias": arrays["bo"],
+            }
+        )
+        return oracle.eval()
+
+    @classmethod
+    def seeded(cls, vocab_size: int, hidden_size: int, seed: int = 0) -> Self:
+        """An oracle of one's own, made as the original was."""
+        oracle = cls(vocab_size, hidden_size, hidden_size)
+        numbers = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in oracle.parameters():
+                parameter.normal_(generator=numbers)
+            oracle.lstm.bias_hh_l0.zero_()
+        return oracle.eval()
+
+    def nll(self, sequences: Tensor) -> float:
+        """NLL of sequences under the oracle: NLL_oracle if a generator drew them."""
+        return tempered_nll(self, sequences, (1.0,))[0]
+
+    def draw(self, count: int, length: int, seed: int) -> Tensor:
+        """Samples `(count, 1 + length)`, always the same for a seed; no random number of the caller's is used."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return draw_sequences(self, count, length)
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits `(batch, time, vocab)` of an LSTM or a Mamba."""
+    logits: Tensor = model(input_ids, use_cache=False).logits if is_mamba(model) else model(input_ids)[0]
+    return logits
+
+
+def is_mamba(model: nn.Module) -> bool:
+    return isinstance(model, MidiMambaForCausalLM)
+
+
+def draw_sequences(model: nn.Module, count: int, length: int, inverse_temperature: float = 1.0) -> Tensor:
+    """Samples `(count, 1 + length)` of a model whose logits are multiplied by the inverse temperature."""
+    prompts = torch.full((count, 1), START).split(DRAWN)
+    temperature = 1 / inverse_temperature
+    if is_mamba(model):
+        return torch.cat([sample(model, rows, 1 + length, temperature=temperature) for rows in prompts])
+    return torch.cat([model.sample(rows, 1 + length, temperature) for rows in prompts])
+
+
+def tempered_nll(model: nn.Module, sequences: Tensor, inverse_temperatures: Sequence[float]) -> list[float]:
+    """NLL of sequences under a model whose logits are multiplied by each inverse temperature and normalised again."""
+    totals = torch.zeros(len(inverse_temperatures), dtype=torch.float64)
+    with inference(model):
+        for rows in sequences.split(ROWS):
+            logits = logits_of(model, rows[:, :-1])
+            chosen = logits.gather(-1, rows[:, 1:, None]).squeeze(-1)
+            for index, factor in enumerate(inverse_temperatures):
+                totals[index] += (logits.mul(factor).logsumexp(-1) - factor * chosen).double().sum()
+    result: list[float] = (totals / sequences[:, 1:].numel()).tolist()
+    return result
+
+
+def sweep(
+    model: nn.Module, oracle: Oracle, test: Tensor, count: int, inverse_temperatures: Sequence[float]
+) -> list[dict[str, float]]:
+    """Measures of a model at every inverse temperature, in nats a token.
+
+    Returns:
+        `list[dict[str, float]]`: `nll_oracle` of `count` samples, `nll_test`, `entropy` of the model by the same
+        samples, and `divergence`: KL(model ‖ oracle) + KL(oracle ‖ model), which is
+        `nll_oracle - entropy + nll_test - ` the oracle's own NLL of the test sequences, and 0 for the oracle alone.
+    """
+    floor = oracle.nll(test)
+    points = []
+    for factor, nll_test in zip(inverse_temperatures, tempered_nll(model, test, inverse_temperatures), strict=True):
+        samples = draw_sequences(model, count, test.shape[1] - 1, factor)
+        point = {"inverse_temperature": factor, "nll_oracle": oracle.nll(samples), "nll_test": nll_test}
+        point["entropy"] = tempered_nll(model, samples, (factor,))[0]
+        point["divergence"] = point["nll_oracle"] - point["entropy"] + nll_test - floor
+        points.append(point)
+    return points
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    A generator and how it is fitted by maximum likelihood, with AdamW.
+
+    Args:
+        kind (`str`): `"mamba"` or `"lstm"`.
+        embedding_size (`int`): width of the embedding, and of a Mamba's residual stream.
+        dropout (`float`): of the embedding and of what the softmax reads.
+        learning_rate (`float`), weight_decay (`float`), batch_size (`int`): of the optimizer.
+        units (`int`, *optional*, defaults to 32): of an LSTM.
+        layers (`int`, *optional*, defaults to 2): of a Mamba.
+    """
+
+    kind: str
+    embedding_size: int
+    dropout: float
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    units: int = 32
+    layers: int = 2
+
+    def build(self, vocab_size: int) -> nn.Module:
+        """A new generator."""
+        if self.kind == "lstm":
+            return LSTMLanguageModel(vocab_size, self.embedding_size, self.units, self.dropout)
+        # The oracle's embeddings in and out are independent, and no token of it pads, begins or ends anything.
+        special: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        config = MidiMambaConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.embedding_size,
+            num_hidden_layers=self.layers,
+            tie_word_embeddings=False,
+            **special,
+        )
+        return MidiMambaForCausalLM(config)
+
+
+@contextlib.contextmanager
+def dropout_of(model: nn.Module, rate: float) -> Iterator[None]:
+    """A Mamba has no dropout of its own: drop where the LSTM does, in training, for as long as the context lasts."""
+    if not is_mamba(model) or not rate:
+        yield
+        return
+    hooks = [
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, _, output: F.dropout(output, rate, module.training)
+        ),
+        model.lm_head.register_forward_pre_hook(
+            lambda module, inputs: (F.dropout(inputs[0], rate, module.training), *inputs[1:])
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def fit(model: nn.Module, recipe: Recipe, train: Tensor, valid: Tensor, epochs: int, patience: int) -> int:
+    """Maximum likelihood, stopped when NLL on held-out sequences has not fallen for more than `patience` epochs.
+
+    Returns the number of epochs of the weights that are kept.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    best, best_epoch, best_weights = float("inf"), 0, {}
+    for epoch in range(1, epochs + 1):
+        model.train()
+        with dropout_of(model, recipe.dropout):
+            for rows in train[torch.randperm(len(train))].split(recipe.batch_size):
+                logits = logits_of(model, rows[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # the original code's
+                optimizer.step()
+        (nll,) = tempered_nll(model, valid, (1.0,))
+        if nll < best:
+            best, best_epoch = nll, epoch
+            best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        elif epoch - best_epoch > patience:
+            break
+    model.load_state_dict(best_weights)
+    return best_epoch

@@ -1,0 +1,193 @@
+"""SeqGAN's synthetic benchmark: an oracle that can be enumerated, generators under a temperature, runs that go on."""
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from support import make_generator
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+VOCABULARY, LENGTH = 4, 3
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Iterator[ModuleType]:
+    """The script, which imports its neighbours by their bare names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("oracle")
+
+
+@pytest.fixture(scope="module")
+def models(oracle: ModuleType) -> ModuleType:
+    return importlib.import_module("oracle_models")
+
+
+@pytest.fixture
+def settings(oracle: ModuleType) -> object:
+    return oracle.Settings(
+        vocab_size=30,
+        hidden_size=4,
+        length=5,
+        samples=40,
+        epochs=2,
+        adversarial={
+            **{"max_steps": 2, "num_rollouts": 2, "d_warmup_steps": 1, "d_steps": 1, "d_epochs": 1},
+            **{"d_filter_sizes": [1, 2], "d_num_filters": [4, 4], "per_device_train_batch_size": 8},
+        },
+        inverse_temperatures=[1.0, 2.0],
+    )
+
+
+def every_sequence() -> Tensor:
+    """All sequences behind the start token."""
+    rows = [(0, *tokens) for tokens in itertools.product(range(VOCABULARY), repeat=LENGTH)]
+    return torch.tensor(rows)
+
+
+def probabilities(model: torch.nn.Module, models: ModuleType, sequences: Tensor, factor: float) -> Tensor:
+    """Of each sequence, by a softmax over the logits of one prefix after the other."""
+    result = torch.ones(len(sequences), dtype=torch.float64)
+    with torch.no_grad():
+        for time in range(1, sequences.shape[1]):
+            logits = models.logits_of(model, sequences[:, :time])[:, -1].double()
+            weights = torch.exp(factor * logits)
+            result *= (weights / weights.sum(-1, keepdim=True)).gather(1, sequences[:, time : time + 1])[:, 0]
+    return result
+
+
+def make_models(models: ModuleType) -> list[torch.nn.Module]:
+    torch.manual_seed(0)
+    return [models.LSTMLanguageModel(VOCABULARY, 3, 5), make_generator(vocab_size=VOCABULARY)]
+
+
+def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tmp_path: Path) -> None:
+    numbers, hidden, width = np.random.default_rng(0), 3, 2
+    arrays = {"embedding": numbers.normal(size=(VOCABULARY, width)), "bo": numbers.normal(size=VOCABULARY)}
+    arrays["Wo"] = numbers.normal(size=(hidden, VOCABULARY))
+    for gate in ("i", "f", "og", "c"):
+        arrays[f"W{gate}"] = numbers.normal(size=(width, hidden))
+        arrays[f"U{gate}"] = numbers.normal(size=(hidden, hidden))
+        arrays[f"b{gate}"] = numbers.normal(size=hidden)
+    np.savez(tmp_path / "oracle.npz", **arrays)
+
+    def nll(row: list[int]) -> float:
+        h, c, total = np.zeros(hidden), np.zeros(hidden), 0.0
+        for token, following in itertools.pairwise(row):
+            x = arrays["embedding"][token]
+            i, f, o, new = (x @ arrays[f"W{g}"] + h @ arrays[f"U{g}"] + arrays[f"b{g}"] for g in ("i", "f", "og", "c"))
+            c = c / (1 + np.exp(-f)) + np.tanh(new) / (1 + np.exp(-i))
+            h = np.tanh(c) / (1 + np.exp(-o))
+            logits = h @ arrays["Wo"] + arrays["bo"]
+            total += np.log(np.exp(logits).sum()) - logits[following]
+        return total / (len(row) - 1)
+
+    sequences = every_sequence()
+    expected = np.mean([nll(row) for row in sequences.tolist()])
+    assert models.Oracle.load(tmp_path / "oracle.npz").nll(sequences) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_oracle_scores_its_own_samples_at_its_entropy(models: ModuleType) -> None:
+    oracle = models.Oracle.seeded(VOCABULARY, 3)
+    chances = probabilities(oracle, models, every_sequence(), 1.0)
+    assert chances.sum().item() == pytest.approx(1, abs=1e-5)
+    entropy = -(chances * chances.log()).sum().item() / LENGTH
+    samples = oracle.draw(20_000, LENGTH, seed=1)
+    assert oracle.nll(samples) == pytest.approx(entropy, abs=0.02)
+    assert torch.equal(samples, oracle.draw(20_000, LENGTH, seed=1))
+    assert not torch.equal(samples, oracle.draw(20_000, LENGTH, seed=2))
+
+
+def test_tempered_likelihood_is_a_softmax_of_multiplied_logits(models: ModuleType) -> None:
+    sequences = every_sequence()
+    factors = (0.5, 1.0, 2.5)
+    for model in make_models(models):
+        expected = [
+            -probabilities(model, models, sequences, factor).log().mean().item() / LENGTH for factor in factors
+        ]
+        assert models.tempered_nll(model, sequences, factors) == pytest.approx(expected, abs=1e-5)
+
+
+def test_samples_come_from_the_tempered_distribution(models: ModuleType) -> None:
+    sequences, count = every_sequence(), 20_000
+    for model in make_models(models):
+        torch.manual_seed(0)
+        drawn = models.draw_sequences(model, count, LENGTH, inverse_temperature=2.0)
+        assert (drawn[:, 0] == models.START).all()
+        base = VOCABULARY ** torch.arange(LENGTH - 1, -1, -1)
+        frequencies = torch.bincount((drawn[:, 1:] * base).sum(1), minlength=len(sequences)) / count
+        expected = probabilities(model, models, sequences, 2.0)
+        assert (frequencies - expected).abs().max().item() < 4 * (expected.max().item() / count) ** 0.5
+
+
+def test_sharpening_games_both_likelihoods_but_not_the_divergence(models: ModuleType) -> None:
+    sequences = every_sequence()
+    oracle = models.Oracle.seeded(VOCABULARY, 3)
+    true, sharp = (probabilities(oracle, models, sequences, factor) for factor in (1.0, 1.5))
+    expected = ((sharp - true) * (sharp / true).log()).sum().item() / LENGTH
+    torch.manual_seed(0)
+    at_one, sharpened = models.sweep(oracle, oracle, oracle.draw(20_000, LENGTH, seed=1), 20_000, [1.0, 1.5])
+    assert sharpened["nll_oracle"] < at_one["nll_oracle"]
+    assert sharpened["nll_oracle"] + sharpened["nll_test"] < at_one["nll_oracle"] + at_one["nll_test"]
+    assert at_one["divergence"] == pytest.approx(0, abs=1e-6)
+    assert sharpened["divergence"] == pytest.approx(expected, abs=0.02)
+
+
+def test_a_mamba_drops_in_training_only_and_only_in_the_context(models: ModuleType) -> None:
+    model, ids = make_generator(vocab_size=VOCABULARY), every_sequence()[:4]
+    plain = models.logits_of(model, ids)
+    with models.dropout_of(model, 0.5):
+        assert torch.equal(models.logits_of(model.eval(), ids), plain)
+        assert not torch.equal(models.logits_of(model.train(), ids), plain)
+    assert torch.allclose(models.logits_of(model.train(), ids), plain, atol=1e-6)
+
+
+def test_fitting_keeps_the_weights_of_the_best_epoch(models: ModuleType) -> None:
+    train, valid = (models.Oracle.seeded(30, 4).draw(60, 5, seed) for seed in (1, 2))
+    recipe = models.Recipe("lstm", 16, 0.0, learning_rate=0.05, weight_decay=0.0, batch_size=20)
+    torch.manual_seed(0)
+    model = recipe.build(30)
+    epochs = models.fit(model, recipe, train, valid, epochs=30, patience=2)
+    assert epochs < 30
+    torch.manual_seed(0)
+    again = recipe.build(30)
+    models.fit(again, recipe, train, valid, epochs, patience=30)
+    assert models.tempered_nll(model, valid, (1.0,)) == models.tempered_nll(again, valid, (1.0,))
+
+
+def test_runs_are_kept_and_gone_on_from(
+    oracle: ModuleType, settings: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    done = oracle.measure(settings, ["paper", "mle-lstm-paper"], 1, 1, rows)
+    # An adversarial arm goes on from the Mamba's, asked for or not, and the oracle is always measured.
+    assert set(done) == {("oracle", 0), ("mle", 0), ("mle-lstm-paper", 0), ("paper", 0)}
+    assert done["paper", 0]["training"]["steps"] == 2
+    kept = rows.read_text()
+    monkeypatch.setattr(oracle, "run", lambda *_: pytest.fail("a run was made twice"))
+    assert oracle.measure(settings, ["mle", "paper", "mle-lstm-paper"], 1, 1, rows) == done
+    assert rows.read_text() == kept
+    assert not oracle.rows_done(rows, oracle.QUICK)  # other settings
+
+    origins = {0: done["mle", 0]}
+    result = oracle.summary([done["paper", 0]], origins)
+    sums = {arm: min(p["nll_oracle"] + p["nll_test"] for p in done[arm, 0]["sweep"]) for arm in ("paper", "mle")}
+    assert result["best_sum"] == [round(sums["paper"], 4), 0.0]
+    assert result["best_sum_minus_mle"] == [round(sums["paper"] - sums["mle"], 4), 0.0]
+    oracle.plot({"paper": [done["paper", 0]]}, tmp_path / "frontier.png", published=True)
+    assert (tmp_path / "frontier.png").stat().st_size > 0
+
+
+def test_controls_differ_from_their_recipe_in_the_reward_alone(oracle: ModuleType) -> None:
+    for control, recipe in (("constant", "paper"), ("random", "paper"), ("stable-random", "stable")):
+        name, overrides = oracle.ADVERSARIAL[control]
+        assert name == oracle.ADVERSARIAL[recipe][0]
+        of_the_generator = {key for key in overrides if not key.startswith("d_")} - {"estimator"}
+        assert of_the_generator == {"reward"}
