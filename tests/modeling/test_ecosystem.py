@@ -1,6 +1,8 @@
 """The generator among other tools: compilation, adapters, placement on devices."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +22,20 @@ def model(request: pytest.FixtureRequest) -> MidiMambaForCausalLM:
     return make_generator(layout=request.param, hidden_size=32)
 
 
+@pytest.fixture
+def compiled(model: MidiMambaForCausalLM) -> Iterator[Any]:
+    """The model as torch.compile traces it; without a compiler, which is torch's affair."""
+    torch._dynamo.reset()
+    yield torch.compile(model, backend="aot_eager")
+    torch._dynamo.reset()
+
+
 def tokens(batch: int = 2, time: int = 9) -> torch.Tensor:
     return torch.randint(0, 11, (batch, time), generator=torch.Generator().manual_seed(7))
 
 
-def test_compiling_changes_nothing_forward_and_backward(model: MidiMambaForCausalLM) -> None:
+def test_compiling_changes_nothing_forward_and_backward(model: MidiMambaForCausalLM, compiled: Any) -> None:
     ids = tokens()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
     results = []
     for form in (model, compiled):
         model.zero_grad()
@@ -38,10 +46,8 @@ def test_compiling_changes_nothing_forward_and_backward(model: MidiMambaForCausa
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_a_compiled_model_decodes_alike(model: MidiMambaForCausalLM) -> None:
+def test_a_compiled_model_decodes_alike(model: MidiMambaForCausalLM, compiled: Any) -> None:
     ids = tokens()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
     with inference(model):
         expected = model(ids).logits[:, -1]
         cache = RecurrentCache.for_model(model, len(ids), max_length=ids.shape[1])
