@@ -40,18 +40,20 @@ def next_logits(model: MidiMambaForCausalLM, tokens: Tensor, cache: RecurrentCac
     return logits
 
 
-def valid_tokens(sequences: Tensor, eos_token_id: int, prompt: int) -> Tensor:
+def valid_tokens(sequences: Tensor, eos_token_id: int | None, prompt: int) -> Tensor:
     """The attention mask of sampled sequences: 1 up to the first end, that token included, and 0 on padding.
 
     Args:
         sequences (`LongTensor` of shape `(batch, time)`): what [`sample`] returned.
-        eos_token_id (`int`): the token that ends a sequence.
+        eos_token_id (`int` or `None`): the token that ends a sequence; with none all tokens are valid.
         prompt (`int`): so many tokens at the start were given. An end among them ends nothing: prompts cut out of
             packed blocks hold the ends of earlier pieces.
 
     Returns:
         `LongTensor` of shape `(batch, time)`.
     """
+    if eos_token_id is None:
+        return torch.ones_like(sequences)
     ends = sequences == eos_token_id
     ends[:, :prompt] = False
     earlier = ends.cumsum(1) - ends.long()

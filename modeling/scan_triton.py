@@ -52,6 +52,16 @@ def _read_step(x, dt, B, reset, A, row, c, n, channels, states):
 
 
 @triton.jit
+def _place(channels, states, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What a program owns: sequence, channels and states, which of them exist, and where in a state they lie."""
+    sequence = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.arange(0, BLOCK_N)
+    inside = (n < states)[:, None] & (c < channels)[None, :]
+    return sequence, c, n, inside, n[:, None] * channels + c[None, :]
+
+
+@triton.jit
 def _forward_kernel(
     x, dt, A, B, C, initial, reset,
     output, starts, final,
@@ -59,11 +69,7 @@ def _forward_kernel(
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Outputs, final states, and `starts` `(chunks, batch, state, channels)`."""
-    sequence = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.arange(0, BLOCK_N)
-    inside = (n < states)[:, None] & (c < channels)[None, :]
-    tile = n[:, None] * channels + c[None, :]
+    sequence, c, n, inside, tile = _place(channels, states, BLOCK_N, BLOCK_C)
     size = states * channels
     A = tl.load(A + c[None, :] * states + n[:, None], mask=inside, other=0).to(final.dtype.element_ty)
     state = tl.load(initial + sequence * size + tile, mask=inside, other=0)
@@ -86,11 +92,7 @@ def _backward_kernel(
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what a program owns; of `A` per sequence; of `B` and `C` per block of channels."""
-    sequence = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.arange(0, BLOCK_N)
-    inside = (n < states)[:, None] & (c < channels)[None, :]
-    tile = n[:, None] * channels + c[None, :]
+    sequence, c, n, inside, tile = _place(channels, states, BLOCK_N, BLOCK_C)
     size = states * channels
     A_tile = c[None, :] * states + n[:, None]
     A = tl.load(A + A_tile, mask=inside, other=0).to(starts.dtype.element_ty)

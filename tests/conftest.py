@@ -41,6 +41,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+@pytest.fixture(scope="module")
+def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained generator for `corpus`, with its processor: the folder that scripts take as `--model`."""
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    processor = MidiProcessor.from_pretrained(corpus / "tokenizer")
+    make_generator(vocab_size=processor.vocab_size).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def processor() -> MidiProcessor:
     """REMI with 760 ids, byte-pair encoding learned on six synthetic scores."""

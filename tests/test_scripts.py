@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from midimamba import MidiProcessor
 from midimamba.cli import main
 from midimamba.tokenization.corpus import tokenize_corpus
 from midimamba.tokenization.packing import BlockCollator
@@ -21,15 +20,6 @@ from support import make_discriminator, make_generator, make_score
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained") / "model"
-    processor = MidiProcessor.from_pretrained(corpus / "tokenizer")
-    make_generator(vocab_size=processor.vocab_size).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 Run = Callable[..., tuple[int, str]]

@@ -28,7 +28,7 @@ from huggingface_hub.errors import HFValidationError
 from miditok import MusicTokenizer
 from tqdm import tqdm
 
-from midimamba.files import is_taken, whole_folder, write_whole
+from midimamba.files import is_taken, whole_file, whole_folder, write_whole
 
 from .controls import CONTROLS, control_token
 from .data_sets import DataSetFiles, is_data_set
@@ -220,9 +220,8 @@ def _reading_store(out: Path) -> Path:
     path = out.with_name(f".{out.name}.{STORE_FILE}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() and (out / STORE_FILE).exists():
-        unfinished = path.with_name(f"{path.name}.copy")
-        shutil.copyfile(out / STORE_FILE, unfinished)
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            shutil.copyfile(out / STORE_FILE, unfinished)
     return path
 
 

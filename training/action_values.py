@@ -94,9 +94,7 @@ class ActionValues:
 
     def _rewards_of_prefixes(self, sequences: Tensor) -> Tensor:
         """2D - 1 of every prefix of sequences `(batch, time)`; 0 behind their ends."""
-        valid = torch.ones_like(sequences)
-        if self.eos_token_id is not None:
-            valid = valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
+        valid = valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
         if not isinstance(self.reward, MidiDiscriminator):
             rewards = self.reward(sequences.flatten()).view(sequences.shape)
             return (2 * rewards - 1) * valid

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from midimamba.errors import InputError
+from midimamba.files import whole_file, write_whole
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.training.baseline import Baseline
 from midimamba.training.discriminator_update import DiscriminatorUpdate
 from midimamba.training.generator_loss import GeneratorLoss
 from midimamba.training.guard import Guard
-from midimamba.training.policies import load_policy, save_policy, save_tensors, whole_file
+from midimamba.training.policies import load_policy, save_policy, save_tensors
 
 DISCRIMINATOR_FILE = "discriminator.safetensors"
 D_OPTIMIZER_FILE = "discriminator_optimizer.pt"
@@ -72,8 +73,7 @@ class AdversarialState:
             "baseline": self.baseline.state_dict(),
             "guard": self.guard.state_dict(),
         }
-        with whole_file(folder / STATE_FILE) as unfinished:
-            unfinished.write_text(json.dumps(state))
+        write_whole(folder / STATE_FILE, json.dumps(state))
 
     def load(self, folder: Path) -> float:
         """Read what was written. Returns what the saved learning rates are to be multiplied by.

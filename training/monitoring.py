@@ -163,8 +163,6 @@ class Monitor:
         return CopyRate(self.train_dataset)
 
     def _mask(self, sequences: Tensor) -> Tensor:
-        if self.eos_token_id is None:
-            return torch.ones_like(sequences)
         return valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
 
 

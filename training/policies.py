@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from midimamba.files import whole_file
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 
 
@@ -63,14 +64,3 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file that is either whole or not there."""
     with whole_file(file) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end becomes `file` at once."""
-    unfinished = file.with_name(f".unfinished-{file.name}")
-    try:
-        yield unfinished
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)

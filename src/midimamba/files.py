@@ -40,15 +40,25 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_whole(target: Path, content: str | bytes) -> None:
-    """Write `content` under a temporary name and rename, so that no reader ever sees half a file."""
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` to write to; on success it becomes `target`, on any error it is removed.
+
+    No reader ever sees half a file, and two writers do not meet.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".unfinished-{target.name}-", dir=target.parent)
+    os.close(handle)
+    scratch = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+        yield scratch
+        scratch.chmod(0o644)
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, content: str | bytes) -> None:
+    """Write `content` as a [`whole_file`]."""
+    with whole_file(target) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)

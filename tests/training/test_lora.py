@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
-from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba import MidiMambaForCausalLM
 from midimamba.errors import InputError
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
@@ -160,15 +160,6 @@ def test_adapters_without_an_effect_are_refused(target: str) -> None:
 def test_what_would_not_be_merged_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_adapters(make_generator(), LoraConfig(**options))
-
-
-@pytest.fixture(scope="module")
-def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained") / "model"
-    processor = MidiProcessor.from_pretrained(corpus / "tokenizer")
-    make_generator(vocab_size=processor.vocab_size).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 SMALL = {
