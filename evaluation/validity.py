@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from miditok import TokSequence
@@ -33,6 +34,14 @@ class Samples:
     scores: list[ScoreTick] = field(default_factory=list)
     empty: int = 0
     refused: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scores: Sequence[ScoreTick]) -> Self:
+        """Generated scores, counted as usable, empty or refused."""
+        samples = cls()
+        for index, score in enumerate(scores):
+            samples.add(f"sample {index}", score)
+        return samples
 
     @property
     def total(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from symusic import Score
 from symusic.core import ScoreTick
 
-from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba import MidiMambaForCausalLM, MidiProcessor, generation
 from midimamba.cli import main
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, load_pair
@@ -61,6 +61,18 @@ def test_the_same_seed_is_the_same_music(untrained: MidiMambaForCausalLM, proces
         for seed in (1, 1, 2)
     ]
     assert pieces[0] == pieces[1] != pieces[2]
+
+
+def test_many_pieces_are_sampled_in_parts_that_differ(
+    untrained: MidiMambaForCausalLM, processor: MidiProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_SAMPLED_AT_ONCE", 2)
+    pieces = [
+        [score.dumps_midi() for score in generate_scores(untrained, processor, num=num, bars=2, max_new_tokens=40)]
+        for num in (2, 5)
+    ]
+    assert pieces[1][:2] == pieces[0]
+    assert len(set(pieces[1])) == len(pieces[1]) == 5
 
 
 def test_a_tokenizer_of_another_model_is_refused(processor: MidiProcessor, tmp_path: Path) -> None:

@@ -29,9 +29,6 @@ _TOKENIZE_OPTIONS = (
 )
 
 
-_SAMPLED_AT_ONCE = 16  # pieces
-
-
 def tokenize(args: argparse.Namespace) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
     from midimamba.tokenization.corpus import tokenize_corpus
@@ -133,7 +130,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """`midimamba evaluate`: generated music beside held-out music."""
     from midimamba.evaluation.comparison import compare, model_figures, read_reference
     from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
-    from midimamba.evaluation.validity import read_folder
+    from midimamba.evaluation.validity import Samples, read_folder
+    from midimamba.generation import generate_scores, load_pair
 
     check_target(args.out)
     if min(args.bars, args.num) < 1 or args.temperature <= 0:
@@ -148,42 +146,25 @@ def evaluate(args: argparse.Namespace) -> None:
         samples = read_folder(folder)
     else:
         settings |= {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
-        model, processor, samples = _sample_pieces(args)
+        model, processor = load_pair(args.music)
+        samples = Samples.of(
+            generate_scores(
+                model,
+                processor,
+                num=args.num,
+                bars=args.bars,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=args.seed,
+            )
+        )
         figures = model_figures(model, processor, reference, args.num, args.length, args.temperature, args.seed)
     found = compare(samples, reference, args.length, args.seed)
     found.figures.update(figures)
     write_comparison(args.out, f"{args.music} beside {args.reference}", found, reference, settings)
     print(figures_table(found.figures))
     print(f"\nthe whole report is in {args.out.with_suffix('.md')}")
-
-
-def _sample_pieces(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The generator, its processor, and the samples that `midimamba evaluate` judges."""
-    import numpy as np
-    from tqdm.auto import tqdm
-
-    from midimamba.evaluation.validity import Samples
-    from midimamba.generation import generate_scores, load_pair
-
-    model, processor = load_pair(args.music)
-    samples = Samples()
-    # In parts, each with a seed of its own, so that memory does not grow with the number of pieces.
-    starts = range(0, args.num, _SAMPLED_AT_ONCE)
-    seeds = np.random.SeedSequence(args.seed).generate_state(len(starts))
-    for start, seed in zip(tqdm(starts, desc="samples", leave=False, disable=None), seeds, strict=True):
-        scores = generate_scores(
-            model,
-            processor,
-            num=min(_SAMPLED_AT_ONCE, args.num - start),
-            bars=args.bars,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=int(seed),
-        )
-        for index, score in enumerate(scores, start):
-            samples.add(f"sample {index}", score)
-    return model, processor, samples
 
 
 def publish(args: argparse.Namespace) -> None:

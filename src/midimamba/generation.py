@@ -14,6 +14,8 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.errors import InputError, loading_generator
 from midimamba.tokenization.tokenizations import BAR
 
+_SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
+
 
 class _TokenProgress(StoppingCriteria):
     """Never stops anything: `generate` calls it after every token, which is what a progress bar needs."""
@@ -86,16 +88,21 @@ def generate_scores(
         max_bars = bars + processor.tokenizer.decode(ids).split().count(BAR)
     grammar = processor.grammar(max_bars=max_bars)
     torch.manual_seed(seed)
-    with tqdm(total=max_new_tokens, desc="sampling", unit="token", leave=False) as bar:
-        sequences = model.generate(
-            torch.tensor([ids], device=model.device),
-            do_sample=True,
-            num_return_sequences=num,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=0,
-            logits_processor=LogitsProcessorList([grammar]),
-            stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
-        )
-    return processor.batch_decode(sequences)
+    scores = []
+    parts = [min(_SAMPLED_AT_ONCE, num - start) for start in range(0, num, _SAMPLED_AT_ONCE)]
+    with tqdm(total=max_new_tokens * len(parts), desc="sampling", unit="token", leave=False) as bar:
+        for index, part in enumerate(parts):
+            sequences = model.generate(
+                torch.tensor([ids], device=model.device),
+                do_sample=True,
+                num_return_sequences=part,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=0,
+                logits_processor=LogitsProcessorList([grammar]),
+                stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
+            )
+            bar.update((index + 1) * max_new_tokens - bar.n)  # a part ends early when all of its pieces do
+            scores += processor.batch_decode(sequences)
+    return scores
