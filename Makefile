@@ -1,4 +1,5 @@
 # make demo: the main job, end to end.   make test: the whole suite.   make check: format, lint, types.
+# make bench [QUICK=1] [CORPORA=folder]: every benchmark, see benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,14 +37,7 @@ check: $(VENV)/dev
 	cd build/check && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p midimamba
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/scan.py --seq-len 512 --out benchmarks/results/scan-512.json
-	$(BIN)/python benchmarks/scan.py --seq-len 512 --mambapy --their-repeats 3 --out benchmarks/results/scan-512-mambapy.json
-	$(BIN)/python benchmarks/scan_memory.py --out benchmarks/results/scan-memory.json
-	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training-step.json
-	$(BIN)/python benchmarks/sampling.py --out benchmarks/results/sampling.json
-	$(BIN)/python benchmarks/rollout.py --out benchmarks/results/rollout.json
-	$(BIN)/python benchmarks/memory.py --length 256 512 1024 --rollouts 4 1 16 --positions 16 --micro-batch 4 \
-		--rollout-rows 256 --naive-length 16 32 64 --limit-gb 12 --out benchmarks/results/memory.json
+	$(BIN)/python benchmarks/all.py $(if $(QUICK),--quick) $(if $(CORPORA),--corpora $(CORPORA))
 
 clean-demo:
 	rm -rf $(RUN)

@@ -2,7 +2,7 @@
 
 The controls are a constant and a random reward: what they change was not learned from a discriminator. With the
 baseline on, a constant reward leaves the likelihood term alone, so it is also the control by maximum likelihood of
-equal compute.
+as many steps.
 
 A run is a process of its own on one thread. What is done is kept in a file of one JSON object a run, and a second
 start goes on from there. The last line is JSON: of every arm the mean and the standard deviation over its seeds of
@@ -11,6 +11,7 @@ before it.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -18,21 +19,28 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from measure import finish
+from resumable import Row, make_runs, mean_and_deviation, rows_done
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
+# A reward that knows nothing needs no discriminator, and a constant one no roll-outs: all action values are the same.
+RANDOM = {"reward": "random", "d_warmup_steps": 0, "d_warmup_accuracy": None, "d_steps": 1, "d_epochs": 1}
+CONSTANT = {**RANDOM, "reward": "constant", "estimator": "terminal"}
+# What such a reward does by itself, without what else moves the policy.
+ALONE = {"mle_weight": 0.0, "mle_weight_final": None, "entropy_coef": 0.0}
 # What an arm sets; None leaves the recipe's key out.
 ARMS: dict[str, dict[str, Any]] = {
     "stable": {},
-    "constant": {"reward": "constant"},
-    "random": {"reward": "random"},
+    "constant": CONSTANT,
+    "random": RANDOM,
+    "constant alone": CONSTANT | ALONE,
+    "random alone": RANDOM | ALONE,
     "no baseline": {"baseline": "none"},
     "running baseline": {"baseline": "running"},
     "group baseline": {"baseline": "group", "group_size": 4},
@@ -63,14 +71,14 @@ ARMS: dict[str, dict[str, Any]] = {
 MEASURES = ("eval_loss", "eval_self_bleu_4", "eval_distinct_4", "eval_d_accuracy")
 
 
-def run(arm: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run of an arm: its evaluations, or the end of what it printed."""
+def run(arm: str, seed: int, settings: dict[str, Any], folder: Path, keep: bool) -> Row:
+    """One run of an arm: its evaluations, or the end of what it printed. `keep` leaves what it wrote."""
     output = folder / f"{arm.replace(' ', '-')}-{seed}"
-    recipe = yaml.safe_load((RECIPES / f"{args.recipe}.yaml").read_text())
-    recipe |= {"model": args.model, "data": args.data, "output_dir": str(output), "seed": seed}
-    recipe |= {"sequence_length": args.length, "disable_tqdm": True, **ARMS[arm]}
-    if args.steps:
-        recipe["max_steps"] = args.steps
+    recipe = yaml.safe_load((RECIPES / f"{settings['recipe']}.yaml").read_text())
+    recipe |= {"model": settings["model"], "data": settings["data"], "output_dir": str(output), "seed": seed}
+    recipe |= {"sequence_length": settings["length"], "disable_tqdm": True, **ARMS[arm]}
+    if settings["steps"]:
+        recipe["max_steps"] = settings["steps"]
     config = folder / f"{output.name}.yaml"
     config.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
     start = time.perf_counter()
@@ -81,7 +89,7 @@ def run(arm: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    row: dict[str, Any] = {"arm": arm, "seed": seed, "seconds": round(time.perf_counter() - start, 1)}
+    row: Row = {"arm": arm, "seed": seed, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}
     state = output / "trainer_state.json"
     if process.returncode or not state.exists():
         return {**row, "finished": False, "error": process.stderr[-2000:]}
@@ -91,13 +99,13 @@ def run(arm: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str
         row[measure] = [values[0], values[-1]]
     row["rollbacks"] = max((entry.get("rollbacks", 0) for entry in history), default=0)
     row["losses_finite"] = all(abs(entry["loss"]) < float("inf") for entry in history if "loss" in entry)
-    if not args.keep:
+    if not keep:
         shutil.rmtree(output)
         shutil.rmtree(f"{output}-discriminator")
     return {**row, "finished": True}
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: list[Row]) -> dict[str, Any]:
     """Of the runs of one arm: mean and standard deviation of what changed, and the worst likelihood and diversity."""
     finished = [row for row in rows if row["finished"]]
     result: dict[str, Any] = {"runs": len(rows), "finished": len(finished)}
@@ -110,9 +118,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             for name in ("self_bleu_4", "distinct_4", "d_accuracy")
         },
     }
-    for name, values in changes.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        result[name] = [round(statistics.mean(values), 4), round(spread, 4)]
+    result |= {name: mean_and_deviation(values) for name, values in changes.items()}
     result["worst"] = {name: round(max(changes[name]), 4) for name in ("nll_percent", "self_bleu_4")}
     result["rollbacks"] = sum(row["rollbacks"] for row in finished)
     result["all_finite"] = all(row["losses_finite"] for row in finished)
@@ -140,19 +146,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
 
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    done = {(row["arm"], row["seed"]) for row in rows}
-    # Seed by seed, so that an interrupted run has all arms at some of the seeds.
-    todo = [(arm, seed) for seed in range(args.seeds) for arm in args.arms if (arm, seed) not in done]
+    settings = {name: getattr(args, name) for name in ("model", "data", "recipe", "length", "steps")}
+    # Seed by seed, so that an interrupted benchmark has all arms at some of the seeds.
+    wanted = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
+    done = rows_done(args.rows, settings)
     folder = args.rows.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.workers) as pool, args.rows.open("a") as file:
-        for done_run in as_completed([pool.submit(run, arm, seed, args, folder) for arm, seed in todo]):
-            rows.append(done_run.result())
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            print(rows[-1], flush=True)
-    arms = {arm: summary([r for r in rows if r["arm"] == arm and r["seed"] < args.seeds]) for arm in args.arms}
+    make = functools.partial(run, settings=settings, folder=folder, keep=args.keep)
+    for row in make_runs([job for job in wanted if job not in done], make, args.rows, args.workers):
+        print({name: value for name, value in row.items() if name != "settings"}, flush=True)
+    done = rows_done(args.rows, settings)
+    arms = {arm: summary([done[arm, seed] for seed in range(args.seeds)]) for arm in args.arms}
     for arm, result in arms.items():
         print(f"{arm:30s} {result}")
     nll = arms.get("stable", {}).get("nll_percent")
@@ -162,7 +166,7 @@ def main() -> None:
             "compared": "held-out negative log-likelihood after and before the recipe",
             "ratio": round(1 + nll[0] / 100, 4) if nll else None,
             "arms": arms,
-            "sizes": {"model": args.model, "data": args.data, "length": args.length, "steps": args.steps},
+            "settings": settings,
         },
         args.out,
     )

@@ -26,12 +26,10 @@ import argparse
 import functools
 import hashlib
 import json
-import multiprocessing
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +40,6 @@ import yaml
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import HfArgumentParser, PrinterCallback, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from measure import finish
 from midimamba import MidiMambaForCausalLM
@@ -52,6 +49,7 @@ from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.scripts import load_discriminator
 from oracle_models import Oracle, Recipe, fit, sweep
+from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 # The LSTMs are the paper's, and one tuned with dropout; the Mamba has the tuned one's options.
@@ -156,13 +154,13 @@ def problem_of(settings: Settings) -> Problem:
     return _problem(settings.oracle, settings.vocab_size, settings.hidden_size, settings.length, settings.samples)
 
 
-def run(arm: str, seed: int, settings: Settings, folder: Path) -> dict[str, Any]:
+def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     """One run of an arm: what it took, and its sweep over inverse temperatures. `folder` keeps the Mamba of `mle`."""
     problem = problem_of(settings)
     checkpoint = folder / f"mle-{seed}"
     start = time.perf_counter()
     set_seed(seed)
-    row: dict[str, Any] = {"arm": arm, "seed": seed, "settings": asdict(settings)}
+    row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings)}
     model: nn.Module = problem.oracle
     if arm in LIKELIHOOD:
         recipe = LIKELIHOOD[arm]
@@ -212,28 +210,11 @@ def tune(
     }
 
 
-def run_and_keep(arm: str, seed: int, settings: Settings, folder: Path, rows: Path) -> dict[str, Any]:
-    """A run appends its row itself: it is kept even if another run fails meanwhile."""
-    row = run(arm, seed, settings, folder)
-    with rows.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
-
-
-def rows_done(rows: Path, settings: Settings) -> dict[tuple[str, int], dict[str, Any]]:
-    """The kept runs of these settings, by arm and seed; of one made twice the last."""
-    lines = rows.read_text().splitlines() if rows.exists() else []
-    kept = [row for row in map(json.loads, lines) if row["settings"] == asdict(settings)]
-    return {(row["arm"], row["seed"]): row for row in kept}
-
-
-def measure(
-    settings: Settings, arms: Sequence[str], seeds: int, workers: int, rows: Path
-) -> dict[tuple[str, int], dict[str, Any]]:
+def measure(settings: Settings, arms: Sequence[str], seeds: int, workers: int, rows: Path) -> dict[Job, Row]:
     """Make the runs that are missing; all kept runs of these settings, by arm and seed."""
     folder = rows.with_suffix("") / settings.key
     folder.mkdir(parents=True, exist_ok=True)
-    done = rows_done(rows, settings)
+    done = rows_done(rows, asdict(settings))
     # Seed by seed, so that an interrupted benchmark has all arms at some of the seeds.
     jobs = [("oracle", 0), *((arm, seed) for seed in range(seeds) for arm in arms if arm != "oracle")]
     jobs = [job for job in jobs if job not in done]
@@ -245,28 +226,10 @@ def measure(
         if ("mle", seed) not in fitted and not is_there:
             fitted.append(("mle", seed))
     for phase in (fitted, tuned):
-        for row in _results(phase, settings, folder, rows, workers):
+        for row in make_runs(phase, functools.partial(run, settings=settings, folder=folder), rows, workers):
             sums = [point["nll_oracle"] + point["nll_test"] for point in row["sweep"]]
             print(f"{row['arm']} {row['seed']}: best sum {min(sums):.3f}, {row['seconds']} s", flush=True)
-    return rows_done(rows, settings)
-
-
-def _results(
-    jobs: Sequence[tuple[str, int]], settings: Settings, folder: Path, rows: Path, workers: int
-) -> Iterator[dict[str, Any]]:
-    """Rows as they come, of processes of one thread each, or with one worker of this process with all its threads."""
-    if workers == 1 or not jobs:
-        yield from (run_and_keep(*job, settings, folder, rows) for job in jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
-    with ProcessPoolExecutor(workers, spawn, _prepare_worker) as pool:
-        for done in as_completed([pool.submit(run_and_keep, *job, settings, folder, rows) for job in jobs]):
-            yield done.result()
-
-
-def _prepare_worker() -> None:
-    torch.set_num_threads(1)
-    disable_progress_bar()  # of loading and saving a checkpoint
+    return rows_done(rows, asdict(settings))
 
 
 def best(row: dict[str, Any]) -> dict[str, float]:
@@ -277,12 +240,6 @@ def best(row: dict[str, Any]) -> dict[str, float]:
 def best_sum(row: dict[str, Any]) -> float:
     """The lowest NLL_oracle + NLL_test of a sweep."""
     return best(row)["nll_oracle"] + best(row)["nll_test"]
-
-
-def mean_and_deviation(values: Sequence[float]) -> list[float]:
-    """Of one value the deviation is 0."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return [round(statistics.mean(values), 4), round(spread, 4)]
 
 
 def summary(rows: Sequence[dict[str, Any]], origins: dict[int, dict[str, Any]]) -> dict[str, Any]:

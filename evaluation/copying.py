@@ -70,11 +70,11 @@ def copied_share(sample: Melodies, training_runs: Codes, notes: int) -> float:
 
     Args:
         sample (`Melodies`): of one piece.
-        training_runs (`array`): the unique hashes of the training set, `np.unique(training.runs(notes))`.
+        training_runs (`array`): the sorted hashes of the training set, `np.unique(training.runs(notes))`.
         notes (`int`): notes a run.
     """
     runs = sample.runs(notes)
-    return float(np.isin(runs, training_runs).mean()) if len(runs) else np.nan
+    return float(_is_held(training_runs, runs).mean()) if len(runs) else np.nan
 
 
 def longest_copies(samples: Sequence[Melodies], training: Melodies) -> list[int]:
@@ -105,10 +105,15 @@ def longest_copies(samples: Sequence[Melodies], training: Melodies) -> list[int]
 
 def _held(wanted: Codes, runs: Codes) -> Codes:
     """Those of the sorted `wanted` that are among `runs`."""
-    if not len(wanted):
-        return wanted
-    places = np.minimum(np.searchsorted(wanted, runs), len(wanted) - 1)
-    return np.unique(runs[wanted[places] == runs])
+    return np.unique(runs[_is_held(wanted, runs)])
+
+
+def _is_held(sorted_codes: Codes, codes: Codes) -> NDArray[np.bool_]:
+    """Which codes are among sorted ones, which need not be sorted again for every piece."""
+    if not len(sorted_codes):
+        return np.zeros(len(codes), np.bool_)
+    places = np.minimum(np.searchsorted(sorted_codes, codes), len(sorted_codes) - 1)
+    return sorted_codes[places] == codes
 
 
 def _melodies(score: ScoreTick) -> list[Codes]:

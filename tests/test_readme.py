@@ -61,6 +61,7 @@ def test_shell_commands_leave_what_the_readme_says(folder: Path) -> None:
         *("evaluation/tuned.json", "evaluation/tuned.md"),
     ):
         assert (folder / name).exists(), name
+    assert len(list((folder / "blind-test").glob("*.wav"))) == 8
     for suffix in (".mid", ".png", ".wav"):
         assert len(list((folder / "samples").glob(f"*{suffix}"))) == 4
     assert len(list((folder / "continued").glob("*.mid"))) == 4

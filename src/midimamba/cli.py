@@ -167,6 +167,40 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"\nthe whole report is in {args.out.with_suffix('.md')}")
 
 
+def listen(args: argparse.Namespace) -> None:
+    """`midimamba listen`: a blind listening test of several sources of music, and what came out of it."""
+    from midimamba.evaluation import listening
+    from midimamba.files import is_taken
+
+    if args.score is not None:
+        if args.out is not None:
+            raise InputError("--score prints its tables and writes nothing: leave out --out")
+        if len({path.resolve() for path in args.paths}) < len(args.paths):
+            raise InputError("a file of answers is named twice, so its listener would count twice")
+        key = listening.read_key(args.score)
+        answers = [listening.read_answers(path, key) for path in args.paths]
+        print(listening.scores_table(listening.score_answers(key, answers)))
+        return
+    if args.out is None:
+        raise InputError("nowhere to write the test: name a folder with --out")
+    if is_taken(args.out):
+        raise InputError(f"{args.out} is there already; choose another --out or delete it")
+    if min(args.num, args.bars) < 1:
+        raise InputError("--num and --bars must be positive")
+    drawn = listening.draw_arms(args.paths, args.num, args.bars, args.seed)
+    listening.write_listening_test(
+        args.out,
+        {arm: list(draw.pieces.values()) for arm, draw in drawn.items()},
+        args.seed,
+        args.bars,
+        sources={arm: list(draw.pieces) for arm, draw in drawn.items()},
+    )
+    for arm, draw in drawn.items():
+        if draw.passed_over:
+            print(f"{arm}: passed over {len(draw.passed_over)} files that cannot be read or heard")
+    print(f"{args.num * len(drawn)} pieces in {args.out}: give listeners all of it but key.json")
+
+
 def publish(args: argparse.Namespace) -> None:
     """`midimamba publish`: a run or a corpus to the Hub."""
     from midimamba.hub_cards.publish import publish as publish_run
@@ -267,6 +301,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
+    _add_listen_options(
+        add(
+            "listen",
+            listen,
+            "Make a blind listening test of folders of MIDI files, one an arm; --score reads what listeners answered.",
+            "midimamba listen runs/demo/samples my-midi-folder --out test, then "
+            "midimamba listen --score test answers.json",
+        )
+    )
+
     command = add(
         "publish",
         publish,
@@ -333,6 +377,18 @@ def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="of sampling")
     add("--top-p", type=float, default=1.0, help="of sampling; 1 is the model's own distribution")
     add("--seed", type=int, default=0, help="the same seed gives the same report")
+
+
+def _add_listen_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("paths", nargs="+", type=Path, help="folders of MIDI files; with --score, the listeners' answers.json files")
+    add(
+        "--out", type=Path, help="folder to make: sounds, the page index.html, and key.json, which listeners don't get"
+    )
+    add("--score", type=Path, metavar="DIR", help="a test made before: print what its listeners thought of each arm")
+    add("--num", type=int, default=8, help="pieces an arm")
+    add("--bars", type=int, default=16, help="play so many bars from the begin of every piece")
+    add("--seed", type=int, default=0, help="the same seed gives the same test")
 
 
 def _vocab_size(text: str) -> int | None:

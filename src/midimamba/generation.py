@@ -90,7 +90,7 @@ def generate_scores(
     torch.manual_seed(seed)
     scores = []
     parts = [min(_SAMPLED_AT_ONCE, num - start) for start in range(0, num, _SAMPLED_AT_ONCE)]
-    with tqdm(total=max_new_tokens * len(parts), desc="sampling", unit="token", leave=False) as bar:
+    with tqdm(total=max_new_tokens * len(parts), desc="sampling", unit="token", leave=False, disable=None) as bar:
         for index, part in enumerate(parts):
             sequences = model.generate(
                 torch.tensor([ids], device=model.device),

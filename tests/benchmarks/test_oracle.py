@@ -1,5 +1,6 @@
 """SeqGAN's synthetic benchmark: an oracle that can be enumerated, generators under a temperature, runs that go on."""
 
+import dataclasses
 import importlib
 import itertools
 from collections.abc import Iterator
@@ -174,7 +175,7 @@ def test_runs_are_kept_and_gone_on_from(
     monkeypatch.setattr(oracle, "run", lambda *_: pytest.fail("a run was made twice"))
     assert oracle.measure(settings, ["mle", "paper", "mle-lstm-paper"], 1, 1, rows) == done
     assert rows.read_text() == kept
-    assert not oracle.rows_done(rows, oracle.QUICK)  # other settings
+    assert not oracle.rows_done(rows, dataclasses.asdict(oracle.QUICK))
 
     origins = {0: done["mle", 0]}
     result = oracle.summary([done["paper", 0]], origins)

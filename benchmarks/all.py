@@ -1,0 +1,199 @@
+"""Every benchmark, one after the other: `make bench`.
+
+Results go to `results/`. With `--quick` everything is so small that all of it takes ten minutes on two cores; then
+the results show that everything runs, mean nothing, and go to `runs/bench` as all intermediate files do. What is done
+there is gone on from by a second start: delete the folder to begin anew.
+
+The corpora and the parameters of SeqGAN's oracle are not part of the repository. `--corpora` names a folder with
+nottingham.tar.gz, pop909.tar.gz, m21-chorales.tar.gz, hostile-core.tar.gz and seqgan-oracle.npz; without one of them,
+what needs it is left out, and the table at the end says so.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PRETRAIN = "-m midimamba.training.pretrain --config training/recipes/chorales-cpu.yaml --disable_tqdm true"
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    A command of the table.
+
+    Args:
+        name (`str`): of its results.
+        command (`str`): what follows `python`; in braces, `work`, the folder of intermediate files, and `corpora`.
+        quick (`str`, *optional*): what is added to make it small: of an option given twice, the later counts.
+        needs (`tuple[str, ...]`, *optional*): files of the corpora's folder.
+    """
+
+    name: str
+    command: str
+    quick: str = ""
+    needs: tuple[str, ...] = ()
+
+
+def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
+    """A corpus, and a generator that has learned it: what later benchmarks begin with."""
+    tokenize = f"-m midimamba.cli tokenize {source} --vocab-size 800 --out {{work}}/{name}-data"
+    pretrain = f"{PRETRAIN} --data {{work}}/{name}-data --output_dir {{work}}/{name}-model"
+    small = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
+    return (
+        Step(f"{name} corpus", tokenize, "--limit 120 --test-fraction 0.25 --valid-fraction 0.25", needs),
+        Step(f"{name} model", pretrain, small, needs),
+    )
+
+
+def _on(corpus: str, script: str) -> str:
+    """The command of a script that goes on from a corpus's generator."""
+    return f"benchmarks/{script} --model {{work}}/{corpus}-model --data {{work}}/{corpus}-data"
+
+
+def _music(name: str, needs: tuple[str, ...] = ()) -> Step:
+    tiny = f"{_TINY_TUNING} --num 12 --bars 4 --temperatures 1.0 --arms mle stable"
+    return Step(f"music-{name}", _on(name, "music.py") + f" --rows {{work}}/music-{name}.jsonl", tiny, needs)
+
+
+def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
+    """What adversarial training does to the generator of a corpus."""
+    ablation = _on(name, "ablation.py") + f" --rows {{work}}/ablation-{name}.jsonl"
+    controls = '--arms constant random "constant alone" "random alone" --seeds 5'
+    return (
+        Step(f"stability-{name}", f"{ablation} --arms stable --seeds 10", _TINY_TUNING, needs),
+        Step(f"controls-{name}", f"{ablation} {controls}", _TINY_TUNING, needs),
+        _music(name, needs),
+    )
+
+
+_TINY_TUNING = "--steps 1 --length 32 --seeds 1"
+_NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
+_MEMORY = "benchmarks/memory.py --rollout-rows 256 --limit-gb 12"
+_SMALL_MEMORY = "--length 16 --rollouts 2 --positions 2 --micro-batch 2 --batch 4 --rollout-rows 8 --naive-length 8 "
+
+STEPS = (
+    Step("scan-512", "benchmarks/scan.py --seq-len 512", "--seq-len 64 --layers 1 --repeats 1"),
+    Step(
+        "scan-512-mambapy",
+        "benchmarks/scan.py --seq-len 512 --mambapy --their-repeats 3",
+        "--seq-len 64 --layers 1 --repeats 1 --their-repeats 1",
+    ),
+    Step("scan-memory", "benchmarks/scan_memory.py", "--length 64 128 --layers 1 --hidden 32"),
+    Step("training-step", "benchmarks/training_step.py", "--length 32 64 --size tiny --repeats 1"),
+    Step("sampling", "benchmarks/sampling.py", "--batch 1 --length 32 --layers 1 --repeats 1"),
+    Step("rollout", "benchmarks/rollout.py", "--length 32 --rollouts 2 --positions 2 --layers 1 --skip-all"),
+    Step(
+        "memory",
+        f"{_MEMORY} --length 256 512 1024 --rollouts 4 1 16 --positions 16 --micro-batch 4 --naive-length 16 32 64",
+        _SMALL_MEMORY + "--layers 1 --hidden 32",
+    ),
+    Step(
+        "memory-4096",
+        f"{_MEMORY} --length 4096 --batch 4 --rollouts 4 --positions 16 --micro-batch 1 --naive-length "
+        "--gradient-checkpointing 1",
+        _SMALL_MEMORY + "--layers 1 --hidden 32",
+    ),
+    Step("packing", "benchmarks/packing.py {corpora}/pop909.tar.gz", "--limit 20", _POP909),
+    Step("ingestion", "benchmarks/ingestion.py {corpora}/hostile-core.tar.gz", "", ("hostile-core.tar.gz",)),
+    Step(
+        "tokenization",
+        "benchmarks/tokenization.py {corpora}/nottingham.tar.gz",
+        "--limit 40 --repeats 1",
+        _NOTTINGHAM,
+    ),
+    Step(
+        "tokenization-memory",
+        "benchmarks/tokenization.py {corpora}/nottingham.tar.gz --memory 10000 100000 1000000",
+        "--memory 50 100",
+        _NOTTINGHAM,
+    ),
+    Step(
+        "tokenization-memory-distinct",
+        "benchmarks/tokenization.py --memory 10000 100000",
+        "--memory 50 100",
+    ),
+    Step(
+        "corpora",
+        "benchmarks/corpora.py {corpora}/nottingham.tar.gz {corpora}/m21-chorales.tar.gz {corpora}/pop909.tar.gz",
+        "--limit 4 --tokenizations REMI",
+        (*_NOTTINGHAM, "m21-chorales.tar.gz", *_POP909),
+    ),
+    Step(
+        "oracle",
+        "benchmarks/oracle.py --oracle {corpora}/seqgan-oracle.npz --rows {work}/oracle.jsonl "
+        "--plot benchmarks/results/oracle.png",
+        "--quick --seeds 1 --plot {work}/oracle.png",
+        ("seqgan-oracle.npz",),
+    ),
+    *_learned("chorales", "chorales"),
+    *_tuned("chorales"),
+    Step(
+        "ablation-chorales",
+        _on("chorales", "ablation.py") + " --steps 20 --seeds 2 --rows {work}/ablation-chorales.jsonl",
+        f"{_TINY_TUNING} --arms stable constant",
+    ),
+    *_learned("nottingham", "{corpora}/nottingham.tar.gz", _NOTTINGHAM),
+    *_tuned("nottingham", _NOTTINGHAM),
+    *_learned("pop909", "{corpora}/pop909.tar.gz", _POP909),
+    _music("pop909", _POP909),
+)
+
+
+def command_of(step: Step, quick: bool, work: Path, corpora: Path | None, results: Path) -> list[str]:
+    """The command line of a step, as it is run from the repository's root."""
+    text = f"{step.command} {step.quick}" if quick else step.command
+    line = [sys.executable, *shlex.split(text.format(work=work, corpora=corpora or ""))]
+    return [*line, "--out", str(results / f"{step.name}.json")] if "benchmarks/" in step.command else line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python benchmarks/all.py --quick --corpora ../corpora",
+    )
+    parser.add_argument("--quick", action="store_true", help="everything small, and figures that mean nothing")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="only these steps")
+    parser.add_argument("--corpora", type=Path, help="folder of the corpora and of the oracle's parameters")
+    args = parser.parse_args()
+
+    work = ROOT / "runs" / "bench" / ("quick" if args.quick else "full")
+    work.mkdir(parents=True, exist_ok=True)
+    corpora = args.corpora.resolve() if args.corpora else None
+    table, failed = [], False
+    for step in STEPS:
+        if args.only and step.name not in args.only:
+            continue
+        missing = [name for name in step.needs if corpora is None or not (corpora / name).exists()]
+        if missing:
+            table.append((step.name, "left out", f"--corpora lacks {', '.join(missing)}"))
+            continue
+        made = {"corpus": "data/corpus.json", "model": "model/config.json"}.get(step.name.split()[-1])
+        if made and (work / f"{step.name.split()[0]}-{made}").exists():
+            continue
+        command = command_of(step, args.quick, work, corpora, work if args.quick else RESULTS)
+        print(f"==> {step.name}: python {shlex.join(command[1:])}", flush=True)
+        start = time.perf_counter()
+        log = work / f"{step.name.replace(' ', '-')}.log"
+        with log.open("w") as file:
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode
+        seconds = f"{time.perf_counter() - start:.0f} s"
+        failed |= code != 0
+        lines = log.read_text().splitlines()
+        ratio = json.loads(lines[-1])["ratio"] if not code and "--out" in command else None
+        table.append((step.name, f"failed: {log}" if code else "done" if ratio is None else f"{ratio}", seconds))
+    print("\n| step | ratio | |\n|---|---:|---|")
+    for row in table:
+        print("| " + " | ".join(row) + " |")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

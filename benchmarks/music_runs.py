@@ -1,0 +1,241 @@
+"""One run of the benchmark `music.py`: tune a generator, sample it at every temperature, compare with real music."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
+from midimamba.evaluation.validity import Samples
+from midimamba.generation import generate_scores, load_pair
+from midimamba.tokenization.augmentation import Augmentation
+from midimamba.tokenization.packing import BlockCollator
+from midimamba.training.scripts import load_blocks, save_model
+from resumable import Row
+
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
+# A constant reward needs no roll-outs: all action values are the same however they are estimated.
+CONTROLS: dict[str, dict[str, Any]] = {
+    "constant": {"reward": "constant", "estimator": "terminal"},
+    "random": {"reward": "random"},
+}
+MORE_LEARNING_RATE = 5e-4  # of `more`: a sixth of what the recipe of pre-training begins with, and down to 0 as there
+MORE_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What all runs have in common.
+
+    Args:
+        model, data (`str`): the pre-trained generator and its corpus.
+        recipe (`str`): of adversarial training.
+        length (`int`): tokens of a training sequence.
+        steps (`int`, *optional*): generator steps; the recipe's by default.
+        num, bars (`int`): pieces sampled for every figure, and how many bars of them are compared.
+        temperatures (`list[float]`): those that are tried on the validation split.
+    """
+
+    model: str
+    data: str
+    recipe: str = "stable-adversarial"
+    length: int = 128
+    steps: int | None = None
+    num: int = 96
+    bars: int = 16
+    temperatures: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.9, 1.0])
+
+    @property
+    def key(self) -> str:
+        """A short name of these settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[int, float]) -> Row:
+    """A run of an arm: what it cost, its figures on validation at its best temperature, and on the test split.
+
+    Args:
+        arm (`str`): one of `ARMS`, or `"trial "` with options as JSON, which does not see the test split.
+        seed (`int`): of training, samples and figures.
+        settings (`Settings`): of all runs.
+        folder (`Path`): where samples are kept, in a folder `<arm>-<seed>`.
+        budgets (`Mapping[int, float]`): by seed, the processor time in seconds that `more` may take.
+    """
+    seconds = 0.0
+    generator = Path(settings.model)
+    scratch = folder / f".{hashlib.sha256(arm.encode()).hexdigest()[:8]}-{seed}"
+    if arm == "more":
+        generator, seconds = scratch, more_likelihood(settings, seed, budgets[seed], scratch)
+    elif arm != "mle":
+        generator, seconds = scratch, adversarial(arm, settings, seed, scratch)
+    row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "cpu_seconds": round(seconds, 1)}
+    tried = {}
+    for temperature in settings.temperatures:
+        figures, floor, _ = figures_of(generator, settings, "validation", temperature, seed)
+        tried[temperature] = figures
+    best = min(tried, key=lambda temperature: distance(tried[temperature]))
+    row |= {"temperature": best, "tried": {str(key): value for key, value in tried.items()}}
+    row |= {"validation": tried[best], "validation_floor": floor}
+    if not arm.startswith("trial "):
+        row["test"], row["test_floor"], samples = figures_of(generator, settings, "test", best, seed)
+        kept = folder / f"{arm}-{seed}"
+        kept.mkdir(exist_ok=True)
+        for index, score in enumerate(samples.scores):
+            score.dump_midi(kept / f"{index:03d}.mid")
+    for left in (scratch, Path(f"{scratch}-discriminator")):
+        shutil.rmtree(left, ignore_errors=True)
+    return row
+
+
+def distance(figures: Mapping[str, float]) -> float:
+    """How far from real music: what a classifier is right beyond chance, and what overlapping areas lack."""
+    return abs(figures["classifier"] - 0.5) + 1 - figures["mean_overlapping_area"]
+
+
+def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:
+    """Train as a user would, by the script; returns the seconds of processor time.
+
+    Raises:
+        RuntimeError: if the script fails.
+    """
+    recipe = yaml.safe_load((RECIPES / f"{settings.recipe}.yaml").read_text())
+    recipe |= {"model": settings.model, "data": settings.data, "output_dir": str(output), "seed": seed}
+    recipe |= {"sequence_length": settings.length, "disable_tqdm": True}
+    if settings.steps:
+        recipe["max_steps"] = settings.steps
+    recipe |= json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else CONTROLS.get(arm, {})
+    for left in (output, Path(f"{output}-discriminator")):
+        shutil.rmtree(left, ignore_errors=True)  # of an interrupted run
+    config = output.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    command = [sys.executable, "-m", "midimamba.training.adversarial", "--config", str(config)]
+    log = output.with_suffix(".log")
+    with log.open("w") as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{arm}, seed {seed}, failed:\n{log.read_text()[-2000:]}")
+    config.unlink()
+    log.unlink()
+    return usage.ru_utime + usage.ru_stime
+
+
+class _UntilSpent(TrainerCallback):
+    """Ends training when a budget of processor time is spent, and evaluates at equal parts of it."""
+
+    def __init__(self, budget: float):
+        self.start, self.budget, self.evaluations = time.process_time(), budget, 0
+
+    @property
+    def spent(self) -> float:
+        """The share of the budget."""
+        return min(1.0, (time.process_time() - self.start) / self.budget)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self.spent * MORE_EVALUATIONS >= self.evaluations + 1:
+            self.evaluations += 1
+            control.should_evaluate = control.should_save = True
+        control.should_training_stop = self.spent >= 1
+        return control
+
+
+def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) -> float:
+    """Go on with maximum likelihood for so many seconds of processor time; keeps what was best on validation, be it
+    the generator as it was."""
+    shutil.rmtree(output, ignore_errors=True)
+    train, validation, processor = load_blocks(settings.data, 2 * settings.length, Augmentation(), seed)
+    set_seed(seed)
+    model, _ = load_pair(settings.model)
+    optimizer = torch.optim.AdamW(model.parameters(), MORE_LEARNING_RATE, weight_decay=0.1)
+    clock = _UntilSpent(budget)
+    schedule = LambdaLR(optimizer, lambda _: (1 + math.cos(math.pi * clock.spent)) / 2)
+    args = TrainingArguments(
+        output_dir=str(output),
+        max_steps=1_000_000,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1_000_000,
+        save_steps=1_000_000,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=BlockCollator.for_processor(processor),
+        train_dataset=train,
+        eval_dataset=validation,
+        callbacks=[clock],
+        optimizers=(optimizer, schedule),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    best = trainer.state.best_metric
+    save_model(output, model if best is not None and best < before else load_pair(settings.model)[0], processor)
+    return time.process_time() - clock.start
+
+
+@functools.cache
+def _reference(data: str, split: str, bars: int) -> Reference:
+    """Read once in a process."""
+    return read_reference(data, split, bars)
+
+
+def figures_of(
+    generator: Path, settings: Settings, split: str, temperature: float, seed: int
+) -> tuple[dict[str, float | None], dict[str, float], Samples]:
+    """All figures of `midimamba evaluate`, with those of real music, and the samples they are of."""
+    reference = _reference(settings.data, split, settings.bars)
+    model, processor = load_pair(str(generator))
+    samples = Samples.of(
+        generate_scores(
+            model, processor, num=settings.num, bars=settings.bars, temperature=temperature, top_p=1.0, seed=seed
+        )
+    )
+    found = compare(samples, reference, settings.length, seed)
+    figures = found.figures | model_figures(
+        model, processor, reference, settings.num, settings.length, temperature, seed
+    )
+    values = {name: figure.estimate.value for name, figure in figures.items()}
+    floors = {name: figure.floor for name, figure in figures.items()}
+    for kind, numbers in (("estimate", values), ("floor", floors)):
+        numbers["classifier"] = max(numbers["classifier_features"], numbers["classifier_tokens"])
+        numbers["mean_overlapping_area"] = mean_overlapping_area(found, kind)
+    return (
+        {name: value if math.isfinite(value) else None for name, value in values.items()},
+        {name: value for name, value in floors.items() if math.isfinite(value)},
+        samples,
+    )
+
+
+def mean_overlapping_area(found: Comparison, kind: str) -> float:
+    """Over the features that both sets have; `kind` is `"estimate"`, of the samples, or `"floor"`, of real music."""
+    areas = [row.overlapping_area for row in found.features.values()]
+    known = [area for area in areas if math.isfinite(area.estimate.value)]
+    return sum(area.floor if kind == "floor" else area.estimate.value for area in known) / len(known)

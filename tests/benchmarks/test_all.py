@@ -1,0 +1,88 @@
+"""`make bench`: every benchmark is in the table, and its scripts understand their commands, as they are and quick."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ELSEWHERE = {"all.py", "scan_gpu.py"}  # the table itself, and what needs a GPU
+
+
+class ParsedError(Exception):
+    """Raised in place of what a script would do next."""
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("all")
+
+
+def test_every_script_is_in_the_table(table: ModuleType) -> None:
+    scripts = {file.name for file in BENCHMARKS.glob("*.py") if "def main(" in file.read_text()}
+    run = {word.removeprefix("benchmarks/") for step in table.STEPS for word in step.command.split()}
+    assert scripts - run == ELSEWHERE
+
+
+def test_every_kept_result_is_of_the_table(table: ModuleType) -> None:
+    names = {step.name for step in table.STEPS}
+    assert {file.stem for file in (BENCHMARKS / "results").glob("*.json")} <= names
+    assert len(names) == len(table.STEPS)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_scripts_understand_their_commands(
+    table: ModuleType, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser: argparse.ArgumentParser) -> None:
+        raise ParsedError(parse(parser))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    for step in table.STEPS:
+        command = table.command_of(step, quick, tmp_path, tmp_path, tmp_path)
+        if "benchmarks/" not in step.command:
+            continue
+        monkeypatch.setattr(sys, "argv", command[1:])
+        script = importlib.import_module(Path(command[1]).stem)
+        with pytest.raises(ParsedError) as parsed:  # a SystemExit would say what is wrong
+            script.main()
+        assert parsed.value.args[0].out == tmp_path / f"{step.name}.json"
+
+
+def test_what_lacks_its_files_is_left_out_and_named(
+    table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--only", "packing", "--corpora", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        table.main()
+    assert end.value.code == 0
+    assert "| packing | left out | --corpora lacks pop909.tar.gz |" in capsys.readouterr().out
+
+
+def test_a_failure_is_told_at_the_end(
+    table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = (
+        table.Step("good", "-c 'print(1)'"),
+        table.Step("bad", "-c 'raise SystemExit(3)'"),
+        table.Step("late", "-c 'print(2)'"),
+    )
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "STEPS", steps)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--quick"])
+    with pytest.raises(SystemExit) as end:
+        table.main()
+    assert end.value.code == 1
+    printed = capsys.readouterr().out
+    assert "| good | done |" in printed
+    assert "| late | done |" in printed
+    assert f"| bad | failed: {tmp_path / 'runs' / 'bench' / 'quick' / 'bad.log'} |" in printed
