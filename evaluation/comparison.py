@@ -286,6 +286,31 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def figures_from_json(figures: Mapping[str, Any]) -> dict[str, Figure]:
+    """What [`to_json`] made of figures by name."""
+    return {name: Figure(_estimate(row["estimate"]), _number(row["floor"])) for name, row in figures.items()}
+
+
+def features_from_json(features: Mapping[str, Any]) -> dict[str, FeatureFigures]:
+    """What [`to_json`] made of features by name."""
+    return {
+        name: FeatureFigures(
+            _estimate(row["samples"]),
+            _estimate(row["real"]),
+            **figures_from_json({key: row[key] for key in ("overlapping_area", "kl_divergence")}),
+        )
+        for name, row in features.items()
+    }
+
+
+def _estimate(row: Mapping[str, float | None]) -> Estimate:
+    return Estimate(*(_number(row[name]) for name in ("value", "low", "high")))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _decoded(processor: MidiProcessor, rows: Dataset, description: str) -> Iterator[ScoreTick]:
     for ids in tqdm(rows["input_ids"], desc=description, leave=False, disable=None):
         yield processor.decode(ids)

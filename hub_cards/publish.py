@@ -13,16 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from safetensors import safe_open
 
 from midimamba.errors import InputError
-from midimamba.evaluation.report import (
-    Report,
-    bullet_list,
-    evaluation_table,
-    reading,
-    sample_gallery,
-    training_settings,
-)
+from midimamba.evaluation.report import bullet_list, training_settings
 from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
 
+from .evaluation import Evaluation, read_evaluation
 from .publish_corpus import publish_corpus
 
 # What a user loads or reads. All else stays here: optimizer states and checkpoints are large, pickles run code.
@@ -47,7 +41,6 @@ PUBLISHED = (
         "step_numba.py",
     ),
 )
-PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
 TAGS = ["midi", "music", "mamba", "seqgan"]
 
 
@@ -73,8 +66,8 @@ def publish(
         folder (`Path`): written by `save_pretrained` of the model and of its processor, or by `midimamba tokenize`.
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
         discriminator (`Path`, *optional*): folder of a `MidiDiscriminator`.
-        report (`Path`, *optional*): `report.json` of the run. It becomes the cards' evaluation and `evaluation.json`;
-            `curves.png` and `samples/` beside it go along.
+        report (`Path`, *optional*): `report.json` of the run, or what `midimamba evaluate` has written. It becomes the
+            cards' evaluation and `evaluation.json`; its pictures, and the samples of a run, go along.
         license (`str`, *optional*): the Hub's identifier, such as `"cc-by-4.0"`; left out of the card by default.
         private (`bool`, *optional*, defaults to `False`): of repositories that are created.
         token (`str`, *optional*): of the Hub; the one of `hf auth login` by default.
@@ -96,15 +89,15 @@ def publish(
     _require(folder, "*.safetensors", "miditok.json")
     if discriminator is not None:
         _require(discriminator, "config.json", "*.safetensors")
-    measured = None if report is None else _read_report(report)
+    evaluation = None if report is None else read_evaluation(report)
     with _naming_refusals(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        card = _generator_card(folder, url.repo_id, report, measured, license)
-        _upload(api, url.repo_id, folder, card, report)
+        card = _generator_card(folder, url.repo_id, evaluation, license)
+        _upload(api, url.repo_id, folder, card, evaluation)
         urls = {"generator": str(url)}
         if discriminator is not None:
             url = api.create_repo(f"{repo_id}-discriminator", private=private, exist_ok=True)
-            card = _discriminator_card(discriminator, url.repo_id, measured, license)
+            card = _discriminator_card(discriminator, url.repo_id, evaluation, license)
             _upload(api, url.repo_id, discriminator, card)
             urls["discriminator"] = str(url)
     return urls
@@ -128,30 +121,11 @@ def _require(folder: Path, *patterns: str) -> None:
             )
 
 
-def _read_report(file: Path) -> Report:
-    try:
-        report: Report = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no report: {error}") from error
-    if not isinstance(report, dict) or not {"before", "after", "real", "settings"} <= set(report):
-        raise InputError(f"{file} is no report; write one with `python -m midimamba.evaluation.report RUN`")
-    return report
-
-
-def _generator_card(
-    folder: Path, repo_id: str, report: Path | None, measured: Report | None, license: str | None
-) -> ModelCard:
+def _generator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
     # The Hub has no task for symbolic music; text generation is what loads the model and names its output: tokens.
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, license=license)
     fields = _architecture(folder)
-    if report is not None and measured is not None:
-        fields |= {
-            "evaluation": evaluation_table(measured),
-            "reading": reading(measured),
-            "gallery": sample_gallery(report.parent),
-            "curves": (report.parent / "curves.png").exists(),
-        }
-    return _render("generator_card.md", data, folder, repo_id=repo_id, **fields)
+    return _render("generator_card.md", data, folder, repo_id=repo_id, evaluation=evaluation, **fields)
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
@@ -164,7 +138,7 @@ def _architecture(folder: Path) -> dict[str, Any]:
     return {"kind": kind.capitalize(), "loads_as": f"a stock `{name}`, no remote code", "trust": ""}
 
 
-def _discriminator_card(folder: Path, repo_id: str, measured: Report | None, license: str | None) -> ModelCard:
+def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
     data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=TAGS, license=license)
     return _render(
         "discriminator_card.md",
@@ -172,7 +146,7 @@ def _discriminator_card(folder: Path, repo_id: str, measured: Report | None, lic
         folder,
         repo_id=repo_id,
         generator_id=repo_id.removesuffix("-discriminator"),
-        measures=measured and measured["after"],
+        measures=evaluation and evaluation.of_discriminator,
     )
 
 
@@ -198,12 +172,10 @@ def _count_parameters(folder: Path) -> int:
     return total
 
 
-def _upload(api: HfApi, repo_id: str, folder: Path, card: ModelCard, report: Path | None = None) -> None:
+def _upload(api: HfApi, repo_id: str, folder: Path, card: ModelCard, evaluation: Evaluation | None = None) -> None:
     contents: dict[str, bytes | Path] = {"README.md": str(card).encode()}
     contents |= {file.name: file for pattern in PUBLISHED for file in folder.glob(pattern)}
-    if report is not None:
-        run = report.parent
-        contents |= {file.relative_to(run).as_posix(): file for p in PUBLISHED_OF_RUN for file in run.glob(p)}
-        contents["evaluation.json"] = report
+    if evaluation is not None:
+        contents |= evaluation.files
     operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
     api.create_commit(repo_id, operations, commit_message="Publish with midimamba")

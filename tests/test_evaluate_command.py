@@ -11,6 +11,7 @@ from symusic import Note, Score, Track
 
 from midimamba.cli import main
 from midimamba.evaluation import comparison_page
+from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
 from support import make_generator, make_score
 
@@ -82,6 +83,7 @@ def test_a_folder_of_midi_gets_its_report(
     for value in (*distance["estimate"].values(), distance["floor"]):
         assert f"{value:.3g}" in line
     assert line in capsys.readouterr().out
+    assert all(table in page for table in read_evaluation(out).table.split("\n\n"))  # the same in a card
 
 
 def test_a_model_is_sampled_and_asked_for_its_likelihood(

@@ -322,7 +322,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--repo", required=True, help="repository, as owner/name; the discriminator's is <repo>-discriminator"
     )
     command.add_argument("--discriminator", type=Path, help="folder of the generator's discriminator")
-    command.add_argument("--report", type=Path, help="report.json of the generator's run, for the card")
+    command.add_argument(
+        "--report",
+        type=Path,
+        help="for the card: report.json of the generator's run, or what `midimamba evaluate` wrote",
+    )
     command.add_argument("--license", help="the Hub's name of a licence, such as cc-by-4.0")
     command.add_argument("--private", action="store_true", help="make new repositories private")
 

@@ -12,6 +12,7 @@ from symusic import Note, Score, Track
 
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
+from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.hub_cards.publish import _generator_card, publish
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator
@@ -22,6 +23,7 @@ from .fake_hub import FakeHub, client, serving
 PUBLISH = """
 import json, sys
 from pathlib import Path
+from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.hub_cards.publish import publish
 
 run = Path(sys.argv[1])
@@ -76,6 +78,7 @@ AGAIN = """
 import sys
 from pathlib import Path
 from midimamba.errors import exit_on_input_error
+from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.hub_cards.publish import publish
 
 generator = Path(sys.argv[1])
@@ -213,7 +216,7 @@ def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
 )
 def test_a_card_tells_how_its_layout_loads(layout: str, kind: str, loads_as: str, trust: bool, tmp_path: Path) -> None:
     make_generator(layout=layout).save_pretrained(tmp_path)
-    card = str(_generator_card(tmp_path, "you/bach", None, None, None))
+    card = str(_generator_card(tmp_path, "you/bach", None, None))
     assert kind in card
     assert f"With transformers alone ({loads_as};" in card
     assert ("trust_remote_code=True" in card) == trust
@@ -255,3 +258,28 @@ def test_what_is_no_report_is_refused(run: Path, tmp_path: Path, content: str) -
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match="is no report"):
         publish(run / "generator", "you/bach", report=tmp_path / "report.json")
+
+
+def test_what_evaluate_writes_becomes_the_card(run: Path, tmp_path: Path) -> None:
+    estimate = {"value": 0.512, "low": 0.4, "high": 0.6}
+    unknown = dict.fromkeys(estimate)
+    overlap = {"estimate": estimate, "floor": 0.987}
+    feature = {"samples": unknown, "real": unknown, "overlapping_area": overlap, "kl_divergence": overlap}
+    report = {
+        "figures": {"classifier_tokens": {"estimate": {**estimate, "value": 0.731}, "floor": None}},
+        "features": {"pitch_class_histogram": feature},
+        "settings": {"samples": 8, "reference_pieces": 30, "bars_a_piece": 16},
+    }
+    (tmp_path / "tuned.json").write_text(json.dumps(report))
+    for name in ("tuned-features.png", "tuned-sample-0.png", "tuned-real-0.png", "other-features.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    evaluation = read_evaluation(tmp_path / "tuned.json")
+    card = str(_generator_card(run / "generator", "you/bach", evaluation, None))
+    assert "| 0.731 | 0.4 … 0.6 | – |" in card  # noqa: RUF001
+    assert "| 0.512 | 0.4 … 0.6 | 0.987 |" in card
+    assert "8 samples beside 30 pieces" in card
+    pictures = {"tuned-features.png", "tuned-sample-0.png", "tuned-real-0.png"}
+    assert evaluation.files == {name: tmp_path / name for name in pictures} | {
+        "evaluation.json": tmp_path / "tuned.json"
+    }
+    assert all(f"({name})" in card for name in pictures - {"tuned-real-0.png"})
