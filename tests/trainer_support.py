@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
@@ -37,7 +38,9 @@ def make_blocks(count: int = 24) -> Dataset:
     return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
 
 
-def make_trainer(folder: Path, kind: str = "cnn", **overrides: object) -> AdversarialTrainer:
+def make_trainer(
+    folder: Path, kind: str = "cnn", peft_config: LoraConfig | None = None, **overrides: object
+) -> AdversarialTrainer:
     options: dict[str, object] = {
         "output_dir": str(folder),
         "sequence_length": LENGTH,
@@ -58,7 +61,8 @@ def make_trainer(folder: Path, kind: str = "cnn", **overrides: object) -> Advers
         "seed": 3,
     }
     args = AdversarialConfig(**options | overrides)
-    return AdversarialTrainer(make_generator(), make_discriminator(kind), args, make_blocks(), make_blocks(8))
+    networks = make_generator(), make_discriminator(kind)
+    return AdversarialTrainer(*networks, args, make_blocks(), make_blocks(8), peft_config=peft_config)
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,6 +40,7 @@ CASES: dict[str, dict[str, object]] = {
     },
     "skipping": {"estimator": "terminal", "d_warmup_steps": 60, "d_warmup_accuracy": 0.85, "d_max_accuracy": 0.8},
     "dense": {"estimator": "dense", "kind": "mamba", "micro_batch_size": 1},
+    "adapters": {"estimator": "terminal", "peft_config": LoraConfig(r=2), "kl_coef": 0.5},
     # Sequences of different lengths, which count by their tokens in a discriminator of prefixes.
     "ends": {"estimator": "dense", "kind": "mamba", "stop_at_eos": True, "micro_batch_size": 1, "ppo_clip": 0.2},
 }
@@ -49,7 +51,9 @@ def make_blocks(count: int, seed: int) -> Dataset:
     return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
 
 
-def make_trainer(folder: Path, rows: int, kind: str = "cnn", **options: object) -> AdversarialTrainer:
+def make_trainer(
+    folder: Path, rows: int, kind: str = "cnn", peft_config: LoraConfig | None = None, **options: object
+) -> AdversarialTrainer:
     common: dict[str, object] = {
         "output_dir": str(folder),
         "sequence_length": LENGTH,
@@ -72,7 +76,8 @@ def make_trainer(folder: Path, rows: int, kind: str = "cnn", **options: object) 
     args = AdversarialConfig(**common | options)
     discriminator = make_discriminator(kind, dropout=0.0)
     generator = make_generator(eos_token_id=2, pad_token_id=0)
-    return AdversarialTrainer(generator, discriminator, args, make_blocks(32, 5), make_blocks(8, 6))
+    blocks = make_blocks(32, 5), make_blocks(8, 6)
+    return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config)
 
 
 def draw_by_content(logits: Tensor) -> Tensor:
@@ -164,8 +169,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_two_processes_give_the_update_of_one(case: str, runs: tuple[Path, Path]) -> None:
     one, two = (load_file(run / f"{case}.safetensors") for run in runs)
     assert one.keys() == two.keys()
-    for network, start in (("g", make_generator()), ("d", make_discriminator(CASES[case].get("kind", "cnn")))):
-        apart = [(one[f"{network}.{name}"] - parameter).abs().max() for name, parameter in start.named_parameters()]
+    start = make_trainer(runs[0], GLOBAL_BATCH, **CASES[case])
+    for network, before in (("g", start.generator), ("d", start.discriminator)):
+        apart = [(one[f"{network}.{name}"] - parameter).abs().max() for name, parameter in before.named_parameters()]
         assert max(apart) > 1e-3
     for key in one:
         if not key.startswith("log."):

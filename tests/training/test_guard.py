@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
@@ -74,12 +75,13 @@ def test_a_run_recovers_from_numbers_that_are_not_finite(
     assert "checkpoint-2 (roll-back 1 of 3), learning_rate 0.005, d_learning_rate 0.0005" in line
 
 
-def test_the_run_after_a_roll_back_is_the_resumed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["weights", "adapters"])
+def test_the_run_after_a_roll_back_is_the_resumed_one(tmp_path: Path, peft_config: LoraConfig | None) -> None:
     """Nothing is left of what went wrong: a new process that goes on from the checkpoint does the same."""
-    trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING)
+    trainer = make_trainer(tmp_path, peft_config=peft_config, **ALL_STABILISERS, **SAVING)
     trainer.add_callback(Poison(trainer, "loss", step=3))
     trainer.train()
-    resumed = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING)
+    resumed = make_trainer(tmp_path, peft_config=peft_config, **ALL_STABILISERS, **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.guard.rollbacks == 1  # from the file beside the checkpoints: checkpoint-2 knows of none
     for name in ("model", "discriminator", "generator_for_saving"):

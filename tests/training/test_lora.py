@@ -8,52 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaForCausalLM
 
+import trainer_support
 from midimamba import MidiMambaForCausalLM
 from midimamba.errors import InputError
-from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.lora import LoraArguments, add_adapters, lora_config, merged
-from support import make_discriminator, make_generator
-
-LENGTH = 8
-
-
-def make_blocks(count: int = 24) -> Dataset:
-    generator = torch.Generator().manual_seed(5)
-    return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
+from support import make_generator
+from trainer_support import make_blocks, parameters
 
 
 def make_trainer(folder: Path, **options: object) -> AdversarialTrainer:
-    common: dict[str, object] = {
-        "output_dir": str(folder),
-        "sequence_length": LENGTH,
-        "prompt_length": 2,
-        "estimator": "terminal",
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "micro_batch_size": 3,
-        "d_warmup_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "num_eval_samples": 4,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return AdversarialTrainer(
-        make_generator(),
-        make_discriminator(),
-        AdversarialConfig(**common | options),
-        make_blocks(),
-        make_blocks(8),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4),
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=4)
+    return trainer_support.make_trainer(folder, peft_config=config, **{"estimator": "terminal"} | options)
 
 
 def with_trained_adapters(**layout: object) -> MidiMambaForCausalLM:
@@ -65,10 +35,6 @@ def with_trained_adapters(**layout: object) -> MidiMambaForCausalLM:
             if "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
     return model.eval()
-
-
-def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 @pytest.mark.parametrize("layout", ["mamba", "mamba-mlp", "moe-mamba", "transformer", "transformer-moe"])
