@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.trainer_callback import CallbackHandler
 
 from midimamba.errors import InputError
@@ -172,14 +172,14 @@ def _without_padding(sequences: Tensor, mask: Tensor) -> list[list[int]]:
 
 class SampleLog:
     """
-    Writes samples as MIDI and as piano rolls, and shows those in TensorBoard if it is on.
+    Writes samples as MIDI and as piano rolls, and shows those in TensorBoard and in trackio if they are on.
 
     Args:
         folder (`Path`): gets a folder `step-N` for every evaluation.
         processor (`ProcessorMixin`, *optional*): decodes samples. Nothing is written by another than a
             [`MidiProcessor`].
         count (`int`): so many of the samples are written.
-        callbacks (`CallbackHandler`): the trainer's, among which TensorBoard's may be.
+        callbacks (`CallbackHandler`): the trainer's, among which those of TensorBoard and trackio may be.
     """
 
     def __init__(self, folder: Path, processor: ProcessorMixin | None, count: int, callbacks: CallbackHandler):
@@ -215,3 +215,6 @@ class SampleLog:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 image = import_demo("matplotlib.image").imread(file)
                 callback.tb_writer.add_image(f"samples/{file.stem}", image, step, dataformats="HWC")
+            elif isinstance(callback, TrackioCallback) and callback._initialized:
+                shown = callback._trackio.Image(str(file), caption=f"step {step}")
+                callback._trackio.log({f"samples/{file.stem}": shown, "train/global_step": step})
