@@ -11,6 +11,7 @@ what needs it is left out, and the table at the end says so.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path("benchmarks", "results")
 PRETRAIN = "-m midimamba.training.pretrain --config training/recipes/chorales-cpu.yaml --disable_tqdm true"
 
 
@@ -33,12 +34,14 @@ class Step:
         command (`str`): what follows `python`; in braces, `work`, the folder of intermediate files, and `corpora`.
         quick (`str`, *optional*): what is added to make it small: of an option given twice, the later counts.
         needs (`tuple[str, ...]`, *optional*): files of the corpora's folder.
+        makes (`str`, *optional*): a file of `work`; where it is, the step is done.
     """
 
     name: str
     command: str
     quick: str = ""
     needs: tuple[str, ...] = ()
+    makes: str = ""
 
 
 def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
@@ -47,8 +50,8 @@ def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step,
     pretrain = f"{PRETRAIN} --data {{work}}/{name}-data --output_dir {{work}}/{name}-model"
     small = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
     return (
-        Step(f"{name} corpus", tokenize, "--limit 120 --test-fraction 0.25 --valid-fraction 0.25", needs),
-        Step(f"{name} model", pretrain, small, needs),
+        Step(f"{name} corpus", tokenize, _FEW_PIECES, needs, f"{name}-data/corpus.json"),
+        Step(f"{name} model", pretrain, small, needs, f"{name}-model/config.json"),
     )
 
 
@@ -73,6 +76,7 @@ def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
     )
 
 
+_FEW_PIECES = "--limit 120 --test-fraction 0.25 --valid-fraction 0.25"
 _TINY_TUNING = "--steps 1 --length 32 --seeds 1"
 _NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
 _MEMORY = "benchmarks/memory.py --rollout-rows 256 --limit-gb 12"
@@ -150,7 +154,26 @@ def command_of(step: Step, quick: bool, work: Path, corpora: Path | None, result
     """The command line of a step, as it is run from the repository's root."""
     text = f"{step.command} {step.quick}" if quick else step.command
     line = [sys.executable, *shlex.split(text.format(work=work, corpora=corpora or ""))]
-    return [*line, "--out", str(results / f"{step.name}.json")] if "benchmarks/" in step.command else line
+    return [*line, "--out", str(results / f"{step.name}.json")] if _is_script(step) else line
+
+
+def _is_script(step: Step) -> bool:
+    """Whether it measures something, and so has a result."""
+    return step.command.startswith("benchmarks/")
+
+
+def make(step: Step, command: list[str], work: Path) -> tuple[str, str, str]:
+    """Run a step, with what it prints in a file of its own; its row of the table."""
+    print(f"==> {step.name}: python {shlex.join(command[1:])}", flush=True)
+    start = time.perf_counter()
+    log = ROOT / work / f"{step.name.replace(' ', '-')}.log"
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    if code:
+        return step.name, f"failed: {log}", seconds
+    ratio = json.loads((ROOT / command[-1]).read_text())["ratio"] if _is_script(step) else None
+    return step.name, "done" if ratio is None else f"{ratio}", seconds
 
 
 def main() -> None:
@@ -164,35 +187,24 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, help="folder of the corpora and of the oracle's parameters")
     args = parser.parse_args()
 
-    work = ROOT / "runs" / "bench" / ("quick" if args.quick else "full")
-    work.mkdir(parents=True, exist_ok=True)
-    corpora = args.corpora.resolve() if args.corpora else None
-    table, failed = [], False
+    # All paths are relative to the repository's root, and so are those that results tell.
+    work = Path("runs", "bench", "quick" if args.quick else "full")
+    (ROOT / work).mkdir(parents=True, exist_ok=True)
+    corpora = Path(os.path.relpath(args.corpora, ROOT)) if args.corpora else None
+    results = work if args.quick else RESULTS
+    table = []
     for step in STEPS:
         if args.only and step.name not in args.only:
             continue
-        missing = [name for name in step.needs if corpora is None or not (corpora / name).exists()]
+        missing = [name for name in step.needs if corpora is None or not (ROOT / corpora / name).exists()]
         if missing:
             table.append((step.name, "left out", f"--corpora lacks {', '.join(missing)}"))
-            continue
-        made = {"corpus": "data/corpus.json", "model": "model/config.json"}.get(step.name.split()[-1])
-        if made and (work / f"{step.name.split()[0]}-{made}").exists():
-            continue
-        command = command_of(step, args.quick, work, corpora, work if args.quick else RESULTS)
-        print(f"==> {step.name}: python {shlex.join(command[1:])}", flush=True)
-        start = time.perf_counter()
-        log = work / f"{step.name.replace(' ', '-')}.log"
-        with log.open("w") as file:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode
-        seconds = f"{time.perf_counter() - start:.0f} s"
-        failed |= code != 0
-        lines = log.read_text().splitlines()
-        ratio = json.loads(lines[-1])["ratio"] if not code and "--out" in command else None
-        table.append((step.name, f"failed: {log}" if code else "done" if ratio is None else f"{ratio}", seconds))
+        elif not (step.makes and (ROOT / work / step.makes).exists()):
+            table.append(make(step, command_of(step, args.quick, work, corpora, results), work))
     print("\n| step | ratio | |\n|---|---:|---|")
     for row in table:
         print("| " + " | ".join(row) + " |")
-    sys.exit(1 if failed else 0)
+    sys.exit(any(row[1].startswith("failed") for row in table))
 
 
 if __name__ == "__main__":
