@@ -12,9 +12,10 @@ only to second order. The oracle's own sum is 11.5, and 10.3 at inverse temperat
 So `divergence` stands beside it, the symmetric Kullback-Leibler divergence, which is 0 for the oracle alone.
 
 `mle` (a Mamba), `mle-lstm` and `mle-lstm-paper` learn by maximum likelihood and stop early on oracle samples of their
-own, apart from those of NLL_test. The adversarial arms go on from `mle` of the same seed with the recipes of
-training/recipes. `constant` and `random` are `paper` with a reward that knows nothing, `stable-constant` and
-`stable-random` likewise: what they change was not learned from a discriminator. `oracle` is measured as a generator.
+own, apart from those of NLL_test. The adversarial arms go on from one of the same seed with the recipes of
+training/recipes: `paper` from the paper's own LSTM, with its learning rate, and `stable` from the Mamba. `constant`
+and `random` are `paper` with a reward that knows nothing, `stable-constant` and `stable-random` likewise: what they
+change was not learned from a discriminator. `oracle` is measured as a generator.
 
 A run is one arm with one seed, in a process of one thread. What is done is kept in a file of one JSON object a run,
 and a second start goes on from there; runs of other settings in that file are left alone. The last line is JSON: of
@@ -29,7 +30,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.scripts import load_discriminator
-from oracle_models import Oracle, Recipe, fit, sweep
+from oracle_models import LSTMGenerator, LSTMLanguageModel, Oracle, Recipe, fit, sweep
 from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
@@ -63,14 +64,36 @@ CONTROL = {"d_warmup_steps": 0, "d_steps": 1, "d_epochs": 1}
 # A constant needs no roll-outs either: all action values are the same however they are estimated.
 CONSTANT = {**CONTROL, "reward": "constant", "estimator": "terminal"}
 RANDOM = {**CONTROL, "reward": "random"}
-ADVERSARIAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "paper": ("paper-adversarial", {}),
-    "stable": ("stable-adversarial", {}),
-    "constant": ("paper-adversarial", CONSTANT),
-    "random": ("paper-adversarial", RANDOM),
-    "stable-constant": ("stable-adversarial", CONSTANT),
-    "stable-random": ("stable-adversarial", RANDOM),
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """
+    An adversarial arm.
+
+    Args:
+        origin (`str`): the arm of maximum likelihood that it goes on from.
+        recipe (`str`): of training/recipes.
+        options (`dict[str, Any]`): that go before those of the recipe.
+    """
+
+    origin: str
+    recipe: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PAPER = functools.partial(Tuning, "mle-lstm-paper", "paper-adversarial")
+STABLE = functools.partial(Tuning, "mle", "stable-adversarial")
+PAPER_RATE = {"learning_rate": 1e-2}  # of an LSTM of 32 units
+ADVERSARIAL = {
+    "paper": PAPER(PAPER_RATE),
+    "constant": PAPER(PAPER_RATE | CONSTANT),
+    "random": PAPER(PAPER_RATE | RANDOM),
+    "stable": STABLE(),
+    "stable-constant": STABLE(CONSTANT),
+    "stable-random": STABLE(RANDOM),
 }
+ORIGINS: dict[str, type[MidiMambaForCausalLM]] = {"mle": MidiMambaForCausalLM, "mle-lstm-paper": LSTMGenerator}
 ARMS = ("oracle", *LIKELIHOOD, *ADVERSARIAL)
 TUNED_MLE = "tuned MLE"
 # Best sums over temperature of Caccia et al., with the original parameters.
@@ -155,9 +178,8 @@ def problem_of(settings: Settings) -> Problem:
 
 
 def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
-    """One run of an arm: what it took, and its sweep over inverse temperatures. `folder` keeps the Mamba of `mle`."""
+    """One run of an arm: what it took, and its sweep over inverse temperatures. `folder` keeps others' origins."""
     problem = problem_of(settings)
-    checkpoint = folder / f"mle-{seed}"
     start = time.perf_counter()
     set_seed(seed)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings)}
@@ -166,12 +188,13 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
         recipe = LIKELIHOOD[arm]
         model = recipe.build(problem.oracle.lm_head.out_features)
         row["epochs"] = fit(model, recipe, problem.train, problem.valid, settings.epochs, settings.patience)
-        if arm == "mle":
-            model.save_pretrained(checkpoint)
+        if arm in ORIGINS:
+            generator = LSTMGenerator.of(model) if isinstance(model, LSTMLanguageModel) else model
+            generator.save_pretrained(folder / f"{arm}-{seed}")
     elif arm in ADVERSARIAL:
-        model, row["training"] = tune(
-            MidiMambaForCausalLM.from_pretrained(checkpoint), arm, seed, settings, folder / f"{arm}-{seed}"
-        )
+        origin = ADVERSARIAL[arm].origin
+        generator = ORIGINS[origin].from_pretrained(folder / f"{origin}-{seed}")
+        model, row["training"] = tune(generator, arm, seed, settings, folder / f"{arm}-{seed}")
     row["training_seconds"] = round(time.perf_counter() - start, 1)
     # The same numbers for all arms of a seed.
     torch.manual_seed(seed)
@@ -188,8 +211,8 @@ def tune(
     shutil.rmtree(
         folder, ignore_errors=True
     )  # what an interrupted run has left: later checkpoints outlive earlier ones
-    recipe, overrides = ADVERSARIAL[arm]
-    values = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()) | settings.adversarial | overrides
+    tuning = ADVERSARIAL[arm]
+    values = yaml.safe_load((RECIPES / f"{tuning.recipe}.yaml").read_text()) | settings.adversarial | tuning.options
     values |= {"output_dir": str(folder), "seed": seed, "sequence_length": 1 + settings.length, "prompt_length": 1}
     values |= {"per_device_eval_batch_size": 50, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
     arguments, args = HfArgumentParser((AdversarialArguments, AdversarialConfig)).parse_dict(values)
@@ -220,11 +243,9 @@ def measure(settings: Settings, arms: Sequence[str], seeds: int, workers: int, r
     jobs = [job for job in jobs if job not in done]
     tuned = [job for job in jobs if job[0] in ADVERSARIAL]
     fitted = [job for job in jobs if job[0] not in ADVERSARIAL]
-    for seed in sorted({seed for _, seed in tuned}):
-        # What they go on from may not have been asked for, or be lost.
-        is_there = ("mle", seed) in done and (folder / f"mle-{seed}").exists()
-        if ("mle", seed) not in fitted and not is_there:
-            fitted.append(("mle", seed))
+    # What they go on from may not have been asked for, or be lost.
+    origins = sorted({(ADVERSARIAL[arm].origin, seed) for arm, seed in tuned} - set(fitted))
+    fitted += [job for job in origins if job not in done or not (folder / f"{job[0]}-{job[1]}").exists()]
     for phase in (fitted, tuned):
         for row in make_runs(phase, functools.partial(run, settings=settings, folder=folder), rows, workers):
             sums = [point["nll_oracle"] + point["nll_test"] for point in row["sweep"]]
@@ -242,10 +263,11 @@ def best_sum(row: dict[str, Any]) -> float:
     return best(row)["nll_oracle"] + best(row)["nll_test"]
 
 
-def summary(rows: Sequence[dict[str, Any]], origins: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Of the runs of one arm: means and deviations, and how far the best sum is from that of `mle`, seed by seed."""
+def summary(rows: Sequence[Row], done: Mapping[Job, Row]) -> dict[str, Any]:
+    """Of the runs of one arm: means and deviations; seed by seed, what the best sum is above that of their origins."""
     plain = [next(point for point in row["sweep"] if point["inverse_temperature"] == 1) for row in rows]
-    shifts = [best_sum(row) - best_sum(origins[row["seed"]]) for row in rows if row["seed"] in origins]
+    tuned = [row for row in rows if row["arm"] in ADVERSARIAL]
+    shifts = [best_sum(row) - best_sum(done[ADVERSARIAL[row["arm"]].origin, row["seed"]]) for row in tuned]
     return {
         "runs": len(rows),
         "nll_oracle": mean_and_deviation([point["nll_oracle"] for point in plain]),
@@ -253,7 +275,7 @@ def summary(rows: Sequence[dict[str, Any]], origins: dict[int, dict[str, Any]]) 
         "best_sum": mean_and_deviation([best_sum(row) for row in rows]),
         "best_at": [best(row)["inverse_temperature"] for row in rows],
         "least_divergence": mean_and_deviation([min(p["divergence"] for p in row["sweep"]) for row in rows]),
-        "best_sum_minus_mle": mean_and_deviation(shifts) if shifts else None,
+        "best_sum_minus_origin": mean_and_deviation(shifts) if shifts else None,
         "seconds": round(statistics.median(row["seconds"] for row in rows), 1),
     }
 
@@ -312,8 +334,7 @@ def main() -> None:
         settings = replace(own, oracle=args.oracle, epochs=args.epochs, adversarial=steps, **sizes)
     done = measure(settings, args.arms, seeds, args.workers, args.rows)
     by_arm = {arm: [done[arm, seed] for seed in range(seeds) if (arm, seed) in done] for arm in ("oracle", *args.arms)}
-    origins = {seed: row for (arm, seed), row in done.items() if arm == "mle"}
-    arms = {arm: summary(rows, origins) for arm, rows in by_arm.items()}
+    arms = {arm: summary(rows, done) for arm, rows in by_arm.items()}
     for arm, result in arms.items():
         print(f"{arm:16s} {result}")
     print("NLL_oracle alone is gamed by sharpening: no figure below the oracle's is a better one. Compare best sums")

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midimamba import MidiMambaConfig, MidiMambaForCausalLM
+from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.modeling_midimamba import MidiMambaModelOutput
 from midimamba.modeling.sampling import draw, inference, sample
 
 START = 0  # also an ordinary token of the vocabulary, as in the original code
 ROWS = 50  # sequences scored at once: 20 MB of logits with the original's vocabulary and length
 DRAWN = 500  # sequences drawn at once, with logits of one token each
+# No token of the oracle pads, begins or ends anything.
+NO_SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 GATES = ("i", "f", "c", "og")  # of the file, in the order in which torch stacks them
 
 
@@ -108,13 +111,71 @@ class Oracle(LSTMLanguageModel):
             return draw_sequences(self, count, length)
 
 
+class _LSTMBackbone(nn.Module):
+    """Embedding and LSTM in the place of a Mamba's. The state is kept where a Mamba keeps those of its convolution
+    (here what the LSTM has put out) and of its scan (here its cell)."""
+
+    def __init__(self, config: MidiMambaConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lstm = nn.LSTM(config.hidden_size, config.hidden_size, batch_first=True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> MidiMambaModelOutput:
+        cache, state = past_key_values, None
+        if cache is None and use_cache:
+            cache = RecurrentCache.empty(self.config, len(input_ids))
+        if cache is not None:
+            parts = cache.conv_states[0], cache.scan_states[0]
+            state = tuple(part.transpose(0, 1).clone() for part in parts)
+        hidden, state = self.lstm(self.embeddings(input_ids), state)
+        if cache is not None:
+            for part, new in zip(parts, state, strict=True):
+                part.copy_(new.transpose(0, 1).detach())
+            cache.advance(input_ids.shape[1])
+        return MidiMambaModelOutput(last_hidden_state=hidden, past_key_values=cache)
+
+
+class LSTMGenerator(MidiMambaForCausalLM):
+    """SeqGAN's generator as the trainer takes one: an [`LSTMLanguageModel`] as wide as its embedding."""
+
+    def __init__(self, config: MidiMambaConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers would look for it in the name of the class
+        self.backbone = _LSTMBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    @classmethod
+    def of(cls, model: LSTMLanguageModel) -> Self:
+        """A generator that computes what the model does, without its dropout."""
+        vocab_size, width = model.embeddings.weight.shape
+        # A state of one number a channel, and a convolution that remembers one token: the shapes of an LSTM's state.
+        shape = {"hidden_size": width, "num_hidden_layers": 1, "expand": 1, "state_size": 1, "conv_kernel": 2}
+        config = MidiMambaConfig(vocab_size=vocab_size, tie_word_embeddings=False, **shape, **NO_SPECIAL_TOKENS)
+        generator = cls(config)
+        generator.backbone.embeddings.load_state_dict(model.embeddings.state_dict())
+        generator.backbone.lstm.load_state_dict(model.lstm.state_dict())
+        generator.lm_head.load_state_dict(model.lm_head.state_dict())
+        return generator
+
+
 def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits `(batch, time, vocab)` of an LSTM or a Mamba."""
-    logits: Tensor = model(input_ids, use_cache=False).logits if is_mamba(model) else model(input_ids)[0]
+    """Logits `(batch, time, vocab)`."""
+    logits: Tensor = model(input_ids, use_cache=False).logits if is_generator(model) else model(input_ids)[0]
     return logits
 
 
-def is_mamba(model: nn.Module) -> bool:
+def is_generator(model: nn.Module) -> bool:
+    """Whether it is of the kind that the trainer takes, and not a plain LSTM."""
     return isinstance(model, MidiMambaForCausalLM)
 
 
@@ -122,7 +183,7 @@ def draw_sequences(model: nn.Module, count: int, length: int, inverse_temperatur
     """Samples `(count, 1 + length)` of a model whose logits are multiplied by the inverse temperature."""
     prompts = torch.full((count, 1), START).split(DRAWN)
     temperature = 1 / inverse_temperature
-    if is_mamba(model):
+    if is_generator(model):
         return torch.cat([sample(model, rows, 1 + length, temperature=temperature) for rows in prompts])
     return torch.cat([model.sample(rows, 1 + length, temperature) for rows in prompts])
 
@@ -188,14 +249,13 @@ class Recipe:
         """A new generator."""
         if self.kind == "lstm":
             return LSTMLanguageModel(vocab_size, self.embedding_size, self.units, self.dropout)
-        # The oracle's embeddings in and out are independent, and no token of it pads, begins or ends anything.
-        special: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        # The oracle's embeddings in and out are independent.
         config = MidiMambaConfig(
             vocab_size=vocab_size,
             hidden_size=self.embedding_size,
             num_hidden_layers=self.layers,
             tie_word_embeddings=False,
-            **special,
+            **NO_SPECIAL_TOKENS,
         )
         return MidiMambaForCausalLM(config)
 
@@ -203,7 +263,7 @@ class Recipe:
 @contextlib.contextmanager
 def dropout_of(model: nn.Module, rate: float) -> Iterator[None]:
     """A Mamba has no dropout of its own: drop where the LSTM does, in training, for as long as the context lasts."""
-    if not is_mamba(model) or not rate:
+    if not is_generator(model) or not rate:
         yield
         return
     hooks = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from midimamba import RecurrentCache
 from support import make_generator
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -40,7 +41,14 @@ def settings(oracle: ModuleType) -> object:
         samples=40,
         epochs=2,
         adversarial={
-            **{"max_steps": 2, "num_rollouts": 2, "d_warmup_steps": 1, "d_steps": 1, "d_epochs": 1},
+            **{
+                "max_steps": 2,
+                "num_rollouts": 2,
+                "rollout_positions": 2,
+                "d_warmup_steps": 1,
+                "d_steps": 1,
+                "d_epochs": 1,
+            },
             **{"d_filter_sizes": [1, 2], "d_num_filters": [4, 4], "per_device_train_batch_size": 8},
         },
         inverse_temperatures=[1.0, 2.0],
@@ -93,6 +101,25 @@ def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tm
     sequences = every_sequence()
     expected = np.mean([nll(row) for row in sequences.tolist()])
     assert models.Oracle.load(tmp_path / "oracle.npz").nll(sequences) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_lstm_is_a_generator_with_an_exact_state(models: ModuleType, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = models.LSTMLanguageModel(VOCABULARY, 5, 5)
+    generator = models.LSTMGenerator.of(plain).eval()
+    sequences = every_sequence()[::7]
+    expected = plain(sequences)[0]
+    torch.testing.assert_close(models.logits_of(generator, sequences), expected)
+    cache = RecurrentCache.for_model(generator, len(sequences))
+    parts = [generator(part, past_key_values=cache).logits for part in sequences.split([1, 2, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+    assert cache.seen_tokens == LENGTH + 1
+    forks = generator(sequences[:, :2], use_cache=True).past_key_values.fork(2)
+    again = generator(sequences[:, 2:].repeat_interleave(2, 0), past_key_values=forks).logits
+    torch.testing.assert_close(again, expected[:, 2:].repeat_interleave(2, 0))
+    generator.save_pretrained(tmp_path)
+    loaded = models.LSTMGenerator.from_pretrained(tmp_path).eval()
+    assert torch.equal(models.logits_of(loaded, sequences), models.logits_of(generator, sequences))
 
 
 def test_the_oracle_scores_its_own_samples_at_its_entropy(models: ModuleType) -> None:
@@ -167,28 +194,30 @@ def test_runs_are_kept_and_gone_on_from(
     oracle: ModuleType, settings: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    done = oracle.measure(settings, ["paper", "mle-lstm-paper"], 1, 1, rows)
-    # An adversarial arm goes on from the Mamba's, asked for or not, and the oracle is always measured.
-    assert set(done) == {("oracle", 0), ("mle", 0), ("mle-lstm-paper", 0), ("paper", 0)}
-    assert done["paper", 0]["training"]["steps"] == 2
+    done = oracle.measure(settings, ["paper", "stable-constant", "mle"], 1, 1, rows)
+    # The origin of an adversarial arm is trained, asked for or not, and the oracle is always measured.
+    arms = {"oracle", "mle", "mle-lstm-paper", "paper", "stable-constant"}
+    assert set(done) == {(arm, 0) for arm in arms}
+    assert done["paper", 0]["training"]["steps"] == done["stable-constant", 0]["training"]["steps"] == 2
     kept = rows.read_text()
     monkeypatch.setattr(oracle, "run", lambda *_: pytest.fail("a run was made twice"))
     assert oracle.measure(settings, ["mle", "paper", "mle-lstm-paper"], 1, 1, rows) == done
     assert rows.read_text() == kept
     assert not oracle.rows_done(rows, dataclasses.asdict(oracle.QUICK))
 
-    origins = {0: done["mle", 0]}
-    result = oracle.summary([done["paper", 0]], origins)
-    sums = {arm: min(p["nll_oracle"] + p["nll_test"] for p in done[arm, 0]["sweep"]) for arm in ("paper", "mle")}
+    result = oracle.summary([done["paper", 0]], done)
+    sums = {arm: min(p["nll_oracle"] + p["nll_test"] for p in done[arm, 0]["sweep"]) for arm in arms}
     assert result["best_sum"] == [round(sums["paper"], 4), 0.0]
-    assert result["best_sum_minus_mle"] == [round(sums["paper"] - sums["mle"], 4), 0.0]
+    assert result["best_sum_minus_origin"] == [round(sums["paper"] - sums["mle-lstm-paper"], 4), 0.0]
+    assert oracle.summary([done["mle", 0]], done)["best_sum_minus_origin"] is None
     oracle.plot({"paper": [done["paper", 0]]}, tmp_path / "frontier.png", published=True)
     assert (tmp_path / "frontier.png").stat().st_size > 0
 
 
 def test_controls_differ_from_their_recipe_in_the_reward_alone(oracle: ModuleType) -> None:
     for control, recipe in (("constant", "paper"), ("random", "paper"), ("stable-random", "stable")):
-        name, overrides = oracle.ADVERSARIAL[control]
-        assert name == oracle.ADVERSARIAL[recipe][0]
-        of_the_generator = {key for key in overrides if not key.startswith("d_")} - {"estimator"}
+        mine, theirs = oracle.ADVERSARIAL[control], oracle.ADVERSARIAL[recipe]
+        assert (mine.origin, mine.recipe) == (theirs.origin, theirs.recipe)
+        changed = {key for key, value in mine.options.items() if theirs.options.get(key) != value}
+        of_the_generator = {key for key in changed if not key.startswith("d_")} - {"estimator"}
         assert of_the_generator == {"reward"}
