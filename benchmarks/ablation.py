@@ -77,8 +77,8 @@ def run(arm: str, seed: int, settings: dict[str, Any], folder: Path, keep: bool)
     recipe = yaml.safe_load((RECIPES / f"{settings['recipe']}.yaml").read_text())
     recipe |= {"model": settings["model"], "data": settings["data"], "output_dir": str(output), "seed": seed}
     recipe |= {"sequence_length": settings["length"], "disable_tqdm": True, **ARMS[arm]}
-    if settings["steps"]:
-        recipe["max_steps"] = settings["steps"]
+    chosen = {"max_steps": settings["steps"], "learning_rate": settings["learning_rate"]}
+    recipe |= {key: value for key, value in chosen.items() if value is not None}
     config = folder / f"{output.name}.yaml"
     config.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
     start = time.perf_counter()
@@ -140,13 +140,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="generator steps (default: the recipe's)")
+    parser.add_argument("--learning-rate", type=float, help="of the generator (default: the recipe's)")
     parser.add_argument("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     parser.add_argument("--rows", type=Path, required=True, help="file that keeps a line a run, and is gone on from")
     parser.add_argument("--keep", action="store_true", help="keep what the runs wrote, beside the rows")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
 
-    settings = {name: getattr(args, name) for name in ("model", "data", "recipe", "length", "steps")}
+    settings = {name: getattr(args, name) for name in ("model", "data", "recipe", "length", "steps", "learning_rate")}
     # Seed by seed, so that an interrupted benchmark has all arms at some of the seeds.
     wanted = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
     done = rows_done(args.rows, settings)

@@ -140,7 +140,8 @@ STEPS = (
     *_tuned("chorales"),
     Step(
         "ablation-chorales",
-        _on("chorales", "ablation.py") + " --steps 20 --seeds 2 --rows {work}/ablation-chorales.jsonl",
+        _on("chorales", "ablation.py")
+        + " --steps 20 --learning-rate 2e-4 --seeds 2 --rows {work}/ablation-chorales.jsonl",
         f"{_TINY_TUNING} --arms stable constant",
     ),
     *_learned("nottingham", "{corpora}/nottingham.tar.gz", _NOTTINGHAM),
