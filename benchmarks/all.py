@@ -99,6 +99,11 @@ STEPS = (
         _SMALL_MEMORY + "--layers 1 --hidden 32",
     ),
     Step(
+        "memory-rollouts",
+        f"{_MEMORY} --length 256 --rollouts 1 4 16 --positions 16 --micro-batch 4 --naive-length --repeats 3",
+        _SMALL_MEMORY + "--layers 1 --hidden 32 --repeats 1",
+    ),
+    Step(
         "memory-4096",
         f"{_MEMORY} --length 4096 --batch 4 --rollouts 4 --positions 16 --micro-batch 1 --naive-length "
         "--gradient-checkpointing 1",

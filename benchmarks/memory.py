@@ -13,6 +13,7 @@ memory on a GPU. The first of each list is the base, from which one size is chan
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=384, help="hidden size (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
     parser.add_argument("--gradient-checkpointing", type=int, default=0, choices=[0, 1], help="ours (default: 0)")
+    parser.add_argument("--repeats", type=int, default=1, help="processes, of which the median (default: 1)")
     parser.add_argument("--limit-gb", type=float, default=4.0, help="a process dies beyond it (default: %(default)s)")
     parser.add_argument("--one", nargs=2, metavar=("WHICH", "SIZES"), help="measure in this process (used inside)")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
@@ -180,7 +182,10 @@ def main() -> None:
         ("naive", {**sizes[0], "length": length}) for length in args.naive_length
     ]:
         start = time.perf_counter()
-        peak = measure(which, each, args.limit_gb)
+        # Resident memory differs by a few percent from one process to the next.
+        peaks = [measure(which, each, args.limit_gb) for _ in range(args.repeats)]
+        known = [value for value in peaks if value is not None]
+        peak = statistics.median(known) if len(known) == len(peaks) else None
         row = {"which": which, **{name: each[name] for name in ("length", "rollouts", "positions", "micro_batch")}}
         rows.append({**row, "peak_mb": None if peak is None else round(peak)})
         shown = "died" if peak is None else f"{peak:.0f}"
@@ -201,6 +206,7 @@ def main() -> None:
             "ratio_at_length": shared,
             "naive_died_at": next((length for length, peak in peaks["naive"].items() if peak is None), None),
             "limit_gb": args.limit_gb,
+            "repeats": args.repeats,
             "rows": rows,
             "sizes": {name: sizes[0][name] for name in FIXED},
             "generator_parameters": make_networks(sizes[0])[0].num_parameters(),
