@@ -48,21 +48,26 @@ def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step,
     """A corpus, and a generator that has learned it: what later benchmarks begin with."""
     tokenize = f"-m midimamba.cli tokenize {source} --vocab-size 800 --out {{work}}/{name}-data"
     pretrain = f"{PRETRAIN} --data {{work}}/{name}-data --output_dir {{work}}/{name}-model"
-    small = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
     return (
         Step(f"{name} corpus", tokenize, _FEW_PIECES, needs, f"{name}-data/corpus.json"),
-        Step(f"{name} model", pretrain, small, needs, f"{name}-model/config.json"),
+        Step(f"{name} model", pretrain, _TINY_MODEL, needs, f"{name}-model/config.json"),
     )
 
 
-def _on(corpus: str, script: str) -> str:
+def _on(corpus: str, script: str, model: str = "model") -> str:
     """The command of a script that goes on from a corpus's generator."""
-    return f"benchmarks/{script} --model {{work}}/{corpus}-model --data {{work}}/{corpus}-data"
+    return f"benchmarks/{script} --model {{work}}/{corpus}-{model} --data {{work}}/{corpus}-data"
 
 
-def _music(name: str, needs: tuple[str, ...] = ()) -> Step:
+def _music(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
+    """The comparison with maximum likelihood, of a generator that has learned for as long as that helps."""
+    pretrain = f"{PRETRAIN} --data {{work}}/{name}-data --output_dir {{work}}/{name}-long-model"
     tiny = f"{_TINY_TUNING} --num 12 --bars 4 --temperatures 1.0 --arms mle stable"
-    return Step(f"music-{name}", _on(name, "music.py") + f" --rows {{work}}/music-{name}.jsonl", tiny, needs)
+    compare = _on(name, "music.py", "long-model") + f" --rows {{work}}/music-{name}.jsonl"
+    return (
+        Step(f"{name} long model", f"{pretrain} {_LONG}", _TINY_MODEL, needs, f"{name}-long-model/config.json"),
+        Step(f"music-{name}", compare, tiny, needs),
+    )
 
 
 def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
@@ -72,11 +77,13 @@ def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
     return (
         Step(f"stability-{name}", f"{ablation} --arms stable --seeds 10", _TINY_TUNING, needs),
         Step(f"controls-{name}", f"{ablation} {controls}", _TINY_TUNING, needs),
-        _music(name, needs),
+        *_music(name, needs),
     )
 
 
 _FEW_PIECES = "--limit 120 --test-fraction 0.25 --valid-fraction 0.25"
+_LONG = "--max_steps 1000 --eval_steps 100 --save_steps 100"
+_TINY_MODEL = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
 _TINY_TUNING = "--steps 1 --length 32 --seeds 1"
 _NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
 _MEMORY = "benchmarks/memory.py --rollout-rows 256 --limit-gb 12"
@@ -151,8 +158,8 @@ STEPS = (
     ),
     *_learned("nottingham", "{corpora}/nottingham.tar.gz", _NOTTINGHAM),
     *_tuned("nottingham", _NOTTINGHAM),
-    *_learned("pop909", "{corpora}/pop909.tar.gz", _POP909),
-    _music("pop909", _POP909),
+    _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
+    *_music("pop909", _POP909),
 )
 
 
