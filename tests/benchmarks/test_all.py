@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,16 @@ def test_every_kept_result_is_of_the_table(table: ModuleType) -> None:
     names = {step.name for step in table.STEPS}
     assert {file.stem for file in (BENCHMARKS / "results").glob("*.json")} <= names
     assert len(names) == len(table.STEPS)
+
+
+def test_the_table_of_stabilisers_is_what_was_measured() -> None:
+    arms = json.loads((BENCHMARKS / "results" / "ablation-chorales.json").read_text())["arms"]
+    page = (BENCHMARKS / "README.md").read_text()
+    for arm, measured in arms.items():
+        cells = [("nll_percent", "+.2f"), ("self_bleu_4", "+.3f"), ("d_accuracy", "+.2f")]
+        told = [f"{measured[name][0]:{form}} ± {measured[name][1]:{form[1:]}}" for name, form in cells]
+        row = [arm, *told, f"{measured['rollbacks']:.0f}", f"{measured['seconds']:.0f}"]
+        assert f"| {' | '.join(row)} |" in page
 
 
 @pytest.mark.parametrize("quick", [False, True])
