@@ -97,7 +97,7 @@ def test_even_routing_has_a_balance_loss_of_one() -> None:
     with torch.no_grad():
         experts.router.weight.copy_(3 * torch.eye(EXPERTS))
     _, (balance, _, _) = experts(torch.eye(EXPERTS)[None].repeat(2, 5, 1))
-    assert float(balance) == pytest.approx(1)
+    assert balance.item() == pytest.approx(1)
 
 
 def test_routing_to_one_expert_has_the_number_of_experts_as_balance_loss() -> None:
