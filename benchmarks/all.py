@@ -73,7 +73,7 @@ def _music(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
 def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
     """What adversarial training does to the generator of a corpus."""
     ablation = _on(name, "ablation.py") + f" --rows {{work}}/ablation-{name}.jsonl"
-    controls = '--arms constant random "constant alone" "random alone" --seeds 5'
+    controls = '--arms "constant alone" "random alone" --seeds 5'
     return (
         Step(f"stability-{name}", f"{ablation} --arms stable --seeds 10", _TINY_TUNING, needs),
         Step(f"controls-{name}", f"{ablation} {controls}", _TINY_TUNING, needs),
