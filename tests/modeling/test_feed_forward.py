@@ -105,7 +105,7 @@ def test_routing_to_one_expert_has_the_number_of_experts_as_balance_loss() -> No
     with torch.no_grad():
         experts.router.weight.zero_()[2] = 50
     _, (balance, _, _) = experts(torch.ones(2, 5, EXPERTS))
-    assert float(balance) == pytest.approx(EXPERTS)
+    assert balance.item() == pytest.approx(EXPERTS)
 
 
 def test_balance_loss_is_shares_times_mean_probabilities() -> None:
