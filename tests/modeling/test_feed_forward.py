@@ -115,8 +115,8 @@ def test_balance_loss_is_shares_times_mean_probabilities() -> None:
         experts.router.weight.copy_(math.log(3) / 2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
     _, (balance, z_loss, _) = experts(torch.tensor([[[1.0, 0.0]] * 3 + [[0.0, 1.0]]]))
     shares, means = (3 / 4, 1 / 4), ((3 * 3 / 4 + 1 / 4) / 4, (3 * 1 / 4 + 3 / 4) / 4)
-    assert float(balance) == pytest.approx(2 * (shares[0] * means[0] + shares[1] * means[1]))
-    assert float(z_loss) == pytest.approx(math.log(math.sqrt(3) + 1 / math.sqrt(3)) ** 2)
+    assert balance.item() == pytest.approx(2 * (shares[0] * means[0] + shares[1] * means[1]))
+    assert z_loss.item() == pytest.approx(math.log(math.sqrt(3) + 1 / math.sqrt(3)) ** 2)
 
 
 def test_z_loss_of_equal_logits_is_the_squared_logarithm_of_their_number() -> None:
@@ -124,7 +124,7 @@ def test_z_loss_of_equal_logits_is_the_squared_logarithm_of_their_number() -> No
     with torch.no_grad():
         experts.router.weight.zero_()
     _, (_, z_loss, _) = experts(states())
-    assert float(z_loss) == pytest.approx(math.log(EXPERTS) ** 2)
+    assert z_loss.item() == pytest.approx(math.log(EXPERTS) ** 2)
 
 
 def test_the_router_computes_in_float32() -> None:
