@@ -136,6 +136,14 @@ def add_trial(file: Path, hypothesis: str, arm: str, arms: Mapping[str, Any], se
         lines.write(json.dumps({**entry, "trial": trial, "mle": mle, "settings": asdict(settings)}) + "\n")
 
 
+def option(text: str) -> Any:
+    """The value that an option's text stands for. YAML takes `2e-4` for a word."""
+    try:
+        return float(text) if "e" in text else json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 def parse() -> argparse.Namespace:
     own = Settings("", "")
     parser = argparse.ArgumentParser(
@@ -172,7 +180,7 @@ def main() -> None:
     )
     split, arms = "test", ["mle", *(arm for arm in args.arms if arm != "mle")]
     if args.trial:
-        options = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
+        options = {key: option(value) for key, _, value in (pair.partition("=") for pair in args.set)}
         split, arms = "validation", ["mle", f"trial {json.dumps(options, sort_keys=True)}"]
     done = measure(settings, arms, args.seeds, args.workers, args.rows)
     by_arm = {arm: [done[arm, seed] for seed in range(args.seeds)] for arm in arms}

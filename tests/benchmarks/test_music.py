@@ -66,6 +66,12 @@ def test_a_difference_is_paired_and_has_students_interval(music: ModuleType) -> 
     assert music.difference([1.0], [0.5]) == {"mean": 0.5, "interval": None}
 
 
+def test_options_of_a_trial_are_values(music: ModuleType) -> None:
+    texts = {"2e-4": 2e-4, "3": 3, "0.5": 0.5, "terminal": "terminal", "true": True, "null": None, "none": "none"}
+    assert {text: music.option(text) for text in texts} == texts
+    assert type(music.option("3")) is int
+
+
 def test_targets_are_measured_against_maximum_likelihood(music: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("classifier", "mean_overlapping_area", "held_out_nll_per_token", "copied_runs_12", "self_bleu_4")
     monkeypatch.setattr(music, "MEASURES", names)
