@@ -13,25 +13,14 @@ before it.
 import argparse
 import functools
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from measure import finish
 from resumable import Row, make_runs, mean_and_deviation, rows_done
+from tuning import CONSTANT, RANDOM, forget, read_recipe, train
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "training" / "recipes"
-# A reward that knows nothing needs no discriminator, and a constant one no roll-outs: all action values are the same.
-RANDOM = {"reward": "random", "d_warmup_steps": 0, "d_warmup_accuracy": None, "d_steps": 1, "d_epochs": 1}
-CONSTANT = {**RANDOM, "reward": "constant", "estimator": "terminal"}
 # What such a reward does by itself, without what else moves the policy.
 ALONE = {"mle_weight": 0.0, "mle_weight_final": None, "entropy_coef": 0.0}
 # What an arm sets; None leaves the recipe's key out.
@@ -74,25 +63,14 @@ MEASURES = ("eval_loss", "eval_self_bleu_4", "eval_distinct_4", "eval_d_accuracy
 def run(arm: str, seed: int, settings: dict[str, Any], folder: Path, keep: bool) -> Row:
     """One run of an arm: its evaluations, or the end of what it printed. `keep` leaves what it wrote."""
     output = folder / f"{arm.replace(' ', '-')}-{seed}"
-    recipe = yaml.safe_load((RECIPES / f"{settings['recipe']}.yaml").read_text())
-    recipe |= {"model": settings["model"], "data": settings["data"], "output_dir": str(output), "seed": seed}
-    recipe |= {"sequence_length": settings["length"], "disable_tqdm": True, **ARMS[arm]}
+    given = {"model": settings["model"], "data": settings["data"], "seed": seed, "sequence_length": settings["length"]}
     chosen = {"max_steps": settings["steps"], "learning_rate": settings["learning_rate"]}
-    recipe |= {key: value for key, value in chosen.items() if value is not None}
-    config = folder / f"{output.name}.yaml"
-    config.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
-    start = time.perf_counter()
-    process = subprocess.run(
-        [sys.executable, "-m", "midimamba.training.adversarial", "--config", str(config)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    row: Row = {"arm": arm, "seed": seed, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    trained = train({**read_recipe(settings["recipe"]), **given, **ARMS[arm], **chosen}, output)
+    row: Row = {"arm": arm, "seed": seed, "settings": settings, "seconds": round(trained.seconds, 1)}
     state = output / "trainer_state.json"
-    if process.returncode or not state.exists():
-        return {**row, "finished": False, "error": process.stderr[-2000:]}
+    if trained.failed or not state.exists():
+        return {**row, "finished": False, "error": trained.printed}
     history = json.loads(state.read_text())["log_history"]
     for measure in MEASURES:
         values = [entry[measure] for entry in history if measure in entry]
@@ -100,8 +78,7 @@ def run(arm: str, seed: int, settings: dict[str, Any], folder: Path, keep: bool)
     row["rollbacks"] = max((entry.get("rollbacks", 0) for entry in history), default=0)
     row["losses_finite"] = all(abs(entry["loss"]) < float("inf") for entry in history if "loss" in entry)
     if not keep:
-        shutil.rmtree(output)
-        shutil.rmtree(f"{output}-discriminator")
+        forget(output)
     return {**row, "finished": True}
 
 

@@ -35,8 +35,9 @@ from symusic.core import ScoreTick
 from measure import finish
 from midimamba.evaluation.comparison import read_reference
 from midimamba.evaluation.listening import write_listening_test
-from music_runs import RECIPES, Settings, run
+from music_runs import Settings, run
 from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
+from tuning import RECIPES
 
 ARMS = ("mle", "more", "stable", "constant", "random")
 # What the summary shows, of all that a row has.

@@ -4,10 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -26,13 +21,9 @@ from midimamba.tokenization.augmentation import Augmentation
 from midimamba.tokenization.packing import BlockCollator
 from midimamba.training.scripts import load_blocks, save_model
 from resumable import Row
+from tuning import CONSTANT, RANDOM, forget, read_recipe, train
 
-RECIPES = Path(__file__).parents[1] / "training" / "recipes"
-# A constant reward needs no roll-outs: all action values are the same however they are estimated.
-CONTROLS: dict[str, dict[str, Any]] = {
-    "constant": {"reward": "constant", "estimator": "terminal"},
-    "random": {"reward": "random"},
-}
+CONTROLS = {"constant": CONSTANT, "random": RANDOM}
 MORE_LEARNING_RATE = 5e-4  # of `more`: a sixth of what the recipe of pre-training begins with, and down to 0 as there
 MORE_EVALUATIONS = 10
 
@@ -97,8 +88,7 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[
         kept.mkdir(exist_ok=True)
         for index, score in enumerate(samples.scores):
             score.dump_midi(kept / f"{index:03d}.mid")
-    for left in (scratch, Path(f"{scratch}-discriminator")):
-        shutil.rmtree(left, ignore_errors=True)
+    forget(scratch)
     return row
 
 
@@ -108,31 +98,18 @@ def distance(figures: Mapping[str, float]) -> float:
 
 
 def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:
-    """Train as a user would, by the script; returns the seconds of processor time.
+    """Train by the recipe; returns the seconds of processor time.
 
     Raises:
         RuntimeError: if the script fails.
     """
-    recipe = yaml.safe_load((RECIPES / f"{settings.recipe}.yaml").read_text())
-    recipe |= {"model": settings.model, "data": settings.data, "output_dir": str(output), "seed": seed}
-    recipe |= {"sequence_length": settings.length, "disable_tqdm": True}
-    if settings.steps:
-        recipe["max_steps"] = settings.steps
-    recipe |= json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else CONTROLS.get(arm, {})
-    for left in (output, Path(f"{output}-discriminator")):
-        shutil.rmtree(left, ignore_errors=True)  # of an interrupted run
-    config = output.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
-    command = [sys.executable, "-m", "midimamba.training.adversarial", "--config", str(config)]
-    log = output.with_suffix(".log")
-    with log.open("w") as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{arm}, seed {seed}, failed:\n{log.read_text()[-2000:]}")
-    config.unlink()
-    log.unlink()
-    return usage.ru_utime + usage.ru_stime
+    given = {"model": settings.model, "data": settings.data, "seed": seed, "sequence_length": settings.length}
+    steps = {"max_steps": settings.steps} if settings.steps else {}
+    chosen = json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else CONTROLS.get(arm, {})
+    trained = train({**read_recipe(settings.recipe), **given, **steps, **chosen}, output)
+    if trained.failed:
+        raise RuntimeError(f"{arm}, seed {seed}, failed:\n{trained.printed}")
+    return trained.cpu_seconds
 
 
 class _UntilSpent(TrainerCallback):
@@ -159,8 +136,8 @@ class _UntilSpent(TrainerCallback):
 def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) -> float:
     """Go on with maximum likelihood for so many seconds of processor time; keeps what was best on validation, be it
     the generator as it was."""
-    shutil.rmtree(output, ignore_errors=True)
-    train, validation, processor = load_blocks(settings.data, 2 * settings.length, Augmentation(), seed)
+    forget(output)
+    blocks, validation, processor = load_blocks(settings.data, 2 * settings.length, Augmentation(), seed)
     set_seed(seed)
     model, _ = load_pair(settings.model)
     optimizer = torch.optim.AdamW(model.parameters(), MORE_LEARNING_RATE, weight_decay=0.1)
@@ -189,7 +166,7 @@ def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) 
         model=model,
         args=args,
         data_collator=BlockCollator.for_processor(processor),
-        train_dataset=train,
+        train_dataset=blocks,
         eval_dataset=validation,
         callbacks=[clock],
         optimizers=(optimizer, schedule),

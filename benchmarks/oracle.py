@@ -37,7 +37,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import HfArgumentParser, PrinterCallback, set_seed
@@ -51,19 +50,14 @@ from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.scripts import load_discriminator
 from oracle_models import LSTMGenerator, LSTMLanguageModel, Oracle, Recipe, fit, sweep
 from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
+from tuning import CONSTANT, RANDOM, read_recipe
 
-RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 # The LSTMs are the paper's, and one tuned with dropout; the Mamba has the tuned one's options.
 LIKELIHOOD = {
     "mle": Recipe("mamba", 64, 0.5, learning_rate=2e-3, weight_decay=0.01, batch_size=128),
     "mle-lstm": Recipe("lstm", 64, 0.5, learning_rate=2e-3, weight_decay=0.01, batch_size=128, units=128),
     "mle-lstm-paper": Recipe("lstm", 32, 0.0, learning_rate=1e-2, weight_decay=0.0, batch_size=64, units=32),
 }
-# A reward that knows nothing needs no discriminator: it is trained as little as the options allow.
-CONTROL = {"d_warmup_steps": 0, "d_steps": 1, "d_epochs": 1}
-# A constant needs no roll-outs either: all action values are the same however they are estimated.
-CONSTANT = {**CONTROL, "reward": "constant", "estimator": "terminal"}
-RANDOM = {**CONTROL, "reward": "random"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +206,7 @@ def tune(
         folder, ignore_errors=True
     )  # what an interrupted run has left: later checkpoints outlive earlier ones
     tuning = ADVERSARIAL[arm]
-    values = yaml.safe_load((RECIPES / f"{tuning.recipe}.yaml").read_text()) | settings.adversarial | tuning.options
+    values = read_recipe(tuning.recipe) | settings.adversarial | tuning.options
     values |= {"output_dir": str(folder), "seed": seed, "sequence_length": 1 + settings.length, "prompt_length": 1}
     values |= {"per_device_eval_batch_size": 50, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
     arguments, args = HfArgumentParser((AdversarialArguments, AdversarialConfig)).parse_dict(values)

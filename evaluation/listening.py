@@ -23,8 +23,9 @@ from midimamba.evaluation.distances import UNDEFINED, Estimate, Vector, bootstra
 from midimamba.evaluation.features import opening
 from midimamba.evaluation.listening_page import listening_page
 from midimamba.evaluation.rendering import render_wave
+from midimamba.evaluation.validity import midi_files
 from midimamba.files import whole_folder
-from midimamba.tokenization.ingest import MIDI_SUFFIXES, MidiRefusedError, read_score
+from midimamba.tokenization.ingest import MidiRefusedError, read_score
 
 WORST, BEST = 1, 5
 EXPLANATION = (
@@ -224,7 +225,7 @@ def scores_table(scores: ListeningScores) -> str:
 
 
 def _draw(folder: Path, num: int, bars: int, seed: int) -> Draw:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in MIDI_SUFFIXES and file.is_file())
+    files = midi_files(folder)
     random.Random(seed).shuffle(files)
     draw = Draw({}, [])
     for file in tqdm(files, desc=f"reading {folder.name}", leave=False, disable=None):

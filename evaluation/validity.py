@@ -58,6 +58,11 @@ class Samples:
             self.refused[name] = refusal.reason
 
 
+def midi_files(folder: Path) -> list[Path]:
+    """All MIDI files of a folder and the folders in it, by name."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in MIDI_SUFFIXES and file.is_file())
+
+
 def read_folder(folder: Path) -> Samples:
     """
     All MIDI files of a folder and the folders in it, by name.
@@ -65,7 +70,7 @@ def read_folder(folder: Path) -> Samples:
     Raises:
         InputError: if there is none.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in MIDI_SUFFIXES and file.is_file())
+    files = midi_files(folder)
     if not files:
         raise InputError(f"{folder} holds neither a generator (config.json) nor MIDI files")
     samples = Samples()

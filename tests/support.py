@@ -1,12 +1,15 @@
-"""Makers of tiny models and of music, for all tests."""
+"""Makers of tiny models and of music, and the command, for all tests."""
 
 import random
+import sys
 
+import pytest
 import torch
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
 
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.cli import main
 
 TICKS_PER_QUARTER = 480
 GRID = TICKS_PER_QUARTER // 12  # the finest position of the tokenizer in quarter-note meters
@@ -30,6 +33,16 @@ def make_discriminator(kind: str = "cnn", **overrides: object) -> MidiDiscrimina
     torch.manual_seed(1)
     shape = {"vocab_size": 11, "hidden_size": 16, "filter_sizes": [1, 2, 5], "num_filters": [8, 8, 8]}
     return MidiDiscriminator(MidiDiscriminatorConfig(**{"kind": kind, **shape} | overrides)).eval()
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run `midimamba` with these arguments and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["midimamba", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def make_score(seed: int, bars: int = 6, programs: tuple[int, ...] = (0, 40, 73), drums: bool = True) -> ScoreTick:

@@ -2,14 +2,13 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from symusic import Note, Score, Track
 
-from midimamba.cli import main
+import support
 from midimamba.evaluation import comparison_page
 from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
@@ -53,13 +52,7 @@ def generator(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `midimamba evaluate` and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["midimamba", "evaluate", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return support.command(monkeypatch, "evaluate", *arguments)
 
 
 def test_a_folder_of_midi_gets_its_report(

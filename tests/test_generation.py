@@ -1,6 +1,5 @@
 """`midimamba generate`: samples always hold notes, whatever the model, and continue their prompts."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 from symusic import Score
 from symusic.core import ScoreTick
 
+import support
 from midimamba import MidiMambaForCausalLM, MidiProcessor, generation
-from midimamba.cli import main
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, load_pair
 from midimamba.tokenization.controls import control_token
@@ -121,13 +120,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `midimamba generate` and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["midimamba", "generate", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return support.command(monkeypatch, "generate", *arguments)
 
 
 def test_controls_are_put_before_new_music_and_before_a_prompt(

@@ -1,12 +1,11 @@
 """`midimamba listen`: a test that is whole or not there, and its answers as tables or one line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from midimamba.cli import main
+import support
 from midimamba.evaluation import listening
 from midimamba.evaluation.features import opening
 from midimamba.evaluation.rendering import render_wave
@@ -36,13 +35,7 @@ def made(music: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `midimamba listen` and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["midimamba", "listen", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return support.command(monkeypatch, "listen", *arguments)
 
 
 def test_a_test_is_made_of_two_folders(made: Path, music: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ _TOKENIZE_OPTIONS = (
     "streaming",
     "num_workers",
 )
+_SAMPLING_OPTIONS = ("num", "bars", "max_new_tokens", "temperature", "top_p", "seed")
 
 
 def tokenize(args: argparse.Namespace) -> None:
@@ -38,7 +39,7 @@ def tokenize(args: argparse.Namespace) -> None:
             args.source,
             args.out,
             tokenizer_options=_read_yaml(args.tokenizer_config) if args.tokenizer_config else None,
-            **{name: getattr(args, name) for name in _TOKENIZE_OPTIONS},
+            **_chosen(args, _TOKENIZE_OPTIONS),
         )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
@@ -48,6 +49,21 @@ def tokenize(args: argparse.Namespace) -> None:
     print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
     if report["refused"]:
         print(f"{report['refused']:,} files refused: {args.out / 'quarantine.jsonl'} says why")
+
+
+def _chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """These options, by name."""
+    return {name: getattr(args, name) for name in names}
+
+
+def _check_new_folder(out: Path | None, content: str) -> None:
+    """Refuse early where nothing could be written at the end."""
+    from midimamba.files import is_taken
+
+    if out is None:
+        raise InputError(f"nowhere to write {content}: name a folder with --out")
+    if is_taken(out):
+        raise InputError(f"{out} is there already; choose another --out or delete it")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -65,7 +81,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def generate(args: argparse.Namespace) -> None:
     """`midimamba generate`: a model to MIDI files."""
     from midimamba.evaluation.rendering import draw_piano_roll, render_wave
-    from midimamba.files import is_taken, whole_folder
+    from midimamba.files import whole_folder
     from midimamba.generation import generate_scores, load_pair
     from midimamba.tokenization.ingest import MidiRefusedError
 
@@ -73,23 +89,11 @@ def generate(args: argparse.Namespace) -> None:
         _list_controls(args.model)
         return
     controls = _read_controls(args.control)
-    if args.out is None:
-        raise InputError("nowhere to write the pieces: name a folder with --out")
-    if is_taken(args.out):
-        raise InputError(f"{args.out} is there already; choose another --out or delete it")
+    _check_new_folder(args.out, "the pieces")
     model, processor = load_pair(args.model)
     try:
         scores = generate_scores(
-            model,
-            processor,
-            prompt=args.prompt,
-            controls=controls,
-            num=args.num,
-            bars=args.bars,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
+            model, processor, prompt=args.prompt, controls=controls, **_chosen(args, _SAMPLING_OPTIONS)
         )
     except MidiRefusedError as error:
         raise InputError(f"{args.prompt} cannot be continued: {error}") from error
@@ -138,27 +142,16 @@ def evaluate(args: argparse.Namespace) -> None:
         raise InputError("--bars, --num and --temperature must be positive")
     if args.length < 4:
         raise InputError("--length must be at least 4 tokens, of which distinct-4 takes four")
-    settings = {name: getattr(args, name) for name in ("music", "reference", "split", "seed")}
+    settings = _chosen(args, ("music", "reference", "split", "seed"))
     reference = read_reference(args.reference, args.split, args.bars)
     figures = {}
     folder = Path(args.music)
     if folder.is_dir() and not (folder / "config.json").is_file():
         samples = read_folder(folder)
     else:
-        settings |= {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+        settings |= _chosen(args, ("temperature", "top_p", "max_new_tokens"))
         model, processor = load_pair(args.music)
-        samples = Samples.of(
-            generate_scores(
-                model,
-                processor,
-                num=args.num,
-                bars=args.bars,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                seed=args.seed,
-            )
-        )
+        samples = Samples.of(generate_scores(model, processor, **_chosen(args, _SAMPLING_OPTIONS)))
         figures = model_figures(model, processor, reference, args.num, args.length, args.temperature, args.seed)
     found = compare(samples, reference, args.length, args.seed)
     found.figures.update(figures)
@@ -170,7 +163,6 @@ def evaluate(args: argparse.Namespace) -> None:
 def listen(args: argparse.Namespace) -> None:
     """`midimamba listen`: a blind listening test of several sources of music, and what came out of it."""
     from midimamba.evaluation import listening
-    from midimamba.files import is_taken
 
     if args.score is not None:
         if args.out is not None:
@@ -181,10 +173,7 @@ def listen(args: argparse.Namespace) -> None:
         answers = [listening.read_answers(path, key) for path in args.paths]
         print(listening.scores_table(listening.score_answers(key, answers)))
         return
-    if args.out is None:
-        raise InputError("nowhere to write the test: name a folder with --out")
-    if is_taken(args.out):
-        raise InputError(f"{args.out} is there already; choose another --out or delete it")
+    _check_new_folder(args.out, "the test")
     if min(args.num, args.bars) < 1:
         raise InputError("--num and --bars must be positive")
     drawn = listening.draw_arms(args.paths, args.num, args.bars, args.seed)

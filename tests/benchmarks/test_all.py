@@ -4,7 +4,6 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,10 +18,8 @@ class ParsedError(Exception):
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("all")
+def table() -> ModuleType:
+    return importlib.import_module("all")
 
 
 def test_every_script_is_in_the_table(table: ModuleType) -> None:

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
 from support import make_generator, make_score
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
     **{"rollout_positions": 2, "num_rollouts": 2, "d_warmup_steps": 1, "num_eval_samples": 4},
     **{"per_device_train_batch_size": 4, "d_steps": 1, "d_epochs": 1, "eval_on_start": False, "eval_strategy": "no"},
@@ -23,10 +21,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def music() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("music")
+def music() -> ModuleType:
+    return importlib.import_module("music")
 
 
 @pytest.fixture(scope="module")

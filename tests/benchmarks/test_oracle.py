@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,16 +14,12 @@ from torch import Tensor
 from midimamba import RecurrentCache
 from support import make_generator
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VOCABULARY, LENGTH = 4, 3
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Iterator[ModuleType]:
-    """The script, which imports its neighbours by their bare names."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("oracle")
+def oracle() -> ModuleType:
+    return importlib.import_module("oracle")
 
 
 @pytest.fixture(scope="module")
