@@ -8,12 +8,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from symusic.core import ScoreTick
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
 from midimamba.evaluation.validity import Samples
 from midimamba.generation import generate_scores, load_pair
@@ -75,18 +77,17 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[
     elif arm != "mle":
         generator, seconds = scratch, adversarial(arm, settings, seed, scratch)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "cpu_seconds": round(seconds, 1)}
-    tried = {}
-    for temperature in settings.temperatures:
-        figures, floor, _ = figures_of(generator, settings, "validation", temperature, seed)
-        tried[temperature] = figures
-    best = min(tried, key=lambda temperature: distance(tried[temperature]))
-    row |= {"temperature": best, "tried": {str(key): value for key, value in tried.items()}}
-    row |= {"validation": tried[best], "validation_floor": floor}
+    pair = load_pair(str(generator))
+    tried = {each: figures_of(*pair, settings, "validation", each, seed) for each in settings.temperatures}
+    best = min(tried, key=lambda temperature: distance(tried[temperature].values))
+    row |= {"temperature": best, "tried": {str(each): measured.values for each, measured in tried.items()}}
+    row |= {"validation": tried[best].values, "validation_floor": tried[best].floors}
     if not arm.startswith("trial "):
-        row["test"], row["test_floor"], samples = figures_of(generator, settings, "test", best, seed)
+        measured = figures_of(*pair, settings, "test", best, seed)
+        row |= {"test": measured.values, "test_floor": measured.floors}
         kept = folder / f"{arm}-{seed}"
         kept.mkdir(exist_ok=True)
-        for index, score in enumerate(samples.scores):
+        for index, score in enumerate(measured.scores):
             score.dump_midi(kept / f"{index:03d}.mid")
     forget(scratch)
     return row
@@ -184,12 +185,24 @@ def _reference(data: str, split: str, bars: int) -> Reference:
     return read_reference(data, split, bars)
 
 
+class Measured(NamedTuple):
+    """Figures by name, `None` where there is none; those of real music; and the samples that can be used."""
+
+    values: dict[str, float | None]
+    floors: dict[str, float]
+    scores: list[ScoreTick]
+
+
 def figures_of(
-    generator: Path, settings: Settings, split: str, temperature: float, seed: int
-) -> tuple[dict[str, float | None], dict[str, float], Samples]:
-    """All figures of `midimamba evaluate`, with those of real music, and the samples they are of."""
+    model: MidiMambaForCausalLM,
+    processor: MidiProcessor,
+    settings: Settings,
+    split: str,
+    temperature: float,
+    seed: int,
+) -> Measured:
+    """All figures of `midimamba evaluate`."""
     reference = _reference(settings.data, split, settings.bars)
-    model, processor = load_pair(str(generator))
     samples = Samples.of(
         generate_scores(
             model, processor, num=settings.num, bars=settings.bars, temperature=temperature, top_p=1.0, seed=seed
@@ -204,10 +217,10 @@ def figures_of(
     for kind, numbers in (("estimate", values), ("floor", floors)):
         numbers["classifier"] = max(numbers["classifier_features"], numbers["classifier_tokens"])
         numbers["mean_overlapping_area"] = mean_overlapping_area(found, kind)
-    return (
+    return Measured(
         {name: value if math.isfinite(value) else None for name, value in values.items()},
         {name: value for name, value in floors.items() if math.isfinite(value)},
-        samples,
+        samples.scores,
     )
 
 
