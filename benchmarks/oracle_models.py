@@ -4,8 +4,7 @@ Sequences are of shape `(count, 1 + length)` throughout and begin with the start
 A negative log-likelihood (NLL) is a mean over the scored tokens, in nats.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,8 +19,8 @@ from midimamba.modeling.modeling_midimamba import MidiMambaModelOutput
 from midimamba.modeling.sampling import draw, inference, sample
 
 START = 0  # also an ordinary token of the vocabulary, as in the original code
-ROWS = 50  # sequences scored at once: 20 MB of logits with the original's vocabulary and length
-DRAWN = 500  # sequences drawn at once, with logits of one token each
+ROWS = 50  # tokens whose logits are in memory at once: 1 MB with the vocabulary of the original
+DRAWN = 500  # sequences drawn or read at once
 # No token of the oracle pads, begins or ends anything.
 NO_SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 GATES = ("i", "f", "c", "og")  # of the file, in the order in which torch stacks them
@@ -35,22 +34,23 @@ class LSTMLanguageModel(nn.Module):
         vocab_size (`int`): number of tokens.
         embedding_size (`int`): width of the embedding.
         hidden_size (`int`): units.
-        dropout (`float`, *optional*, defaults to 0.0): in training, of the embedding and of the LSTM's output.
     """
 
-    def __init__(self, vocab_size: int, embedding_size: int, hidden_size: int, dropout: float = 0.0):
+    def __init__(self, vocab_size: int, embedding_size: int, hidden_size: int):
         super().__init__()
         self.embeddings = nn.Embedding(vocab_size, embedding_size)
         self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True)
         self.lm_head = nn.Linear(hidden_size, vocab_size)
-        self.dropout = nn.Dropout(dropout)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
 
     def forward(
         self, input_ids: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Ids `(batch, time)` that follow a state to logits `(batch, time, vocab)` and the next state."""
-        hidden, state = self.lstm(self.dropout(self.embeddings(input_ids)), state)
-        return self.lm_head(self.dropout(hidden)), state
+        hidden, state = self.lstm(self.embeddings(input_ids), state)
+        return self.lm_head(hidden), state
 
     def sample(self, prompts: Tensor, length: int, temperature: float = 1.0) -> Tensor:
         """Continue prompts `(batch, prompt)` to sequences `(batch, length)`."""
@@ -156,7 +156,7 @@ class LSTMGenerator(MidiMambaForCausalLM):
 
     @classmethod
     def of(cls, model: LSTMLanguageModel) -> Self:
-        """A generator that computes what the model does, without its dropout."""
+        """A generator that computes what the model does."""
         vocab_size, width = model.embeddings.weight.shape
         # A state of one number a channel, and a convolution that remembers one token: the shapes of an LSTM's state.
         shape = {"hidden_size": width, "num_hidden_layers": 1, "expand": 1, "state_size": 1, "conv_kernel": 2}
@@ -168,35 +168,35 @@ class LSTMGenerator(MidiMambaForCausalLM):
         return generator
 
 
-def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits `(batch, time, vocab)`."""
-    logits: Tensor = model(input_ids, use_cache=False).logits if is_generator(model) else model(input_ids)[0]
-    return logits
-
-
-def is_generator(model: nn.Module) -> bool:
-    """Whether it is of the kind that the trainer takes, and not a plain LSTM."""
-    return isinstance(model, MidiMambaForCausalLM)
+def hidden_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """What the softmax reads, `(batch, time, width)`."""
+    if isinstance(model, LSTMLanguageModel):
+        hidden: Tensor = model.lstm(model.embeddings(input_ids))[0]
+    else:
+        hidden = model.backbone(input_ids, use_cache=False).last_hidden_state
+    return hidden
 
 
 def draw_sequences(model: nn.Module, count: int, length: int, inverse_temperature: float = 1.0) -> Tensor:
     """Samples `(count, 1 + length)` of a model whose logits are multiplied by the inverse temperature."""
     prompts = torch.full((count, 1), START).split(DRAWN)
     temperature = 1 / inverse_temperature
-    if is_generator(model):
-        return torch.cat([sample(model, rows, 1 + length, temperature=temperature) for rows in prompts])
-    return torch.cat([model.sample(rows, 1 + length, temperature) for rows in prompts])
+    if isinstance(model, LSTMLanguageModel):
+        return torch.cat([model.sample(rows, 1 + length, temperature) for rows in prompts])
+    return torch.cat([sample(model, rows, 1 + length, temperature=temperature) for rows in prompts])
 
 
 def tempered_nll(model: nn.Module, sequences: Tensor, inverse_temperatures: Sequence[float]) -> list[float]:
     """NLL of sequences under a model whose logits are multiplied by each inverse temperature and normalised again."""
     totals = torch.zeros(len(inverse_temperatures), dtype=torch.float64)
     with inference(model):
-        for rows in sequences.split(ROWS):
-            logits = logits_of(model, rows[:, :-1])
-            chosen = logits.gather(-1, rows[:, 1:, None]).squeeze(-1)
-            for index, factor in enumerate(inverse_temperatures):
-                totals[index] += (logits.mul(factor).logsumexp(-1) - factor * chosen).double().sum()
+        for rows in sequences.split(DRAWN):
+            hidden, tokens = hidden_of(model, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+            for part, following in zip(hidden.split(ROWS), tokens.split(ROWS), strict=True):
+                logits = model.lm_head(part)
+                chosen = logits.gather(-1, following[:, None]).squeeze(-1)
+                for index, factor in enumerate(inverse_temperatures):
+                    totals[index] += (logits.mul(factor).logsumexp(-1) - factor * chosen).double().sum()
     result: list[float] = (totals / sequences[:, 1:].numel()).tolist()
     return result
 
@@ -234,6 +234,8 @@ class Recipe:
         learning_rate (`float`), weight_decay (`float`), batch_size (`int`): of the optimizer.
         units (`int`, *optional*, defaults to 32): of an LSTM.
         layers (`int`, *optional*, defaults to 2): of a Mamba.
+        stops_early (`bool`, *optional*, defaults to `True`): and keeps the weights that were best on held-out
+            sequences; otherwise all epochs count, as in the paper, overfitting or not.
     """
 
     kind: str
@@ -244,11 +246,12 @@ class Recipe:
     batch_size: int
     units: int = 32
     layers: int = 2
+    stops_early: bool = True
 
     def build(self, vocab_size: int) -> nn.Module:
         """A new generator."""
         if self.kind == "lstm":
-            return LSTMLanguageModel(vocab_size, self.embedding_size, self.units, self.dropout)
+            return LSTMLanguageModel(vocab_size, self.embedding_size, self.units)
         # The oracle's embeddings in and out are independent.
         config = MidiMambaConfig(
             vocab_size=vocab_size,
@@ -260,29 +263,51 @@ class Recipe:
         return MidiMambaForCausalLM(config)
 
 
-@contextlib.contextmanager
-def dropout_of(model: nn.Module, rate: float) -> Iterator[None]:
-    """A Mamba has no dropout of its own: drop where the LSTM does, in training, for as long as the context lasts."""
-    if not is_generator(model) or not rate:
-        yield
-        return
-    hooks = [
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, _, output: F.dropout(output, rate, module.training)
-        ),
-        model.lm_head.register_forward_pre_hook(
-            lambda module, inputs: (F.dropout(inputs[0], rate, module.training), *inputs[1:])
-        ),
-    ]
+class _SoftmaxLoss(torch.autograd.Function):
+    """Mean NLL of tokens by a linear layer and a softmax, `ROWS` tokens at a time: their logits, and what is computed
+    with them, stay in a processor's cache. With 5,000 tokens twice as fast as PyTorch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+        """`hidden` is of shape `(n, width)`, `weight` and `bias` are a linear layer's, `tokens` of shape `(n,)`."""
+        gradients = torch.empty_like(hidden), torch.zeros_like(weight), weight.new_zeros(len(weight))
+        total = hidden.new_zeros(())
+        parts = (tensor.split(ROWS) for tensor in (hidden, tokens, gradients[0]))
+        for rows, chosen, gradient in zip(*parts, strict=True):
+            errors = F.linear(rows, weight, bias).softmax(-1)
+            at = torch.arange(len(rows)), chosen
+            total -= errors[at].log().sum()
+            errors[at] -= 1
+            torch.mm(errors, weight, out=gradient)
+            gradients[1].addmm_(errors.T, rows)
+            gradients[2].add_(errors.sum(0))
+        ctx.save_for_backward(*(gradient.div_(len(tokens)) for gradient in gradients))
+        return total / len(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = (gradient * outputs[0] for gradient in ctx.saved_tensors)
+        return hidden, weight, bias if ctx.needs_input_grad[2] else None, None
+
+
+def likelihood_loss(model: nn.Module, sequences: Tensor, dropout: float = 0.0) -> Tensor:
+    """Mean NLL of sequences. What the embedding gives, and what the softmax reads, is dropped at that rate."""
+    embeddings: nn.Module = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, __, output: F.dropout(output, dropout))
     try:
-        yield
+        hidden = hidden_of(model, sequences[:, :-1])
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+    head: nn.Linear = model.lm_head
+    loss: Tensor = _SoftmaxLoss.apply(
+        F.dropout(hidden, dropout).flatten(0, 1), head.weight, head.bias, sequences[:, 1:].flatten()
+    )
+    return loss
 
 
 def fit(model: nn.Module, recipe: Recipe, train: Tensor, valid: Tensor, epochs: int, patience: int) -> int:
-    """Maximum likelihood, stopped when NLL on held-out sequences has not fallen for more than `patience` epochs.
+    """Maximum likelihood, with a recipe that stops early until NLL on held-out sequences has not fallen for more than
+    `patience` epochs.
 
     Returns the number of epochs of the weights that are kept.
     """
@@ -290,19 +315,21 @@ def fit(model: nn.Module, recipe: Recipe, train: Tensor, valid: Tensor, epochs: 
     best, best_epoch, best_weights = float("inf"), 0, {}
     for epoch in range(1, epochs + 1):
         model.train()
-        with dropout_of(model, recipe.dropout):
-            for rows in train[torch.randperm(len(train))].split(recipe.batch_size):
-                logits = logits_of(model, rows[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # the original code's
-                optimizer.step()
+        for rows in train[torch.randperm(len(train))].split(recipe.batch_size):
+            loss = likelihood_loss(model, rows, recipe.dropout)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # the original code's
+            optimizer.step()
+        if not recipe.stops_early:
+            continue
         (nll,) = tempered_nll(model, valid, (1.0,))
         if nll < best:
             best, best_epoch = nll, epoch
             best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         elif epoch - best_epoch > patience:
             break
+    if not recipe.stops_early:
+        return epochs
     model.load_state_dict(best_weights)
     return best_epoch

@@ -61,10 +61,15 @@ def probabilities(model: torch.nn.Module, models: ModuleType, sequences: Tensor,
     result = torch.ones(len(sequences), dtype=torch.float64)
     with torch.no_grad():
         for time in range(1, sequences.shape[1]):
-            logits = models.logits_of(model, sequences[:, :time])[:, -1].double()
+            logits = logits_of(model, sequences[:, :time])[:, -1].double()
             weights = torch.exp(factor * logits)
             result *= (weights / weights.sum(-1, keepdim=True)).gather(1, sequences[:, time : time + 1])[:, 0]
     return result
+
+
+def logits_of(model: torch.nn.Module, sequences: torch.Tensor) -> torch.Tensor:
+    output = model(sequences)
+    return output[0] if isinstance(output, tuple) else output.logits
 
 
 def make_models(models: ModuleType) -> list[torch.nn.Module]:
@@ -104,7 +109,7 @@ def test_an_lstm_is_a_generator_with_an_exact_state(models: ModuleType, tmp_path
     generator = models.LSTMGenerator.of(plain).eval()
     sequences = every_sequence()[::7]
     expected = plain(sequences)[0]
-    torch.testing.assert_close(models.logits_of(generator, sequences), expected)
+    torch.testing.assert_close(logits_of(generator, sequences), expected)
     cache = RecurrentCache.for_model(generator, len(sequences))
     parts = [generator(part, past_key_values=cache).logits for part in sequences.split([1, 2, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected)
@@ -114,7 +119,7 @@ def test_an_lstm_is_a_generator_with_an_exact_state(models: ModuleType, tmp_path
     torch.testing.assert_close(again, expected[:, 2:].repeat_interleave(2, 0))
     generator.save_pretrained(tmp_path)
     loaded = models.LSTMGenerator.from_pretrained(tmp_path).eval()
-    assert torch.equal(models.logits_of(loaded, sequences), models.logits_of(generator, sequences))
+    assert torch.equal(logits_of(loaded, sequences), logits_of(generator, sequences))
 
 
 def test_the_oracle_scores_its_own_samples_at_its_entropy(models: ModuleType) -> None:
@@ -163,13 +168,28 @@ def test_sharpening_games_both_likelihoods_but_not_the_divergence(models: Module
     assert sharpened["divergence"] == pytest.approx(expected, abs=0.02)
 
 
-def test_a_mamba_drops_in_training_only_and_only_in_the_context(models: ModuleType) -> None:
-    model, ids = make_generator(vocab_size=VOCABULARY), every_sequence()[:4]
-    plain = models.logits_of(model, ids)
-    with models.dropout_of(model, 0.5):
-        assert torch.equal(models.logits_of(model.eval(), ids), plain)
-        assert not torch.equal(models.logits_of(model.train(), ids), plain)
-    assert torch.allclose(models.logits_of(model.train(), ids), plain, atol=1e-6)
+def test_the_loss_of_maximum_likelihood_has_the_gradients_of_cross_entropy(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "ROWS", 7)
+    sequences = every_sequence()[::5]
+    for model in make_models(models):
+        logits = logits_of(model, sequences[:, :-1])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+        loss = models.likelihood_loss(model, sequences)
+        torch.testing.assert_close(loss, expected)
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(3 * loss, parameters)
+        torch.testing.assert_close(gradients, torch.autograd.grad(3 * expected, parameters), rtol=1e-4, atol=1e-6)
+
+
+def test_dropping_changes_the_loss_but_nothing_else(models: ModuleType) -> None:
+    sequences = every_sequence()
+    for model in make_models(models):
+        plain = logits_of(model, sequences)
+        losses = {models.likelihood_loss(model, sequences, rate).item() for rate in (0.0, 0.5, 0.5)}
+        assert len(losses) == 3
+        assert torch.equal(logits_of(model, sequences), plain)
 
 
 def test_fitting_keeps_the_weights_of_the_best_epoch(models: ModuleType) -> None:
@@ -183,6 +203,8 @@ def test_fitting_keeps_the_weights_of_the_best_epoch(models: ModuleType) -> None
     again = recipe.build(30)
     models.fit(again, recipe, train, valid, epochs, patience=30)
     assert models.tempered_nll(model, valid, (1.0,)) == models.tempered_nll(again, valid, (1.0,))
+    overfitting = dataclasses.replace(recipe, stops_early=False)
+    assert models.fit(overfitting.build(30), overfitting, train, valid, epochs=12, patience=0) == 12
 
 
 def test_runs_are_kept_and_gone_on_from(
