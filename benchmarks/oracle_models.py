@@ -251,7 +251,10 @@ class Recipe:
     def build(self, vocab_size: int) -> nn.Module:
         """A new generator."""
         if self.kind == "lstm":
-            return LSTMLanguageModel(vocab_size, self.embedding_size, self.units)
+            model = LSTMLanguageModel(vocab_size, self.embedding_size, self.units)
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.1)  # the original code's: torch's own learn less before they overfit
+            return model
         # The oracle's embeddings in and out are independent.
         config = MidiMambaConfig(
             vocab_size=vocab_size,
