@@ -35,7 +35,7 @@ from symusic.core import ScoreTick
 from measure import finish
 from midimamba.evaluation.comparison import read_reference
 from midimamba.evaluation.listening import write_listening_test
-from music_runs import Settings, run
+from music_runs import REPETITION, Settings, run
 from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
 from tuning import RECIPES
 
@@ -43,6 +43,7 @@ ARMS = ("mle", "more", "stable", "constant", "random")
 # What the summary shows, of all that a row has.
 MEASURES = (
     *("classifier", "classifier_features", "classifier_tokens", "mean_overlapping_area", "frechet_distance"),
+    *REPETITION,
     *("held_out_nll_per_token", "copied_runs_8", "copied_runs_12", "longest_copy", "distinct_4", "self_bleu_4"),
 )
 LISTENED = 8  # pieces of every arm
@@ -69,7 +70,7 @@ def summary(rows: Sequence[Row], origins: Mapping[int, Row], split: str) -> dict
         "cpu_seconds": round(statistics.median(row["cpu_seconds"] for row in rows)),
     }
     # Where too few sequences were long enough, a figure is missing.
-    known = [name for name in MEASURES if all(row[split][name] is not None for row in (*rows, *origins.values()))]
+    known = [name for name in MEASURES if all(row[split].get(name) is not None for row in (*rows, *origins.values()))]
     for name in known:
         values = [row[split][name] for row in rows]
         result[name] = {"value": mean_and_deviation(values)}

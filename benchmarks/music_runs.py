@@ -28,6 +28,7 @@ from tuning import CONSTANT, RANDOM, forget, read_recipe, train
 CONTROLS = {"constant": CONSTANT, "random": RANDOM}
 MORE_LEARNING_RATE = 5e-4  # of `more`: a sixth of what the recipe of pre-training begins with, and down to 0 as there
 MORE_EVALUATIONS = 10
+REPETITION = ("bar_self_similarity_4", "bar_self_similarity_8")  # what tells samples of small models from music
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def figures_of(
     for kind, numbers in (("estimate", values), ("floor", floors)):
         numbers["classifier"] = max(numbers["classifier_features"], numbers["classifier_tokens"])
         numbers["mean_overlapping_area"] = mean_overlapping_area(found, kind)
+    for name in REPETITION:
+        values[name], floors[name] = found.features[name].samples.value, found.features[name].real.value
     return Measured(
         {name: value if math.isfinite(value) else None for name, value in values.items()},
         {name: value for name, value in floors.items() if math.isfinite(value)},

@@ -82,12 +82,14 @@ class FeatureFigures:
         real (`Estimate`): mean over all of the reference.
         overlapping_area (`Figure`): of distances within the reference and to it.
         kl_divergence (`Figure`): likewise, in nats.
+        classifier (`Figure`): accuracy of a fresh one that knows nothing else; of histograms undefined.
     """
 
     samples: Estimate
     real: Estimate
     overlapping_area: Figure
     kl_divergence: Figure
+    classifier: Figure = Figure(UNDEFINED)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def compare(samples: Samples, reference: Reference, length: int = 128, seed: int
 
     ours, real = measure([piece.score for piece in pieces]), measure([piece.score for piece in reference.pieces])
     features = {
-        name: _feature_figures(ours[name], real[name], chosen, first, second, seed)
+        name: _feature_figures(name, ours[name], real[name], (chosen, first, second), seed)
         for name in tqdm(ours, desc="features", leave=False, disable=None)
     }
     halves = [_rows(real, first), _rows(real, second)]
@@ -297,7 +299,7 @@ def features_from_json(features: Mapping[str, Any]) -> dict[str, FeatureFigures]
         name: FeatureFigures(
             _estimate(row["samples"]),
             _estimate(row["real"]),
-            **figures_from_json({key: row[key] for key in ("overlapping_area", "kl_divergence")}),
+            **figures_from_json({key: row[key] for key in ("overlapping_area", "kl_divergence", "classifier")}),
         )
         for name, row in features.items()
     }
@@ -328,12 +330,17 @@ def _rows(features: Mapping[str, Vector], chosen: Any) -> dict[str, Vector]:
     return {name: values[chosen] for name, values in features.items()}
 
 
-def _feature_figures(ours: Vector, real: Vector, chosen: Any, first: Any, second: Any, seed: int) -> FeatureFigures:
-    found, floors = compare_sets(ours[chosen], real[first], seed), compare_sets(real[second], real[first], seed)
+def _feature_figures(name: str, ours: Vector, real: Vector, rows: tuple[Any, Any, Any], seed: int) -> FeatureFigures:
+    """`rows` chooses samples, and both halves of the reference."""
+    samples, base, other = (values[chosen] for values, chosen in zip((ours, real, real), rows, strict=True))
+    found, floors = compare_sets(samples, base, seed), compare_sets(other, base, seed)
     overlap, divergence = (Figure(a, b.value) for a, b in zip(found, floors, strict=True))
     if ours.shape[1] > 1:
         return FeatureFigures(UNDEFINED, UNDEFINED, overlap, divergence)
-    return FeatureFigures(mean_estimate(ours[:, 0], seed), mean_estimate(real[:, 0], seed), overlap, divergence)
+    points = [embed({name: values}, {name: base}, [name]) for values in (base, samples, other)]
+    told, told_real = (feature_test(points[0], others, seed).accuracy for others in points[1:])
+    means = (mean_estimate(values[:, 0], seed) for values in (ours, real))
+    return FeatureFigures(*means, overlap, divergence, Figure(told, told_real.value))
 
 
 def _token_figures(

@@ -9,7 +9,7 @@ estimated from as many pieces as there are, without shrinkage. So compare only s
 that of real music to itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ Matrix = NDArray[np.float64]
 _FAR = 5.0  # standard deviations
 
 
-def embed(features: Mapping[str, Matrix], reference: Mapping[str, Matrix]) -> Matrix:
+def embed(features: Mapping[str, Matrix], reference: Mapping[str, Matrix], names: Iterable[str] = NUMBERS) -> Matrix:
     """
     Features as points in which 1 is a standard deviation of the reference.
 
@@ -33,12 +33,13 @@ def embed(features: Mapping[str, Matrix], reference: Mapping[str, Matrix]) -> Ma
     Args:
         features (`Mapping[str, array]`): what [`~midimamba.evaluation.features.measure`] returned.
         reference (`Mapping[str, array]`): the same of real music.
+        names (`Iterable[str]`, *optional*): of the numbers; all of them by default.
 
     Returns:
         `array` of shape `(pieces, dimensions)`, in the same space for the same reference.
     """
     columns = []
-    for name in NUMBERS:
+    for name in names:
         real, values = reference[name][:, 0], features[name][:, 0]
         known = real[~np.isnan(real)]
         centre = known.mean() if len(known) else 0.0

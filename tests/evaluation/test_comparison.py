@@ -119,8 +119,11 @@ def test_shuffled_bars_lose_their_structure_and_keep_their_sound(reference: Refe
         name = f"bar_self_similarity_{lag}"
         assert found.features[name].samples.high < fresh.features[name].samples.low
         assert found.features[name].overlapping_area.estimate.value < 0.6
+        # Heard alone, it tells them from music; what shuffling keeps does not.
+        assert found.features[name].classifier.estimate.low > 0.75 > found.features[name].classifier.floor
     for name in ("scale_consistency", "polyphony", "notes_per_bar", "groove_consistency"):
         assert found.features[name].samples.value == pytest.approx(fresh.features[name].samples.value, abs=0.01)
+        assert found.features[name].classifier.estimate.low < 0.6
     assert found.figures["classifier_features_p_value"].estimate.value < 0.001
     assert found.figures["frechet_distance"].estimate.low > fresh.figures["frechet_distance"].estimate.high
 

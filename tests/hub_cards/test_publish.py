@@ -264,7 +264,8 @@ def test_what_evaluate_writes_becomes_the_card(run: Path, tmp_path: Path) -> Non
     estimate = {"value": 0.512, "low": 0.4, "high": 0.6}
     unknown = dict.fromkeys(estimate)
     overlap = {"estimate": estimate, "floor": 0.987}
-    feature = {"samples": unknown, "real": unknown, "overlapping_area": overlap, "kl_divergence": overlap}
+    feature = {"samples": unknown, "real": unknown}
+    feature |= dict.fromkeys(("overlapping_area", "kl_divergence", "classifier"), overlap)
     report = {
         "figures": {"classifier_tokens": {"estimate": {**estimate, "value": 0.731}, "floor": None}},
         "features": {"pitch_class_histogram": feature},
