@@ -20,7 +20,6 @@ A run is a process of its own on one thread. What is done is kept, and a second 
 import argparse
 import functools
 import json
-import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from measure import finish
 from midimamba.evaluation.comparison import read_reference
 from midimamba.evaluation.listening import write_listening_test
 from music_runs import REPETITION, Settings, run
-from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
+from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 from tuning import RECIPES
 
 ARMS = ("mle", "more", "stable", "constant", "random")
@@ -47,19 +46,6 @@ MEASURES = (
     *("held_out_nll_per_token", "copied_runs_8", "copied_runs_12", "longest_copy", "distinct_4", "self_bleu_4"),
 )
 LISTENED = 8  # pieces of every arm
-# Quantiles of 97.5 % of Student's t distribution with 1, 2, … degrees of freedom; 1.96 beyond.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Mean of paired differences with its interval of 95 % by the t distribution; of one pair there is none."""
-    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(pairs)
-    if len(pairs) < 2:
-        return {"mean": round(mean, 4), "interval": None}
-    quantile = T_QUANTILES[len(pairs) - 2] if len(pairs) - 2 < len(T_QUANTILES) else 1.96
-    half = quantile * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return {"mean": round(mean, 4), "interval": [round(mean - half, 4), round(mean + half, 4)]}
 
 
 def summary(rows: Sequence[Row], origins: Mapping[int, Row], split: str) -> dict[str, Any]:

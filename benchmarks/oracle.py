@@ -50,7 +50,7 @@ from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.scripts import load_discriminator
 from oracle_models import LSTMGenerator, LSTMLanguageModel, Oracle, Recipe, fit, sweep
-from resumable import Job, Row, make_runs, mean_and_deviation, rows_done
+from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 from tuning import CONSTANT, RANDOM, read_recipe
 
 # The LSTMs are the paper's, and one tuned with dropout; the Mamba has the tuned one's options.
@@ -246,36 +246,47 @@ def measure(settings: Settings, arms: Sequence[str], seeds: int, workers: int, r
     fitted += [job for job in origins if job not in done or not (folder / f"{job[0]}-{job[1]}").exists()]
     for phase in (fitted, tuned):
         for row in make_runs(phase, functools.partial(run, settings=settings, folder=folder), rows, workers):
-            sums = [point["nll_oracle"] + point["nll_test"] for point in row["sweep"]]
-            print(f"{row['arm']} {row['seed']}: best sum {min(sums):.3f}, {row['seconds']} s", flush=True)
+            print(f"{row['arm']} {row['seed']}: best sum {total(best(row)):.3f}, {row['seconds']} s", flush=True)
     return rows_done(rows, asdict(settings))
 
 
-def best(row: dict[str, Any]) -> dict[str, float]:
+def best(row: Row) -> Row:
     """The point of a sweep with the lowest sum."""
-    return min(row["sweep"], key=lambda point: point["nll_oracle"] + point["nll_test"])
+    return min(row["sweep"], key=total)
 
 
-def best_sum(row: dict[str, Any]) -> float:
-    """The lowest NLL_oracle + NLL_test of a sweep."""
-    return best(row)["nll_oracle"] + best(row)["nll_test"]
+def total(point: Mapping[str, float]) -> float:
+    """NLL_oracle + NLL_test."""
+    return point["nll_oracle"] + point["nll_test"]
+
+
+def plain(row: Row) -> Row:
+    """The point of a sweep at which the generator is as it was trained."""
+    found: Row = next(point for point in row["sweep"] if point["inverse_temperature"] == 1)
+    return found
 
 
 def summary(rows: Sequence[Row], done: Mapping[Job, Row]) -> dict[str, Any]:
-    """Of the runs of one arm: means and deviations; seed by seed, what the best sum is above that of their origins."""
-    plain = [next(point for point in row["sweep"] if point["inverse_temperature"] == 1) for row in rows]
-    tuned = [row for row in rows if row["arm"] in ADVERSARIAL]
-    shifts = [best_sum(row) - best_sum(done[ADVERSARIAL[row["arm"]].origin, row["seed"]]) for row in tuned]
-    return {
+    """Of the runs of one arm: means and deviations; and of an adversarial one, seed by seed, the differences to the
+    maximum likelihood that it went on from, with intervals of 95 %."""
+    result: dict[str, Any] = {
         "runs": len(rows),
-        "nll_oracle": mean_and_deviation([point["nll_oracle"] for point in plain]),
-        "nll_test": mean_and_deviation([point["nll_test"] for point in plain]),
-        "best_sum": mean_and_deviation([best_sum(row) for row in rows]),
+        "nll_oracle": mean_and_deviation([plain(row)["nll_oracle"] for row in rows]),
+        "nll_test": mean_and_deviation([plain(row)["nll_test"] for row in rows]),
+        "best_sum": mean_and_deviation([total(best(row)) for row in rows]),
         "best_at": [best(row)["inverse_temperature"] for row in rows],
         "least_divergence": mean_and_deviation([min(p["divergence"] for p in row["sweep"]) for row in rows]),
-        "best_sum_minus_origin": mean_and_deviation(shifts) if shifts else None,
         "seconds": round(statistics.median(row["seconds"] for row in rows), 1),
     }
+    if rows[0]["arm"] in ADVERSARIAL:
+        origins = [done[ADVERSARIAL[row["arm"]].origin, row["seed"]] for row in rows]
+        for name, figure in (
+            ("nll_oracle", lambda row: plain(row)["nll_oracle"]),
+            ("nll_test", lambda row: plain(row)["nll_test"]),
+            ("best_sum", lambda row: total(best(row))),
+        ):
+            result[f"{name}_minus_origin"] = difference(list(map(figure, rows)), list(map(figure, origins)))
+    return result
 
 
 def plot(rows: dict[str, list[dict[str, Any]]], path: Path, published: bool) -> None:
@@ -288,12 +299,12 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path, published: bool) -> 
         x, y = torch.tensor(points).mean(0).T.tolist()
         axes.plot(x, y, marker="o", markersize=3, label=f"{arm} ({len(runs)})")
     window = (*axes.get_xlim(), *axes.get_ylim())
-    for index, (name, total) in enumerate(PUBLISHED.items() if published else ()):
-        axes.axline((0, total), slope=-1, color="grey", linewidth=0.6, linestyle=":")
+    for index, (name, value) in enumerate(PUBLISHED.items() if published else ()):
+        axes.axline((0, value), slope=-1, color="grey", linewidth=0.6, linestyle=":")
         # Labels step aside of each other: four of the sums lie within 0.6.
         x = window[0] + (0.02 + 0.1 * index) * (window[1] - window[0])
         turned = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True}
-        axes.text(x, total - x, f"{name} {total}", fontsize=6, color="grey", clip_on=True, **turned)
+        axes.text(x, value - x, f"{name} {value}", fontsize=6, color="grey", clip_on=True, **turned)
     axes.axis(window)
     axes.set(xlabel="NLL_test, nats a token", ylabel="NLL_oracle, nats a token: gamed by sharpening alone")
     axes.legend(fontsize=7)
@@ -317,21 +328,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="adversarial steps (default: the recipes')")
     parser.add_argument("--quick", action="store_true", help="everything small, and figures that mean nothing")
     parser.add_argument("--arms", nargs="+", choices=trained, default=trained, help="arms (default: all)")
-    parser.add_argument("--seeds", type=int, help="runs of each (default: 5, with --quick 2)")
+    parser.add_argument("--seeds", type=int, help="runs of each (default: 5, with --quick 2); 0: only report")
     parser.add_argument("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     parser.add_argument("--rows", type=Path, required=True, help="file that keeps a line a run, and is gone on from")
     parser.add_argument("--plot", type=Path, help="draw the frontiers into this PNG")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
 
-    seeds = args.seeds or (2 if args.quick else 5)
+    seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
     settings = QUICK
     if not args.quick:
         sizes = {"vocab_size": args.vocab, "hidden_size": args.hidden, "length": args.length, "samples": args.samples}
         steps = {"max_steps": args.steps} if args.steps else {}
         settings = replace(own, oracle=args.oracle, epochs=args.epochs, adversarial=steps, **sizes)
     done = measure(settings, args.arms, seeds, args.workers, args.rows)
-    by_arm = {arm: [done[arm, seed] for seed in range(seeds) if (arm, seed) in done] for arm in ("oracle", *args.arms)}
+    by_arm = {arm: [done[job] for job in sorted(done) if job[0] == arm] for arm in ("oracle", *args.arms)}
+    by_arm = {arm: rows for arm, rows in by_arm.items() if rows}
     arms = {arm: summary(rows, done) for arm, rows in by_arm.items()}
     for arm, result in arms.items():
         print(f"{arm:16s} {result}")
@@ -339,7 +351,7 @@ def main() -> None:
     print("and least divergences.")
     # Other oracles have other sums.
     is_original = settings.oracle is not None and settings.length == own.length
-    ours = [arms[arm]["best_sum"][0] for arm in args.arms if arm in LIKELIHOOD]
+    ours = [result["best_sum"][0] for arm, result in arms.items() if arm in LIKELIHOOD]
     if args.plot:
         plot(by_arm, args.plot, is_original)
     finish(

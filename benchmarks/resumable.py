@@ -5,6 +5,7 @@ settings in the same file are left alone.
 """
 
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 Job = tuple[str, int]
 """Arm and seed."""
 Row = dict[str, Any]
+# Quantiles of 97.5 % of Student's t distribution with 1, 2, … degrees of freedom; 1.96 beyond.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def rows_done(rows: Path, settings: dict[str, Any]) -> dict[Job, Row]:
@@ -49,6 +52,17 @@ def mean_and_deviation(values: Sequence[float]) -> list[float]:
     """Of one value the deviation is 0."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return [round(statistics.mean(values), 4), round(spread, 4)]
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Mean of paired differences with its interval of 95 % by the t distribution; of one pair there is none."""
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(pairs)
+    if len(pairs) < 2:
+        return {"mean": round(mean, 4), "interval": None}
+    quantile = T_QUANTILES[len(pairs) - 2] if len(pairs) - 2 < len(T_QUANTILES) else 1.96
+    half = quantile * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return {"mean": round(mean, 4), "interval": [round(mean - half, 4), round(mean + half, 4)]}
 
 
 def _run_and_keep(run: Callable[[str, int], Row], arm: str, seed: int, rows: Path) -> Row:
