@@ -82,7 +82,8 @@ class FeatureFigures:
         real (`Estimate`): mean over all of the reference.
         overlapping_area (`Figure`): of distances within the reference and to it.
         kl_divergence (`Figure`): likewise, in nats.
-        classifier (`Figure`): accuracy of a fresh one that knows nothing else; of histograms undefined.
+        classifier (`Figure`): accuracy of a fresh one that knows nothing else; undefined of histograms, and
+            where too few pieces have the feature.
     """
 
     samples: Estimate
@@ -337,9 +338,11 @@ def _feature_figures(name: str, ours: Vector, real: Vector, rows: tuple[Any, Any
     overlap, divergence = (Figure(a, b.value) for a, b in zip(found, floors, strict=True))
     if ours.shape[1] > 1:
         return FeatureFigures(UNDEFINED, UNDEFINED, overlap, divergence)
+    means = [mean_estimate(values[:, 0], seed) for values in (ours, real)]
+    if math.isnan(overlap.estimate.value):
+        return FeatureFigures(*means, overlap, divergence)
     points = [embed({name: values}, {name: base}, [name]) for values in (base, samples, other)]
     told, told_real = (feature_test(points[0], others, seed).accuracy for others in points[1:])
-    means = (mean_estimate(values[:, 0], seed) for values in (ours, real))
     return FeatureFigures(*means, overlap, divergence, Figure(told, told_real.value))
 
 

@@ -25,6 +25,7 @@ from midimamba.evaluation.comparison import (
 )
 from midimamba.evaluation.comparison_page import LABELS
 from midimamba.evaluation.distances import Estimate
+from midimamba.evaluation.features import opening
 from midimamba.evaluation.validity import Samples
 from midimamba.tokenization.corpus import tokenize_corpus
 from midimamba.tokenization.packing import BlockCollator
@@ -161,6 +162,14 @@ def test_sequences_too_short_leave_the_figures_of_tokens_undefined(reference: Re
     found = compare(Samples([song(seed) for seed in range(100, 106)]), reference, length=100_000)
     assert math.isnan(found.figures["classifier_tokens"].estimate.value)
     assert not math.isnan(found.figures["classifier_features"].estimate.value)
+
+
+def test_a_feature_that_no_sample_has_is_undefined(reference: Reference) -> None:
+    found = run(reference, [opening(song(seed), 10) for seed in range(100, 115)])
+    missing, there = (found.features[f"bar_self_similarity_{lag}"] for lag in (16, 8))
+    assert math.isnan(missing.samples.value)
+    assert math.isnan(missing.classifier.estimate.value)
+    assert 0 <= there.classifier.estimate.value <= 1
 
 
 def test_both_sides_are_heard_on_one_grid(reference: Reference) -> None:
