@@ -102,7 +102,9 @@ def test_a_lost_task_costs_no_other_and_none_runs_twice(
             misbehave(task)
         return -task
 
-    outcomes = run(work, 8, processes, max_seconds=0.5, max_extra_bytes=2**28)
+    # On a busy machine, what is to run out of memory or to die may take its time.
+    max_seconds = 0.5 if "seconds" in reason else 60.0
+    outcomes = run(work, 8, processes, max_seconds=max_seconds, max_extra_bytes=2**28)
     lost = {"0", "3", "4"}
     assert {name: outcomes[name] for name in lost} == dict.fromkeys(lost, Lost(reason, stage=2))
     assert all(outcomes[name] == -int(name) for name in outcomes.keys() - lost)
