@@ -338,7 +338,7 @@ def _feature_figures(name: str, ours: Vector, real: Vector, rows: tuple[Any, Any
     overlap, divergence = (Figure(a, b.value) for a, b in zip(found, floors, strict=True))
     if ours.shape[1] > 1:
         return FeatureFigures(UNDEFINED, UNDEFINED, overlap, divergence)
-    means = [mean_estimate(values[:, 0], seed) for values in (ours, real)]
+    means = mean_estimate(ours[:, 0], seed), mean_estimate(real[:, 0], seed)
     if math.isnan(overlap.estimate.value):
         return FeatureFigures(*means, overlap, divergence)
     points = [embed({name: values}, {name: base}, [name]) for values in (base, samples, other)]
