@@ -56,7 +56,7 @@ def summary(rows: Sequence[Row], origins: Mapping[int, Row], split: str) -> dict
         "cpu_seconds": round(statistics.median(row["cpu_seconds"] for row in rows)),
     }
     # Where too few sequences were long enough, a figure is missing.
-    known = [name for name in MEASURES if all(row[split].get(name) is not None for row in (*rows, *origins.values()))]
+    known = [name for name in MEASURES if all(row[split][name] is not None for row in (*rows, *origins.values()))]
     for name in known:
         values = [row[split][name] for row in rows]
         result[name] = {"value": mean_and_deviation(values)}

@@ -31,7 +31,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,42 +250,44 @@ def measure(settings: Settings, arms: Sequence[str], seeds: int, workers: int, r
     return rows_done(rows, asdict(settings))
 
 
-def best(row: Row) -> Row:
-    """The point of a sweep with the lowest sum."""
-    return min(row["sweep"], key=total)
-
-
 def total(point: Mapping[str, float]) -> float:
     """NLL_oracle + NLL_test."""
     return point["nll_oracle"] + point["nll_test"]
 
 
-def plain(row: Row) -> Row:
+def best(row: Row) -> dict[str, float]:
+    """The point of a sweep with the lowest sum."""
+    return min(row["sweep"], key=total)
+
+
+def plain(row: Row) -> dict[str, float]:
     """The point of a sweep at which the generator is as it was trained."""
-    found: Row = next(point for point in row["sweep"] if point["inverse_temperature"] == 1)
+    found: dict[str, float] = next(point for point in row["sweep"] if point["inverse_temperature"] == 1)
     return found
+
+
+COMPARED: dict[str, Callable[[Row], float]] = {
+    "nll_oracle": lambda row: plain(row)["nll_oracle"],
+    "nll_test": lambda row: plain(row)["nll_test"],
+    "best_sum": lambda row: total(best(row)),
+}
 
 
 def summary(rows: Sequence[Row], done: Mapping[Job, Row]) -> dict[str, Any]:
     """Of the runs of one arm: means and deviations; and of an adversarial one, seed by seed, the differences to the
     maximum likelihood that it went on from, with intervals of 95 %."""
+    values = {name: [figure(row) for row in rows] for name, figure in COMPARED.items()}
     result: dict[str, Any] = {
         "runs": len(rows),
-        "nll_oracle": mean_and_deviation([plain(row)["nll_oracle"] for row in rows]),
-        "nll_test": mean_and_deviation([plain(row)["nll_test"] for row in rows]),
-        "best_sum": mean_and_deviation([total(best(row)) for row in rows]),
+        **{name: mean_and_deviation(each) for name, each in values.items()},
         "best_at": [best(row)["inverse_temperature"] for row in rows],
         "least_divergence": mean_and_deviation([min(p["divergence"] for p in row["sweep"]) for row in rows]),
         "seconds": round(statistics.median(row["seconds"] for row in rows), 1),
     }
     if rows[0]["arm"] in ADVERSARIAL:
         origins = [done[ADVERSARIAL[row["arm"]].origin, row["seed"]] for row in rows]
-        for name, figure in (
-            ("nll_oracle", lambda row: plain(row)["nll_oracle"]),
-            ("nll_test", lambda row: plain(row)["nll_test"]),
-            ("best_sum", lambda row: total(best(row))),
-        ):
-            result[f"{name}_minus_origin"] = difference(list(map(figure, rows)), list(map(figure, origins)))
+        for name, figure in COMPARED.items():
+            result[f"{name}_minus_origin"] = difference(values[name], [figure(row) for row in origins])
     return result
 
 
