@@ -113,7 +113,7 @@ class Settings:
     What all runs have in common. Runs are compared only with runs of the same settings.
 
     Args:
-        oracle (`str`, *optional*): file of the original parameters; by default an oracle of one's own.
+        oracle (`str`, *optional*): name of the file of the original parameters; by default an oracle of one's own.
         vocab_size, hidden_size (`int`): of one's own oracle.
         length (`int`): tokens of a sequence, beside the start token.
         samples (`int`): training sequences, test sequences, and sequences drawn for every NLL_oracle.
@@ -164,20 +164,21 @@ class Problem:
 
 
 @functools.cache
-def _problem(oracle: str | None, vocab_size: int, hidden_size: int, length: int, samples: int) -> Problem:
-    model = Oracle.load(Path(oracle)) if oracle else Oracle.seeded(vocab_size, hidden_size)
+def _problem(oracle: Path | None, vocab_size: int, hidden_size: int, length: int, samples: int) -> Problem:
+    model = Oracle.load(oracle) if oracle else Oracle.seeded(vocab_size, hidden_size)
     train, test = (model.draw(samples, length, seed) for seed in (TRAIN_SEED, TEST_SEED))
     return Problem(model, train, model.draw(max(1, samples // 10), length, VALID_SEED), test)
 
 
-def problem_of(settings: Settings) -> Problem:
-    """The same at every call; a process draws it once."""
-    return _problem(settings.oracle, settings.vocab_size, settings.hidden_size, settings.length, settings.samples)
+def problem_of(settings: Settings, oracle: Path | None) -> Problem:
+    """The same at every call; a process draws it once. `oracle` is the file that the settings name."""
+    return _problem(oracle, settings.vocab_size, settings.hidden_size, settings.length, settings.samples)
 
 
-def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
-    """One run of an arm: what it took, and its sweep over inverse temperatures. `folder` keeps others' origins."""
-    problem = problem_of(settings)
+def run(arm: str, seed: int, settings: Settings, folder: Path, oracle: Path | None) -> Row:
+    """One run of an arm: what it took, and its sweep over inverse temperatures. `folder` keeps others' origins,
+    `oracle` is the file that the settings name."""
+    problem = problem_of(settings, oracle)
     start = time.perf_counter()
     set_seed(seed)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings)}
@@ -192,7 +193,7 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     elif arm in ADVERSARIAL:
         origin = ADVERSARIAL[arm].origin
         generator = ORIGINS[origin].from_pretrained(folder / f"{origin}-{seed}")
-        model, row["training"] = tune(generator, arm, seed, settings, folder / f"{arm}-{seed}")
+        model, row["training"] = tune(generator, problem, arm, seed, settings, folder / f"{arm}-{seed}")
     row["training_seconds"] = round(time.perf_counter() - start, 1)
     # The same numbers for all arms of a seed.
     torch.manual_seed(seed)
@@ -202,10 +203,9 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
 
 
 def tune(
-    model: MidiMambaForCausalLM, arm: str, seed: int, settings: Settings, folder: Path
+    model: MidiMambaForCausalLM, problem: Problem, arm: str, seed: int, settings: Settings, folder: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Adversarial training of a generator that has learned by maximum likelihood. `folder` is gone afterwards."""
-    problem = problem_of(settings)
     shutil.rmtree(
         folder, ignore_errors=True
     )  # what an interrupted run has left: later checkpoints outlive earlier ones
@@ -231,8 +231,11 @@ def tune(
     }
 
 
-def measure(settings: Settings, arms: Sequence[str], seeds: int, workers: int, rows: Path) -> dict[Job, Row]:
-    """Make the runs that are missing; all kept runs of these settings, by arm and seed."""
+def measure(
+    settings: Settings, arms: Sequence[str], seeds: int, workers: int, rows: Path, oracle: Path | None = None
+) -> dict[Job, Row]:
+    """Make the runs that are missing; all kept runs of these settings, by arm and seed. `oracle` is the file that the
+    settings name."""
     folder = rows.with_suffix("") / settings.key
     folder.mkdir(parents=True, exist_ok=True)
     done = rows_done(rows, asdict(settings))
@@ -245,7 +248,8 @@ def measure(settings: Settings, arms: Sequence[str], seeds: int, workers: int, r
     origins = sorted({(ADVERSARIAL[arm].origin, seed) for arm, seed in tuned} - set(fitted))
     fitted += [job for job in origins if job not in done or not (folder / f"{job[0]}-{job[1]}").exists()]
     for phase in (fitted, tuned):
-        for row in make_runs(phase, functools.partial(run, settings=settings, folder=folder), rows, workers):
+        make = functools.partial(run, settings=settings, folder=folder, oracle=oracle)
+        for row in make_runs(phase, make, rows, workers):
             print(f"{row['arm']} {row['seed']}: best sum {total(best(row)):.3f}, {row['seconds']} s", flush=True)
     return rows_done(rows, asdict(settings))
 
@@ -321,14 +325,14 @@ def main() -> None:
     )
     trained = [arm for arm in ARMS if arm != "oracle"]
     own = Settings()
-    parser.add_argument("--oracle", help="file of the original parameters (default: an oracle of one's own)")
+    parser.add_argument("--oracle", type=Path, help="file of the original parameters (default: one's own oracle)")
     parser.add_argument("--vocab", type=int, default=own.vocab_size, help="of one's own (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=own.hidden_size, help="its units (default: %(default)s)")
     parser.add_argument("--length", type=int, default=own.length, help="tokens a sequence (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=own.samples, help="of each kind (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=own.epochs, help="at most, of MLE (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="adversarial steps (default: the recipes')")
-    parser.add_argument("--quick", action="store_true", help="everything small, and figures that mean nothing")
+    parser.add_argument("--quick", action="store_true", help="an oracle of one's own, all small; figures mean nothing")
     parser.add_argument("--arms", nargs="+", choices=trained, default=trained, help="arms (default: all)")
     parser.add_argument("--seeds", type=int, help="runs of each (default: 5, with --quick 2); 0: only report")
     parser.add_argument("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
@@ -338,12 +342,15 @@ def main() -> None:
     args = parser.parse_args()
 
     seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
+    oracle = None if args.quick else args.oracle
+    if oracle and seeds and not oracle.is_file():
+        parser.error(f"{oracle}: no such file; leave --oracle out for an oracle of one's own")
     settings = QUICK
     if not args.quick:
         sizes = {"vocab_size": args.vocab, "hidden_size": args.hidden, "length": args.length, "samples": args.samples}
         steps = {"max_steps": args.steps} if args.steps else {}
-        settings = replace(own, oracle=args.oracle, epochs=args.epochs, adversarial=steps, **sizes)
-    done = measure(settings, args.arms, seeds, args.workers, args.rows)
+        settings = replace(own, oracle=oracle.name if oracle else None, epochs=args.epochs, adversarial=steps, **sizes)
+    done = measure(settings, args.arms, seeds, args.workers, args.rows, oracle)
     by_arm = {arm: [done[job] for job in sorted(done) if job[0] == arm] for arm in ("oracle", *args.arms)}
     by_arm = {arm: rows for arm, rows in by_arm.items() if rows}
     arms = {arm: summary(rows, done) for arm, rows in by_arm.items()}

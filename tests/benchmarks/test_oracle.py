@@ -77,7 +77,8 @@ def make_models(models: ModuleType) -> list[torch.nn.Module]:
     return [models.LSTMLanguageModel(VOCABULARY, 3, 5), make_generator(vocab_size=VOCABULARY)]
 
 
-def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tmp_path: Path) -> None:
+def write_oracle(file: Path) -> dict[str, np.ndarray]:
+    """A file of random parameters: what is in it."""
     numbers, hidden, width = np.random.default_rng(0), 3, 2
     arrays = {"embedding": numbers.normal(size=(VOCABULARY, width)), "bo": numbers.normal(size=VOCABULARY)}
     arrays["Wo"] = numbers.normal(size=(hidden, VOCABULARY))
@@ -85,7 +86,12 @@ def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tm
         arrays[f"W{gate}"] = numbers.normal(size=(width, hidden))
         arrays[f"U{gate}"] = numbers.normal(size=(hidden, hidden))
         arrays[f"b{gate}"] = numbers.normal(size=hidden)
-    np.savez(tmp_path / "oracle.npz", **arrays)
+    np.savez(file, **arrays)
+    return arrays
+
+
+def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tmp_path: Path) -> None:
+    arrays, hidden = write_oracle(tmp_path / "oracle.npz"), 3
 
     def nll(row: list[int]) -> float:
         h, c, total = np.zeros(hidden), np.zeros(hidden), 0.0
@@ -230,6 +236,19 @@ def test_runs_are_kept_and_gone_on_from(
     assert "best_sum_minus_origin" not in oracle.summary([done["mle", 0]], done)
     oracle.plot({"paper": [done["paper", 0]]}, tmp_path / "frontier.png", published=True)
     assert (tmp_path / "frontier.png").stat().st_size > 0
+
+
+def test_runs_of_an_oracle_are_found_wherever_its_file_lies(
+    oracle: ModuleType, models: ModuleType, settings: object, tmp_path: Path
+) -> None:
+    file, rows = tmp_path / "oracle.npz", tmp_path / "rows.jsonl"
+    write_oracle(file)
+    named = dataclasses.replace(settings, oracle=file.name)
+    done = oracle.measure(named, [], 0, 1, rows, file)
+    loaded = models.Oracle.load(file)
+    expected = loaded.nll(loaded.draw(named.samples, named.length, oracle.TEST_SEED))
+    assert done["oracle", 0]["sweep"][0]["nll_test"] == pytest.approx(expected, abs=1e-6)
+    assert oracle.measure(named, [], 0, 1, rows, tmp_path / "elsewhere" / file.name) == done
 
 
 def test_controls_differ_from_their_recipe_in_the_reward_alone(oracle: ModuleType) -> None:
