@@ -12,6 +12,7 @@ from midimamba.training import credit
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.rollout import (
     Reward,
+    Worth,
     bar_positions,
     monte_carlo_values,
     rollout_positions,
@@ -32,6 +33,7 @@ class ActionValues:
 
     Attributes:
         reward (`MidiDiscriminator` or `Callable`): what values whole sequences.
+        worth (`Callable`): of a discriminator's logits, as `monte_carlo_values` takes it.
         max_rows (`int`): completions in memory at once.
         num_drawn (`int`): tokens that roll-outs have drawn so far.
 
@@ -56,9 +58,10 @@ class ActionValues:
             self.reward = lambda sequences: torch.ones(len(sequences), device=sequences.device)
         elif args.reward == "random":
             self.reward = lambda sequences: torch.rand(len(sequences), device=sequences.device)
+        self.worth: Worth = torch.Tensor.float if args.reward == "log-odds" else torch.sigmoid
         self.max_rows = args.rollout_batch_size
         if args.rollout_memory_mb is not None:
-            judge = discriminator if args.reward == "discriminator" else None
+            judge = discriminator if self.reward is discriminator else None
             self.max_rows = rows_for_budget(policy, args.sequence_length, args.rollout_memory_mb, judge)
         self.num_drawn = 0
 
@@ -77,6 +80,7 @@ class ActionValues:
             self.max_rows,
             self.eos_token_id,
             prompt,
+            self.worth,
         )
         self.num_drawn += self.args.num_rollouts * int((length - 1 - positions).sum())
         times = torch.cat([positions, torch.full_like(sequences[:, :1], length - 1)], dim=1) - prompt
@@ -93,7 +97,7 @@ class ActionValues:
         return torch.tensor(spread, dtype=torch.long, device=sequences.device).expand(len(sequences), -1)
 
     def _rewards_of_prefixes(self, sequences: Tensor) -> Tensor:
-        """2D - 1 of every prefix of sequences `(batch, time)`; 0 behind their ends."""
+        """2D - 1, or the log-odds, of every prefix of sequences `(batch, time)`; 0 behind their ends."""
         valid = valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
         if not isinstance(self.reward, MidiDiscriminator):
             rewards = self.reward(sequences.flatten()).view(sequences.shape)
@@ -101,7 +105,8 @@ class ActionValues:
         parts = zip(sequences.split(self.max_rows), valid.split(self.max_rows), strict=True)
         with inference(self.reward):
             logits = [self.reward(rows, attention_mask=mask).position_logits for rows, mask in parts]
-        return (2 * torch.cat(logits).float().sigmoid() - 1) * valid
+        worth = self.worth(torch.cat(logits).float())
+        return (worth if self.args.reward == "log-odds" else 2 * worth - 1) * valid
 
 
 def ending_token(model: MidiMambaForCausalLM) -> int:

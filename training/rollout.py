@@ -27,6 +27,9 @@ PIECES = 4
 Reward = Callable[[Tensor], Tensor]
 """Whole sequences `(n, time)` to rewards `(n,)`. Sequences that have ended are padded."""
 
+Worth = Callable[[Tensor], Tensor]
+"""Logits `(n,)` of a discriminator, in single precision, to rewards `(n,)`."""
+
 
 def rollout_positions(length: int, prompt: int, count: int | None) -> list[int]:
     """Which actions roll-outs value: times `prompt … length - 2`, all of them or `count` evenly spread ones."""
@@ -188,8 +191,11 @@ class _Valuer(Protocol):
 class _WholeSequences:
     """Reads every completion from its first token."""
 
-    def __init__(self, reward: Reward | MidiDiscriminator, rows: Tensor, mask: Tensor | None, max_rows: int):
+    def __init__(
+        self, reward: Reward | MidiDiscriminator, worth: Worth, rows: Tensor, mask: Tensor | None, max_rows: int
+    ):
         self.reward = reward
+        self.worth = worth
         self.rows = rows
         self.mask = mask
         self.max_rows = max_rows
@@ -207,14 +213,17 @@ class _WholeSequences:
         pieces = zip(tokens.split(self.max_rows), mask.split(self.max_rows), strict=True)
         with inference(self.reward):
             logits = [self.reward(piece, attention_mask=valid).logits[:, 0] for piece, valid in pieces]
-        return torch.cat(logits).float().sigmoid()
+        return self.worth(torch.cat(logits).float())
 
 
 class _ForkedStates:
     """A causal discriminator: it reads each prefix once, and of a completion only what is new."""
 
-    def __init__(self, discriminator: MidiDiscriminator, rows: Tensor, mask: Tensor | None, max_rows: int):
+    def __init__(
+        self, discriminator: MidiDiscriminator, worth: Worth, rows: Tensor, mask: Tensor | None, max_rows: int
+    ):
         self.discriminator = discriminator
+        self.worth = worth
         self.rows = rows
         self.mask = mask
         self.max_rows = max_rows
@@ -233,11 +242,11 @@ class _ForkedStates:
                 new_mask = None if mask is None else mask[piece, time + 1 :]
                 states = self.cache.select(origins)
                 logits.append(self._continue(states, tokens[piece, time + 1 :], new_mask, self.logits[origins]))
-        return torch.cat(logits).float().sigmoid()
+        return self.worth(torch.cat(logits).float())
 
     def whole(self) -> Tensor:
         self._read_to(self.rows.shape[1] - 1)
-        return self.logits.float().sigmoid()
+        return self.worth(self.logits.float())
 
     def _read_to(self, time: int) -> None:
         while self.read <= time:
@@ -263,14 +272,15 @@ def monte_carlo_values(
     max_rows: int,
     eos_token_id: int | None = None,
     prompt_length: int = 1,
+    worth: Worth = torch.sigmoid,
 ) -> Tensor:
     """Action values by Monte-Carlo search, equation 4 of SeqGAN.
 
     Args:
         policy (`MidiMambaForCausalLM`): the roll-out policy.
-        reward (`MidiDiscriminator` or `Callable`): what values completions. A discriminator's reward is the
-            probability that a sequence is real; a causal one forks its own state as the policy does, and reads every
-            token once. Anything else is called with whole sequences `(n, time)` and returns `(n,)`.
+        reward (`MidiDiscriminator` or `Callable`): what values completions. A causal discriminator forks its own state
+            as the policy does, and reads every token once. Anything else is called with whole sequences `(n, time)`
+            and returns `(n,)`.
         sequences (`LongTensor` of shape `(batch, time)`): what the generator sampled.
         positions (`list[int]`, or `LongTensor` of shape `(batch, K)`): increasing times below `time - 1`, the same for
             all sequences or some for each. Time `t` values the action `sequences[:, t]`.
@@ -279,6 +289,8 @@ def monte_carlo_values(
         eos_token_id (`int`, *optional*): the token behind which sequences are padded, as [`sample`] did. The value of
             an action on padding is that of the whole sequence: mask it with [`valid_tokens`].
         prompt_length (`int`, *optional*, defaults to 1): with `eos_token_id`, tokens at the start that end nothing.
+        worth (`Callable`, *optional*, defaults to `torch.sigmoid`): what a discriminator's logits are worth; by
+            default the probability that a sequence is real.
 
     Returns:
         `Tensor` of shape `(batch, K + 1)`: the mean reward of the completions of each prefix, and last the reward of
@@ -293,7 +305,9 @@ def monte_carlo_values(
     with inference(policy):
         # Prefixes take as much memory as half of the completions at most.
         for rows, times in zip(*(part.split(max(1, max_rows // 2)) for part in (sequences, positions)), strict=True):
-            values.append(_values(policy, reward, rows, times, num_rollouts, max_rows, eos_token_id, prompt_length))
+            values.append(
+                _values(policy, reward, rows, times, num_rollouts, max_rows, eos_token_id, prompt_length, worth)
+            )
     return torch.cat(values)
 
 
@@ -306,14 +320,15 @@ def _values(
     max_rows: int,
     eos_token_id: int | None,
     prompt: int,
+    worth: Worth,
 ) -> Tensor:
     """[`monte_carlo_values`] of as many sequences as are read together."""
     mask = None if eos_token_id is None else valid_tokens(rows, eos_token_id, prompt)
     valuer: _Valuer
     if isinstance(reward, MidiDiscriminator) and reward.config.kind == "mamba":
-        valuer = _ForkedStates(reward, rows, mask, max(1, max_rows // PIECES))
+        valuer = _ForkedStates(reward, worth, rows, mask, max(1, max_rows // PIECES))
     else:
-        valuer = _WholeSequences(reward, rows, mask, max(1, max_rows // PIECES))
+        valuer = _WholeSequences(reward, worth, rows, mask, max(1, max_rows // PIECES))
     prefixes = _Prefixes(policy, rows, max_rows)
     order = positions.flatten().argsort(stable=True)  # by time, then by sequence
     rewards = []

@@ -16,6 +16,7 @@ from midimamba import MidiDiscriminator, MidiMambaForCausalLM, MidiProcessor
 from midimamba.modeling.sampling import draw, pick, sample, valid_tokens
 from midimamba.training import credit
 from midimamba.training.rollout import (
+    Worth,
     bar_positions,
     monte_carlo_values,
     rollout_positions,
@@ -213,8 +214,9 @@ def moved_discriminator(kind: str) -> MidiDiscriminator:
 @pytest.mark.parametrize("eos_token_id", [None, 2])
 @pytest.mark.parametrize("max_rows", [3, 1000])
 @pytest.mark.parametrize("kind", ["cnn", "mamba"])
+@pytest.mark.parametrize("worth", [torch.sigmoid, torch.Tensor.float])
 def test_a_discriminator_values_completions_as_whole_sequences(
-    policy: MidiMambaForCausalLM, kind: str, max_rows: int, eos_token_id: int | None
+    policy: MidiMambaForCausalLM, worth: Worth, kind: str, max_rows: int, eos_token_id: int | None
 ) -> None:
     """Forked states of the discriminator against its pass over every whole completion."""
     discriminator = moved_discriminator(kind)
@@ -226,13 +228,13 @@ def test_a_discriminator_values_completions_as_whole_sequences(
     def judge(rows: Tensor) -> Tensor:
         mask = None if eos_token_id is None else valid_tokens(rows, eos_token_id, 1)
         with torch.no_grad():
-            judged.append(discriminator(rows, attention_mask=mask).logits[:, 0].sigmoid())
+            judged.append(worth(discriminator(rows, attention_mask=mask).logits[:, 0]))
         return judged[-1]
 
     values = []
     for valuer in (judge, discriminator):
         torch.manual_seed(3)
-        values.append(monte_carlo_values(policy, valuer, sequences, positions, 4, max_rows, eos_token_id))
+        values.append(monte_carlo_values(policy, valuer, sequences, positions, 4, max_rows, eos_token_id, worth=worth))
     assert torch.cat(judged).std() > 0.01
     torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=0)
 
