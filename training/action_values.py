@@ -69,7 +69,7 @@ class ActionValues:
         """Q of sequences `(batch, time)`, of shape `(batch, actions)`; the last is the reward of the whole."""
         length, prompt = self.args.sequence_length, self.args.prompt_length
         if self.args.estimator == "dense":
-            return credit.discounted_returns(self._rewards_of_prefixes(sequences)[:, prompt:], self.args.discount)
+            return credit.discounted_returns(self._rewards_of_actions(sequences), self.args.discount)
         positions = self._positions(sequences)
         values = monte_carlo_values(
             self.policy,
@@ -96,17 +96,20 @@ class ActionValues:
         spread = rollout_positions(length, prompt, count)
         return torch.tensor(spread, dtype=torch.long, device=sequences.device).expand(len(sequences), -1)
 
-    def _rewards_of_prefixes(self, sequences: Tensor) -> Tensor:
-        """2D - 1, or the log-odds, of every prefix of sequences `(batch, time)`; 0 behind their ends."""
-        valid = valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
+    def _rewards_of_actions(self, sequences: Tensor) -> Tensor:
+        """Of each action of sequences `(batch, time)`, what the prefix that it ends is worth, 2D - 1, or what it adds
+        to the log-odds; 0 behind their ends."""
+        prompt = self.args.prompt_length
+        valid = valid_tokens(sequences, self.eos_token_id, prompt)
         if not isinstance(self.reward, MidiDiscriminator):
             rewards = self.reward(sequences.flatten()).view(sequences.shape)
-            return (2 * rewards - 1) * valid
+            return ((2 * rewards - 1) * valid)[:, prompt:]
         parts = zip(sequences.split(self.max_rows), valid.split(self.max_rows), strict=True)
         with inference(self.reward):
             logits = [self.reward(rows, attention_mask=mask).position_logits for rows, mask in parts]
-        worth = self.worth(torch.cat(logits).float())
-        return (worth if self.args.reward == "log-odds" else 2 * worth - 1) * valid
+        values = self.worth(torch.cat(logits).float())
+        rewards = values.diff(dim=1)[:, prompt - 1 :] if self.args.reward == "log-odds" else 2 * values[:, prompt:] - 1
+        return rewards * valid[:, prompt:]
 
 
 def ending_token(model: MidiMambaForCausalLM) -> int:

@@ -77,9 +77,10 @@ class AdversarialConfig(TrainingArguments):
         importance_clip (`float`, *optional*, defaults to 5.0): the largest such weight.
         discount (`float`, *optional*, defaults to 0.95): of later rewards, for `dense`.
         reward (`str`, *optional*, defaults to `"discriminator"`): the probability that a sequence is real, which is
-            the paper's. `log-odds`: its logit, which does not saturate, and with a perfect discriminator is on average
-            the negative divergence KL(policy ‖ music), as log D - log(1 - D) is (arXiv 1710.11248). `constant` and
-            `random` are the two controls without which no effect of a reward can be claimed.
+            the paper's. `log-odds`: its logit, log D - log(1 - D), which does not saturate, and whose mean is the
+            negative divergence KL(policy ‖ music) if the discriminator is perfect (arXiv 1710.11248); for `dense` what
+            a token adds to it. `constant` and `random` are the two controls without which no effect of a reward can be
+            claimed.
         baseline (`str`, *optional*, defaults to `"leave-one-out"`): what is subtracted from an action value.
             `leave-one-out`: the mean value of the other sequences at the same position; `group`: the same among
             `group_size` sequences that share a prompt (arXiv 2402.03300); `running`: the moving average of earlier

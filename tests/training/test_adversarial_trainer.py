@@ -112,22 +112,26 @@ def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path
         assert trainer._metrics["mle_loss"] == pytest.approx([-likelihoods.mean().item()])
 
 
-@pytest.mark.parametrize(("reward", "scale"), [("discriminator", "probability"), ("log-odds", "logit")])
-def test_the_reward_is_the_discriminators_probability_or_its_logit(tmp_path: Path, reward: str, scale: str) -> None:
-    trainer = make_trainer(tmp_path, "mamba", reward=reward, estimator="dense", discount=0.5)
+@pytest.mark.parametrize("reward", ["discriminator", "log-odds"])
+@pytest.mark.parametrize("prompt", [1, 3])
+def test_the_reward_is_the_discriminators_probability_or_its_log_odds(
+    tmp_path: Path, reward: str, prompt: int
+) -> None:
+    options = {"reward": reward, "prompt_length": prompt, "discount": 0.5}
+    trainer = make_trainer(tmp_path, "mamba", estimator="dense", **options)
     torch.manual_seed(0)
     sequences = torch.randint(0, 8, (3, trainer.args.sequence_length))
     with torch.no_grad():
         logits = trainer.discriminator.eval()(sequences).position_logits
     assert logits.std() > 0
-    steps = logits if scale == "logit" else 2 * logits.sigmoid() - 1
-    expected = torch.zeros(3)
     values = trainer.action_values(sequences)
-    for time in reversed(range(values.shape[1])):
-        expected = steps[:, time + trainer.args.prompt_length] + 0.5 * expected
-        torch.testing.assert_close(values[:, time], expected)
+    expected = torch.zeros(3)
+    for time in reversed(range(prompt, sequences.shape[1])):
+        gain = logits[:, time] - logits[:, time - 1]
+        expected = (gain if reward == "log-odds" else 2 * logits[:, time].sigmoid() - 1) + 0.5 * expected
+        torch.testing.assert_close(values[:, time - prompt], expected)
     trainer.args.estimator = "terminal"
-    whole = logits[:, -1] if scale == "logit" else logits[:, -1].sigmoid()
+    whole = logits[:, -1] if reward == "log-odds" else logits[:, -1].sigmoid()
     torch.testing.assert_close(trainer.action_values(sequences), whole[:, None].expand_as(values))
 
 
