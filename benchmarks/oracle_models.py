@@ -49,8 +49,15 @@ class LSTMLanguageModel(nn.Module):
         self, input_ids: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Ids `(batch, time)` that follow a state to logits `(batch, time, vocab)` and the next state."""
-        hidden, state = self.lstm(self.embeddings(input_ids), state)
+        hidden, state = self.read(input_ids, state)
         return self.lm_head(hidden), state
+
+    def read(
+        self, input_ids: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The same to what the softmax reads, `(batch, time, hidden)`."""
+        hidden, state = self.lstm(self.embeddings(input_ids), state)
+        return hidden, state
 
     def sample(self, prompts: Tensor, length: int, temperature: float = 1.0) -> Tensor:
         """Continue prompts `(batch, prompt)` to sequences `(batch, length)`."""
@@ -171,9 +178,8 @@ class LSTMGenerator(MidiMambaForCausalLM):
 def hidden_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     """What the softmax reads, `(batch, time, width)`."""
     if isinstance(model, LSTMLanguageModel):
-        hidden: Tensor = model.lstm(model.embeddings(input_ids))[0]
-    else:
-        hidden = model.backbone(input_ids, use_cache=False).last_hidden_state
+        return model.read(input_ids)[0]
+    hidden: Tensor = model.backbone(input_ids, use_cache=False).last_hidden_state
     return hidden
 
 
