@@ -4,8 +4,7 @@ All music is heard the same way: through the tokenizer of the reference corpus, 
 Otherwise a recording would differ from samples by its timing, and a whole piece from an excerpt by its length.
 
 The reference is cut into two halves that share no piece. Sets are compared with the first half; the second half,
-compared with it the same way, is the floor: what even real music does not reach. All these sets are of one size,
-because overlaps, Fréchet distances and classifiers depend on it.
+compared with it the same way, is the floor: what even real music does not reach.
 """
 
 import math
@@ -21,18 +20,11 @@ from tqdm.auto import tqdm
 
 from midimamba.errors import InputError
 from midimamba.evaluation.copying import Melodies, copied_share, longest_copies
-from midimamba.evaluation.distances import (
-    UNDEFINED,
-    Estimate,
-    compare_sets,
-    jackknife,
-    mean_estimate,
-    ratio_estimate,
-)
+from midimamba.evaluation.distances import UNDEFINED, Estimate, mean_estimate, ratio_estimate
 from midimamba.evaluation.features import Vector, measure, opening
-from midimamba.evaluation.frechet import embed, frechet_distance
-from midimamba.evaluation.metrics import distinct_n, piece_nlls, self_bleu
-from midimamba.evaluation.two_sample import FOLDS, TwoSampleTest, feature_test, token_test
+from midimamba.evaluation.halving import HALVINGS, Figure, Music, compare_halves
+from midimamba.evaluation.metrics import piece_nlls
+from midimamba.evaluation.two_sample import FOLDS
 from midimamba.evaluation.validity import Samples, decode_all, grammar_errors, syntax_errors, until_end
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import sample
@@ -59,20 +51,6 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Figure:
-    """
-    One line of a report.
-
-    Args:
-        estimate (`Estimate`): of the samples, or of the model.
-        floor (`float`, *optional*, defaults to NaN): the same of real music; NaN where that means nothing.
-    """
-
-    estimate: Estimate
-    floor: float = math.nan
-
-
-@dataclass(frozen=True)
 class FeatureFigures:
     """
     A musical feature of two sets.
@@ -90,7 +68,7 @@ class FeatureFigures:
     real: Estimate
     overlapping_area: Figure
     kl_divergence: Figure
-    classifier: Figure = Figure(UNDEFINED)
+    classifier: Figure
 
 
 @dataclass(frozen=True)
@@ -189,39 +167,30 @@ def compare(samples: Samples, reference: Reference, length: int = 128, seed: int
             f"{len(pieces)} of {samples.total} samples can be used, and {len(reference.pieces)} pieces of real music; "
             f"a comparison needs {FOLDS} and {2 * FOLDS}"
         )
-    random = np.random.default_rng(seed)
-    chosen = random.permutation(len(pieces))[:size]
-    first, second = random.permutation(len(reference.pieces))[: 2 * size].reshape(2, size)
-
-    ours, real = measure([piece.score for piece in pieces]), measure([piece.score for piece in reference.pieces])
+    ours, real = (
+        Music(measure([piece.score for piece in group]), [piece.ids for piece in group])
+        for group in (pieces, reference.pieces)
+    )
+    found, figures = compare_halves(ours, real, reference.processor.midi_tokenizer.vocab_size, length, seed)
     features = {
-        name: _feature_figures(name, ours[name], real[name], (chosen, first, second), seed)
-        for name in tqdm(ours, desc="features", leave=False, disable=None)
+        name: FeatureFigures(*_feature_means(ours.features[name], real.features[name], seed), **found[name])
+        for name in found
     }
-    halves = [_rows(real, first), _rows(real, second)]
-    points, base, floor = (embed(rows, halves[0]) for rows in (_rows(ours, chosen), *halves))
-    figures = {
+    figures |= {
         "usable_samples": Figure(_share(len(pieces), samples.total, seed), 1.0),
         "empty_samples": Figure(_share(samples.empty, samples.total, seed), 0.0),
-        "frechet_distance": Figure(frechet_distance(points, base, seed), frechet_distance(floor, base, seed).value),
-        **_test_figures("features", feature_test(base, points, seed), feature_test(base, floor, seed)),
-        **_token_figures(
-            [pieces[index].ids for index in chosen],
-            *([reference.pieces[index].ids for index in half] for half in (first, second)),
-            vocab_size=reference.processor.midi_tokenizer.vocab_size,
-            length=length,
-            seed=seed,
-        ),
         **copy_figures(pieces, reference, seed),
     }
     sizes = {
         "samples": samples.total,
         "reference_pieces": len(reference.pieces),
         "pieces_a_set": size,
+        "halvings": HALVINGS,
         "bars_a_piece": reference.bars,
         "tokens_a_sequence": length,
     }
-    return Comparison(features, figures, {name: (ours[name], real[name]) for name in ours}, pieces, sizes)
+    measured = {name: (ours.features[name], real.features[name]) for name in features}
+    return Comparison(features, figures, measured, pieces, sizes)
 
 
 def copy_figures(pieces: Sequence[Piece], reference: Reference, seed: int = 0) -> dict[str, Figure]:
@@ -327,57 +296,11 @@ def _encoded_for(processor: MidiProcessor, reference: Reference) -> list[list[in
     return [[*processor.encode(score), processor.eos_token_id] for score in scores]
 
 
-def _rows(features: Mapping[str, Vector], chosen: Any) -> dict[str, Vector]:
-    return {name: values[chosen] for name, values in features.items()}
-
-
-def _feature_figures(name: str, ours: Vector, real: Vector, rows: tuple[Any, Any, Any], seed: int) -> FeatureFigures:
-    """`rows` chooses samples, and both halves of the reference."""
-    samples, base, other = (values[chosen] for values, chosen in zip((ours, real, real), rows, strict=True))
-    found, floors = compare_sets(samples, base, seed), compare_sets(other, base, seed)
-    overlap, divergence = (Figure(a, b.value) for a, b in zip(found, floors, strict=True))
+def _feature_means(ours: Vector, real: Vector, seed: int) -> tuple[Estimate, Estimate]:
+    """Of all samples and of all of the reference; a histogram has none."""
     if ours.shape[1] > 1:
-        return FeatureFigures(UNDEFINED, UNDEFINED, overlap, divergence)
-    means = mean_estimate(ours[:, 0], seed), mean_estimate(real[:, 0], seed)
-    if math.isnan(overlap.estimate.value):
-        return FeatureFigures(*means, overlap, divergence)
-    points = [embed({name: values}, {name: base}, [name]) for values in (base, samples, other)]
-    told, told_real = (feature_test(points[0], others, seed).accuracy for others in points[1:])
-    return FeatureFigures(*means, overlap, divergence, Figure(told, told_real.value))
-
-
-def _token_figures(
-    ours: Sequence[list[int]],
-    first: Sequence[list[int]],
-    second: Sequence[list[int]],
-    *,
-    vocab_size: int,
-    length: int,
-    seed: int,
-) -> dict[str, Figure]:
-    """Figures of sequences of equal length: those long enough, as many of each set."""
-    sets = [[ids[:length] for ids in group if len(ids) >= length] for group in (ours, first, second)]
-    count = min(map(len, sets))
-    names = ("classifier_tokens", "classifier_tokens_p_value", "distinct_4", "self_bleu_4")
-    if count < FOLDS:
-        return {name: Figure(UNDEFINED) for name in names}
-    samples, base, floor = (torch.tensor(group[:count]) for group in sets)
-    tests = [token_test(base, other, vocab_size, seed) for other in (samples, floor)]
-    rows = samples.tolist()
-    distinct = jackknife(lambda there: distinct_n([rows[index] for index in there], 4), count)
-    repeated = jackknife(lambda there: self_bleu([rows[index] for index in there]), count)
-    return _test_figures("tokens", *tests) | {
-        "distinct_4": Figure(distinct, distinct_n(base, 4)),
-        "self_bleu_4": Figure(repeated, self_bleu(base)),
-    }
-
-
-def _test_figures(kind: str, test: TwoSampleTest, floor: TwoSampleTest) -> dict[str, Figure]:
-    p_value = Estimate(test.p_value, math.nan, math.nan)
-    return {
-        f"classifier_{kind}": Figure(test.accuracy, floor.accuracy.value),
-        f"classifier_{kind}_p_value": Figure(p_value, floor.p_value),
-    }
+        return UNDEFINED, UNDEFINED
+    return mean_estimate(ours[:, 0], seed), mean_estimate(real[:, 0], seed)
 
 
 def _share(count: int, total: int, seed: int) -> Estimate:

@@ -54,13 +54,15 @@ def bootstrap(
         statistic (`Callable`): takes, for every set, how often each of its members is there, and returns a `float`.
         sizes (`Sequence[int]`): members of every set. Members are drawn with replacement, set by set.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same interval.
-        replicates (`int`, *optional*, defaults to 500): resamples.
+        replicates (`int`, *optional*, defaults to 500): resamples; with none there is no interval.
         bounds (`tuple[float, float]`, *optional*, defaults to none): what the statistic can be; cuts the interval.
     """
     random = np.random.default_rng(seed)
     value = statistic([np.ones(size) for size in sizes])
     if not np.isfinite(value):
         return UNDEFINED
+    if not replicates:
+        return Estimate(float(value), np.nan, np.nan)
     drawn = [
         statistic([np.bincount(random.integers(size, size=size), minlength=size).astype(np.float64) for size in sizes])
         for _ in range(replicates)

@@ -1,0 +1,150 @@
+"""Figures of samples beside one half of the reference, and of the other half beside it: their floor.
+
+Both halves and the samples that meet them are of one size, because overlaps, Fréchet distances and classifiers depend
+on it. Which pieces meet is chance, and with a dozen a set it decides much: the reference is halved several times, with
+other samples each time, and figures are means. Intervals are the mean ones of a single halving, which are wider.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from midimamba.evaluation.distances import UNDEFINED, Estimate, compare_sets, jackknife
+from midimamba.evaluation.features import Vector
+from midimamba.evaluation.frechet import embed, frechet_distance
+from midimamba.evaluation.metrics import distinct_n, self_bleu
+from midimamba.evaluation.two_sample import FOLDS, Indices, TwoSampleTest, feature_test, token_test
+
+HALVINGS = 5
+
+
+@dataclass(frozen=True)
+class Figure:
+    """
+    One line of a report.
+
+    Args:
+        estimate (`Estimate`): of the samples, or of the model.
+        floor (`float`, *optional*, defaults to NaN): the same of real music; NaN where that means nothing.
+    """
+
+    estimate: Estimate
+    floor: float = math.nan
+
+
+class Music(NamedTuple):
+    """
+    Pieces.
+
+    Args:
+        features (`Mapping[str, array]`): as [`~midimamba.evaluation.features.measure`] returns them.
+        ids (`Sequence[list[int]]`): their tokens.
+    """
+
+    features: Mapping[str, Vector]
+    ids: Sequence[list[int]]
+
+    def take(self, rows: Indices) -> Self:
+        """Some of the pieces."""
+        features = {name: values[rows] for name, values in self.features.items()}
+        return self._replace(features=features, ids=[self.ids[row] for row in rows])
+
+
+def compare_halves(
+    samples: Music, reference: Music, vocab_size: int, length: int, seed: int = 0
+) -> tuple[dict[str, dict[str, Figure]], dict[str, Figure]]:
+    """
+    Compare samples with halves of the reference.
+
+    Args:
+        samples, reference (`Music`): at least 5 and 10 pieces.
+        vocab_size (`int`): number of token ids.
+        length (`int`): tokens a sequence, where sequences of equal length are compared.
+        seed (`int`, *optional*, defaults to 0): of halves, intervals and classifiers.
+
+    Returns:
+        `tuple`: figures of every feature by name, `overlapping_area`, `kl_divergence` and `classifier`; and figures of
+        whole pieces by name.
+    """
+    size = min(len(samples.ids), len(reference.ids) // 2)
+    random = np.random.default_rng(seed)
+    features, figures = [], []
+    for _ in tqdm(range(HALVINGS), desc="halvings", leave=False, disable=None):
+        ours = samples.take(random.permutation(len(samples.ids))[:size])
+        halves = random.permutation(len(reference.ids))[: 2 * size].reshape(2, size)
+        sets = ours, *(reference.take(half) for half in halves)
+        features.append(
+            {name: _feature_figures(name, *(each.features[name] for each in sets), seed) for name in ours.features}
+        )
+        figures.append(_piece_figures(*sets, seed) | _token_figures(*sets, vocab_size, length, seed))
+    return {name: _means([each[name] for each in features]) for name in features[0]}, _means(figures)
+
+
+def _means(halvings: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
+    """Of every figure, over the halvings in which it is defined."""
+    means = {}
+    for name in halvings[0]:
+        known = [figures[name] for figures in halvings if not math.isnan(figures[name].estimate.value)]
+        rows = [(row.estimate.value, row.estimate.low, row.estimate.high, row.floor) for row in known]
+        value, low, high, floor = map(fmean, zip(*rows, strict=True)) if rows else (math.nan,) * 4
+        if name.endswith("_p_value"):
+            # Twice the mean of p-values is one, however they depend on each other (Vovk & Wang, arXiv 1212.4966).
+            value, floor = min(1.0, 2 * value), min(1.0, 2 * floor)
+        means[name] = Figure(Estimate(value, low, high), floor)
+    return means
+
+
+def _feature_figures(name: str, ours: Vector, base: Vector, other: Vector, seed: int) -> dict[str, Figure]:
+    """Of one feature of samples and of both halves."""
+    found, floors = compare_sets(ours, base, seed), compare_sets(other, base, seed, replicates=0)
+    overlap, divergence = (Figure(a, b.value) for a, b in zip(found, floors, strict=True))
+    told = Figure(UNDEFINED)
+    if ours.shape[1] == 1 and not math.isnan(overlap.estimate.value):
+        points, *others = (embed({name: values}, {name: base}, [name]) for values in (base, ours, other))
+        tests = [feature_test(points, each, seed).accuracy for each in others]
+        told = Figure(tests[0], tests[1].value)
+    return {"overlapping_area": overlap, "kl_divergence": divergence, "classifier": told}
+
+
+def _piece_figures(samples: Music, first: Music, second: Music, seed: int) -> dict[str, Figure]:
+    """Figures of all numbers of a piece together."""
+    ours, base, floor = (embed(music.features, first.features) for music in (samples, first, second))
+    distance = frechet_distance(floor, base, seed, replicates=0).value
+    return {
+        "frechet_distance": Figure(frechet_distance(ours, base, seed), distance),
+        **_test_figures("features", feature_test(base, ours, seed), feature_test(base, floor, seed)),
+    }
+
+
+def _token_figures(
+    samples: Music, first: Music, second: Music, vocab_size: int, length: int, seed: int
+) -> dict[str, Figure]:
+    """Figures of sequences of equal length: those long enough, as many of each set."""
+    sets = [[ids[:length] for ids in music.ids if len(ids) >= length] for music in (samples, first, second)]
+    count = min(map(len, sets))
+    names = ("classifier_tokens", "classifier_tokens_p_value", "distinct_4", "self_bleu_4")
+    if count < FOLDS:
+        return {name: Figure(UNDEFINED) for name in names}
+    ours, base, floor = (torch.tensor(group[:count]) for group in sets)
+    tests = [token_test(base, other, vocab_size, seed) for other in (ours, floor)]
+    rows = ours.tolist()
+    distinct = jackknife(lambda there: distinct_n([rows[index] for index in there], 4), count)
+    repeated = jackknife(lambda there: self_bleu([rows[index] for index in there]), count)
+    return _test_figures("tokens", *tests) | {
+        "distinct_4": Figure(distinct, distinct_n(base, 4)),
+        "self_bleu_4": Figure(repeated, self_bleu(base)),
+    }
+
+
+def _test_figures(kind: str, test: TwoSampleTest, floor: TwoSampleTest) -> dict[str, Figure]:
+    p_value = Estimate(test.p_value, math.nan, math.nan)
+    return {
+        f"classifier_{kind}": Figure(test.accuracy, floor.accuracy.value),
+        f"classifier_{kind}_p_value": Figure(p_value, floor.p_value),
+    }
