@@ -217,7 +217,7 @@ def tune(
     # All that is asked of a processor. The padding is never seen: sequences have one length.
     vocabulary = SimpleNamespace(vocab_size=model.config.vocab_size, pad_token_id=0)
     train, valid = (Dataset.from_dict({"input_ids": rows.tolist()}) for rows in (problem.train, problem.valid))
-    discriminator = load_discriminator(arguments, vocabulary, args.sequence_length)
+    discriminator = load_discriminator(arguments, vocabulary, args.sequence_length, model)
     trainer = AdversarialTrainer(model, discriminator, args, train, valid)
     trainer.remove_callback(PrinterCallback)
     trainer.train()

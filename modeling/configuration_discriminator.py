@@ -25,6 +25,8 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
             `cnn`: how many filters of each width; SeqGAN's by default.
         num_hidden_layers (`int`, *optional*, defaults to 2):
             `mamba`: number of layers.
+        state_size, expand, conv_kernel (`int`, *optional*, defaults to 16, 2 and 4):
+            `mamba`: as in [`MidiMambaConfig`].
         spectral_norm (`bool`, *optional*, defaults to `False`):
             Divide the weights of convolutions and linear layers by their largest singular value, so that no layer
             stretches a difference (arXiv 1802.05957). `cnn`: all of them; `mamba`: the projections of the mixers and
@@ -42,6 +44,9 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     filter_sizes: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)
     num_filters: list[int] | tuple[int, ...] = (100, 200, 200, 200, 200, 100, 100, 100, 100, 100, 160, 160)
     num_hidden_layers: int = 2
+    state_size: int = 16
+    expand: int = 2
+    conv_kernel: int = 4
     spectral_norm: bool = False
     pad_token_id: int | None = 0
 

@@ -1,7 +1,7 @@
 """The discriminator: how likely is it that a token sequence is real music?"""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_discriminator import MidiDiscriminatorConfig
 from .configuration_midimamba import MidiMambaConfig
-from .modeling_midimamba import MidiMambaModel
+from .modeling_midimamba import MidiMambaForCausalLM, MidiMambaModel
 from .recurrent_cache import RecurrentCache
+
+# What a discriminator of kind mamba takes over from a generator, and what it cannot choose.
+_SHAPE = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel")
+_FIXED = (
+    *("layout", "use_bias", "use_conv_bias", "hidden_act", "layer_norm_epsilon", "residual_in_fp32"),
+    "time_step_rank",
+)
 
 
 @dataclass
@@ -80,8 +87,7 @@ class MidiDiscriminator(PreTrainedModel):
             self.encoder = MidiMambaModel(
                 MidiMambaConfig(
                     vocab_size=config.vocab_size,
-                    hidden_size=config.hidden_size,
-                    num_hidden_layers=config.num_hidden_layers,
+                    **{name: getattr(config, name) for name in _SHAPE},
                 )
             )
             num_features = config.hidden_size
@@ -92,6 +98,33 @@ class MidiDiscriminator(PreTrainedModel):
             for module in list(self.modules()):
                 if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1):
                     spectral_norm(module)
+
+    @classmethod
+    def from_generator(cls, generator: MidiMambaForCausalLM, dropout: float = 0.25) -> Self:
+        """
+        A discriminator of kind `mamba` that begins with a copy of what the generator has learned to hear, and a new
+        last layer, as reward models begin as the policy (Ziegler et al., arXiv 1909.08593).
+
+        Args:
+            generator (`MidiMambaForCausalLM`): of layout `mamba`. It is left as it is.
+            dropout (`float`, *optional*, defaults to 0.25): before the last layer.
+
+        Raises:
+            ValueError: if the generator's network is of another kind.
+        """
+        theirs = generator.config
+        shared = {name: getattr(theirs, name) for name in ("vocab_size", "pad_token_id", *_SHAPE)}
+        discriminator = cls(MidiDiscriminatorConfig(kind="mamba", dropout=dropout, **shared))
+        assert isinstance(discriminator.encoder, MidiMambaModel)
+        mine = discriminator.encoder.config
+        if different := [name for name in _FIXED if getattr(mine, name) != getattr(theirs, name)]:
+            name = different[0]
+            raise ValueError(
+                f"a discriminator can begin as a generator of {name} {getattr(mine, name)!r}, "
+                f"but this one has {getattr(theirs, name)!r}"
+            )
+        discriminator.encoder.load_state_dict(generator.backbone.state_dict())
+        return discriminator
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

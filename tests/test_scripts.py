@@ -142,6 +142,21 @@ def test_adversarial_tuning_writes_both_networks(corpus: Path, pretrained: Path,
     assert len(list((tmp_path / "samples").iterdir())) == 6
 
 
+def test_a_discriminator_may_begin_as_the_generator(corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    options = {"discriminator": "generator", "estimator": "dense", "r1_weight": 0.0, "d_learning_rate": 0.0}
+    code, errors = run("adversarial.py", *adversarial(pretrained, corpus, out, **options))
+    assert code == 0, errors
+    generator = load_file(pretrained / "model.safetensors")
+    discriminator = load_file(tmp_path / "tuned-discriminator" / "model.safetensors")
+    assert {key for key in discriminator if key.startswith("encoder.")} == {
+        key.replace("backbone.", "encoder.") for key in generator if key.startswith("backbone.")
+    }
+    for key, tensor in discriminator.items():
+        if key.startswith("encoder."):
+            assert torch.equal(tensor, generator[key.replace("encoder.", "backbone.")]), key
+
+
 def test_filters_that_do_not_fit_are_left_out_with_a_warning(
     corpus: Path, pretrained: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -192,7 +207,16 @@ BAD_INPUT = {
     "estimator without values": ("adversarial.py", {"estimator": "dense"}, "needs a discriminator of kind 'mamba'"),
     "no roll-outs": ("adversarial.py", {"num_rollouts": 0}, "num_rollouts is 0, but must be at least 1"),
     "uneven filters": ("adversarial.py", {"d_num_filters": 3}, "8 filter_sizes need as many num_filters, not 1"),
-    "unknown discriminator": ("adversarial.py", {"discriminator": "forest"}, "'forest' is neither cnn nor mamba"),
+    "unknown discriminator": (
+        "adversarial.py",
+        {"discriminator": "forest"},
+        "'forest' is neither cnn nor mamba nor generator",
+    ),
+    "spectral norm of a generator": (
+        "adversarial.py",
+        {"discriminator": "generator", "d_spectral_norm": "true"},
+        "d_spectral_norm would change what the generator has learned",
+    ),
     "resume from nothing": ("adversarial.py", {"resume_from_checkpoint": "nowhere"}, "nowhere is no checkpoint"),
 }
 

@@ -17,7 +17,11 @@ class AdversarialArguments:
     model: str = field(metadata={"help": "Pre-trained generator: a folder or a repository on the Hub."})
     data: str = field(metadata={"help": "Folder written by `midimamba tokenize`."})
     discriminator: str = field(
-        default="cnn", metadata={"help": "A new one, cnn or mamba; or a folder or repository to go on from."}
+        default="cnn",
+        metadata={
+            "help": "A new one, cnn or mamba; generator: a mamba that begins as the generator; or a folder or "
+            "repository to go on from."
+        },
     )
     d_hidden_size: int = field(default=64, metadata={"help": "Width of a new discriminator."})
     d_dropout: float = field(default=0.25, metadata={"help": "Dropout of a new discriminator."})
@@ -68,7 +72,7 @@ def main() -> None:
     )
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
-    discriminator = load_discriminator(script_args, processor, training_args.sequence_length)
+    discriminator = load_discriminator(script_args, processor, training_args.sequence_length, model)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
     # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
     push, training_args.push_to_hub = training_args.push_to_hub, False

@@ -116,17 +116,29 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     return model
 
 
-def load_discriminator(arguments: Any, processor: MidiProcessor, length: int) -> MidiDiscriminator:
+def load_discriminator(
+    arguments: Any, processor: MidiProcessor, length: int, generator: MidiMambaForCausalLM
+) -> MidiDiscriminator:
     """A new discriminator for sequences of `length` tokens, or a trained one, as `AdversarialArguments` say.
 
     Raises:
-        InputError: if its shape is impossible, or there is no checkpoint of that name.
+        InputError: if its shape is impossible, or not that of the generator as which it is to begin, or there is no
+            checkpoint of that name.
     """
+    if arguments.discriminator == "generator":
+        if arguments.d_spectral_norm:
+            raise InputError("d_spectral_norm would change what the generator has learned: use cnn or mamba with it")
+        try:
+            return MidiDiscriminator.from_generator(generator, arguments.d_dropout)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     if arguments.discriminator not in ("cnn", "mamba"):
         try:
             return MidiDiscriminator.from_pretrained(arguments.discriminator)
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{arguments.discriminator!r} is neither cnn nor mamba nor a discriminator") from error
+            raise InputError(
+                f"{arguments.discriminator!r} is neither cnn nor mamba nor generator nor a discriminator"
+            ) from error
     filters = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
     try:
         config = MidiDiscriminatorConfig(

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSequenceClassification
 
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig
-from support import make_discriminator
+from support import make_discriminator, make_generator
 
 KINDS = ["cnn", "mamba"]
 
@@ -63,6 +63,31 @@ def test_the_causal_one_continues_from_a_forked_state() -> None:
     assert expected.logits.std() > 0.01
     torch.testing.assert_close(continued.logits, expected.logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(continued.position_logits, expected.position_logits[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_begins_with_what_the_generator_hears() -> None:
+    generator = make_generator(state_size=8, expand=3, conv_kernel=3)
+    discriminator = MidiDiscriminator.from_generator(generator, dropout=0.5)
+    assert (discriminator.config.kind, discriminator.config.dropout) == ("mamba", 0.5)
+    heard = generator.backbone(tokens()).last_hidden_state
+    torch.testing.assert_close(discriminator.encoder(tokens()).last_hidden_state, heard)
+    # A copy: training one leaves the other as it is.
+    with torch.no_grad():
+        discriminator.get_input_embeddings().weight.zero_()
+    torch.testing.assert_close(generator.backbone(tokens()).last_hidden_state, heard)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'silu', but this one has 'gelu'"),
+        ({"layout": "mamba-mlp"}, "layout 'mamba', but this one has 'mamba-mlp'"),
+        ({"time_step_rank": 5}, "time_step_rank 1, but this one has 5"),
+    ],
+)
+def test_does_not_begin_as_a_generator_of_another_kind(shape: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MidiDiscriminator.from_generator(make_generator(**shape))
 
 
 def test_the_convolutions_have_no_state() -> None:
