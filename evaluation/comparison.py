@@ -172,10 +172,10 @@ def compare(samples: Samples, reference: Reference, length: int = 128, seed: int
         for group in (pieces, reference.pieces)
     )
     found, figures = compare_halves(ours, real, reference.processor.midi_tokenizer.vocab_size, length, seed)
-    features = {
-        name: FeatureFigures(*_feature_means(ours.features[name], real.features[name], seed), **found[name])
-        for name in found
-    }
+    features = {}
+    for name, compared in found.items():
+        ours_mean, real_mean = (_feature_mean(music.features[name], seed) for music in (ours, real))
+        features[name] = FeatureFigures(ours_mean, real_mean, **compared)
     figures |= {
         "usable_samples": Figure(_share(len(pieces), samples.total, seed), 1.0),
         "empty_samples": Figure(_share(samples.empty, samples.total, seed), 0.0),
@@ -296,11 +296,9 @@ def _encoded_for(processor: MidiProcessor, reference: Reference) -> list[list[in
     return [[*processor.encode(score), processor.eos_token_id] for score in scores]
 
 
-def _feature_means(ours: Vector, real: Vector, seed: int) -> tuple[Estimate, Estimate]:
-    """Of all samples and of all of the reference; a histogram has none."""
-    if ours.shape[1] > 1:
-        return UNDEFINED, UNDEFINED
-    return mean_estimate(ours[:, 0], seed), mean_estimate(real[:, 0], seed)
+def _feature_mean(values: Vector, seed: int) -> Estimate:
+    """Over pieces; a histogram has none."""
+    return UNDEFINED if values.shape[1] > 1 else mean_estimate(values[:, 0], seed)
 
 
 def _share(count: int, total: int, seed: int) -> Estimate:

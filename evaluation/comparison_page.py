@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from midimamba.errors import InputError
-from midimamba.evaluation.comparison import Comparison, FeatureFigures, Figure, Reference, to_json
+from midimamba.evaluation.comparison import Comparison, FeatureFigures, Reference, to_json
 from midimamba.evaluation.distances import Estimate
 from midimamba.evaluation.features import LENGTHS, NUMBERS, Vector
+from midimamba.evaluation.halving import Figure
 from midimamba.evaluation.rendering import (
     FAINT,
     INK,

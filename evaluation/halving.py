@@ -78,11 +78,16 @@ def compare_halves(
     for _ in tqdm(range(HALVINGS), desc="halvings", leave=False, disable=None):
         ours = samples.take(random.permutation(len(samples.ids))[:size])
         halves = random.permutation(len(reference.ids))[: 2 * size].reshape(2, size)
-        sets = ours, *(reference.take(half) for half in halves)
-        features.append(
-            {name: _feature_figures(name, *(each.features[name] for each in sets), seed) for name in ours.features}
+        base, other = (reference.take(half) for half in halves)
+        figures.append(
+            _piece_figures(ours, base, other, seed) | _token_figures(ours, base, other, vocab_size, length, seed)
         )
-        figures.append(_piece_figures(*sets, seed) | _token_figures(*sets, vocab_size, length, seed))
+        features.append(
+            {
+                name: _feature_figures(name, values, base.features[name], other.features[name], seed)
+                for name, values in ours.features.items()
+            }
+        )
     return {name: _means([each[name] for each in features]) for name in features[0]}, _means(figures)
 
 

@@ -15,7 +15,6 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import (
     Comparison,
-    Figure,
     Reference,
     compare,
     hear,
@@ -26,6 +25,7 @@ from midimamba.evaluation.comparison import (
 from midimamba.evaluation.comparison_page import LABELS
 from midimamba.evaluation.distances import Estimate
 from midimamba.evaluation.features import opening
+from midimamba.evaluation.halving import Figure
 from midimamba.evaluation.validity import Samples
 from midimamba.tokenization.corpus import tokenize_corpus
 from midimamba.tokenization.packing import BlockCollator
