@@ -164,21 +164,17 @@ class Problem:
 
 
 @functools.cache
-def _problem(oracle: Path | None, vocab_size: int, hidden_size: int, length: int, samples: int) -> Problem:
+def problem_of(oracle: Path | None, vocab_size: int, hidden_size: int, length: int, samples: int) -> Problem:
+    """The same at every call; a process draws it once. `oracle` is the file of the original parameters."""
     model = Oracle.load(oracle) if oracle else Oracle.seeded(vocab_size, hidden_size)
     train, test = (model.draw(samples, length, seed) for seed in (TRAIN_SEED, TEST_SEED))
     return Problem(model, train, model.draw(max(1, samples // 10), length, VALID_SEED), test)
 
 
-def problem_of(settings: Settings, oracle: Path | None) -> Problem:
-    """The same at every call; a process draws it once. `oracle` is the file that the settings name."""
-    return _problem(oracle, settings.vocab_size, settings.hidden_size, settings.length, settings.samples)
-
-
 def run(arm: str, seed: int, settings: Settings, folder: Path, oracle: Path | None) -> Row:
     """One run of an arm: what it took, and its sweep over inverse temperatures. `folder` keeps others' origins,
     `oracle` is the file that the settings name."""
-    problem = problem_of(settings, oracle)
+    problem = problem_of(oracle, settings.vocab_size, settings.hidden_size, settings.length, settings.samples)
     start = time.perf_counter()
     set_seed(seed)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings)}
@@ -247,8 +243,8 @@ def measure(
     # What they go on from may not have been asked for, or be lost.
     origins = sorted({(ADVERSARIAL[arm].origin, seed) for arm, seed in tuned} - set(fitted))
     fitted += [job for job in origins if job not in done or not (folder / f"{job[0]}-{job[1]}").exists()]
+    make = functools.partial(run, settings=settings, folder=folder, oracle=oracle)
     for phase in (fitted, tuned):
-        make = functools.partial(run, settings=settings, folder=folder, oracle=oracle)
         for row in make_runs(phase, make, rows, workers):
             print(f"{row['arm']} {row['seed']}: best sum {total(best(row)):.3f}, {row['seconds']} s", flush=True)
     return rows_done(rows, asdict(settings))

@@ -71,9 +71,9 @@ LABELS = {
 EXPLANATION = (
     "Intervals are of 95 %, over pieces. The floor is what real music gets: one half of the reference against the "
     "other, and for copies all of the held-out music against the training set. What depends on the halves is a mean "
-    "over several random halvings. A figure as good as its floor is as "
-    "good as it can be; one far beyond it, such as more runs of notes from the training set, is a reason to look "
-    "twice. ↑ and ↓ say which way is better; without an arrow, near the floor is."
+    "over several random halvings. A figure as good as its floor is as good as it can be; one far beyond it, such as "
+    "more runs of notes from the training set, is a reason to look twice. ↑ and ↓ say which way is better; without an "
+    "arrow, near the floor is."
 )
 
 

@@ -58,7 +58,7 @@ class ActionValues:
             self.reward = lambda sequences: torch.ones(len(sequences), device=sequences.device)
         elif args.reward == "random":
             self.reward = lambda sequences: torch.rand(len(sequences), device=sequences.device)
-        self.worth: Worth = torch.Tensor.float if args.reward == "log-odds" else torch.sigmoid
+        self.worth: Worth = (lambda logits: logits) if args.reward == "log-odds" else torch.sigmoid
         self.max_rows = args.rollout_batch_size
         if args.rollout_memory_mb is not None:
             judge = discriminator if self.reward is discriminator else None
@@ -101,13 +101,13 @@ class ActionValues:
         to the log-odds; 0 behind their ends."""
         prompt = self.args.prompt_length
         valid = valid_tokens(sequences, self.eos_token_id, prompt)
-        if not isinstance(self.reward, MidiDiscriminator):
-            rewards = self.reward(sequences.flatten()).view(sequences.shape)
-            return ((2 * rewards - 1) * valid)[:, prompt:]
-        parts = zip(sequences.split(self.max_rows), valid.split(self.max_rows), strict=True)
-        with inference(self.reward):
-            logits = [self.reward(rows, attention_mask=mask).position_logits for rows, mask in parts]
-        values = self.worth(torch.cat(logits).float())
+        if isinstance(self.reward, MidiDiscriminator):
+            parts = zip(sequences.split(self.max_rows), valid.split(self.max_rows), strict=True)
+            with inference(self.reward):
+                logits = [self.reward(rows, attention_mask=mask).position_logits for rows, mask in parts]
+            values = self.worth(torch.cat(logits).float())
+        else:
+            values = self.reward(sequences.flatten()).view(sequences.shape)
         rewards = values.diff(dim=1)[:, prompt - 1 :] if self.args.reward == "log-odds" else 2 * values[:, prompt:] - 1
         return rewards * valid[:, prompt:]
 

@@ -179,23 +179,20 @@ class _Prefixes:
 
 
 class _Valuer(Protocol):
-    """Values the completions of some sequences, then the sequences."""
+    """Values the completions of some sequences, then the sequences: a discriminator's logits, or rewards."""
 
     def completions(self, forks: _Forks, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Rewards `(n,)` of completed sequences `(n, time)`. Calls come in the order of the forks' times."""
+        """Values `(n,)` of completed sequences `(n, time)`. Calls come in the order of the forks' times."""
 
     def whole(self) -> Tensor:
-        """Rewards `(batch,)` of the sequences themselves; the last call."""
+        """Values `(batch,)` of the sequences themselves; the last call."""
 
 
 class _WholeSequences:
     """Reads every completion from its first token."""
 
-    def __init__(
-        self, reward: Reward | MidiDiscriminator, worth: Worth, rows: Tensor, mask: Tensor | None, max_rows: int
-    ):
+    def __init__(self, reward: Reward | MidiDiscriminator, rows: Tensor, mask: Tensor | None, max_rows: int):
         self.reward = reward
-        self.worth = worth
         self.rows = rows
         self.mask = mask
         self.max_rows = max_rows
@@ -213,17 +210,14 @@ class _WholeSequences:
         pieces = zip(tokens.split(self.max_rows), mask.split(self.max_rows), strict=True)
         with inference(self.reward):
             logits = [self.reward(piece, attention_mask=valid).logits[:, 0] for piece, valid in pieces]
-        return self.worth(torch.cat(logits).float())
+        return torch.cat(logits)
 
 
 class _ForkedStates:
     """A causal discriminator: it reads each prefix once, and of a completion only what is new."""
 
-    def __init__(
-        self, discriminator: MidiDiscriminator, worth: Worth, rows: Tensor, mask: Tensor | None, max_rows: int
-    ):
+    def __init__(self, discriminator: MidiDiscriminator, rows: Tensor, mask: Tensor | None, max_rows: int):
         self.discriminator = discriminator
-        self.worth = worth
         self.rows = rows
         self.mask = mask
         self.max_rows = max_rows
@@ -242,11 +236,11 @@ class _ForkedStates:
                 new_mask = None if mask is None else mask[piece, time + 1 :]
                 states = self.cache.select(origins)
                 logits.append(self._continue(states, tokens[piece, time + 1 :], new_mask, self.logits[origins]))
-        return self.worth(torch.cat(logits).float())
+        return torch.cat(logits)
 
     def whole(self) -> Tensor:
         self._read_to(self.rows.shape[1] - 1)
-        return self.worth(self.logits.float())
+        return self.logits
 
     def _read_to(self, time: int) -> None:
         while self.read <= time:
@@ -326,12 +320,12 @@ def _values(
     mask = None if eos_token_id is None else valid_tokens(rows, eos_token_id, prompt)
     valuer: _Valuer
     if isinstance(reward, MidiDiscriminator) and reward.config.kind == "mamba":
-        valuer = _ForkedStates(reward, worth, rows, mask, max(1, max_rows // PIECES))
+        valuer = _ForkedStates(reward, rows, mask, max(1, max_rows // PIECES))
     else:
-        valuer = _WholeSequences(reward, worth, rows, mask, max(1, max_rows // PIECES))
+        valuer = _WholeSequences(reward, rows, mask, max(1, max_rows // PIECES))
     prefixes = _Prefixes(policy, rows, max_rows)
     order = positions.flatten().argsort(stable=True)  # by time, then by sequence
-    rewards = []
+    valued = []
     for forks in _plan(order, positions, num_rollouts, max_rows):
         if eos_token_id is None or mask is None:
             completions, completed = _complete(prefixes, forks, None), None
@@ -339,9 +333,12 @@ def _values(
             is_over = mask[forks.rows, forks.times + 1] == 0
             completions = _complete(prefixes, forks, Ending(policy, eos_token_id, is_over))
             completed = valid_tokens(completions, eos_token_id, prompt)
-        rewards.append(valuer.completions(forks, completions, completed))
-    whole = valuer.whole()
-    means = torch.cat([*rewards, whole])[: len(order) * num_rollouts].view(len(order), num_rollouts).mean(1)
+        valued.append(valuer.completions(forks, completions, completed))
+    rewards = torch.cat([*valued, valuer.whole()])
+    if isinstance(reward, MidiDiscriminator):
+        rewards = worth(rewards.float())
+    drawn, whole = rewards.split([len(order) * num_rollouts, len(rows)])
+    means = drawn.view(len(order), num_rollouts).mean(1)
     return torch.cat([means[order.argsort()].view(positions.shape), whole[:, None]], dim=1)
 
 
