@@ -53,7 +53,7 @@ from oracle_models import LSTMGenerator, LSTMLanguageModel, Oracle, Recipe, fit,
 from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 from tuning import CONSTANT, RANDOM, read_recipe
 
-# The Mamba is as narrow as the oracle, and weight decay holds it: a Gaussian prior, as the oracle's parameters had. The
+# The Mamba is as narrow as the oracle, and held by weight decay: a Gaussian prior, as the oracle's parameters had. The
 # LSTMs are the paper's, and one with dropout.
 LIKELIHOOD = {
     "mle": Recipe("mamba", 32, 0.1, learning_rate=3e-3, weight_decay=1.0, batch_size=128),

@@ -198,19 +198,56 @@ def test_dropping_changes_the_loss_but_nothing_else(models: ModuleType) -> None:
         assert torch.equal(logits_of(model, sequences), plain)
 
 
-def test_fitting_keeps_the_weights_of_the_best_epoch(models: ModuleType) -> None:
+def test_fitting_goes_on_from_the_best_weights_at_lower_rates(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = models.Oracle.seeded(30, 4).draw(20, 5, 1)
+    recipe = models.Recipe("lstm", 16, 0.0, learning_rate=0.05, weight_decay=0.0, batch_size=20)
+    model = recipe.build(30)
+    # One batch an epoch: the weights before it, what they are after it, and the NLL that is made out to be theirs.
+    before, after, rates = [], [], []
+    nlls = iter([5.0, 4.0, 6.0, 6.0, 3.0, 6.0, 6.0, 6.0, 6.0])
+    loss = models.likelihood_loss
+
+    class Optimizer(torch.optim.AdamW):
+        def step(self) -> None:
+            rates.append(self.param_groups[0]["lr"] / recipe.learning_rate)
+            super().step()
+
+    def weights() -> Tensor:
+        return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+    def likelihood_loss(*args: object) -> Tensor:
+        before.append(weights())
+        return loss(*args)
+
+    def tempered_nll(*_: object) -> list[float]:
+        after.append(weights())
+        return [next(nlls)]
+
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(models, "likelihood_loss", likelihood_loss)
+    monkeypatch.setattr(models, "tempered_nll", tempered_nll)
+    assert models.fit(model, recipe, sequences, sequences, epochs=30, patience=1) == 5
+    assert rates == pytest.approx([1] * 4 + [1 / 3] * 3 + [1 / 9] * 2)
+    origins = [1, 2, 3, 2, 5, 6, 5, 8]  # the epoch after which epochs 2, 3, … began
+    for started, epoch in zip(before[1:], origins, strict=True):
+        assert torch.equal(started, after[epoch - 1])
+    assert torch.equal(weights(), after[4])
+
+
+def test_fitting_without_early_stopping_overfits(models: ModuleType) -> None:
     train, valid = (models.Oracle.seeded(30, 4).draw(60, 5, seed) for seed in (1, 2))
     recipe = models.Recipe("lstm", 16, 0.0, learning_rate=0.05, weight_decay=0.0, batch_size=20)
     torch.manual_seed(0)
     model = recipe.build(30)
     epochs = models.fit(model, recipe, train, valid, epochs=30, patience=2)
     assert epochs < 30
-    torch.manual_seed(0)
-    again = recipe.build(30)
-    models.fit(again, recipe, train, valid, epochs, patience=30)
-    assert models.tempered_nll(model, valid, (1.0,)) == models.tempered_nll(again, valid, (1.0,))
     overfitting = dataclasses.replace(recipe, stops_early=False)
-    assert models.fit(overfitting.build(30), overfitting, train, valid, epochs=12, patience=0) == 12
+    torch.manual_seed(0)
+    paper = overfitting.build(30)
+    assert models.fit(paper, overfitting, train, valid, epochs=30, patience=0) == 30
+    assert models.tempered_nll(paper, valid, (1.0,)) > models.tempered_nll(model, valid, (1.0,))
 
 
 def test_runs_are_kept_and_gone_on_from(
