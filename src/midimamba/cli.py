@@ -254,32 +254,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
-    command = add(
-        "generate",
-        generate,
-        "Sample music from a generator, or let it continue a MIDI file.",
-        "midimamba generate runs/demo/generator --prompt opening.mid --bars 8 --out continued",
+    _add_generate_options(
+        add(
+            "generate",
+            generate,
+            "Sample music from a generator, or let it continue a MIDI file.",
+            "midimamba generate runs/demo/generator --prompt opening.mid --bars 8 --out continued",
+        )
     )
-    command.add_argument("model", help="a folder or a repository on the Hub")
-    command.add_argument("--out", type=Path, help="folder to make")
-    command.add_argument("--prompt", type=Path, help="a MIDI file to continue")
-    command.add_argument(
-        "--control",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="what the music should be like, such as key=C-major; again for more controls or more instruments",
-    )
-    command.add_argument("--list-controls", action="store_true", help="print the model's controls and their values")
-    command.add_argument("--num", type=int, default=4, help="pieces")
-    command.add_argument("--bars", type=int, default=16, help="new bars a piece, at most")
-    command.add_argument("--max-new-tokens", type=int, default=2048, help="new tokens a piece, at most")
-    command.add_argument("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder")
-    command.add_argument(
-        "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this probability"
-    )
-    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same pieces")
-    command.add_argument("--render", action="store_true", help="write a piano roll and a WAV file beside each piece")
 
     _add_evaluate_options(
         add(
@@ -300,24 +282,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
-    command = add(
-        "publish",
-        publish,
-        "Upload to the Hub a generator with its tokenizer, card and discriminator; or a corpus, as a data set.",
-        "midimamba publish runs/demo/generator --repo you/bach --discriminator runs/demo/generator-discriminator",
+    _add_publish_options(
+        add(
+            "publish",
+            publish,
+            "Upload to the Hub a generator with its tokenizer, card and discriminator; or a corpus, as a data set.",
+            "midimamba publish runs/demo/generator --repo you/bach --discriminator runs/demo/generator-discriminator",
+        )
     )
-    command.add_argument("folder", type=Path, help="of a generator, or of a corpus made by `midimamba tokenize`")
-    command.add_argument(
-        "--repo", required=True, help="repository, as owner/name; the discriminator's is <repo>-discriminator"
-    )
-    command.add_argument("--discriminator", type=Path, help="folder of the generator's discriminator")
-    command.add_argument(
-        "--report",
-        type=Path,
-        help="for the card: report.json of the generator's run, or what `midimamba evaluate` wrote",
-    )
-    command.add_argument("--license", help="the Hub's name of a licence, such as cc-by-4.0")
-    command.add_argument("--private", action="store_true", help="make new repositories private")
 
     add("info", info, "Show versions, device and scan backend.", "midimamba info")
     return parser
@@ -357,6 +329,28 @@ def _add_tokenize_options(command: argparse.ArgumentParser) -> None:
     add("--num-workers", type=int, help="processes that read files; one a processor by default")
 
 
+def _add_generate_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", help="a folder or a repository on the Hub")
+    add("--out", type=Path, help="folder to make")
+    add("--prompt", type=Path, help="a MIDI file to continue")
+    add(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the music should be like, such as key=C-major; again for more controls or more instruments",
+    )
+    add("--list-controls", action="store_true", help="print the model's controls and their values")
+    add("--num", type=int, default=4, help="pieces")
+    add("--bars", type=int, default=16, help="new bars a piece, at most")
+    add("--max-new-tokens", type=int, default=2048, help="new tokens a piece, at most")
+    add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder")
+    add("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this probability")
+    add("--seed", type=int, default=0, help="the same seed gives the same pieces")
+    add("--render", action="store_true", help="write a piano roll and a WAV file beside each piece")
+
+
 def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("music", help="a generator, in a folder or on the Hub; or a folder of MIDI files")
@@ -382,6 +376,20 @@ def _add_listen_options(command: argparse.ArgumentParser) -> None:
     add("--num", type=int, default=8, help="pieces an arm")
     add("--bars", type=int, default=16, help="play so many bars from the begin of every piece")
     add("--seed", type=int, default=0, help="the same seed gives the same test")
+
+
+def _add_publish_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("folder", type=Path, help="of a generator, or of a corpus made by `midimamba tokenize`")
+    add("--repo", required=True, help="repository, as owner/name; the discriminator's is <repo>-discriminator")
+    add("--discriminator", type=Path, help="folder of the generator's discriminator")
+    add(
+        "--report",
+        type=Path,
+        help="for the card: report.json of the generator's run, or what `midimamba evaluate` wrote",
+    )
+    add("--license", help="the Hub's name of a licence, such as cc-by-4.0")
+    add("--private", action="store_true", help="make new repositories private")
 
 
 def _vocab_size(text: str) -> int | None:
