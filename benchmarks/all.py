@@ -162,8 +162,7 @@ STEPS = (
     *_tuned("nottingham", _NOTTINGHAM),
     *_music("nottingham", _NOTTINGHAM),
     _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
-    # Pieces are long and dense: 8 bars are some 440 tokens.
-    *_music("pop909", _POP909, "--bars 8 --temperatures 0.6 0.7 0.8"),
+    *_music("pop909", _POP909, "--temperatures 0.7 0.8 0.9"),
 )
 
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
+from midimamba.evaluation.halving import Figure
 from midimamba.evaluation.validity import Samples
 from midimamba.generation import generate_scores, load_pair
 from midimamba.tokenization.augmentation import Augmentation
@@ -82,14 +83,17 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[
     tried = {each: figures_of(*pair, settings, "validation", each, seed) for each in settings.temperatures}
     best = min(tried, key=lambda temperature: distance(tried[temperature].values))
     row |= {"temperature": best, "tried": {str(each): measured.values for each, measured in tried.items()}}
-    row |= {"validation": tried[best].values, "validation_floor": tried[best].floors}
+    measured = {"validation": tried[best]}
     if not arm.startswith("trial "):
-        measured = figures_of(*pair, settings, "test", best, seed)
-        row |= {"test": measured.values, "test_floor": measured.floors}
+        measured["test"] = figures_of(*pair, settings, "test", best, seed)
         kept = folder / f"{arm}-{seed}"
         kept.mkdir(exist_ok=True)
-        for index, score in enumerate(measured.scores):
+        for index, score in enumerate(measured["test"].scores):
             score.dump_midi(kept / f"{index:03d}.mid")
+    for split, found in measured.items():
+        reference = _reference(settings.data, split, settings.bars)
+        values, floors = numbers(model_figures(*pair, reference, settings.num, settings.length, best, seed))
+        row |= {split: found.values | values, f"{split}_floor": found.floors | floors}
     forget(scratch)
     return row
 
@@ -187,11 +191,18 @@ def _reference(data: str, split: str, bars: int) -> Reference:
 
 
 class Measured(NamedTuple):
-    """Figures by name, `None` where there is none; those of real music; and the samples that can be used."""
+    """What [`numbers`] makes of figures, and the samples that can be used."""
 
     values: dict[str, float | None]
     floors: dict[str, float]
     scores: list[ScoreTick]
+
+
+def numbers(figures: Mapping[str, Figure]) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Values by name, `None` where there is none, and those of real music."""
+    values = {name: figure.estimate.value for name, figure in figures.items()}
+    floors = {name: figure.floor for name, figure in figures.items() if math.isfinite(figure.floor)}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}, floors
 
 
 def figures_of(
@@ -202,29 +213,20 @@ def figures_of(
     temperature: float,
     seed: int,
 ) -> Measured:
-    """All figures of `midimamba evaluate`."""
-    reference = _reference(settings.data, split, settings.bars)
+    """All figures of `midimamba evaluate` that samples have."""
     samples = Samples.of(
         generate_scores(
             model, processor, num=settings.num, bars=settings.bars, temperature=temperature, top_p=1.0, seed=seed
         )
     )
-    found = compare(samples, reference, settings.length, seed)
-    figures = found.figures | model_figures(
-        model, processor, reference, settings.num, settings.length, temperature, seed
-    )
-    values = {name: figure.estimate.value for name, figure in figures.items()}
-    floors = {name: figure.floor for name, figure in figures.items()}
-    for kind, numbers in (("estimate", values), ("floor", floors)):
-        numbers["classifier"] = max(numbers["classifier_features"], numbers["classifier_tokens"])
-        numbers["mean_overlapping_area"] = mean_overlapping_area(found, kind)
-    for name in REPETITION:
-        values[name], floors[name] = found.features[name].samples.value, found.features[name].real.value
-    return Measured(
-        {name: value if math.isfinite(value) else None for name, value in values.items()},
-        {name: value for name, value in floors.items() if math.isfinite(value)},
-        samples.scores,
-    )
+    found = compare(samples, _reference(settings.data, split, settings.bars), settings.length, seed)
+    repetition = {name: Figure(found.features[name].samples, found.features[name].real.value) for name in REPETITION}
+    values, floors = numbers(found.figures | repetition)
+    for kind, known in (("estimate", values), ("floor", floors)):
+        judged = (known.get(f"classifier_{heard}") for heard in ("features", "tokens"))
+        known["classifier"] = max(accuracy for accuracy in judged if accuracy is not None)
+        known["mean_overlapping_area"] = mean_overlapping_area(found, kind)
+    return Measured(values, floors, samples.scores)
 
 
 def mean_overlapping_area(found: Comparison, kind: str) -> float:
