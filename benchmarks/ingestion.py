@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 from measure import finish
-from midimamba.tokenization.corpus import tokenize_corpus
-from midimamba.tokenization.sources import Entry, list_source
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.sources import Entry, list_source
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.corpus.augmentation import Augmentation
+from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
 from midimamba.evaluation.halving import Figure
 from midimamba.evaluation.validity import Samples
 from midimamba.generation import generate_scores, load_pair
-from midimamba.tokenization.augmentation import Augmentation
-from midimamba.tokenization.packing import BlockCollator
 from midimamba.training.scripts import load_blocks, save_model
 from resumable import Row
 from tuning import CONSTANT, RANDOM, forget, read_recipe, train

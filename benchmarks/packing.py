@@ -13,9 +13,9 @@ from miditok.pytorch_data import DatasetMIDI
 from miditok.utils import split_files_for_training
 
 from measure import finish
+from midimamba.corpus.packing import PackedBlocks
+from midimamba.corpus.sources import Entry, list_source, read_entries
 from midimamba.tokenization.ingest import read_score
-from midimamba.tokenization.packing import PackedBlocks
-from midimamba.tokenization.sources import Entry, list_source, read_entries
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, merge_ids, train_on_ids
 
 

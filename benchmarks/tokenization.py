@@ -23,9 +23,9 @@ from miditok import MusicTokenizer
 from symusic import Note, Score, Track
 
 from measure import finish
-from midimamba.tokenization.reading import read_source
-from midimamba.tokenization.sources import list_source, read_entries
-from midimamba.tokenization.store import PieceStore
+from midimamba.corpus.reading import read_source
+from midimamba.corpus.sources import list_source, read_entries
+from midimamba.corpus.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer
 
 

@@ -18,6 +18,8 @@ from datasets import Dataset
 from symusic.core import ScoreTick
 from tqdm.auto import tqdm
 
+from midimamba.corpus.load import load_corpus
+from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.evaluation.copying import Melodies, copied_share, longest_copies
 from midimamba.evaluation.distances import UNDEFINED, Estimate, mean_estimate, ratio_estimate
@@ -28,9 +30,7 @@ from midimamba.evaluation.two_sample import FOLDS
 from midimamba.evaluation.validity import Samples, decode_all, grammar_errors, syntax_errors, until_end
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import sample
-from midimamba.tokenization.corpus import load_corpus
 from midimamba.tokenization.ingest import MidiRefusedError
-from midimamba.tokenization.packing import BlockCollator
 from midimamba.tokenization.processor import MidiProcessor
 
 RUNS = (8, 12, 16)  # notes

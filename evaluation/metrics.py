@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from midimamba.corpus.packing import IGNORED, BlockCollator
 from midimamba.modeling.recurrent_cache import RecurrentCache
 from midimamba.modeling.sampling import inference
-from midimamba.tokenization.packing import IGNORED, BlockCollator
 
 Sequences = Tensor | Sequence[Sequence[int]]
 NGram = tuple[int, ...]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from midimamba.corpus.load import load_corpus
+from midimamba.corpus.packing import BlockCollator, PackedBlocks, stack_blocks
 from midimamba.errors import InputError, exit_on_input_error
 from midimamba.evaluation.curves import draw_curves
 from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, held_out_nll, self_bleu
@@ -21,8 +23,6 @@ from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import sample
-from midimamba.tokenization.corpus import load_corpus
-from midimamba.tokenization.packing import BlockCollator, PackedBlocks, stack_blocks
 
 Report = dict[str, Any]
 

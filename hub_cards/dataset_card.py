@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from midimamba.corpus.load import SPLITS
 from midimamba.evaluation.report import bullet_list
-from midimamba.tokenization.corpus import SPLITS
 
 TAGS = ["midi", "music", "midimamba", "symbolic-music"]
 # How a corpus' tokenizer was made. These arguments do nothing where one was given.

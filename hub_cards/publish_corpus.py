@@ -13,8 +13,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 
+from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.errors import InputError
-from midimamba.tokenization.corpus import SPLITS, load_corpus
 
 from .dataset_card import dataset_card
 

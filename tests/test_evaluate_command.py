@@ -9,9 +9,10 @@ from matplotlib.image import imread
 from symusic import Note, Score, Track
 
 import support
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.load import load_corpus
 from midimamba.evaluation import comparison_page
 from midimamba.hub_cards.evaluation import read_evaluation
-from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
 from support import make_generator, make_score
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from midimamba.cli import main
-from midimamba.tokenization.corpus import tokenize_corpus
-from midimamba.tokenization.packing import BlockCollator
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.packing import BlockCollator
 from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]

@@ -40,10 +40,10 @@ def main() -> None:
     from transformers import set_seed
     from transformers.utils import SAFE_WEIGHTS_NAME
 
+    from midimamba.corpus.augmentation import Augmentation
+    from midimamba.corpus.packing import BlockCollator
     from midimamba.errors import InputError
     from midimamba.hub_cards.publish import publish
-    from midimamba.tokenization.augmentation import Augmentation
-    from midimamba.tokenization.packing import BlockCollator
     from midimamba.training.adversarial_config import AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE

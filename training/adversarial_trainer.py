@@ -18,12 +18,12 @@ from transformers import ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import sample, valid_tokens
-from midimamba.tokenization.packing import BlockCollator
 from midimamba.training import credit
 from midimamba.training.action_values import ActionValues, ending_token
 from midimamba.training.adversarial_config import AdversarialConfig

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from midimamba.corpus.packing import IGNORED, BlockCollator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.tokenization.packing import IGNORED, BlockCollator
 from midimamba.training import credit
 from midimamba.training.adversarial_config import AdversarialConfig
 

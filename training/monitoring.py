@@ -14,13 +14,13 @@ from transformers import ProcessorMixin
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.trainer_callback import CallbackHandler
 
+from midimamba.corpus.packing import stack_blocks
 from midimamba.errors import InputError
 from midimamba.evaluation.metrics import called_real, discriminator_accuracy, distinct_n, self_bleu
 from midimamba.evaluation.rendering import draw_piano_roll, import_demo
 from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import valid_tokens
-from midimamba.tokenization.packing import stack_blocks
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.adversarial_config import AdversarialConfig
 

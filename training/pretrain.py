@@ -78,9 +78,9 @@ def main() -> None:
     from transformers import Trainer, TrainingArguments, set_seed
     from transformers.utils import SAFE_WEIGHTS_NAME
 
+    from midimamba.corpus.augmentation import Augmentation
+    from midimamba.corpus.packing import BlockCollator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-    from midimamba.tokenization.augmentation import Augmentation
-    from midimamba.tokenization.packing import BlockCollator
     from midimamba.training.lora import LoraArguments, add_adapters, lora_config, merged
     from midimamba.training.scripts import (
         RecipeParser,

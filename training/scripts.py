@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from midimamba.corpus.augmentation import Augmentation, EpochBlocks
+from midimamba.corpus.load import load_corpus
+from midimamba.corpus.packing import PackedBlocks
 from midimamba.errors import InputError, loading_generator
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.tokenization.augmentation import Augmentation, EpochBlocks
-from midimamba.tokenization.corpus import load_corpus
-from midimamba.tokenization.packing import PackedBlocks
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizations import ONE_STREAM
 from midimamba.training.guard import is_complete, last_complete_checkpoint

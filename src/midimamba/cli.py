@@ -32,7 +32,7 @@ _SAMPLING_OPTIONS = ("num", "bars", "max_new_tokens", "temperature", "top_p", "s
 
 def tokenize(args: argparse.Namespace) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
-    from midimamba.tokenization.corpus import tokenize_corpus
+    from midimamba.corpus.build import tokenize_corpus
 
     try:
         report = tokenize_corpus(

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from midimamba.tokenization.errors import InputError
-
 __all__ = ["InputError", "exit_on_input_error", "loading_generator"]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message says what, where and what to do, in one line."""
 
 
 @contextmanager

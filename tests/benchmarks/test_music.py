@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.load import load_corpus
 from support import make_generator, make_score
 
 TINY = {

@@ -12,6 +12,8 @@ from symusic import Note, Score, Track
 from symusic.core import ScoreTick
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import (
     Comparison,
@@ -27,8 +29,6 @@ from midimamba.evaluation.distances import Estimate
 from midimamba.evaluation.features import opening
 from midimamba.evaluation.halving import Figure
 from midimamba.evaluation.validity import Samples
-from midimamba.tokenization.corpus import tokenize_corpus
-from midimamba.tokenization.packing import BlockCollator
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_generator
 

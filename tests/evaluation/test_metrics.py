@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from midimamba import MidiMambaForCausalLM
+from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, held_out_nll, self_bleu
-from midimamba.tokenization.packing import BlockCollator
 
 
 def grams(row: list[int], n: int) -> list[tuple[int, ...]]:

@@ -11,10 +11,11 @@ from matplotlib.image import imread
 from symusic import Note, Score, Track
 
 from midimamba import MidiMambaForCausalLM
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.load import load_corpus
+from midimamba.corpus.packing import BlockCollator, PackedBlocks
 from midimamba.errors import InputError
 from midimamba.evaluation.report import main, write_report
-from midimamba.tokenization.corpus import load_corpus, tokenize_corpus
-from midimamba.tokenization.packing import BlockCollator, PackedBlocks
 from midimamba.training.adversarial_config import AdversarialConfig
 from support import make_discriminator, make_generator
 

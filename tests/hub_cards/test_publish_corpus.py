@@ -12,11 +12,12 @@ import pytest
 import yaml
 from symusic import Score
 
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.errors import InputError
 from midimamba.hub_cards.dataset_card import dataset_card, size_category
 from midimamba.hub_cards.publish import publish
 from midimamba.hub_cards.publish_corpus import without_paths
-from midimamba.tokenization.corpus import SPLITS, load_corpus, tokenize_corpus
 from support import make_score
 
 from .fake_hub import FakeHub, client, serving
@@ -34,7 +35,7 @@ cli.main()
 
 LOAD = """
 import sys
-from midimamba.tokenization.corpus import load_corpus
+from midimamba.corpus.load import load_corpus
 
 (here, processor), (there, published) = load_corpus(sys.argv[1]), load_corpus(sys.argv[2])
 assert list(there) == list(here) == ["train", "validation", "test"]

@@ -16,9 +16,10 @@ from symusic.core import ScoreTick
 from transformers import AutoProcessor
 
 from midimamba.cli import main
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
-from midimamba.tokenization.corpus import SPLITS, load_corpus, tokenize_corpus
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import (

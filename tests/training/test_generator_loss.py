@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from midimamba import MidiMambaForCausalLM
-from midimamba.tokenization.packing import BlockCollator
+from midimamba.corpus.packing import BlockCollator
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.generator_loss import GeneratorLoss
 from midimamba.training.policies import frozen_copy

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 
 from midimamba import MidiProcessor
+from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation import rendering
-from midimamba.tokenization.packing import BlockCollator
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.monitoring import CopyRate, peak_memory_mb, reward_by_position

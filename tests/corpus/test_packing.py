@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
+from midimamba.corpus.packing import PackedBlocks
 from midimamba.errors import InputError
-from midimamba.tokenization.packing import PackedBlocks
 
 PIECES = [
     np.random.default_rng(seed).integers(0, 1000, size=length).tolist()

@@ -16,13 +16,13 @@ from miditok import MusicTokenizer
 from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
-from .controls import describe
-from .data_sets import DataSetFiles
-from .ingest import MidiRefusedError, check_score, parse_midi
-from .sources import CHORALES, Entry, Label, Refusal, list_source, read_entries
-from .store import Piece, PieceStore, Refused, pack_ids
-from .tokenizer import base_ids
-from .workers import MAX_SECONDS, Lost, Mark, run_bounded
+from midimamba.corpus.data_sets import DataSetFiles
+from midimamba.corpus.sources import CHORALES, Entry, Label, Refusal, list_source, read_entries
+from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
+from midimamba.corpus.workers import MAX_SECONDS, Lost, Mark, run_bounded
+from midimamba.tokenization.controls import describe
+from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi
+from midimamba.tokenization.tokenizer import base_ids
 
 # What a file goes through in a worker; a refusal names the one that it did not pass.
 STAGES = ("read", "check", "tokenize")

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from symusic import Score
 
+from midimamba.corpus import build as corpus
+from midimamba.corpus import reading, store
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.load import SPLITS, load_corpus
+from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
-from midimamba.tokenization import corpus, reading, store
 from midimamba.tokenization.controls import describe
-from midimamba.tokenization.corpus import SPLITS, load_corpus, tokenize_corpus
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, read_score
-from midimamba.tokenization.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_score
 
@@ -432,7 +434,7 @@ def test_chorales_without_music21_name_the_extra(tmp_path: Path) -> None:
         "import sys; sys.modules['music21'] = None\n"
         "from pathlib import Path\n"
         "from midimamba.errors import exit_on_input_error\n"
-        "from midimamba.tokenization.corpus import tokenize_corpus\n"
+        "from midimamba.corpus.build import tokenize_corpus\n"
         "with exit_on_input_error():\n"
         "    tokenize_corpus('chorales', Path(sys.argv[1]))\n"
     )

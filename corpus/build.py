@@ -20,24 +20,21 @@ from datasets import (
     Features,
     List,
     Value,
-    load_dataset,
 )
 from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from miditok import MusicTokenizer
 from tqdm import tqdm
 
+from midimamba.corpus.data_sets import DataSetFiles, is_data_set
+from midimamba.corpus.load import SPLITS
+from midimamba.corpus.reading import read_source
+from midimamba.corpus.sources import CHORALES, MANIFEST
+from midimamba.corpus.store import PieceStore, StoredPiece
+from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole
-
-from .controls import CONTROLS, control_token
-from .data_sets import DataSetFiles, is_data_set
-from .errors import InputError
-from .processor import MidiProcessor
-from .reading import read_source
-from .sources import CHORALES, MANIFEST
-from .store import PieceStore, StoredPiece
-from .tokenizer import (
+from midimamba.tokenization.controls import CONTROLS, control_token
+from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.tokenizer import (
     build_tokenizer,
     check_subword_model,
     check_vocab_size,
@@ -46,7 +43,6 @@ from .tokenizer import (
     train_on_ids,
 )
 
-SPLITS = ("train", "validation", "test")
 # Beside the data set: what reading made of every file, for the next run.
 STORE_FILE = "pieces.sqlite"
 # A label with more values says what piece it is, not of what kind.
@@ -375,31 +371,3 @@ def _count(dataset: Dataset) -> dict[str, int | float]:
         "notes": pc.sum(table["num_notes"]).as_py() or 0,
         "hours": round((pc.sum(table["seconds"]).as_py() or 0) / 3600, 3),
     }
-
-
-def load_corpus(name: str | Path) -> tuple[DatasetDict, MidiProcessor]:
-    """Read what [`tokenize_corpus`] wrote, from a folder or a data set repository on the Hub.
-
-    Raises:
-        InputError: if `name` is no such corpus.
-    """
-    folder = Path(name)
-    if not folder.exists() and is_data_set(str(name)):
-        folder = _download(str(name))
-    if not (folder / "corpus.json").is_file():
-        raise InputError(f"{name} is no tokenized corpus: make one with `midimamba tokenize SOURCE --out {name}`")
-    processor = MidiProcessor.from_pretrained(folder / "tokenizer")
-    if (folder / "dataset_dict.json").is_file():
-        return DatasetDict.load_from_disk(str(folder)), processor
-    counts = json.loads((folder / "corpus.json").read_text())["splits"]
-    # `datasets` 5.2 cannot load a split without rows.
-    filled = {split: str(folder / "data" / f"{split}-*.parquet") for split in SPLITS if counts[split]["pieces"]}
-    dataset = load_dataset("parquet", data_files=filled)
-    return DatasetDict({s: dataset[s] if s in filled else dataset["train"].select([]) for s in SPLITS}), processor
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, repo_type="dataset"))
-    except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(f"no corpus can be loaded from {name!r}: {str(error).splitlines()[0]}") from error

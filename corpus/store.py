@@ -18,9 +18,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from .controls import control_token
-from .errors import InputError
-from .sources import Entry, Label, Refusal
+from midimamba.corpus.sources import Entry, Label, Refusal
+from midimamba.errors import InputError
+from midimamba.tokenization.controls import control_token
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reader (fingerprint TEXT);

@@ -2,7 +2,7 @@
 
 import torch
 
-from midimamba.tokenization.packing import BlockCollator, stack_blocks
+from midimamba.corpus.packing import BlockCollator, stack_blocks
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from midimamba.tokenization import workers
-from midimamba.tokenization.workers import Lost, Mark, run_bounded
+from midimamba.corpus import workers
+from midimamba.corpus.workers import Lost, Mark, run_bounded
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="needs the bound of memory, and forks for local functions"
@@ -172,7 +172,7 @@ def test_leaving_after_a_loss_is_clean() -> None:
 def test_workers_end_when_their_parent_is_killed() -> None:
     script = (
         "import os, time\n"
-        "from midimamba.tokenization.workers import run_bounded\n"
+        "from midimamba.corpus.workers import run_bounded\n"
         "def work(task, mark):\n"
         "    return os.getpid()\n"
         "outcomes = run_bounded(work, ((str(i), i) for i in range(1000)), 3)\n"

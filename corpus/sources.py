@@ -18,8 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, cast
 
-from .errors import InputError
-from .ingest import (
+from midimamba.errors import InputError
+from midimamba.tokenization.ingest import (
     MAX_FILE_BYTES,
     MIDI_SUFFIXES,
     TOO_LARGE,

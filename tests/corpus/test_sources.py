@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from midimamba.corpus import sources
+from midimamba.corpus.sources import Entry, Label, Refusal, list_source, read_entries
 from midimamba.errors import InputError
-from midimamba.tokenization import sources
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
-from midimamba.tokenization.sources import Entry, Label, Refusal, list_source, read_entries
 
 CONTENT = {"a.mid": b"first", "more/b.MID": b"second", "more/deep/c.kar": b"third" * 1000, "notes.txt": b"no music"}
 MIDI = {name: content for name, content in CONTENT.items() if name != "notes.txt"}

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from .errors import InputError
-from .ingest import MAX_FILE_BYTES, MIDI_SUFFIXES, TOO_LARGE, MidiRefusedError
-from .sources import Entry, Label, split_named
+from midimamba.corpus.sources import Entry, Label, split_named
+from midimamba.errors import InputError
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, MIDI_SUFFIXES, TOO_LARGE, MidiRefusedError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What `save_to_disk` leaves in a folder.

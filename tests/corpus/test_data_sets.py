@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.data_sets import DataSetFiles, is_data_set
+from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.errors import InputError
-from midimamba.tokenization.corpus import SPLITS, load_corpus, tokenize_corpus
-from midimamba.tokenization.data_sets import DataSetFiles, is_data_set
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
 from support import make_score
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from symusic.core import ScoreTick
 
 from midimamba import MidiProcessor
+from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.errors import InputError
-from midimamba.tokenization.augmentation import Augmentation, EpochBlocks
 from midimamba.tokenization.controls import KEYS, control_token, describe
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_score
@@ -198,7 +198,7 @@ def test_controls_are_those_of_the_changed_music(conditioned: tuple[Dataset, Mid
 def test_the_trainer_sets_the_epoch(split: Dataset, processor: MidiProcessor, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from midimamba.tokenization.packing import BlockCollator
+    from midimamba.corpus.packing import BlockCollator
     from support import make_generator
 
     blocks = EpochBlocks(split, processor, 64, Augmentation(transpose=5))

@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from .controls import is_control
-from .errors import InputError
-from .processor import MidiProcessor
+from midimamba.errors import InputError
+from midimamba.tokenization.controls import is_control
+from midimamba.tokenization.processor import MidiProcessor
 
 IGNORED = -100  # the label that the losses of transformers and torch leave out
 

@@ -8,9 +8,9 @@ from datasets import Dataset
 from symusic.core import ScoreTick
 from torch.utils.data import Dataset as TorchDataset
 
-from .controls import CONTROLS, describe, is_control
-from .errors import InputError
-from .processor import MidiProcessor
+from midimamba.errors import InputError
+from midimamba.tokenization.controls import CONTROLS, describe, is_control
+from midimamba.tokenization.processor import MidiProcessor
 
 
 @dataclass(frozen=True)

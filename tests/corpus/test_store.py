@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from midimamba.corpus.sources import Entry, Label, Refusal
+from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.errors import InputError
-from midimamba.tokenization.sources import Entry, Label, Refusal
-from midimamba.tokenization.store import Piece, PieceStore, Refused, pack_ids
 
 SPLITS = ("train", "validation", "test")
 
