@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from .modeling_midimamba import MidiMambaForCausalLM
-from .recurrent_cache import RecurrentCache
+from .policy import as_policy
 
 
 @contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without a graph; the former mode comes back."""
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without a graph; the former mode comes back afterwards. For a module or a policy."""
     was_training = model.training
     model.eval()
     try:
@@ -23,7 +23,7 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 def draw(logits: Tensor) -> Tensor:
-    """One token a row from logits `(n, vocab)`, with one random number a row."""
+    """One token per row from logits `(n, vocab)`, with one random number per row."""
     return pick(logits, torch.rand(len(logits), 1, device=logits.device, dtype=logits.dtype))
 
 
@@ -34,119 +34,128 @@ def pick(logits: Tensor, numbers: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, (1 - numbers) * cumulative[:, -1:]).squeeze(-1)
 
 
-def next_logits(model: MidiMambaForCausalLM, tokens: Tensor, cache: RecurrentCache) -> Tensor:
-    """Read tokens `(n, time)` onto the state; logits `(n, vocab)` of what follows."""
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    return logits
-
-
-def valid_tokens(sequences: Tensor, eos_token_id: int | None, prompt: int) -> Tensor:
-    """The attention mask of sampled sequences: 1 up to the first end, that token included, and 0 on padding.
+class Ending(NamedTuple):
+    """
+    Which token ends a sequence, and which fills it up afterwards.
 
     Args:
-        sequences (`LongTensor` of shape `(batch, time)`): what [`sample`] returned.
-        eos_token_id (`int` or `None`): the token that ends a sequence; with none all tokens are valid.
-        prompt (`int`): so many tokens at the start were given. An end among them ends nothing: prompts cut out of
-            packed blocks hold the ends of earlier pieces.
-
-    Returns:
-        `LongTensor` of shape `(batch, time)`.
-    """
-    if eos_token_id is None:
-        return torch.ones_like(sequences)
-    ends = sequences == eos_token_id
-    ends[:, :prompt] = False
-    earlier = ends.cumsum(1) - ends.long()
-    return (earlier == 0).long()
-
-
-class Ending:
-    """
-    Which rows of a decoding loop are over: they have drawn `eos_token_id`, and padding follows.
-
-    Rows that are over go on being computed with the others, in lockstep; the loop stops when all are.
-
-    Args:
-        model (`MidiMambaForCausalLM`): its configuration has the `pad_token_id`.
-        eos_token_id (`int`): the token that ends a sequence.
-        is_over (`BoolTensor` of shape `(n,)`): rows that are over from the start. Updated in place.
-
-    Raises:
-        ValueError: if the model has no `pad_token_id`.
+        eos_token_id (`int`, *optional*): the token that ends a sequence; by default nothing does.
+        pad_token_id (`int`, *optional*, defaults to 0): the token that follows an end.
     """
 
-    def __init__(self, model: MidiMambaForCausalLM, eos_token_id: int, is_over: Tensor):
-        if model.config.pad_token_id is None:
-            raise ValueError("sequences that end need padding: set pad_token_id in the generator's configuration")
-        self.pad_token_id: int = model.config.pad_token_id
-        self.eos_token_id = eos_token_id
-        self.is_over = is_over
+    eos_token_id: int | None = None
+    pad_token_id: int = 0
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """What becomes of tokens just drawn for the first rows: padding behind an end. New ends are noted."""
-        is_over = self.is_over[: len(tokens)]
-        tokens = tokens.masked_fill(is_over, self.pad_token_id)
-        is_over |= tokens == self.eos_token_id
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """How the sequences of a model with this configuration end: as `generate` ends them.
+
+        Raises:
+            ValueError: if several tokens end a sequence.
+        """
+        end, padding = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
+        if end is None:
+            return cls()
+        if not isinstance(end, int):
+            raise ValueError(f"eos_token_id is {end}; set it to a single token in the generator's configuration")
+        return cls(end, end if padding is None else padding)
+
+    def mask(self, sequences: Tensor, prompt: int) -> Tensor:
+        """The attention mask of sequences: 1 up to the first end, that token included, and 0 after it.
+
+        Args:
+            sequences (`LongTensor` of shape `(batch, time)`): what [`sample`] returned, or real music.
+            prompt (`int`): tokens at the start that were given. An end among them ends nothing: prompts cut out of
+                packed blocks contain the ends of earlier pieces.
+
+        Returns:
+            `LongTensor` of shape `(batch, time)`.
+        """
+        if self.eos_token_id is None:
+            return torch.ones_like(sequences)
+        ends = sequences == self.eos_token_id
+        ends[:, :prompt] = False
+        earlier = ends.cumsum(1) - ends.long()
+        return (earlier == 0).long()
+
+    def close(self, tokens: Tensor, is_over: Tensor) -> Tensor:
+        """What becomes of tokens `(n,)` just drawn: padding in rows that are over.
+
+        Args:
+            tokens (`LongTensor` of shape `(n,)`): drawn for the first `n` rows.
+            is_over (`BoolTensor` of shape `(rows,)`): rows that have ended. Updated in place.
+        """
+        if self.eos_token_id is None:
+            return tokens
+        over = is_over[: len(tokens)]
+        tokens = tokens.masked_fill(over, self.pad_token_id)
+        over |= tokens == self.eos_token_id
         return tokens
 
 
-def sample(
-    model: MidiMambaForCausalLM,
-    prompts: Tensor,
-    length: int,
-    eos_token_id: int | None = None,
-    temperature: float = 1.0,
-    log_probabilities: Tensor | None = None,
-) -> Tensor:
-    """Continue prompts with tokens drawn from the model's own distribution, without a grammar.
-
-    There is no top-p or top-k here: they give tokens probability zero that the policy might draw, and an expectation
-    under the policy cannot be corrected for what never comes.
+class Sequences(NamedTuple):
+    """
+    Token sequences of one length, some of which may have ended earlier.
 
     Args:
-        model (`MidiMambaForCausalLM`): the policy.
+        ids (`LongTensor` of shape `(batch, time)`): tokens, then padding.
+        mask (`LongTensor` of shape `(batch, time)`): 1 on tokens, 0 on padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def split(self, rows: int) -> list["Sequences"]:
+        """Parts of at most `rows` sequences."""
+        return [Sequences(ids, mask) for ids, mask in zip(self.ids.split(rows), self.mask.split(rows), strict=True)]
+
+    def rows(self, indices: Tensor | slice) -> "Sequences":
+        """Some of the sequences."""
+        return Sequences(self.ids[indices], self.mask[indices])
+
+
+NEVER = Ending()
+"""Sequences that nothing ends."""
+
+
+def sample(model: Any, prompts: Tensor, length: int, ending: Ending = NEVER, temperature: float = 1.0) -> Tensor:
+    """Continue prompts with tokens drawn from the model's own distribution, without a grammar.
+
+    There is no top-p or top-k here: they give probability zero to tokens that the policy might draw, and no weight
+    corrects an expectation under the policy for what never comes.
+
+    Args:
+        model (`Policy` or `PreTrainedModel`): the policy.
         prompts (`LongTensor` of shape `(batch, prompt)`): at least one token each.
         length (`int`): tokens in the result, prompt included.
-        eos_token_id (`int`, *optional*): behind this token, once drawn, a sequence is padded with the model's
-            `pad_token_id`; [`valid_tokens`] tells padding from music. Nothing ends a sequence by default.
-        temperature (`float`, *optional*, defaults to 1.0): divides the logits. Other than 1, the sequences come from a
-            behaviour policy that is not the model, and a gradient needs importance weights.
-        log_probabilities (`Tensor` of shape `(batch, length - prompt)`, *optional*): memory that is overwritten with
-            the log-probabilities under the behaviour policy of the tokens drawn, 0 on padding.
+        ending (`Ending`, *optional*): what ends a sequence and what fills it up then; by default nothing ends one.
+        temperature (`float`, *optional*, defaults to 1.0): divides the logits.
 
     Returns:
         `LongTensor` of shape `(batch, length)`.
 
     Raises:
-        ValueError: if the temperature is not positive, or the model has no `pad_token_id` for sequences that end.
+        ValueError: if the temperature is not positive, or the model cannot be sampled from.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, but must be positive")
+    policy = as_policy(model)
     batch, prompt = prompts.shape
-    sequences = torch.empty(batch, length, dtype=torch.long, device=prompts.device)
+    sequences = prompts.new_full((batch, length), ending.pad_token_id)
     sequences[:, :prompt] = prompts
-    ending = None
-    if eos_token_id is not None:
-        ending = Ending(model, eos_token_id, torch.zeros(batch, dtype=torch.bool, device=prompts.device))
-        sequences[:, prompt:] = ending.pad_token_id
-    if log_probabilities is not None:
-        log_probabilities.zero_()
-    with inference(model):
-        cache = RecurrentCache.for_model(model, batch, max_length=length)
+    is_over = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
+    with inference(policy):
+        state = policy.make_state(batch, max_length=length)
         unread = prompts
         for t in range(prompt, length):
-            logits = next_logits(model, unread, cache)
+            logits = policy.next_logits(unread, state)
             if temperature != 1:
                 logits = logits / temperature
-            tokens = draw(logits)
-            if log_probabilities is not None:
-                chosen = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-                log_probabilities[:, t - prompt] = chosen if ending is None else chosen * ~ending.is_over
-            sequences[:, t] = tokens if ending is None else ending(tokens)
-            if ending is not None and ending.is_over.all():
+            sequences[:, t] = ending.close(draw(logits), is_over)
+            if ending.eos_token_id is not None and is_over.all():
                 break
             unread = sequences[:, t : t + 1]
     return sequences
 
 
-__all__ = ["Ending", "draw", "inference", "next_logits", "pick", "sample", "valid_tokens"]
+__all__ = ["NEVER", "Ending", "Sequences", "draw", "inference", "pick", "sample"]

@@ -1,127 +1,158 @@
-"""Action values of sampled sequences: which estimator, of what reward, from where."""
+"""Action values of sampled sequences, by one of three estimators.
+
+- `monte-carlo` (SeqGAN, equation 4): the mean reward of roll-outs from an action, at some positions; interpolated.
+- `dense`: discounted returns of what a causal discriminator says of every prefix.
+- `terminal`: the reward of the whole sequence for every action.
+"""
 
 from collections.abc import Sequence
 
 import torch
+from miditok import MusicTokenizer
 from torch import Tensor
 
-from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.modeling.sampling import inference, valid_tokens
-from midimamba.training import credit
-from midimamba.training.adversarial_config import AdversarialConfig
-from midimamba.training.rollout import (
-    Reward,
-    Worth,
-    bar_positions,
-    monte_carlo_values,
-    rollout_positions,
-    rows_for_budget,
-)
+from midimamba.modeling.sampling import Sequences, inference
+from midimamba.tokenization.tokenizations import BAR
+from midimamba.tokenization.tokenizer import expand_ids
+from midimamba.training.rewards import Reward
+from midimamba.training.rollout import Rollouts
+
+DISCOUNT = 0.95
+"""Of later rewards, for `dense`: an action answers for about the next twenty tokens, a bar or two."""
 
 
 class ActionValues:
     """
-    Q of every sampled action, by the estimator and the reward that the options name.
+    Q of every sampled action.
 
     Args:
-        args (`AdversarialConfig`): the options.
-        policy (`MidiMambaForCausalLM`): the roll-out policy.
-        discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
-        bar_token_ids (`Sequence[int]`): the tokens that begin a bar; none: positions are evenly spread.
-        eos_token_id (`int`, *optional*): the token that ends sequences; by default nothing does.
-
-    Attributes:
-        reward (`MidiDiscriminator` or `Callable`): what values whole sequences.
-        worth (`Callable`): of a discriminator's logits, as `monte_carlo_values` takes it.
-        max_rows (`int`): completions in memory at once.
-        num_drawn (`int`): tokens that roll-outs have drawn so far.
-
-    Raises:
-        ValueError: if `rollout_memory_mb` does not hold a single completion.
+        estimator (`str`): `monte-carlo`, `dense` or `terminal`.
+        reward (`Reward`): what values sequences.
+        rollouts (`Rollouts`): draws completions.
+        num_positions (`int`, *optional*): actions per sequence that roll-outs value; all of them by default.
+        bar_token_ids (`Sequence[int]`, *optional*): tokens that begin a bar. Roll-outs value bar lines first; without
+            such tokens positions are evenly spread.
     """
 
     def __init__(
         self,
-        args: AdversarialConfig,
-        policy: MidiMambaForCausalLM,
-        discriminator: MidiDiscriminator,
-        bar_token_ids: Sequence[int],
-        eos_token_id: int | None,
+        estimator: str,
+        reward: Reward,
+        rollouts: Rollouts,
+        num_positions: int | None = None,
+        bar_token_ids: Sequence[int] = (),
     ):
-        self.args = args
-        self.policy = policy
+        self.estimator = estimator
+        self.reward = reward
+        self.rollouts = rollouts
+        self.num_positions = num_positions
         self.bar_token_ids = bar_token_ids
-        self.eos_token_id = eos_token_id
-        self.reward: MidiDiscriminator | Reward = discriminator
-        if args.reward == "constant":
-            self.reward = lambda sequences: torch.ones(len(sequences), device=sequences.device)
-        elif args.reward == "random":
-            self.reward = lambda sequences: torch.rand(len(sequences), device=sequences.device)
-        self.worth: Worth = (lambda logits: logits) if args.reward == "log-odds" else torch.sigmoid
-        self.max_rows = args.rollout_batch_size
-        if args.rollout_memory_mb is not None:
-            judge = discriminator if self.reward is discriminator else None
-            self.max_rows = rows_for_budget(policy, args.sequence_length, args.rollout_memory_mb, judge)
-        self.num_drawn = 0
 
-    def __call__(self, sequences: Tensor) -> Tensor:
+    def __call__(self, sequences: Sequences) -> Tensor:
         """Q of sequences `(batch, time)`, of shape `(batch, actions)`; the last is the reward of the whole."""
-        length, prompt = self.args.sequence_length, self.args.prompt_length
-        if self.args.estimator == "dense":
-            return credit.discounted_returns(self._rewards_of_actions(sequences), self.args.discount)
-        positions = self._positions(sequences)
-        values = monte_carlo_values(
-            self.policy,
-            self.reward,
-            sequences,
-            positions,
-            self.args.num_rollouts,
-            self.max_rows,
-            self.eos_token_id,
-            prompt,
-            self.worth,
-        )
-        self.num_drawn += self.args.num_rollouts * int((length - 1 - positions).sum())
-        times = torch.cat([positions, torch.full_like(sequences[:, :1], length - 1)], dim=1) - prompt
-        return credit.interpolate_rows(values, times, length - prompt)
-
-    def _positions(self, sequences: Tensor) -> Tensor:
-        """The times that roll-outs value, `(batch, K)`; none for `terminal`, which spreads the reward of the whole."""
-        length, prompt, count = self.args.sequence_length, self.args.prompt_length, self.args.rollout_positions
-        if self.args.estimator == "terminal":
-            return sequences[:, :0]
-        if self.args.rollout_at == "bars" and self.bar_token_ids:
-            return bar_positions(sequences, self.bar_token_ids, prompt, count)
-        spread = rollout_positions(length, prompt, count)
-        return torch.tensor(spread, dtype=torch.long, device=sequences.device).expand(len(sequences), -1)
-
-    def _rewards_of_actions(self, sequences: Tensor) -> Tensor:
-        """Of each action of sequences `(batch, time)`, what the prefix that it ends is worth, 2D - 1, or what it adds
-        to the log-odds; 0 behind their ends."""
-        prompt = self.args.prompt_length
-        valid = valid_tokens(sequences, self.eos_token_id, prompt)
-        if isinstance(self.reward, MidiDiscriminator):
-            parts = zip(sequences.split(self.max_rows), valid.split(self.max_rows), strict=True)
-            with inference(self.reward):
-                logits = [self.reward(rows, attention_mask=mask).position_logits for rows, mask in parts]
-            values = self.worth(torch.cat(logits).float())
-        else:
-            values = self.reward(sequences.flatten()).view(sequences.shape)
-        rewards = values.diff(dim=1)[:, prompt - 1 :] if self.args.reward == "log-odds" else 2 * values[:, prompt:] - 1
-        return rewards * valid[:, prompt:]
+        prompt, length = self.rollouts.prompt_length, sequences.ids.shape[1]
+        if self.estimator == "dense":
+            rewards = self.reward.of_actions(sequences, prompt, self.rollouts.max_rows)
+            return discounted_returns(rewards, DISCOUNT)
+        positions = sequences.ids[:, :0]
+        if self.estimator == "monte-carlo":
+            positions = bar_positions(sequences.ids, self.bar_token_ids, prompt, self.num_positions)
+        values = monte_carlo_values(self.rollouts, self.reward, sequences, positions)
+        times = torch.cat([positions, torch.full_like(sequences.ids[:, :1], length - 1)], dim=1) - prompt
+        return interpolate_rows(values, times, length - prompt)
 
 
-def ending_token(model: MidiMambaForCausalLM) -> int:
-    """The token that ends sequences.
+def monte_carlo_values(rollouts: Rollouts, reward: Reward, sequences: Sequences, positions: Tensor) -> Tensor:
+    """Action values by Monte-Carlo search, equation 4 of SeqGAN.
 
-    Raises:
-        ValueError: if the generator's configuration does not say, or has no padding for what follows.
+    A causal discriminator forks its own state as the policy does, and reads every token once.
+
+    Args:
+        rollouts (`Rollouts`): draws completions from the roll-out policy.
+        reward (`Reward`): what values them.
+        sequences (`Sequences` of shape `(batch, time)`): what the generator sampled.
+        positions (`LongTensor` of shape `(batch, K)`): increasing times below `time - 1`. Time `t` values the action
+            `sequences.ids[:, t]`. The value of an action on padding is that of the whole sequence.
+
+    Returns:
+        `Tensor` of shape `(batch, K + 1)`: the mean reward of the completions of each prefix, and last the reward of
+        the sequence itself, which is the value of the last action.
     """
-    config = model.config
-    if not isinstance(config.eos_token_id, int) or config.pad_token_id is None:
-        raise ValueError(
-            f"stop_at_eos needs an eos_token_id and a pad_token_id in the generator's configuration, "
-            f"but they are {config.eos_token_id} and {config.pad_token_id}"
-        )
-    return config.eos_token_id
+    values = []
+    with inference(rollouts.policy):
+        # Prefixes take at most as much memory as half of the completions.
+        rows = max(1, rollouts.max_rows // 2)
+        for part, times in zip(sequences.split(rows), positions.split(rows), strict=True):
+            reader = reward.reader(part, rollouts.rows_valued_at_once)
+            order = times.flatten().argsort(stable=True)  # by time, then by sequence
+            scores = [reader.completions(forks, done) for forks, done in rollouts.draw(part, order, times)]
+            rewards = reward.of_scores(torch.cat([*scores, reader.whole()]))
+            drawn, whole = rewards.split([len(order) * rollouts.num_rollouts, len(times)])
+            means = drawn.view(len(order), rollouts.num_rollouts).mean(1)
+            values.append(torch.cat([means[order.argsort()].view(times.shape), whole[:, None]], dim=1))
+    return torch.cat(values)
+
+
+def bar_positions(sequences: Tensor, bar_token_ids: Sequence[int], prompt: int, count: int | None) -> Tensor:
+    """Which actions roll-outs value in each sequence: bar lines first.
+
+    Args:
+        sequences (`LongTensor` of shape `(batch, time)`): what the generator sampled.
+        bar_token_ids (`Sequence[int]`): the tokens that begin a bar; there may be none.
+        prompt (`int`): tokens at the start that are not actions.
+        count (`int`, *optional*): how many actions of a sequence, `K`; every action by default. If there are more bar
+            lines than that, evenly spread ones are taken; if there are fewer, evenly spread other actions join them.
+
+    Returns:
+        `LongTensor` of shape `(batch, K)`: times `prompt … time - 2`, increasing in each row.
+    """
+    times = range(prompt, sequences.shape[1] - 1)
+    is_bar = torch.isin(sequences.cpu(), torch.tensor(bar_token_ids, dtype=torch.long)).tolist()
+    rows = []
+    for row in is_bar:
+        bars = _spread([time for time in times if row[time]], count)
+        others = [time for time in times if not row[time]]
+        rows.append(sorted(bars + _spread(others, None if count is None else count - len(bars))))
+    return torch.tensor(rows, dtype=torch.long, device=sequences.device).view(len(sequences), -1)
+
+
+def _spread(times: Sequence[int], count: int | None) -> list[int]:
+    if count is None or count >= len(times):
+        return list(times)
+    return [times[(2 * k + 1) * len(times) // (2 * count)] for k in range(count)]
+
+
+def tokens_that_begin_bars(tokenizer: MusicTokenizer) -> list[int]:
+    """The ids, for [`bar_positions`], whose music begins with a bar line, those of byte-pair encoding included."""
+    ids = range(len(tokenizer.special_tokens), tokenizer.vocab_size)
+    return [index for index in ids if tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))[0] == BAR]
+
+
+def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
+    """`R_t = sum over k >= t of discount^(k - t) r_k`: what is still to come, from rewards `(batch, time)`."""
+    returns = torch.empty_like(rewards)
+    total = rewards.new_zeros(rewards.shape[0])
+    for t in reversed(range(rewards.shape[1])):
+        total = rewards[:, t] + discount * total
+        returns[:, t] = total
+    return returns
+
+
+def interpolate_rows(values: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Action values at every time from those at a few, which differ from row to row.
+
+    Args:
+        values (`Tensor` of shape `(batch, K)`): action values at `positions`.
+        positions (`LongTensor` of shape `(batch, K)`): increasing in each row; the last is `length - 1`, whose value
+            is the reward.
+        length (`int`): number of actions.
+
+    Returns:
+        `Tensor` of shape `(batch, length)`: linear between two valued positions, constant before the first.
+    """
+    times = torch.arange(length, device=values.device).expand(len(values), -1).contiguous()
+    right = torch.searchsorted(positions.contiguous(), times)
+    left = (right - 1).clamp(min=0)
+    before, after = positions.gather(1, left), positions.gather(1, right)
+    weight = ((times - before) / (after - before).clamp(min=1)).clamp(0, 1).to(values.dtype)
+    return torch.lerp(values.gather(1, left), values.gather(1, right), weight)

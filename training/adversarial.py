@@ -44,11 +44,11 @@ def main() -> None:
     from midimamba.corpus.packing import BlockCollator
     from midimamba.errors import InputError
     from midimamba.hub_cards.publish import publish
+    from midimamba.training.action_values import tokens_that_begin_bars
     from midimamba.training.adversarial_config import AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
     from midimamba.training.lora import LoraArguments, lora_config
-    from midimamba.training.rollout import tokens_that_begin_bars
     from midimamba.training.scripts import (
         RecipeParser,
         announce,

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from midimamba.errors import InputError
 from midimamba.files import whole_file, write_whole
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.training.baseline import Baseline
+from midimamba.training.credit import Credit
 from midimamba.training.discriminator_update import DiscriminatorUpdate
-from midimamba.training.generator_loss import GeneratorLoss
+from midimamba.training.generator_update import GeneratorLoss
 from midimamba.training.guard import Guard
 from midimamba.training.policies import load_policy, save_policy, save_tensors
 
@@ -29,25 +29,25 @@ class AdversarialState:
     All that a run has beside the generator and its optimizer.
 
     Args:
-        policies (`dict[str, MidiMambaForCausalLM]`): the copies of the generator, by the files they are saved in.
+        policies (`dict[str, nn.Module]`): the copies of the generator, by the files they are saved in.
         discriminator_update (`DiscriminatorUpdate`): the discriminator, its optimizer, and the old negatives.
         generator_loss (`GeneratorLoss`): has the adaptive weight.
-        baseline (`Baseline`): has a running mean.
+        credit (`Credit`): has a running mean.
         guard (`Guard`): has the reference values and the number of roll-backs.
     """
 
     def __init__(
         self,
-        policies: dict[str, MidiMambaForCausalLM],
+        policies: dict[str, nn.Module],
         discriminator_update: DiscriminatorUpdate,
         generator_loss: GeneratorLoss,
-        baseline: Baseline,
+        credit: Credit,
         guard: Guard,
     ):
         self.policies = policies
         self.discriminator_update = discriminator_update
         self.generator_loss = generator_loss
-        self.baseline = baseline
+        self.credit = credit
         self.guard = guard
         self.args = discriminator_update.args
         accelerator = discriminator_update.accelerator
@@ -56,7 +56,7 @@ class AdversarialState:
     def save(self, folder: Path) -> None:
         """Write what this process has to write."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self.args.replay_size:
+        if self.args.replay_fraction:
             replayed = self.discriminator_update.replay.sequences
             if replayed is None:  # before the first step
                 replayed = torch.empty(0, self.args.sequence_length, dtype=torch.long)
@@ -70,7 +70,7 @@ class AdversarialState:
             save_policy(policy, folder / name)
         state = {
             "kl_coef": self.generator_loss.kl_coef,
-            "baseline": self.baseline.state_dict(),
+            "baseline": self.credit.state_dict(),
             "guard": self.guard.state_dict(),
         }
         write_whole(folder / STATE_FILE, json.dumps(state))
@@ -82,7 +82,7 @@ class AdversarialState:
             InputError: if the run that wrote it had other options.
         """
         expected = [DISCRIMINATOR_FILE, D_OPTIMIZER_FILE, STATE_FILE, *self.policies]
-        if self.args.replay_size:
+        if self.args.replay_fraction:
             expected.append(self._replay_file)
         missing = [name for name in expected if not (folder / name).exists()]
         if missing:
@@ -93,11 +93,11 @@ class AdversarialState:
         self.discriminator_update.optimizer.load_state_dict(optimizer)
         for name, policy in self.policies.items():
             load_policy(policy, folder / name)
-        if self.args.replay_size:
+        if self.args.replay_fraction:
             self.discriminator_update.replay.sequences = load_file(folder / self._replay_file)["input_ids"].to(device)
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
         self.generator_loss.kl_coef = state["kl_coef"]
-        self.baseline.load_state_dict(state["baseline"], device)
+        self.credit.load_state_dict(state["baseline"], device)
         return self.guard.load_state_dict(state["guard"])
 
     @property

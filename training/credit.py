@@ -1,40 +1,101 @@
-"""From rewards to advantages: pure functions on tensors of shape `(batch, time)`.
+"""From action values to advantages: baseline, normalisation, clipping, over the batch of all processes.
 
-Notation of SeqGAN (arXiv 1609.05473): Q is the action value of equation 4, the gradient is that of equation 6.
+Tensors are of shape `(batch, actions)`. The functions are pure; [`Credit`] applies them as the options say.
 """
 
+from typing import Any
+
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.metrics import Measures
 
-def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
-    """`R_t = sum over k >= t of discount^(k - t) r_k`: what is still to come, from rewards `(batch, time)`."""
-    returns = torch.empty_like(rewards)
-    total = rewards.new_zeros(rewards.shape[0])
-    for t in reversed(range(rewards.shape[1])):
-        total = rewards[:, t] + discount * total
-        returns[:, t] = total
-    return returns
+BASELINE_MEMORY = 0.9
+"""Weight of the past in the running baseline: it averages about ten steps."""
 
 
-def interpolate_rows(values: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Action values at every time from those at a few, which are others in each row.
+class Credit:
+    """
+    What each action is credited with: its value minus a baseline, to unit deviation, clipped, and 0 on padding.
+
+    Processes put their values together: baseline and deviation are those of the whole batch, however it is spread.
 
     Args:
-        values (`Tensor` of shape `(batch, K)`): action values at `positions`.
-        positions (`LongTensor` of shape `(batch, K)`): increasing in each row; the last is `length - 1`, whose value
-            is the reward.
-        length (`int`): number of actions.
+        args (`AdversarialConfig`): `baseline`, `group_size`, `normalize_advantages` and `advantage_clip`.
+        accelerator (`Accelerator`): gathers the values of all processes.
 
-    Returns:
-        `Tensor` of shape `(batch, length)`: linear between two valued positions, constant before the first.
+    Attributes:
+        mean (`Tensor` of shape `(actions,)`, *optional*): the running baseline; `None` before the first batch.
+        count (`int`): batches in it.
     """
-    times = torch.arange(length, device=values.device).expand(len(values), -1).contiguous()
-    right = torch.searchsorted(positions.contiguous(), times)
-    left = (right - 1).clamp(min=0)
-    before, after = positions.gather(1, left), positions.gather(1, right)
-    weight = ((times - before) / (after - before).clamp(min=1)).clamp(0, 1).to(values.dtype)
-    return torch.lerp(values.gather(1, left), values.gather(1, right), weight)
+
+    def __init__(self, args: AdversarialConfig, accelerator: Accelerator):
+        self.args = args
+        self.accelerator = accelerator
+        self.mean: Tensor | None = None
+        self.count = 0
+
+    def __call__(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Measures]:
+        """
+        Args:
+            values (`Tensor` of shape `(batch, actions)`): Q of this process's sequences.
+            valid (`BoolTensor` of shape `(batch, actions)`): `False` on padding.
+
+        Returns:
+            The advantages of this process's sequences, and measures of all.
+        """
+        rank = self.accelerator.process_index
+        mine = slice(rank * len(values), (rank + 1) * len(values))
+        values, valid = self.accelerator.gather(values), self.accelerator.gather(valid)
+        advantages = self._minus_baseline(values).masked_fill(~valid, 0)
+        measures = {
+            "reward": values[:, -1].mean(),
+            **reward_by_position(values),
+            "advantage_mean": advantages[valid].mean(),
+            "advantage_std": advantages[valid].std(correction=0),
+        }
+        if self.args.normalize_advantages:
+            advantages = normalize_advantages(advantages, valid)
+        if self.args.advantage_clip is not None:
+            limit = self.args.advantage_clip
+            measures["advantage_clip_fraction"] = (advantages.abs() > limit).float().mean()
+            advantages = advantages.clamp(-limit, limit)
+        return advantages[mine], measures
+
+    def _minus_baseline(self, values: Tensor) -> Tensor:
+        if self.args.baseline == "leave-one-out":
+            return leave_one_out_advantages(values, self.args.group_size)
+        if self.args.baseline == "running":
+            return values - self._running_mean(values)
+        return values
+
+    def _running_mean(self, values: Tensor) -> Tensor:
+        """The mean of earlier batches, which knows nothing of this one and so leaves the gradient unbiased.
+
+        The first batch has no earlier ones and is compared with itself, so that a constant reward moves nothing there.
+        """
+        value = batch_mean(values)
+        before = value if self.mean is None else self.mean
+        self.count += 1
+        self.mean = running_mean(before, value, self.count, BASELINE_MEMORY)
+        return before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and lists, for JSON, which keeps every bit of a float32."""
+        return {"count": self.count, "mean": None if self.mean is None else self.mean.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what [`~Credit.state_dict`] returned."""
+        self.count = state["count"]
+        self.mean = None if state["mean"] is None else torch.tensor(state["mean"], device=device)
+
+
+def reward_by_position(values: Tensor) -> Measures:
+    """The mean action value `(batch, actions)` at a quarter, a half, three quarters and the end of the actions."""
+    last = values.shape[1] - 1
+    return {f"reward_at_{part}": values[:, round(last * part / 100)].mean() for part in (25, 50, 75, 100)}
 
 
 def leave_one_out_advantages(action_values: Tensor, group_size: int | None = None) -> Tensor:
@@ -44,7 +105,7 @@ def leave_one_out_advantages(action_values: Tensor, group_size: int | None = Non
 
     Args:
         action_values (`Tensor` of shape `(batch, time)`): Q.
-        group_size (`int`, *optional*): the others are those of a group of so many consecutive rows, as in GRPO
+        group_size (`int`, *optional*): the others are those of a group of this many consecutive rows, as in GRPO
             (arXiv 2402.03300); by default all rows are one group.
 
     Raises:
@@ -85,65 +146,3 @@ def normalize_advantages(advantages: Tensor, valid: Tensor | None = None) -> Ten
     """Advantages of unit standard deviation over the batch, or its `valid` actions; all zeros stay zeros."""
     counted = advantages if valid is None else advantages[valid]
     return advantages / (counted.std(correction=0) + 1e-8)
-
-
-def importance_weights(log_probabilities: Tensor, behaviour: Tensor, clip: float) -> Tensor:
-    """How much likelier actions are under the policy than under the behaviour policy that drew them, at most `clip`.
-
-    One weight a token, as in ColdGANs (arXiv 2006.04643): the product over a sequence would be exact, and useless, for
-    its variance grows exponentially with the length. The clip bounds the variance at the price of a bias.
-
-    Args:
-        log_probabilities (`Tensor` of shape `(batch, time)`): of the actions under the policy.
-        behaviour (`Tensor` of shape `(batch, time)`): the same under the behaviour policy.
-        clip (`float`): the largest weight.
-    """
-    return (log_probabilities - behaviour).exp().clamp(max=clip)
-
-
-def reinforce_loss(log_probabilities: Tensor, advantages: Tensor) -> Tensor:
-    """The negative of the objective whose gradient is SeqGAN's equation 6.
-
-    Args:
-        log_probabilities (`Tensor` of shape `(batch, time)`): of the sampled actions, with a graph.
-        advantages (`Tensor` of shape `(batch, time)`): constants.
-
-    Returns:
-        The sum over time, averaged over the batch, as a scalar.
-    """
-    return -(log_probabilities * advantages.detach()).sum(1).mean()
-
-
-def clipped_policy_loss(log_probabilities: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's clipped surrogate (arXiv 1707.06347, equation 7), negative.
-
-    Where the policy is still the one that sampled, the ratio is 1 and the gradient is that of [`reinforce_loss`].
-
-    Args:
-        log_probabilities (`Tensor` of shape `(batch, time)`): of the sampled actions, with a graph.
-        old (`Tensor` of shape `(batch, time)`): the same under the policy that sampled them, a constant.
-        advantages (`Tensor` of shape `(batch, time)`): constants.
-        clip (`float`): a ratio beyond `1 ± clip` earns nothing more.
-
-    Returns:
-        The sum over time, averaged over the batch, as a scalar.
-    """
-    ratio = (log_probabilities - old).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -surrogate.sum(1).mean()
-
-
-def kl_divergence(log_probabilities: Tensor, reference: Tensor) -> Tensor:
-    """`KL(p || q)` over the whole vocabulary, `(…,)`, from normalised log-probabilities `(…, vocab)` of p and q."""
-    return (log_probabilities.exp() * (log_probabilities - reference)).sum(-1)
-
-
-def entropy(log_probabilities: Tensor) -> Tensor:
-    """The entropy in nats, `(…,)`, of distributions with normalised log-probabilities `(…, vocab)`."""
-    return -(log_probabilities.exp() * log_probabilities).sum(-1)
-
-
-def adapted_kl_coef(coefficient: float, divergence: float, target: float) -> float:
-    """The controller of Ziegler et al. (arXiv 1909.08593, section 2.2): 10 % of the relative error, cut at ±20 %."""
-    error = min(max(divergence / target - 1, -0.2), 0.2)
-    return coefficient * (1 + 0.1 * error)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from midimamba.training.adversarial_config import AdversarialConfig
 
 TRAINER_STATE_FILE = "trainer_state.json"
 ROLLBACKS_FILE = "rollbacks.json"
+
+MAX_ROLLBACKS = 3
+"""How often a run goes back before it ends with its last good checkpoint."""
 
 
 class DivergedError(Exception):
@@ -45,12 +48,13 @@ class Guard:
         bounds = (("eval_loss", args.max_nll_drift), ("eval_self_bleu_4", args.max_self_bleu_increase))
         self._bounds = {name: bound for name, bound in bounds if bound is not None}
         self._file = Path(args.output_dir) / ROLLBACKS_FILE
+        self._watched: list[tuple[str, Tensor]] = []
         self.reference: dict[str, float] = {}
         self.rollbacks = 0
         self.last_good: Path | None = None
 
     def begin(self, checkpoint: str | None) -> None:
-        """A run starts, or goes on from a checkpoint: then the roll-backs after that checkpoint count, too."""
+        """A run starts, or goes on from a checkpoint: then the roll-backs after that checkpoint count as well."""
         self.last_good = None if checkpoint is None else Path(checkpoint)
         if checkpoint is not None and self._file.exists():
             self.rollbacks = int(json.loads(self._file.read_text())["rollbacks"])
@@ -59,24 +63,36 @@ class Guard:
 
     def roll_back(self) -> None:
         """Count a roll-back, on the disk as well: a run that is killed before its next checkpoint does not forget."""
+        self._watched.clear()
         self.rollbacks += 1
         if self.accelerator.is_main_process:
             write_whole(self._file, json.dumps({"rollbacks": self.rollbacks}))
 
-    def check_finite(self, what: str, values: Tensor | float) -> None:
-        """
-        Raises:
-            DivergedError: if a value is infinite or NaN.
-        """
-        self._raise_together(not bool(torch.as_tensor(values).isfinite().all()), f"{what} is not finite")
+    def watch(self, what: str, values: Tensor) -> None:
+        """Remember that values have to be finite. Nothing waits for the device here; see [`~Guard.flags`]."""
+        self._watched.append((what, (~values.detach().isfinite()).any().float()))
 
-    def check_weights(self, parameters: Iterable[Tensor]) -> None:
-        """
-        Raises:
-            DivergedError: if a weight is infinite or NaN.
-        """
+    def watch_weights(self, parameters: Iterable[Tensor]) -> None:
+        """The same for all weights."""
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters])
-        self._raise_together(not bool(finite.all()), "a weight is not finite")
+        self._watched.append(("a weight", (~finite.all()).float()))
+
+    def flags(self) -> Tensor:
+        """For everything that is watched, in how many processes it is not finite; on the device, `(n,)`."""
+        flags: Tensor = self.accelerator.reduce(torch.stack([flag for _, flag in self._watched]), "sum")
+        return flags
+
+    def check_flags(self, flags: Sequence[float]) -> None:
+        """Judge the step by its flags, brought over from the device.
+
+        Raises:
+            DivergedError: if something is infinite or NaN in any process.
+        """
+        names = [what for what, _ in self._watched]
+        self._watched.clear()
+        for what, flag in zip(names, flags, strict=True):
+            if flag:
+                raise DivergedError(f"{what} is not finite")
 
     def check_evaluation(self, metrics: dict[str, float]) -> None:
         """The first evaluation of a run, before its first step, is what later ones are compared with.
@@ -89,7 +105,7 @@ class Guard:
         for name, bound in self._bounds.items():
             start, value = self.reference.get(name, metrics[name]), metrics[name]
             limit = start * (1 + bound) if name == "eval_loss" else start + bound
-            # NaN is no number below a limit.
+            # NaN is not below any limit.
             message = f"{name} is {value:.4f}, above its bound of {limit:.4f} (it was {start:.4f} at the start)"
             self._raise_together(not value <= limit, message)
 
@@ -120,7 +136,7 @@ def scale_learning_rates(optimizer: Any, factor: float, scheduler: Any = None) -
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder that is whole; one that a killed process left half-written is passed over."""
+    """The newest whole checkpoint in a folder. Half-written ones, which a killed process leaves, are skipped."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     steps = [int(match[1]) for child in folder.glob("*") if (match := pattern.fullmatch(child.name))]
     checkpoints = [folder / f"{PREFIX_CHECKPOINT_DIR}-{step}" for step in sorted(steps, reverse=True)]

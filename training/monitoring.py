@@ -16,11 +16,12 @@ from transformers.trainer_callback import CallbackHandler
 
 from midimamba.corpus.packing import stack_blocks
 from midimamba.errors import InputError
-from midimamba.evaluation.metrics import called_real, discriminator_accuracy, distinct_n, self_bleu
+from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu
 from midimamba.evaluation.rendering import draw_piano_roll, import_demo
 from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.sampling import valid_tokens
+from midimamba.modeling.sampling import Ending, Sequences
+from midimamba.modeling.scoring import score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.adversarial_config import AdversarialConfig
 
@@ -30,6 +31,9 @@ where shorter ones are idiom and much longer ones are rare in any sample."""
 
 MAX_NGRAMS = 2**22
 """So many n-grams of the training music are remembered (32 MB of hashes); of more blocks, evenly spread ones are."""
+
+LOGGED_SAMPLES = 4
+"""Samples of an evaluation that are written as MIDI and as piano rolls."""
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -44,14 +48,8 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def reward_by_position(values: Tensor) -> dict[str, float]:
-    """The mean action value `(batch, actions)` at a quarter, a half, three quarters and the end of the actions."""
-    last = values.shape[1] - 1
-    return {f"reward_at_{part}": values[:, round(last * part / 100)].mean().item() for part in (25, 50, 75, 100)}
-
-
 def spread_blocks(dataset: Any, count: int) -> Tensor:
-    """So many blocks, evenly spread over a data set, `(count, time)`; all if there are fewer."""
+    """`count` blocks, evenly spread over a data set, `(count, time)`; all if there are fewer."""
     count = min(count, len(dataset))
     return stack_blocks([dataset[index * len(dataset) // count] for index in range(count)])
 
@@ -103,7 +101,7 @@ class Monitor:
         discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
         train_dataset (`Dataset`): training blocks.
         eval_dataset (`Dataset`): held-out blocks.
-        eos_token_id (`int`, *optional*): the token that ends sequences; by default nothing does.
+        ending (`Ending`): sequences are measured up to their end.
     """
 
     def __init__(
@@ -112,23 +110,24 @@ class Monitor:
         discriminator: MidiDiscriminator,
         train_dataset: Any,
         eval_dataset: Any,
-        eos_token_id: int | None,
+        ending: Ending,
     ):
         self.args = args
         self.discriminator = discriminator
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self.eos_token_id = eos_token_id
+        self.ending = ending
 
     def measure_log(self) -> dict[str, float]:
         """What changes from log to log rather than from step to step.
 
         `d_accuracy_held_out` is how often the discriminator takes a batch of held-out music, always the same, for
-        real: far below its accuracy on training music it has learned that by heart. `memory_mb_max` is the peak.
+        real: if that is far below its accuracy on training music, it knows the training music by heart.
+        `memory_mb_max` is the peak.
         """
-        mask = self._mask(self._held_out)
+        log_odds = score(self.discriminator, self._held_out.ids, self._held_out.mask)
         return {
-            "d_accuracy_held_out": called_real(self.discriminator, self._held_out, mask),
+            "d_accuracy_held_out": (log_odds > 0).float().mean().item(),
             "memory_mb_max": peak_memory_mb(self.args.device),
         }
 
@@ -141,7 +140,7 @@ class Monitor:
             `distinct_1` … `distinct_4`, `self_bleu_4`, and the copy rates of the samples and of the music: music that
             copies nothing shares that much.
         """
-        masks = (self._mask(real), self._mask(fake))
+        masks = (self._judged(real).mask, self._judged(fake).mask)
         accuracy = discriminator_accuracy(self.discriminator, real, fake, masks=masks)
         music, samples = (_without_padding(rows, mask) for rows, mask in zip((real, fake), masks, strict=True))
         longest = max(map(len, samples))
@@ -155,15 +154,16 @@ class Monitor:
         return measures, samples
 
     @cached_property
-    def _held_out(self) -> Tensor:
-        return spread_blocks(self.eval_dataset, self.args.per_device_train_batch_size).to(self.args.device)
+    def _held_out(self) -> Sequences:
+        blocks = spread_blocks(self.eval_dataset, self.args.per_device_train_batch_size)
+        return self._judged(blocks.to(self.args.device))
 
     @cached_property
     def _copy_rate(self) -> CopyRate:
         return CopyRate(self.train_dataset)
 
-    def _mask(self, sequences: Tensor) -> Tensor:
-        return valid_tokens(sequences, self.eos_token_id, self.args.prompt_length)
+    def _judged(self, ids: Tensor) -> Sequences:
+        return Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
 
 
 def _without_padding(sequences: Tensor, mask: Tensor) -> list[list[int]]:
@@ -176,16 +176,14 @@ class SampleLog:
 
     Args:
         folder (`Path`): gets a folder `step-N` for every evaluation.
-        processor (`ProcessorMixin`, *optional*): decodes samples. Nothing is written by another than a
+        processor (`ProcessorMixin`, *optional*): decodes samples; nothing is written without a
             [`MidiProcessor`].
-        count (`int`): so many of the samples are written.
         callbacks (`CallbackHandler`): the trainer's, among which those of TensorBoard and trackio may be.
     """
 
-    def __init__(self, folder: Path, processor: ProcessorMixin | None, count: int, callbacks: CallbackHandler):
+    def __init__(self, folder: Path, processor: ProcessorMixin | None, callbacks: CallbackHandler):
         self.folder = folder
         self.processor = processor
-        self.count = count
         self.callbacks = callbacks
         self._draws = True
 
@@ -193,7 +191,7 @@ class SampleLog:
         """Write the first samples of an evaluation. Without matplotlib there are no pictures, and one line says so."""
         if not isinstance(self.processor, MidiProcessor):
             return
-        for index, ids in enumerate(samples[: self.count]):
+        for index, ids in enumerate(samples[:LOGGED_SAMPLES]):
             file = self.folder / f"step-{step}" / f"{index}.mid"
             try:
                 score = self.processor.decode(ids)

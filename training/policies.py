@@ -4,38 +4,41 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from midimamba.files import whole_file
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def frozen_copy(policy: MidiMambaForCausalLM) -> MidiMambaForCausalLM:
+def frozen_copy(policy: Model) -> Model:
     """A copy on the same device, in evaluation mode, whose parameters need no gradient."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def follow(follower: MidiMambaForCausalLM, policy: MidiMambaForCausalLM, momentum: float) -> None:
+def follow(follower: nn.Module, policy: nn.Module, momentum: float) -> None:
     """`follower <- momentum follower + (1 - momentum) policy`, parameter by parameter."""
     for ours, theirs in zip(follower.parameters(), policy.parameters(), strict=True):
         ours.lerp_(theirs.detach(), 1 - momentum)
 
 
 @torch.no_grad()
-def distance(policy: MidiMambaForCausalLM, other: MidiMambaForCausalLM) -> float:
-    """The Euclidean distance of two sets of parameters, relative to the norm of the first."""
+def distance(policy: nn.Module, other: nn.Module) -> Tensor:
+    """The Euclidean distance of two sets of parameters, relative to the norm of the first; a scalar."""
     pairs = list(zip(policy.parameters(), other.parameters(), strict=True))
-    apart = sum(((ours - theirs).square().sum() for ours, theirs in pairs), torch.zeros((), device=policy.device))
-    norm = sum((ours.square().sum() for ours, _ in pairs), torch.zeros((), device=policy.device))
-    return (apart / norm).sqrt().item()
+    start = torch.zeros((), device=pairs[0][0].device)
+    apart = sum(((ours - theirs).square().sum() for ours, theirs in pairs), start)
+    norm = sum((ours.square().sum() for ours, _ in pairs), start)
+    return (apart / norm).sqrt()
 
 
 @contextmanager
-def weights_of(policy: MidiMambaForCausalLM, other: MidiMambaForCausalLM) -> Iterator[None]:
+def weights_of(policy: nn.Module, other: nn.Module) -> Iterator[None]:
     """Inside, the policy computes with the other's weights, and the other with the policy's."""
     _swap(policy, other)
     try:
@@ -44,17 +47,17 @@ def weights_of(policy: MidiMambaForCausalLM, other: MidiMambaForCausalLM) -> Ite
         _swap(policy, other)
 
 
-def _swap(policy: MidiMambaForCausalLM, other: MidiMambaForCausalLM) -> None:
+def _swap(policy: nn.Module, other: nn.Module) -> None:
     for ours, theirs in zip(policy.parameters(), other.parameters(), strict=True):
         ours.data, theirs.data = theirs.data, ours.data
 
 
-def save_policy(policy: MidiMambaForCausalLM, file: Path) -> None:
+def save_policy(policy: nn.Module, file: Path) -> None:
     """Write the parameters; tied ones once, as safetensors demands."""
     save_tensors({name: parameter.detach() for name, parameter in policy.named_parameters()}, file)
 
 
-def load_policy(policy: MidiMambaForCausalLM, file: Path) -> None:
+def load_policy(policy: nn.Module, file: Path) -> None:
     """Read what [`save_policy`] wrote."""
     for name, tensor in load_file(file).items():
         policy.get_parameter(name).data.copy_(tensor)

@@ -33,7 +33,7 @@ def losses(folder: Path) -> list[str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trainer = make_trainer(folder, **ALL_STABILISERS, max_steps=6, num_logged_samples=0)
+        trainer = make_trainer(folder, **ALL_STABILISERS, max_steps=6)
         trainer.train()
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,242 @@
+"""The generator's step: REINFORCE or PPO on samples, and what keeps the policy near the music it has learned."""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from midimamba.corpus.packing import IGNORED, BlockCollator
+from midimamba.modeling.sampling import Sequences
+from midimamba.training import losses
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.metrics import Measures, weighted_mean
+
+
+class Batch(NamedTuple):
+    """
+    What the generator learns from in a step.
+
+    Args:
+        fake (`Sequences` of shape `(batch, time)`): what the generator sampled.
+        real (`LongTensor` of shape `(batch, time)`): blocks of music.
+        advantages (`Tensor` of shape `(batch, actions)`): of the sampled actions, the last tokens of `fake`; 0 on
+            padding.
+        old (`Tensor` of shape `(batch, actions)`, *optional*): log-probabilities of the actions when they were
+            sampled; by default those of the pass.
+    """
+
+    fake: Sequences
+    real: Tensor
+    advantages: Tensor
+    old: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which actions are not padding, `(batch, actions)`."""
+        return self.fake.mask[:, -self.advantages.shape[1] :].bool()
+
+    def split(self, rows: int) -> list["Batch"]:
+        """Batches of at most `rows` sequences."""
+        parts = [slice(start, start + rows) for start in range(0, len(self.real), rows)]
+        return [
+            Batch(
+                self.fake.rows(part),
+                self.real[part],
+                self.advantages[part],
+                None if self.old is None else self.old[part],
+            )
+            for part in parts
+        ]
+
+
+class LossTerms(NamedTuple):
+    """
+    Args:
+        loss (`Tensor`): a scalar, with a graph.
+        log_probabilities (`Tensor` of shape `(batch, actions)`): of the sampled actions, without a graph.
+        measures (`Measures`): figures of the batch.
+    """
+
+    loss: Tensor
+    log_probabilities: Tensor
+    measures: Measures
+
+
+class GeneratorLoss:
+    """
+    The loss of a micro-batch, from one teacher-forced pass. Every term is a sum over time, averaged over the batch.
+
+    Args:
+        args (`AdversarialConfig`): the weights of the terms.
+        collator (`BlockCollator`): knows where pieces begin in blocks.
+        reference (`nn.Module`, *optional*): the frozen pre-trained policy.
+
+    Attributes:
+        kl_coef (`float`): the weight of the divergence from the reference, which `kl_target` adapts.
+    """
+
+    def __init__(self, args: AdversarialConfig, collator: BlockCollator, reference: nn.Module | None):
+        self.args = args
+        self.collator = collator
+        self.reference = reference
+        self.kl_coef = args.kl_coef
+
+    def __call__(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """
+        Args:
+            model (`nn.Module`): the generator, as it is wrapped.
+            batch (`Batch`): samples with their advantages, and music.
+        """
+        of_fake, of_real, labels = self._log_probabilities(model, batch)
+        policy = of_fake[:, self.args.prompt_length - 1 :]
+        chosen = _chosen(policy, batch.fake.ids[:, self.args.prompt_length :])
+        loss, measures = self._policy_loss(chosen, batch)
+        with torch.set_grad_enabled(self.args.entropy_coef > 0):
+            entropy = losses.entropy(policy).masked_fill(~batch.valid, 0)
+        measures["entropy"] = _mean(entropy.detach(), batch.valid)
+        if self.args.entropy_coef:
+            loss = loss - self.args.entropy_coef * entropy.sum(1).mean()
+        if self.reference is not None:
+            divergences = self._divergences(self.reference, policy, batch).masked_fill(~batch.valid, 0)
+            loss = loss + self.kl_coef * divergences.sum(1).mean()
+            measures["kl"] = _mean(divergences.detach(), batch.valid)
+        if labels is not None:
+            likelihood, measures["mle_loss"] = _negative_likelihood(of_real, labels[:, 1:])
+            loss = loss + self.args.mle_weight * likelihood
+        return LossTerms(loss, chosen.detach(), measures)
+
+    def _log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the model says of samples and of music, each `(batch, time - 1, vocab)`, and the music's labels."""
+        sequences, extra, labels = batch.fake.ids, {}, None
+        if self.args.mle_weight:
+            music = self.collator.separate(batch.real)
+            sequences, labels = torch.cat([batch.fake.ids, batch.real]), music["labels"]
+            if "seq_idx" in music and _separates_documents(model):
+                # The sampler's state runs on past a token that begins a piece, in the prompt or drawn. The gradient
+                # needs the probabilities it drew from: a sampled sequence is one document.
+                extra["seq_idx"] = torch.cat([torch.zeros_like(batch.fake.ids), music["seq_idx"]])
+        logits = model(input_ids=sequences, use_cache=False, **extra).logits[:, :-1]
+        rows = len(batch.fake.ids)
+        of_fake, of_real = logits.float().log_softmax(-1).split([rows, len(sequences) - rows])
+        return of_fake, of_real, labels
+
+    def _policy_loss(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, Measures]:
+        clip, old, valid = self.args.ppo_clip, batch.old, batch.valid
+        if clip is None:
+            loss = losses.reinforce_loss(chosen, batch.advantages)
+        else:
+            loss = losses.clipped_policy_loss(chosen, chosen.detach() if old is None else old, batch.advantages, clip)
+        measures: Measures = {"policy_loss": loss.detach()}
+        if old is not None and clip is not None:  # in the first pass over a batch all ratios are 1
+            log_ratio = (chosen.detach() - old).masked_fill(~valid, 0)
+            ratio = log_ratio.exp()
+            measures["policy_ratio_max"] = ratio.max()
+            measures["clip_fraction"] = _mean(((ratio - 1).abs() > clip).float(), valid)
+            # Non-negative and unbiased (J. Schulman, "Approximating KL divergence", 2020: k3).
+            measures["approx_kl"] = _mean(ratio - 1 - log_ratio, valid)
+        return loss, measures
+
+    def _divergences(self, reference: nn.Module, policy: Tensor, batch: Batch) -> Tensor:
+        """KL at every action, `(batch, actions)`: of whole distributions, without the noise of sampled actions."""
+        with torch.no_grad():
+            logits = reference(input_ids=batch.fake.ids, use_cache=False).logits[:, self.args.prompt_length - 1 : -1]
+        return losses.kl_divergence(policy, logits.float().log_softmax(-1))
+
+    def adapt(self, divergence: float) -> None:
+        """After a step, bring the weight of the divergence nearer to what keeps it at `kl_target`."""
+        if self.args.kl_target is not None:
+            self.kl_coef = losses.adapted_kl_coef(self.kl_coef, divergence, self.args.kl_target)
+
+
+class GeneratorUpdate:
+    """
+    Makes the passes over a sampled batch.
+
+    Args:
+        loss (`GeneratorLoss`): of a micro-batch.
+        args (`AdversarialConfig`): `ppo_epochs`, `micro_batch_size` and `max_grad_norm`.
+        accelerator (`Accelerator`): the trainer's.
+        watch (`Callable`): is called with a name and a tensor that must be finite.
+    """
+
+    def __init__(
+        self,
+        loss: GeneratorLoss,
+        args: AdversarialConfig,
+        accelerator: Accelerator,
+        watch: Callable[[str, Tensor], None],
+    ):
+        self.loss = loss
+        self.args = args
+        self.accelerator = accelerator
+        self.watch = watch
+
+    def __call__(self, model: nn.Module, optimizer: Any, batch: Batch) -> tuple[Tensor, Measures]:
+        """Learn from a batch in `ppo_epochs` passes. The optimizer's step after the last pass is left to the caller.
+
+        Returns:
+            The mean loss of the passes, and the measures of the batch.
+        """
+        first = self._accumulate(model, batch)
+        loss, passes = first.loss, [first.measures]
+        for _ in range(1, self.args.ppo_epochs):
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
+            self.watch("the norm of the gradient", norm)
+            optimizer.step()
+            model.zero_grad()
+            again = self._accumulate(model, batch._replace(old=first.log_probabilities))
+            loss = loss + again.loss
+            passes.append(again.measures)
+        measures = weighted_mean([(part, 1.0) for part in passes])
+        if "kl" in first.measures:
+            # Of the policy that sampled, and of all processes: they must agree on the next coefficient.
+            measures["kl"] = self.accelerator.reduce(torch.as_tensor(first.measures["kl"]), "mean")
+            measures["kl_coef"] = self.loss.kl_coef
+        return loss / self.args.ppo_epochs, measures
+
+    def _accumulate(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """Add up the gradient of one teacher-forced pass over a batch, in micro-batches."""
+        chunks = batch.split(self.args.micro_batch_size)
+        parts, total = [], []
+        for index, chunk in enumerate(chunks):
+            is_last = index == len(chunks) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                terms = self.loss(model, chunk)
+                share = len(chunk.real) / len(batch.real)
+                self.accelerator.backward(terms.loss * share)
+            parts.append((terms, share))
+            total.append(terms.loss.detach() * share)
+        self.watch("the loss", torch.stack(total))
+        return LossTerms(
+            torch.stack(total).sum(),
+            torch.cat([terms.log_probabilities for terms, _ in parts]),
+            weighted_mean([(terms.measures, share) for terms, share in parts]),
+        )
+
+
+def _separates_documents(model: nn.Module) -> bool:
+    """Whether a model can keep packed pieces apart. One that cannot reads a block as a single piece."""
+    inner = getattr(model, "module", model)  # inside the wrapper of distributed training
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return "seq_idx" in inspect.signature(inner.forward).parameters
+
+
+def _chosen(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
+    return log_probabilities.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _negative_likelihood(of_real: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed over time and averaged over blocks, with a graph; and per token, without."""
+    is_target = targets != IGNORED
+    loss = -_chosen(of_real, targets.clamp(min=0)).masked_fill(~is_target, 0).sum()
+    return loss / len(of_real), (loss / is_target.sum()).detach()
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """The mean of the valid ones among values `(batch, actions)` that are 0 elsewhere."""
+    return values.sum() / valid.sum()

@@ -1,0 +1,339 @@
+"""What surrounds Algorithm 1 in a run: the guard, checkpoints, evaluation and logs."""
+
+import contextlib
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from midimamba.errors import InputError
+from midimamba.modeling.feed_forward import SwitchExperts
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.sampling import Ending, sample
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.checkpoint import (
+    AVERAGED_POLICY_FILE,
+    REFERENCE_POLICY_FILE,
+    ROLLOUT_POLICY_FILE,
+    AdversarialState,
+)
+from midimamba.training.credit import Credit
+from midimamba.training.discriminator_update import DiscriminatorUpdate
+from midimamba.training.generator_update import GeneratorLoss
+from midimamba.training.guard import (
+    MAX_ROLLBACKS,
+    TRAINER_STATE_FILE,
+    DivergedError,
+    Guard,
+    last_complete_checkpoint,
+    scale_learning_rates,
+)
+from midimamba.training.lora import merged
+from midimamba.training.metrics import Metrics
+from midimamba.training.monitoring import Monitor, SampleLog, spread_blocks
+from midimamba.training.policies import distance, follow, frozen_copy, load_policy, weights_of
+from midimamba.training.rollout import Rollouts
+
+
+class GuardedTrainer(Trainer):
+    """
+    A `Trainer` with a second network, whose runs go back when they go wrong and resume bit for bit. The algorithm is
+    in [`AdversarialTrainer`], which makes the parts that are named here.
+
+    Of Trainer's private methods it overrides one, `_save_rng_state`, which says why. It calls a few when it goes back.
+    """
+
+    args: AdversarialConfig
+    guard: Guard
+    ending: Ending
+    discriminator_update: DiscriminatorUpdate
+    generator_loss: GeneratorLoss
+    credit: Credit
+    rollouts: Rollouts
+    rollout_policy: PreTrainedModel
+    reference_policy: PreTrainedModel | None
+    discriminator: nn.Module
+
+    def check_is_whole(self) -> None:
+        """Refuse to shard the generator over processes.
+
+        Raises:
+            ValueError: under FSDP and DeepSpeed.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed would shard the generator, which has to be whole to sample: use plain data "
+                "parallelism (training/accelerate_configs/gpu-2.yaml), and a smaller micro_batch_size or --use_peft"
+            )
+
+    def prepare_run(self, discriminator: nn.Module) -> None:
+        """Make what watches, saves and evaluates a run, once the parts of the algorithm are there."""
+        self.metrics = Metrics()
+        self.averaged_policy = frozen_copy(self.generator) if self.args.ema_decay else None
+        policies = {
+            ROLLOUT_POLICY_FILE: self.rollout_policy,
+            REFERENCE_POLICY_FILE: self.reference_policy,
+            AVERAGED_POLICY_FILE: self.averaged_policy,
+        }
+        kept = {name: policy for name, policy in policies.items() if policy is not None}
+        self.adversarial_state = AdversarialState(
+            kept, self.discriminator_update, self.generator_loss, self.credit, self.guard
+        )
+        self.monitor = Monitor(self.args, discriminator, self.train_dataset, self.eval_dataset, self.ending)
+        folder = Path(self.args.output_dir) / "samples"
+        self.sample_log = SampleLog(folder, self.processing_class, self.callback_handler)
+        self.divergence: Tensor | None = None
+        self._num_sampled = 0
+        self._resumed_from: str | None = None
+        self.add_callback(_Hooks(self))
+
+    # ---- the generator ----
+
+    @property
+    def generator(self) -> PreTrainedModel:
+        """The generator without the wrappers of distributed training and of peft; adapters are in its layers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def generator_for_saving(self) -> PreTrainedModel:
+        """What is evaluated and should be published: the averaged weights if there are any, adapters merged in."""
+        return merged(self.generator if self.averaged_policy is None else self.averaged_policy)
+
+    def sample(self, prompts: Tensor) -> Tensor:
+        """Sequences `(n, time)` that the generator draws after prompts `(n, prompt)`."""
+        self._num_sampled += len(prompts) * (self.args.sequence_length - prompts.shape[1])
+        return sample(self.generator, prompts, self.args.sequence_length, self.ending)
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens that sampling and roll-outs have drawn in this process so far."""
+        return self._num_sampled + self.rollouts.num_drawn
+
+    # ---- going back when the run goes wrong ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As `Trainer.train`. A run that [`Guard`] finds to go wrong goes back to its last checkpoint, with half the
+        learning rates of both networks; after three times it ends there.
+
+        Raises:
+            InputError: if a run goes wrong that has no checkpoint yet.
+        """
+        checkpoint: str | bool | None = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_complete_checkpoint(Path(self.args.output_dir)) or True  # Trainer says there is none
+        self.guard.begin(checkpoint if isinstance(checkpoint, str) else None)
+        while True:
+            self._resumed_from = checkpoint if isinstance(checkpoint, str) else None
+            try:
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+                if self.args.load_best_model_at_end:
+                    self._load_best_average()
+                return output
+            except DivergedError as failure:
+                message = f"step {self.state.global_step}: {failure}"
+                if self.guard.last_good is None:
+                    raise InputError(f"{message}; there is no checkpoint to go back to: save earlier") from failure
+                checkpoint = str(self.guard.last_good)
+                self.metrics.clear()
+                if self.guard.rollbacks >= MAX_ROLLBACKS:
+                    return self._stop_at(checkpoint, message)
+            self.guard.roll_back()
+            scale = 0.5**self.guard.rollbacks
+            self._announce(
+                f"{message}; back to {checkpoint} (roll-back {self.guard.rollbacks} of {MAX_ROLLBACKS}), "
+                f"learning_rate {self.args.learning_rate * scale:g}, "
+                f"d_learning_rate {self.args.d_learning_rate * scale:g}"
+            )
+
+    def _stop_at(self, checkpoint: str, message: str) -> TrainOutput:
+        """End the run with what a checkpoint holds, or the best one if that is what a run is to end with."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+        self._load_from_checkpoint(checkpoint)
+        self._load_optimizer_and_scheduler(checkpoint)
+        self.load_adversarial_state(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            checkpoint = self.state.best_model_checkpoint
+            self._load_best_model()
+            self._load_best_average()
+        self._announce(f"{message}; the run ends after {self.guard.rollbacks} roll-backs, with {checkpoint}")
+        self.is_in_train = False
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        losses = [log["loss"] for log in self.state.log_history if "loss" in log]
+        loss = statistics.fmean(losses) if losses else math.nan
+        return TrainOutput(self.state.global_step, loss, {"rollbacks": float(self.guard.rollbacks)})
+
+    def _load_best_average(self) -> None:
+        """The averaged weights that belong to the best checkpoint, which Trainer does not know of."""
+        best = self.state.best_model_checkpoint
+        if self.averaged_policy is not None and best is not None:
+            load_policy(self.averaged_policy, Path(best) / AVERAGED_POLICY_FILE)
+
+    def _announce(self, message: str) -> None:
+        if self.is_world_process_zero():
+            sys.stderr.write(f"{message}\n")
+
+    # ---- after every step ----
+
+    def finish_step(self, started: float, drawn: int) -> None:
+        """Bring the figures of a step over from the device, in one go, and judge them.
+
+        Args:
+            started (`float`): when the step began, by `time.perf_counter`.
+            drawn (`int`): `num_drawn` at that time.
+
+        Raises:
+            DivergedError: if a figure of the step is not finite.
+        """
+        networks = (self.generator, self.accelerator.unwrap_model(self.discriminator))
+        self.guard.watch_weights(parameter for network in networks for parameter in network.parameters())
+        if self.averaged_policy is not None:
+            follow(self.averaged_policy, self.generator, self.args.ema_decay)
+            self.metrics.add({"ema_distance": distance(self.generator, self.averaged_policy)})
+        divergence = self.divergence if self.divergence is not None else torch.zeros((), device=self.args.device)
+        flags = self.guard.flags()
+        divergence_now, *numbers = self.metrics.fetch(divergence, *flags.unbind())
+        self.guard.check_flags(numbers)
+        if self.divergence is not None:
+            self.generator_loss.adapt(divergence_now)
+        self.metrics.add({"tokens_per_second": (self.num_drawn - drawn) / (time.perf_counter() - started)})
+
+    # ---- evaluation and logging ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out negative log-likelihood per token (`eval_loss`), then the discriminator's accuracy and diversity.
+        Inside a run, the guard checks the figures."""
+        # The same random numbers at every evaluation, and none taken from training: curves are comparable, and one
+        # evaluation more or less does not change a run.
+        averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.averaged_policy is not None:
+            averaged = weights_of(self.generator, self.averaged_policy)
+        with averaged, torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed)
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            samples = self._evaluate_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
+        measured = {f"{metric_key_prefix}_{name}": value for name, value in samples.items()}
+        self.log(measured)
+        metrics |= measured
+        if self.is_in_train and eval_dataset is None:
+            is_first = not self.guard.reference and self.state.global_step == 0
+            self.guard.check_evaluation(metrics)
+            if self.args.bounds_evaluation and is_first:
+                self._save_checkpoint(self.model, None)  # so that there is something to go back to
+                self.guard.last_good = self.checkpoint_folder
+        return metrics
+
+    def _evaluate_samples(self, dataset: Dataset) -> dict[str, float]:
+        real = spread_blocks(dataset, self.args.num_eval_samples).to(self.args.device)
+        measures, samples = self.monitor.measure(real, self.sample(real[:, : self.args.prompt_length]))
+        if self.is_world_process_zero():
+            self.sample_log.write(self.state.global_step, samples)
+        return measures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last training log collected: averages, and the largest of a `…_max`."""
+        if "loss" in logs:
+            self.metrics.add({**self.monitor.measure_log(), "rollbacks": float(self.guard.rollbacks)})
+            ours = self.metrics.averages()
+            # Every process has measured the same figures, each on its part of the batch.
+            numbers = torch.tensor([list(ours.values())], dtype=torch.float64, device=self.args.device)
+            for name, values in zip(ours, self.accelerator.gather(numbers).T.tolist(), strict=True):
+                logs[name] = max(values) if name.endswith("_max") else statistics.fmean(values)
+            self.metrics.clear()
+        super().log(logs, start_time)
+
+    # ---- checkpoints: everything a resumed run needs to go on bit for bit ----
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where a checkpoint of this step is."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a checkpoint gets the rest of the run's state as well."""
+        is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint and self.args.should_save:
+            # Trainer writes its state last, and its presence says that a checkpoint is whole. This one may have been
+            # written before, by a run that went on from an earlier checkpoint.
+            (Path(str(output_dir)) / TRAINER_STATE_FILE).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
+        if is_checkpoint:
+            self.adversarial_state.save(Path(str(output_dir)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for all processes before Trainer writes its state, which says that a checkpoint is whole.
+
+        Trainer has no hook between the last file of a process and that state.
+        """
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def load_adversarial_state(self, checkpoint: str) -> None:
+        """Read what [`~GuardedTrainer.save_model`] added to a checkpoint, and scale the learning rates as it says."""
+        factor = self.adversarial_state.load(Path(checkpoint))
+        scale_learning_rates(self.optimizer, factor, self.lr_scheduler)
+        scale_learning_rates(self.discriminator_update.optimizer, factor)
+
+
+class _Hooks(TrainerCallback):
+    """Trainer's public events, passed on."""
+
+    def __init__(self, trainer: GuardedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        # Trainer has loaded its own part of the checkpoint, and draws no random number before its first batch.
+        if self.trainer._resumed_from is not None:
+            self.trainer.load_adversarial_state(self.trainer._resumed_from)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started, self.drawn = time.perf_counter(), self.trainer.num_drawn
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        self.trainer.guard.watch("the gradient", torch.stack([gradient.sum() for gradient in gradients]))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        # The callback comes before Trainer saves and evaluates.
+        self.trainer.finish_step(self.started, self.drawn)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.trainer.guard.last_good = self.trainer.checkpoint_folder
+
+
+def check_networks(model: PreTrainedModel, discriminator: MidiDiscriminator, args: AdversarialConfig) -> None:
+    """Refuse networks that do not fit together, and let experts take every token.
+
+    Raises:
+        ValueError: if the vocabularies differ, or the estimator needs another discriminator.
+    """
+    if discriminator.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the discriminator knows {discriminator.config.vocab_size} tokens, "
+            f"the generator {model.config.vocab_size}; they must share one tokenizer"
+        )
+    if args.estimator == "dense" and discriminator.config.kind != "mamba":
+        raise ValueError("estimator 'dense' needs a discriminator of kind 'mamba', which values every prefix")
+    for module in model.modules():
+        if isinstance(module, SwitchExperts):
+            # Sampling drops no token. Nor must the pass that scores its samples, or it scores another policy.
+            module.capacity_factor = model.config.num_experts

@@ -1,0 +1,77 @@
+"""What a run measures between two logs."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Measures = dict[str, Tensor | float]
+"""Figures of one batch by name: scalars, on the device where they were computed."""
+
+
+class Metrics:
+    """
+    Collects figures and averages them by their weights; of a name that ends in `_max` it keeps the largest.
+
+    Figures stay on their device until [`~Metrics.fetch`] brings them over together, so that a training step waits for
+    the device once.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, Tensor, float]] = []
+        self._totals: dict[str, tuple[float, float]] = {}
+
+    def add(self, measures: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+        """Take figures in.
+
+        Args:
+            measures (`Mapping[str, Tensor | float]`): scalars by name.
+            weight (`float`, *optional*, defaults to 1.0): the share of a batch that they are of.
+        """
+        for name, value in measures.items():
+            if isinstance(value, Tensor):
+                self._waiting.append((name, value.detach(), weight))
+            else:
+                self._count(name, value, weight)
+
+    def fetch(self, *others: Tensor) -> list[float]:
+        """Bring all figures over from the device, at once. Other scalars come along and are returned."""
+        scalars = [*others, *(value for _, value, _ in self._waiting)]
+        numbers = torch.stack([scalar.detach().float() for scalar in scalars]).tolist() if scalars else []
+        for (name, _, weight), number in zip(self._waiting, numbers[len(others) :], strict=True):
+            self._count(name, number, weight)
+        self._waiting.clear()
+        return numbers[: len(others)]
+
+    def averages(self) -> dict[str, float]:
+        """All figures that were taken in since the last [`~Metrics.clear`]."""
+        self.fetch()
+        return {
+            name: total if name.endswith("_max") else total / weight
+            for name, (total, weight) in sorted(self._totals.items())
+        }
+
+    def clear(self) -> None:
+        """Forget all figures, as after a log."""
+        self._waiting.clear()
+        self._totals.clear()
+
+    def _count(self, name: str, value: float, weight: float) -> None:
+        total, weights = self._totals.get(name, (value if name.endswith("_max") else 0.0, 0.0))
+        total = max(total, value) if name.endswith("_max") else total + weight * value
+        self._totals[name] = (total, weights + weight)
+
+
+def weighted_mean(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """The figures of a batch from those of its parts, each with its share; the largest of a name in `_max`."""
+    names = {name: None for measures, _ in parts for name in measures}
+    return {
+        name: _combine(name, [(measures[name], share) for measures, share in parts if name in measures])
+        for name in names
+    }
+
+
+def _combine(name: str, figures: list[tuple[Tensor, float]]) -> Tensor:
+    if name.endswith("_max"):
+        return torch.stack([value for value, _ in figures]).max()
+    return torch.stack([value * share for value, share in figures]).sum() / sum(share for _, share in figures)
