@@ -34,13 +34,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers import HfArgumentParser, PrinterCallback, set_seed
+from torch import Tensor
+from transformers import HfArgumentParser, PreTrainedModel, PrinterCallback, set_seed
 
 from measure import finish
 from midimamba import MidiMambaForCausalLM
@@ -49,7 +48,7 @@ from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.scripts import load_discriminator
-from oracle_models import LSTMGenerator, LSTMLanguageModel, Oracle, Recipe, fit, sweep
+from oracle_models import LSTMLanguageModel, Oracle, Recipe, fit, sweep
 from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 from tuning import CONSTANT, RANDOM, read_recipe
 
@@ -92,7 +91,7 @@ ADVERSARIAL = {
     "stable-constant": STABLE(CONSTANT),
     "stable-random": STABLE(RANDOM),
 }
-ORIGINS: dict[str, type[MidiMambaForCausalLM]] = {"mle": MidiMambaForCausalLM, "mle-lstm-paper": LSTMGenerator}
+ORIGINS: dict[str, type[PreTrainedModel]] = {"mle": MidiMambaForCausalLM, "mle-lstm-paper": LSTMLanguageModel}
 ARMS = ("oracle", *LIKELIHOOD, *ADVERSARIAL)
 TUNED_MLE = "tuned MLE"
 # Best sums over temperature of Caccia et al., with the original parameters.
@@ -179,14 +178,13 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, oracle: Path | No
     start = time.perf_counter()
     set_seed(seed)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings)}
-    model: nn.Module = problem.oracle
+    model: PreTrainedModel = problem.oracle
     if arm in LIKELIHOOD:
         recipe = LIKELIHOOD[arm]
         model = recipe.build(problem.oracle.lm_head.out_features)
         row["epochs"] = fit(model, recipe, problem.train, problem.valid, settings.epochs, settings.patience)
         if arm in ORIGINS:
-            generator = LSTMGenerator.of(model) if isinstance(model, LSTMLanguageModel) else model
-            generator.save_pretrained(folder / f"{arm}-{seed}")
+            model.save_pretrained(folder / f"{arm}-{seed}")
     elif arm in ADVERSARIAL:
         origin = ADVERSARIAL[arm].origin
         generator = ORIGINS[origin].from_pretrained(folder / f"{origin}-{seed}")
@@ -200,8 +198,8 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, oracle: Path | No
 
 
 def tune(
-    model: MidiMambaForCausalLM, problem: Problem, arm: str, seed: int, settings: Settings, folder: Path
-) -> tuple[nn.Module, dict[str, Any]]:
+    model: PreTrainedModel, problem: Problem, arm: str, seed: int, settings: Settings, folder: Path
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Adversarial training of a generator that has learned by maximum likelihood. `folder` is gone afterwards."""
     shutil.rmtree(
         folder, ignore_errors=True
@@ -211,10 +209,8 @@ def tune(
     values |= {"output_dir": str(folder), "seed": seed, "sequence_length": 1 + settings.length, "prompt_length": 1}
     values |= {"per_device_eval_batch_size": 50, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
     arguments, args = HfArgumentParser((AdversarialArguments, AdversarialConfig)).parse_dict(values)
-    # All that is asked of a processor. The padding is never seen: sequences have one length.
-    vocabulary = SimpleNamespace(vocab_size=model.config.vocab_size, pad_token_id=0)
     train, valid = (Dataset.from_dict({"input_ids": rows.tolist()}) for rows in (problem.train, problem.valid))
-    discriminator = load_discriminator(arguments, vocabulary, args.sequence_length, model)
+    discriminator = load_discriminator(arguments, model, args.sequence_length)
     trainer = AdversarialTrainer(model, discriminator, args, train, valid)
     trainer.remove_callback(PrinterCallback)
     trainer.train()

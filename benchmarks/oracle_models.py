@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
-from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
-from midimamba.modeling.modeling_midimamba import MidiMambaModelOutput
-from midimamba.modeling.sampling import draw, inference, sample
+from midimamba import MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.modeling.sampling import inference, sample
 
 START = 0  # also an ordinary token of the vocabulary, as in the original code
 ROWS = 50  # tokens whose logits are in memory at once: 1 MB with the vocabulary of the original
@@ -26,48 +27,92 @@ NO_SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None,
 GATES = ("i", "f", "c", "og")  # of the file, in the order in which torch stacks them
 
 
-class LSTMLanguageModel(nn.Module):
+class LSTMConfig(PreTrainedConfig):
+    """Configuration of an [`LSTMLanguageModel`]: the sizes, and that no token pads, begins or ends anything."""
+
+    model_type = "seqgan-lstm"
+
+    vocab_size: int = 5000
+    embedding_size: int = 32
+    hidden_size: int = 32
+    tie_word_embeddings: bool = False
+
+
+@dataclass
+class LSTMState:
     """
-    SeqGAN's generator and its oracle: an LSTM between an embedding and a softmax (arXiv 1609.05473, section 4).
+    What an LSTM remembers.
 
     Args:
-        vocab_size (`int`): number of tokens.
-        embedding_size (`int`): width of the embedding.
-        hidden_size (`int`): units.
+        output, cell (`Tensor` of shape `(1, batch, hidden)`): as `torch.nn.LSTM` takes and gives them.
     """
 
-    def __init__(self, vocab_size: int, embedding_size: int, hidden_size: int):
-        super().__init__()
-        self.embeddings = nn.Embedding(vocab_size, embedding_size)
-        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True)
-        self.lm_head = nn.Linear(hidden_size, vocab_size)
+    output: Tensor
+    cell: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, in bytes."""
+        return self.output.nbytes + self.cell.nbytes
+
+    def select(self, indices: Tensor) -> "LSTMState":
+        """Some of the sequences, copied."""
+        return LSTMState(self.output[:, indices], self.cell[:, indices])
+
+    def append(self, other: "LSTMState") -> None:
+        """The sequences of another state behind those here."""
+        self.output = torch.cat([self.output, other.output], dim=1)
+        self.cell = torch.cat([self.cell, other.cell], dim=1)
+
+
+class LSTMLanguageModel(PreTrainedModel):
+    """SeqGAN's generator and its oracle: an LSTM between an embedding and a softmax (arXiv 1609.05473, section 4)."""
+
+    config_class = LSTMConfig
+    config: LSTMConfig
+
+    def __init__(self, config: LSTMConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers would look for it in the name of the class
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.lstm = nn.LSTM(config.embedding_size, config.hidden_size, batch_first=True)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @classmethod
+    def of_sizes(cls, vocab_size: int, embedding_size: int, hidden_size: int) -> Self:
+        """A new model, with torch's own initialisation."""
+        return cls(LSTMConfig(vocab_size=vocab_size, embedding_size=embedding_size, hidden_size=hidden_size))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Whoever makes a model says how it starts; transformers' 0.02 is not the paper's."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
-    def forward(
-        self, input_ids: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Ids `(batch, time)` that follow a state to logits `(batch, time, vocab)` and the next state."""
-        hidden, state = self.read(input_ids, state)
-        return self.lm_head(hidden), state
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> CausalLMOutput:
+        """Ids `(batch, time)` to logits `(batch, time, vocab)`, and the loss of labels, which are shifted inside."""
+        logits = self.lm_head(self.read(input_ids))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
 
-    def read(
-        self, input_ids: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The same to what the softmax reads, `(batch, time, hidden)`."""
-        hidden, state = self.lstm(self.embeddings(input_ids), state)
-        return hidden, state
+    def read(self, input_ids: Tensor) -> Tensor:
+        """Ids to what the softmax reads, `(batch, time, hidden)`."""
+        hidden: Tensor = self.lstm(self.embeddings(input_ids))[0]
+        return hidden
 
-    def sample(self, prompts: Tensor, length: int, temperature: float = 1.0) -> Tensor:
-        """Continue prompts `(batch, prompt)` to sequences `(batch, length)`."""
-        sequences, unread, state = prompts, prompts, None
-        with inference(self):
-            while sequences.shape[1] < length:
-                logits, state = self(unread, state)
-                unread = draw(logits[:, -1] / temperature)[:, None]
-                sequences = torch.cat([sequences, unread], dim=1)
-        return sequences
+    def make_state(self, batch_size: int, max_length: int | None = None, room: int | None = None) -> LSTMState:
+        """The state before the first token."""
+        zeros = self.lm_head.weight.new_zeros(1, batch_size, self.config.hidden_size)
+        return LSTMState(zeros, zeros.clone())
+
+    def next_logits(self, tokens: Tensor, state: LSTMState) -> Tensor:
+        """Read tokens `(n, time)` onto the state; logits `(n, vocab)` of what follows."""
+        hidden, (state.output, state.cell) = self.lstm(self.embeddings(tokens), (state.output, state.cell))
+        logits: Tensor = self.lm_head(hidden[:, -1])
+        return logits
 
 
 class Oracle(LSTMLanguageModel):
@@ -81,7 +126,7 @@ class Oracle(LSTMLanguageModel):
         """
         with np.load(path) as file:
             arrays = {name: torch.from_numpy(file[name]).float() for name in file.files}
-        oracle = cls(*arrays["embedding"].shape, len(arrays["Ui"]))
+        oracle = cls.of_sizes(*arrays["embedding"].shape, len(arrays["Ui"]))
         biases = torch.cat([arrays[f"b{gate}"] for gate in GATES])
         oracle.load_state_dict(
             {
@@ -99,7 +144,7 @@ class Oracle(LSTMLanguageModel):
     @classmethod
     def seeded(cls, vocab_size: int, hidden_size: int, seed: int = 0) -> Self:
         """An oracle of one's own, made as the original was."""
-        oracle = cls(vocab_size, hidden_size, hidden_size)
+        oracle = cls.of_sizes(vocab_size, hidden_size, hidden_size)
         numbers = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in oracle.parameters():
@@ -118,67 +163,10 @@ class Oracle(LSTMLanguageModel):
             return draw_sequences(self, count, length)
 
 
-class _LSTMBackbone(nn.Module):
-    """Embedding and LSTM in the place of a Mamba's. The state is kept where a Mamba keeps those of its convolution
-    (here what the LSTM has put out) and of its scan (here its cell)."""
-
-    def __init__(self, config: MidiMambaConfig):
-        super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.lstm = nn.LSTM(config.hidden_size, config.hidden_size, batch_first=True)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        past_key_values: RecurrentCache | None = None,
-        use_cache: bool | None = None,
-        **_: Any,
-    ) -> MidiMambaModelOutput:
-        cache, state = past_key_values, None
-        if cache is None and use_cache:
-            cache = RecurrentCache.empty(self.config, len(input_ids))
-        if cache is not None:
-            parts = cache.conv_states[0], cache.scan_states[0]
-            state = tuple(part.transpose(0, 1).clone() for part in parts)
-        hidden, state = self.lstm(self.embeddings(input_ids), state)
-        if cache is not None:
-            for part, new in zip(parts, state, strict=True):
-                part.copy_(new.transpose(0, 1).detach())
-            cache.advance(input_ids.shape[1])
-        return MidiMambaModelOutput(last_hidden_state=hidden, past_key_values=cache)
-
-
-class LSTMGenerator(MidiMambaForCausalLM):
-    """SeqGAN's generator as the trainer takes one: an [`LSTMLanguageModel`] as wide as its embedding."""
-
-    def __init__(self, config: MidiMambaConfig):
-        super().__init__(config)
-        self.loss_type = "ForCausalLM"  # transformers would look for it in the name of the class
-        self.backbone = _LSTMBackbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-
-    @classmethod
-    def of(cls, model: LSTMLanguageModel) -> Self:
-        """A generator that computes what the model does."""
-        vocab_size, width = model.embeddings.weight.shape
-        # A state of one number a channel, and a convolution that remembers one token: the shapes of an LSTM's state.
-        shape = {"hidden_size": width, "num_hidden_layers": 1, "expand": 1, "state_size": 1, "conv_kernel": 2}
-        config = MidiMambaConfig(vocab_size=vocab_size, tie_word_embeddings=False, **shape, **NO_SPECIAL_TOKENS)
-        generator = cls(config)
-        generator.backbone.embeddings.load_state_dict(model.embeddings.state_dict())
-        generator.backbone.lstm.load_state_dict(model.lstm.state_dict())
-        generator.lm_head.load_state_dict(model.lm_head.state_dict())
-        return generator
-
-
 def hidden_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     """What the softmax reads, `(batch, time, width)`."""
     if isinstance(model, LSTMLanguageModel):
-        return model.read(input_ids)[0]
+        return model.read(input_ids)
     hidden: Tensor = model.backbone(input_ids, use_cache=False).last_hidden_state
     return hidden
 
@@ -186,10 +174,7 @@ def hidden_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 def draw_sequences(model: nn.Module, count: int, length: int, inverse_temperature: float = 1.0) -> Tensor:
     """Samples `(count, 1 + length)` of a model whose logits are multiplied by the inverse temperature."""
     prompts = torch.full((count, 1), START).split(DRAWN)
-    temperature = 1 / inverse_temperature
-    if isinstance(model, LSTMLanguageModel):
-        return torch.cat([model.sample(rows, 1 + length, temperature) for rows in prompts])
-    return torch.cat([sample(model, rows, 1 + length, temperature=temperature) for rows in prompts])
+    return torch.cat([sample(model, rows, 1 + length, temperature=1 / inverse_temperature) for rows in prompts])
 
 
 def tempered_nll(model: nn.Module, sequences: Tensor, inverse_temperatures: Sequence[float]) -> list[float]:
@@ -254,10 +239,10 @@ class Recipe:
     layers: int = 2
     stops_early: bool = True
 
-    def build(self, vocab_size: int) -> nn.Module:
+    def build(self, vocab_size: int) -> PreTrainedModel:
         """A new generator."""
         if self.kind == "lstm":
-            model = LSTMLanguageModel(vocab_size, self.embedding_size, self.units)
+            model = LSTMLanguageModel.of_sizes(vocab_size, self.embedding_size, self.units)
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.1)  # the original code's: torch's own learn less before they overfit
             return model

@@ -72,7 +72,7 @@ def main() -> None:
     )
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
-    discriminator = load_discriminator(script_args, processor, training_args.sequence_length, model)
+    discriminator = load_discriminator(script_args, model, training_args.sequence_length)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
     # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
     push, training_args.push_to_hub = training_args.push_to_hub, False

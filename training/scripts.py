@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -26,6 +26,9 @@ from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizations import ONE_STREAM
 from midimamba.training.guard import is_complete, last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from midimamba.training.adversarial import AdversarialArguments
 
 
 class RecipeParser(TrlParser):
@@ -117,9 +120,9 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
 
 
 def load_discriminator(
-    arguments: Any, processor: MidiProcessor, length: int, generator: MidiMambaForCausalLM
+    arguments: "AdversarialArguments", generator: PreTrainedModel, length: int
 ) -> MidiDiscriminator:
-    """A new discriminator for sequences of `length` tokens, or a trained one, as `AdversarialArguments` say.
+    """A new discriminator for a generator's sequences of `length` tokens, or a trained one, as the arguments say.
 
     Raises:
         InputError: if its shape is impossible, or not that of the generator as which it is to begin, or there is no
@@ -143,12 +146,12 @@ def load_discriminator(
     try:
         config = MidiDiscriminatorConfig(
             kind=arguments.discriminator,
-            vocab_size=processor.vocab_size,
+            vocab_size=generator.config.vocab_size,
             hidden_size=arguments.d_hidden_size,
             num_hidden_layers=arguments.d_num_hidden_layers,
             dropout=arguments.d_dropout,
             spectral_norm=arguments.d_spectral_norm,
-            pad_token_id=processor.pad_token_id,
+            pad_token_id=generator.config.pad_token_id or 0,
             **{name: value for name, value in filters.items() if value is not None},
         )
     except StrictDataclassError as error:
