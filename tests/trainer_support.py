@@ -1,13 +1,18 @@
 """A trainer of tiny networks, for the tests of adversarial training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from midimamba.modeling.sampling import Sequences
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.rewards import Reward
 from support import make_discriminator, make_generator
 
 LENGTH = 8
@@ -60,8 +65,13 @@ def make_blocks(count: int = 24) -> Dataset:
 
 
 def make_trainer(
-    folder: Path, kind: str = "cnn", peft_config: LoraConfig | None = None, **overrides: object
+    folder: Path,
+    kind: str = "cnn",
+    peft_config: LoraConfig | None = None,
+    generator: PreTrainedModel | None = None,
+    **overrides: object,
 ) -> AdversarialTrainer:
+    """A trainer of tiny networks. Without a generator of your own, its sequences have no end: all have one length."""
     options: dict[str, object] = {
         "output_dir": str(folder),
         "sequence_length": LENGTH,
@@ -80,8 +90,21 @@ def make_trainer(
         "seed": 3,
     }
     args = AdversarialConfig(**PLAIN | options | overrides)
-    networks = make_generator(eos_token_id=None), make_discriminator(kind)  # so that sequences have one length
+    networks = make_generator(eos_token_id=None) if generator is None else generator, make_discriminator(kind)
     return AdversarialTrainer(*networks, args, make_blocks(), make_blocks(8), peft_config=peft_config)
+
+
+def known_reward(function: Callable[[Tensor], Tensor]) -> Reward:
+    """A reward by a function of whole sequences `(n, time)`, instead of a discriminator."""
+    with torch.random.fork_rng():  # making a network sets the seed
+        reward = Reward("constant", make_discriminator())
+    reward.control = function
+    return reward
+
+
+def all_valid(ids: Tensor) -> Sequences:
+    """Sequences none of which has ended."""
+    return Sequences(ids, torch.ones_like(ids))
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

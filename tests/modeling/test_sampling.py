@@ -1,15 +1,15 @@
-"""Temperature, behaviour probabilities and ends of sampled sequences."""
+"""Temperature and ends of sampled sequences."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from midimamba import MidiMambaForCausalLM
-from midimamba.modeling.sampling import sample, valid_tokens
+from midimamba.modeling.sampling import NEVER, Ending, sample
 from support import make_generator
 
-END = 2
+ENDING = Ending(2, 0)
 
 
 @pytest.fixture
@@ -31,63 +31,68 @@ def test_the_frequencies_are_those_of_the_tempered_distribution(policy: MidiMamb
     assert ((frequencies - expected).abs() < 6 * (expected * (1 - expected) / count).sqrt()).all()
 
 
-def test_behaviour_probabilities_are_those_of_a_pass_over_the_samples(policy: MidiMambaForCausalLM) -> None:
-    log_probabilities = torch.full((6, 10), math.nan)
-    torch.manual_seed(0)
-    drawn = sample(policy, prompts(6), 12, END, temperature=1.7, log_probabilities=log_probabilities)
-    valid = valid_tokens(drawn, END, 2)[:, 2:]
-    with torch.no_grad():
-        passed = (policy(drawn).logits[:, 1:-1] / 1.7).log_softmax(-1).gather(-1, drawn[:, 2:, None]).squeeze(-1)
-    assert 0 < valid.sum() < valid.numel()
-    torch.testing.assert_close(log_probabilities, passed * valid, atol=1e-5, rtol=0)
-
-
-def test_importance_weights_give_the_policys_own_expectation(policy: MidiMambaForCausalLM) -> None:
-    count, length = 40_000, 3
-    log_probabilities = torch.empty(count, length - 1)
-    torch.manual_seed(0)
-    start = torch.ones(count, 1, dtype=torch.long)
-    drawn = sample(policy, start, length, temperature=1.5, log_probabilities=log_probabilities)
-    with torch.no_grad():
-        own = policy(drawn).logits[:, :-1].log_softmax(-1).gather(-1, drawn[:, 1:, None]).squeeze(-1)
-    weights = (own - log_probabilities).sum(1).exp()
-    weighted = (drawn[:, 2] == 3) * weights
-    plain = (sample(policy, start, length)[:, 2] == 3).float()
-    error = math.sqrt((weighted.var() + plain.var()).item() / count)
-    assert abs(weighted.mean() - plain.mean()).item() < 6 * error
-
-
 def test_ends_change_nothing_before_them(policy: MidiMambaForCausalLM) -> None:
-    """The same random numbers with and without ends: equal up to the first end, padding behind it."""
+    """The same random numbers with and without ends: equal up to the first end, padding after it."""
     torch.manual_seed(0)
     free = sample(policy, prompts(8), 14)
     torch.manual_seed(0)
-    ended = sample(policy, prompts(8), 14, END)
-    mask = valid_tokens(free, END, 2).bool()
+    ended = sample(policy, prompts(8), 14, ENDING)
+    mask = ENDING.mask(free, 2).bool()
     assert 0 < mask[:, 2:].sum() < mask[:, 2:].numel()
-    assert torch.equal(ended, free.masked_fill(~mask, policy.config.pad_token_id))
-    assert torch.equal(valid_tokens(ended, END, 2).bool(), mask)
+    assert torch.equal(ended, free.masked_fill(~mask, ENDING.pad_token_id))
+    assert torch.equal(ENDING.mask(ended, 2).bool(), mask)
 
 
-def test_valid_tokens_hold_the_end_and_overlook_those_in_the_prompt() -> None:
+def test_the_mask_includes_the_end_and_ignores_ends_in_the_prompt() -> None:
     sequences = torch.tensor([[2, 1, 2, 0, 0], [2, 2, 1, 1, 2], [1, 2, 1, 1, 1]])
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
-    assert valid_tokens(sequences, END, 2).tolist() == expected
+    assert ENDING.mask(sequences, 2).tolist() == expected
+    assert NEVER.mask(sequences, 2).tolist() == [[1] * 5] * 3
 
 
 def test_sampling_stops_when_all_sequences_have_ended(policy: MidiMambaForCausalLM) -> None:
     steps: list[int] = []
     policy.register_forward_hook(lambda *_: steps.append(1))
     torch.manual_seed(0)
-    drawn = sample(policy, prompts(3), 400, END)
-    longest = int(valid_tokens(drawn, END, 2).sum(1).max())
+    drawn = sample(policy, prompts(3), 400, ENDING)
+    longest = int(ENDING.mask(drawn, 2).sum(1).max())
     assert len(steps) == longest - 2 < 398
     assert drawn.shape == (3, 400)
 
 
-def test_bad_options_are_refused(policy: MidiMambaForCausalLM) -> None:
+def test_tokens_after_an_end_become_padding_and_ends_are_remembered() -> None:
+    is_over = torch.tensor([True, False, False, False])
+    assert ENDING.close(torch.tensor([4, 2, 3]), is_over).tolist() == [0, 2, 3]
+    assert is_over.tolist() == [True, True, False, False]
+    assert ENDING.close(torch.tensor([4, 2, 2, 1]), is_over).tolist() == [0, 0, 2, 1]
+    assert is_over.tolist() == [True, True, True, False]
+    assert NEVER.close(torch.tensor([4, 2]), is_over).tolist() == [4, 2]
+    assert is_over.tolist() == [True, True, True, False]
+
+
+def test_padding_that_is_the_end_itself_counts_as_padding(policy: MidiMambaForCausalLM) -> None:
+    """As `generate` does it for a model without a padding token."""
+    ending = Ending(2, 2)
+    torch.manual_seed(0)
+    drawn = sample(policy, prompts(8), 14, ending)
+    torch.manual_seed(0)
+    padded = sample(policy, prompts(8), 14, ENDING)
+    mask = ending.mask(drawn, 2)
+    assert 0 < mask[:, 2:].sum() < mask[:, 2:].numel()
+    assert torch.equal(mask, ENDING.mask(padded, 2))
+    assert torch.equal(drawn * mask, padded * mask)
+    assert (drawn[mask == 0] == 2).all()
+
+
+def test_the_ending_is_that_of_the_configuration(policy: MidiMambaForCausalLM) -> None:
+    assert Ending.of(policy.config) == (policy.config.eos_token_id, policy.config.pad_token_id)
+    assert Ending.of(SimpleNamespace(eos_token_id=7, pad_token_id=None)) == (7, 7)
+    assert Ending.of(SimpleNamespace(eos_token_id=None, pad_token_id=3)) == NEVER
+    assert Ending.of(SimpleNamespace()) == NEVER
+    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 4\]; set it to a single token"):
+        Ending.of(SimpleNamespace(eos_token_id=[2, 4], pad_token_id=0))
+
+
+def test_a_temperature_of_zero_is_refused(policy: MidiMambaForCausalLM) -> None:
     with pytest.raises(ValueError, match="temperature is 0, but must be positive"):
         sample(policy, prompts(2), 4, temperature=0)
-    policy.config.pad_token_id = None
-    with pytest.raises(ValueError, match="set pad_token_id"):
-        sample(policy, prompts(2), 4, END)

@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 
 from midimamba import MidiDiscriminator, MidiMambaForCausalLM, MidiProcessor
-from midimamba.modeling.sampling import draw, pick, sample, valid_tokens
-from midimamba.training import credit
-from midimamba.training.rollout import (
-    Worth,
-    bar_positions,
-    monte_carlo_values,
-    rollout_positions,
-    rows_for_budget,
-    tokens_that_begin_bars,
-)
+from midimamba.modeling.sampling import NEVER, Ending, Sequences, draw, pick, sample
+from midimamba.training.action_values import bar_positions, monte_carlo_values, tokens_that_begin_bars
+from midimamba.training.credit import leave_one_out_advantages
+from midimamba.training.losses import reinforce_loss
+from midimamba.training.rewards import Reward
+from midimamba.training.rollout import Rollouts, rows_for_budget
 from support import make_discriminator, make_generator
+from trainer_support import known_reward
 
 VOCAB, TIME, PROMPT = 3, 4, 1
+ENDING = Ending(2, 0)
 
 
 @pytest.fixture(params=["mamba", "transformer-moe"])
@@ -38,6 +36,28 @@ def reward(sequences: Tensor) -> Tensor:
     """A number in [0, 1) that depends on every token and on their order."""
     weights = torch.tensor([0.31, 0.17, 0.05, 0.23])
     return ((sequences * weights).sum(1) + (sequences[:, 1] == sequences[:, 3]) * 0.4) % 1.0
+
+
+def values_of(
+    policy: MidiMambaForCausalLM,
+    reward: Reward | Callable[[Tensor], Tensor],
+    sequences: Tensor,
+    positions: list[int] | Tensor,
+    num_rollouts: int,
+    max_rows: int,
+    ending: Ending = NEVER,
+) -> Tensor:
+    """`monte_carlo_values` of sequences `(batch, time)` at the same positions in all of them, or at some in each."""
+    rollouts = Rollouts(policy, num_rollouts, max_rows, ending, PROMPT)
+    rows = Sequences(sequences, ending.mask(sequences, PROMPT))
+    times = torch.as_tensor(positions).expand(len(sequences), -1)
+    return monte_carlo_values(rollouts, reward if isinstance(reward, Reward) else known_reward(reward), rows, times)
+
+
+def every_position(length: int, prompt: int = PROMPT, count: int | None = None) -> list[int]:
+    """The positions in a sequence without bar lines."""
+    (row,) = bar_positions(torch.zeros(1, length, dtype=torch.long), [], prompt, count).tolist()
+    return list(row)
 
 
 def enumerate_sequences(first: int) -> Tensor:
@@ -68,8 +88,7 @@ def test_monte_carlo_values_agree_with_the_exact_expectation(policy: MidiMambaFo
     torch.manual_seed(0)
     sequences = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 1], [1, 1, 2, 2]])
     rollouts = 20_000
-    positions = rollout_positions(TIME, PROMPT, None)
-    values = monte_carlo_values(policy, reward, sequences, positions, rollouts, max_rows=rollouts)
+    values = values_of(policy, reward, sequences, every_position(TIME), rollouts, max_rows=rollouts)
     exact = torch.stack([exact_values(policy, sequence) for sequence in sequences])
     # Rewards lie in [0, 1): the standard error of a mean is at most 1 / (2 sqrt(N)); six of them are allowed.
     torch.testing.assert_close(values, exact, atol=6 / (2 * math.sqrt(rollouts)), rtol=0)
@@ -77,7 +96,7 @@ def test_monte_carlo_values_agree_with_the_exact_expectation(policy: MidiMambaFo
 
 def test_the_value_of_the_last_action_is_the_reward_of_the_whole_sequence(policy: MidiMambaForCausalLM) -> None:
     sequences = enumerate_sequences(1)
-    values = monte_carlo_values(policy, reward, sequences, [PROMPT], num_rollouts=2, max_rows=16)
+    values = values_of(policy, reward, sequences, [PROMPT], num_rollouts=2, max_rows=16)
     assert torch.equal(values[:, -1], reward(sequences))
 
 
@@ -92,7 +111,7 @@ def test_the_reinforce_gradient_is_the_exact_policy_gradient(policy: MidiMambaFo
     # Every sequence weighted by its probability, exact action values: no Monte-Carlo error is left.
     values = torch.stack([exact_values(policy, sequence) for sequence in everything])
     weights = probabilities.detach()[:, None] * len(everything)
-    weighted = torch.autograd.grad(-credit.reinforce_loss(steps, values * weights), parameters, retain_graph=True)
+    weighted = torch.autograd.grad(-reinforce_loss(steps, values * weights), parameters, retain_graph=True)
     for estimate, truth in zip(weighted, exact, strict=True):
         torch.testing.assert_close(estimate, truth, atol=1e-5, rtol=1e-3)
 
@@ -100,8 +119,8 @@ def test_the_reinforce_gradient_is_the_exact_policy_gradient(policy: MidiMambaFo
     torch.manual_seed(0)
     drawn = sample(policy, torch.zeros(60_000, 1, dtype=torch.long), TIME)
     index = (drawn[:, 1:] * torch.tensor([9, 3, 1])).sum(1)
-    advantages = credit.leave_one_out_advantages(values[index])
-    estimated = torch.autograd.grad(-credit.reinforce_loss(steps[index], advantages), parameters)
+    advantages = leave_one_out_advantages(values[index])
+    estimated = torch.autograd.grad(-reinforce_loss(steps[index], advantages), parameters)
     flat_estimate, flat_exact = (torch.cat([g.flatten() for g in gs]) for gs in (estimated, exact))
     assert torch.cosine_similarity(flat_estimate, flat_exact, dim=0) > 0.99
     assert (flat_estimate - flat_exact).norm() < 0.1 * flat_exact.norm()
@@ -127,7 +146,7 @@ def test_forked_rollouts_equal_reencoded_prefixes(
         return rows.float().mean(1)
 
     monkeypatch.setattr("midimamba.training.rollout.draw", watch)
-    monte_carlo_values(model, keep, sequences, positions, rollouts, max_rows=1000)
+    values_of(model, keep, sequences, positions, rollouts, max_rows=1000)
     with torch.no_grad():
         reencoded = model(completed[0]).logits
     compared = 0
@@ -161,12 +180,12 @@ def test_positions_of_rows_value_as_each_row_alone(
 
     policy.double()  # so that rounding flips no token
     monkeypatch.setattr("midimamba.training.rollout.draw", numbered_draw(numbers, 2))
-    together = monte_carlo_values(policy, score, sequences, positions, rollouts, max_rows=1000)
+    together = values_of(policy, score, sequences, positions, rollouts, max_rows=1000)
     for row in range(len(sequences)):
         mine = (order // positions.shape[1] == row).repeat_interleave(rollouts)
         first = int(positions[row, 0]) + 1
         monkeypatch.setattr("midimamba.training.rollout.draw", numbered_draw(numbers[:, mine], first))
-        alone = monte_carlo_values(policy, score, sequences[row : row + 1], positions[row].tolist(), rollouts, 1000)
+        alone = values_of(policy, score, sequences[row : row + 1], positions[row], rollouts, 1000)
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
 
 
@@ -174,14 +193,14 @@ def test_positions_of_rows_are_unbiased(policy: MidiMambaForCausalLM) -> None:
     torch.manual_seed(0)
     sequences = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 1]])
     rollouts = 5_000
-    values = monte_carlo_values(policy, reward, sequences, torch.tensor([[2], [1]]), rollouts, max_rows=999)
+    values = values_of(policy, reward, sequences, torch.tensor([[2], [1]]), rollouts, max_rows=999)
     exact = torch.stack([exact_values(policy, sequence) for sequence in sequences])
     expected = torch.stack([exact[0, [1, 2]], exact[1, [0, 2]]])
     torch.testing.assert_close(values, expected, atol=6 / (2 * math.sqrt(rollouts)), rtol=0)
 
 
 def test_no_more_rows_are_in_memory_than_asked_for(policy: MidiMambaForCausalLM) -> None:
-    """However many roll-outs there are: of the policy, every pass reads `max_rows` tokens at most."""
+    """However many roll-outs there are: every pass of the policy reads at most `max_rows` tokens."""
     passes: list[int] = []
     policy.register_forward_pre_hook(
         lambda _, args, inputs: passes.append(inputs["input_ids"].numel()), with_kwargs=True
@@ -194,7 +213,7 @@ def test_no_more_rows_are_in_memory_than_asked_for(policy: MidiMambaForCausalLM)
 
     sequences = torch.randint(0, VOCAB, (3, 12))
     for rollouts in (1, 16):
-        monte_carlo_values(policy, keep, sequences, [1, 5, 8], rollouts, max_rows=6)
+        values_of(policy, keep, sequences, [1, 5, 8], rollouts, max_rows=6)
         assert max(passes) == 6
         assert max(rewarded) == 6
         assert sum(rewarded) == 3 * 3 * rollouts + 3
@@ -211,30 +230,30 @@ def moved_discriminator(kind: str) -> MidiDiscriminator:
     return discriminator
 
 
-@pytest.mark.parametrize("eos_token_id", [None, 2])
+@pytest.mark.parametrize("ending", [NEVER, ENDING], ids=["endless", "ending"])
 @pytest.mark.parametrize("max_rows", [3, 1000])
 @pytest.mark.parametrize("kind", ["cnn", "mamba"])
-@pytest.mark.parametrize("worth", [torch.sigmoid, torch.Tensor.float])
+@pytest.mark.parametrize("rewarded", ["discriminator", "log-odds"])
 def test_a_discriminator_values_completions_as_whole_sequences(
-    policy: MidiMambaForCausalLM, worth: Worth, kind: str, max_rows: int, eos_token_id: int | None
+    policy: MidiMambaForCausalLM, rewarded: str, kind: str, max_rows: int, ending: Ending
 ) -> None:
     """Forked states of the discriminator against its pass over every whole completion."""
     discriminator = moved_discriminator(kind)
     torch.manual_seed(2)
-    sequences = sample(policy, torch.zeros(3, 1, dtype=torch.long), 12, eos_token_id)
+    sequences = sample(policy, torch.zeros(3, 1, dtype=torch.long), 12, ending)
     positions = torch.tensor([[1, 4, 9], [1, 2, 10], [5, 6, 7]])
     judged: list[Tensor] = []
 
     def judge(rows: Tensor) -> Tensor:
-        mask = None if eos_token_id is None else valid_tokens(rows, eos_token_id, 1)
         with torch.no_grad():
-            judged.append(worth(discriminator(rows, attention_mask=mask).logits[:, 0]))
+            logits = discriminator(rows, attention_mask=ending.mask(rows, PROMPT)).logits[:, 0]
+        judged.append(logits if rewarded == "log-odds" else logits.sigmoid())
         return judged[-1]
 
     values = []
-    for valuer in (judge, discriminator):
+    for valuer in (known_reward(judge), Reward(rewarded, discriminator)):
         torch.manual_seed(3)
-        values.append(monte_carlo_values(policy, valuer, sequences, positions, 4, max_rows, eos_token_id, worth=worth))
+        values.append(values_of(policy, valuer, sequences, positions, 4, max_rows, ending))
     assert torch.cat(judged).std() > 0.01
     torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=0)
 
@@ -248,35 +267,35 @@ def test_a_causal_discriminator_reads_every_token_once(policy: MidiMambaForCausa
     sequences = torch.randint(0, VOCAB, (3, length))
     for max_rows in (3, 7, 1000):
         read.clear()
-        monte_carlo_values(policy, discriminator, sequences, [2, 5, 9], rollouts, max_rows)
+        values_of(policy, Reward("discriminator", discriminator), sequences, [2, 5, 9], rollouts, max_rows)
         assert sum(read) == 3 * length + 3 * rollouts * sum(length - 1 - time for time in (2, 5, 9))
 
 
 def test_nothing_follows_an_end(policy: MidiMambaForCausalLM) -> None:
-    end, padding = 2, policy.config.pad_token_id
+    end, padding = ENDING
     torch.manual_seed(0)
-    sequences = sample(policy, torch.full((4, 1), end), 20, end)
+    sequences = sample(policy, torch.full((4, 1), end), 20, ENDING)
     kept: list[Tensor] = []
 
     def keep(rows: Tensor) -> Tensor:
         kept.append(rows)
         return rows.float().mean(1)
 
-    values = monte_carlo_values(policy, keep, sequences, [3, 8, 18], 5, max_rows=8, eos_token_id=end)
+    values = values_of(policy, keep, sequences, [3, 8, 18], 5, max_rows=8, ending=ENDING)
     for row in [*torch.cat(kept).tolist(), *sequences.tolist()]:
         if end in row[1:]:
             assert set(row[row.index(end, 1) + 1 :]) <= {padding}
-    over = valid_tokens(sequences, end, 1)[:, 19] == 0
+    over = ENDING.mask(sequences, PROMPT)[:, 19] == 0
     assert over.any()
-    # What can no longer change is worth what the sequence is.
+    # What can no longer change has the value of the sequence.
     torch.testing.assert_close(values[over, 2], values[over, 3])
 
 
 def test_ended_values_agree_with_the_exact_expectation(policy: MidiMambaForCausalLM) -> None:
-    """Enumerated with an end: every sequence of 3 actions, cut and padded behind its first end."""
-    end, rollouts = 2, 20_000
+    """Enumerated with an end: every sequence of 3 actions, cut and padded after its first end."""
+    rollouts = 20_000
     everything = enumerate_sequences(0)
-    mask = valid_tokens(everything, end, PROMPT)
+    mask = ENDING.mask(everything, PROMPT)
     with torch.no_grad():
         steps = log_probabilities(policy, everything) * mask[:, 1:]
     canonical, first = torch.unique(everything * mask, dim=0, return_inverse=True)
@@ -287,21 +306,14 @@ def test_ended_values_agree_with_the_exact_expectation(policy: MidiMambaForCausa
         for t in range(PROMPT, TIME):
             matches = (canonical[:, : t + 1] == sequence[: t + 1]).all(1)
             exact.append((steps[matches, t:].sum(1).exp() * reward(canonical[matches])).sum())
-        values = monte_carlo_values(policy, reward, sequence[None], [1, 2], rollouts, rollouts, end)
+        values = values_of(policy, reward, sequence[None], [1, 2], rollouts, rollouts, ENDING)
         torch.testing.assert_close(values[0], torch.stack(exact), atol=6 / (2 * math.sqrt(rollouts)), rtol=0)
-
-
-def test_a_policy_without_padding_cannot_end_sequences(policy: MidiMambaForCausalLM) -> None:
-    policy.config.pad_token_id = None
-    sequences = torch.zeros(2, 6, dtype=torch.long)
-    with pytest.raises(ValueError, match="set pad_token_id"):
-        monte_carlo_values(policy, reward, sequences, [2], 2, 8, eos_token_id=2)
 
 
 def test_completions_keep_their_prefix(policy: MidiMambaForCausalLM) -> None:
     sequences = torch.randint(0, VOCAB, (3, 8))
     kept: list[Tensor] = []
-    monte_carlo_values(policy, lambda rows: kept.append(rows) or rows.float().mean(1), sequences, [2, 5], 4, 1000)
+    values_of(policy, lambda rows: kept.append(rows) or rows.float().mean(1), sequences, [2, 5], 4, 1000)
     completions = kept[0].view(2, 3, 4, 8)
     for index, position in enumerate([2, 5]):
         prefix = sequences[:, None, : position + 1].expand(-1, 4, -1)
@@ -312,7 +324,8 @@ def test_completions_keep_their_prefix(policy: MidiMambaForCausalLM) -> None:
 def test_values_are_unbiased_however_rows_are_grouped(policy: MidiMambaForCausalLM, max_rows: int) -> None:
     torch.manual_seed(0)
     sequences = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 1]])
-    runs = [monte_carlo_values(policy, reward, sequences, [1, 2], 4, max_rows) for _ in range(400)]
+    known = known_reward(reward)
+    runs = [values_of(policy, known, sequences, [1, 2], 4, max_rows) for _ in range(400)]
     exact = torch.stack([exact_values(policy, sequence) for sequence in sequences])
     torch.testing.assert_close(torch.stack(runs).mean(0), exact, atol=6 / (2 * math.sqrt(1600)), rtol=0)
 
@@ -337,17 +350,17 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     assert set(draw(logits).tolist()) == {1, 3}
 
 
-def test_positions_are_spread_evenly_and_never_hold_the_last_action() -> None:
-    assert rollout_positions(10, 2, None) == [2, 3, 4, 5, 6, 7, 8]
-    assert rollout_positions(10, 2, 99) == [2, 3, 4, 5, 6, 7, 8]
-    assert rollout_positions(102, 1, 4) == [13, 38, 63, 88]
-    assert rollout_positions(10, 9, 3) == []
+def test_positions_are_spread_evenly_and_never_include_the_last_action() -> None:
+    assert every_position(10, 2) == [2, 3, 4, 5, 6, 7, 8]
+    assert every_position(10, 2, 99) == [2, 3, 4, 5, 6, 7, 8]
+    assert every_position(102, 1, 4) == [13, 38, 63, 88]
+    assert every_position(10, 9, 3) == []
 
 
 def test_bar_lines_are_valued_first() -> None:
     bar, length = 9, 12
     sequences = torch.zeros(4, length, dtype=torch.long)
-    sequences[0, [0, 3, 6, 11]] = bar  # of these, the prompt and the last action are none to value
+    sequences[0, [0, 3, 6, 11]] = bar  # the prompt and the last action are not valued by roll-outs
     sequences[1, 1:11] = bar
     sequences[2, [2, 4, 6, 8]] = bar
     positions = bar_positions(sequences, [bar], 1, 4).tolist()
@@ -355,10 +368,10 @@ def test_bar_lines_are_valued_first() -> None:
         assert row == sorted(set(row))
         assert 1 <= row[0] <= row[-1] <= length - 2
     assert {3, 6} < set(positions[0])
-    assert positions[1] == rollout_positions(length, 1, 4)
+    assert positions[1] == every_position(length, 1, 4)
     assert positions[2] == [2, 4, 6, 8]
-    assert positions[3] == rollout_positions(length, 1, 4)
-    assert bar_positions(sequences, [bar], 1, None).tolist() == [rollout_positions(length, 1, None)] * 4
+    assert positions[3] == every_position(length, 1, 4)
+    assert bar_positions(sequences, [bar], 1, None).tolist() == [every_position(length)] * 4
     assert bar_positions(sequences, [bar], length - 1, 3).shape == (4, 0)
 
 
@@ -391,19 +404,26 @@ MEASURE = """
 import gc, sys, torch
 from pathlib import Path
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.training.rollout import monte_carlo_values, rows_for_budget
+from midimamba.modeling.sampling import NEVER, Sequences
+from midimamba.training.action_values import monte_carlo_values
+from midimamba.training.rewards import Reward
+from midimamba.training.rollout import Rollouts, rows_for_budget
 def resident(name):  # not getrusage's peak, which a process inherits from the one that started it
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
 torch.set_num_threads(1)
 kind, budget, length, rollouts = sys.argv[1], float(sys.argv[2]), 128, int(sys.argv[3])
 policy = MidiMambaForCausalLM(MidiMambaConfig(vocab_size=500, hidden_size=192, num_hidden_layers=4))
 discriminator = MidiDiscriminator(MidiDiscriminatorConfig(vocab_size=500, kind=kind))
+reward = Reward("discriminator", discriminator)
+def value(sequences, positions, rollouts, rows):
+    sequences = Sequences(sequences, NEVER.mask(sequences, 1))
+    monte_carlo_values(Rollouts(policy, rollouts, rows, NEVER, 1), reward, sequences, torch.tensor([positions] * 4))
 sequences = torch.randint(3, 500, (4, length))
-monte_carlo_values(policy, discriminator, sequences[:, :16], [3], 2, 4)
+value(sequences[:, :16], [3], 2, 4)
 gc.collect()
 before = resident("VmRSS")
 rows = rows_for_budget(policy, length, budget, discriminator)
-monte_carlo_values(policy, discriminator, sequences, [80, 96], rollouts, rows)
+value(sequences, [80, 96], rollouts, rows)
 print(resident("VmHWM") - before)
 """
 
@@ -429,10 +449,11 @@ def test_sampling_and_rollouts_leave_no_graph_and_no_memory_behind(policy: MidiM
         return sum(tensor.nbytes for tensor in tensors), sum(tensor.grad_fn is not None for tensor in tensors)
 
     policy.train()
+    mean_reward = known_reward(lambda rows: rows.float().mean(1))
     prompts = torch.zeros(8, 1, dtype=torch.long)
     sequences = sample(policy, prompts, 40)  # a first call makes whatever torch keeps for good
     before = living()
-    values = monte_carlo_values(policy, lambda rows: rows.float().mean(1), sequences, [3, 20], 4, 64)
+    values = values_of(policy, mean_reward, sequences, [3, 20], 4, 64)
     resampled = sample(policy, prompts, 40)
     after = living()
     assert after[0] - before[0] == values.nbytes + resampled.nbytes
