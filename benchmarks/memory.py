@@ -31,11 +31,18 @@ from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfi
 from midimamba.modeling.sampling import draw
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
-from midimamba.training.credit import leave_one_out_advantages, reinforce_loss
+from midimamba.training.credit import leave_one_out_advantages
+from midimamba.training.losses import reinforce_loss
 
 MB = 2**20
 SIDES = ("ours", "naive")
-FIXED = ("batch", "rollout_rows", "layers", "hidden", "vocab", "gradient_checkpointing")
+FIXED = ("batch", "rollout_mb", "layers", "hidden", "vocab", "gradient_checkpointing")
+# Algorithm 1 with a baseline and likelihood: what stabilises it has its own cost.
+ALGORITHM_ALONE: dict[str, Any] = {
+    **{"d_warmup_steps": 1, "d_steps": 1, "d_epochs": 1, "replay_fraction": 0.0, "r1_weight": 0.0, "ppo_epochs": 1},
+    **{"ppo_clip": None, "kl_coef": 0.0, "entropy_coef": 0.0, "ema_decay": 0.0, "max_nll_drift": None},
+    **{"max_self_bleu_increase": None, "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"},
+}
 TINY = {"length": 8, "rollouts": 1, "positions": 2, "micro_batch": 2, "batch": 2, "hidden": 32, "layers": 1}
 
 
@@ -56,12 +63,10 @@ def make_trainer(sizes: dict[str, int], folder: str) -> AdversarialTrainer:
         micro_batch_size=sizes["micro_batch"],
         num_rollouts=sizes["rollouts"],
         rollout_positions=sizes["positions"],
-        rollout_batch_size=sizes["rollout_rows"],
+        rollout_memory_mb=sizes["rollout_mb"],
         gradient_checkpointing=bool(sizes["gradient_checkpointing"]),
-        d_warmup_steps=1,
         max_steps=1,
-        save_strategy="no",
-        report_to="none",
+        **ALGORITHM_ALONE,
         disable_tqdm=True,
     )
     blocks = Dataset.from_dict({"input_ids": torch.randint(3, sizes["vocab"], (32, sizes["length"])).tolist()})
@@ -162,7 +167,7 @@ def main() -> None:
         "--naive-length", type=int, nargs="*", default=[16, 32, 64, 128], help="increasing (default: %(default)s)"
     )
     parser.add_argument("--batch", type=int, default=16, help="sequences an update (default: %(default)s)")
-    parser.add_argument("--rollout-rows", type=int, default=64, help="completions at once (default: %(default)s)")
+    parser.add_argument("--rollout-mb", type=int, default=128, help="memory for roll-outs (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=10, help="layers (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=384, help="hidden size (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")

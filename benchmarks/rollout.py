@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from measure import finish
-from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
-from midimamba.modeling.sampling import inference, next_logits, pick
+from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.sampling import NEVER, Sequences, inference, pick
 from midimamba.training import rollout
+from midimamba.training.action_values import bar_positions, monte_carlo_values
+from midimamba.training.rewards import Reward as Rewards
 
 Reward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4
@@ -32,19 +34,29 @@ def forked(model: MidiMambaForCausalLM, reward: Reward, rows: Tensor, positions:
     steps = iter(range(positions[0] + 1, rows.shape[1]))
     flat = numbers.flatten(1)
     rollout.draw = lambda logits: pick(logits, flat[next(steps), : len(logits), None])  # its one source of chance
-    return rollout.monte_carlo_values(model, reward, rows, positions, numbers.shape[-1], flat.shape[1])[:, :-1]
+    rewards = Rewards("constant", MidiDiscriminator(MidiDiscriminatorConfig(vocab_size=model.config.vocab_size)))
+    rewards.control = reward
+    rollouts = rollout.Rollouts(model, numbers.shape[-1], flat.shape[1], NEVER, prompt_length=1)
+    times = torch.tensor([positions] * len(rows))
+    return monte_carlo_values(rollouts, rewards, Sequences(rows, torch.ones_like(rows)), times)[:, :-1]
+
+
+def spread(length: int, count: int | None) -> list[int]:
+    """`count` evenly spread actions of a sequence with one given token; all by default."""
+    positions: list[int] = bar_positions(torch.zeros(1, length, dtype=torch.long), [], 1, count)[0].tolist()
+    return positions
 
 
 def complete_again(model: MidiMambaForCausalLM, completions: Tensor, start: int, numbers: Tensor, batch: int) -> None:
     """From a prefix of `start` tokens, encoded again."""
     cache = RecurrentCache.for_model(model, batch)
     copies = len(completions) // batch
-    logits = next_logits(model, completions[::copies, :start], cache).repeat_interleave(copies, 0)
+    logits = model.next_logits(completions[::copies, :start], cache).repeat_interleave(copies, 0)
     forks = cache.fork(copies)
     for t in range(start, completions.shape[1]):
         completions[:, t] = pick(logits, numbers[t, :, None])
         if t + 1 < completions.shape[1]:
-            logits = next_logits(model, completions[:, t : t + 1], forks)
+            logits = model.next_logits(completions[:, t : t + 1], forks)
 
 
 def complete_uncached(
@@ -118,14 +130,14 @@ def main() -> None:
     model = MidiMambaForCausalLM(config).eval()
     sequences = torch.randint(3, args.vocab, (args.batch, args.length))
     short = sequences[:, : min(args.length, 32)]
-    compare(model.double(), short, rollout.rollout_positions(short.shape[1], 1, 6), 4, list(SIDES))
+    compare(model.double(), short, spread(short.shape[1], 6), 4, list(SIDES))
     model.float()
-    compare(model, short, rollout.rollout_positions(short.shape[1], 1, 2), 4, list(SIDES))  # warms up
+    compare(model, short, spread(short.shape[1], 2), 4, list(SIDES))  # warms up
 
     rows = []
     everywhere = [] if args.skip_all else [(None, ["forked", "reencoded"])]
     for count, sides in [(args.positions, list(SIDES)), *everywhere]:
-        positions = rollout.rollout_positions(args.length, 1, count)
+        positions = spread(args.length, count)
         seconds = compare(model, sequences, positions, args.rollouts, sides)
         ratios = {f"ratio_{side}": round(seconds[side] / seconds["forked"], 2) for side in sides[1:]}
         rounded = {side: round(value, 2) for side, value in seconds.items()}

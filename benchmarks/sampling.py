@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCau
 
 from measure import finish
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
-from midimamba.modeling.sampling import draw, inference, next_logits, sample
+from midimamba.modeling.sampling import draw, inference, sample
 
 EARLY, LATE, WINDOW = 80, 8_000, 64
 
@@ -94,7 +94,7 @@ def late_over_early(model: MidiMambaForCausalLM, batch: int) -> float:
         tokens = torch.ones(batch, 1, dtype=torch.long)
         for _ in range(LATE + WINDOW):
             start = time.perf_counter()
-            tokens = draw(next_logits(model, tokens, cache))[:, None]
+            tokens = draw(model.next_logits(tokens, cache))[:, None]
             times.append(time.perf_counter() - start)
     early, late = (statistics.median(times[at - WINDOW : at + WINDOW]) for at in (EARLY, LATE))
     return late / early

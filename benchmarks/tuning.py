@@ -38,7 +38,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def train(recipe: dict[str, Any], output: Path) -> Trained:
-    """Run `training/adversarial.py` on one thread. An option that is `None` is left out.
+    """Run `training/adversarial.py` on one thread. An option that is `None` is unset, whatever its default is.
 
     Args:
         recipe (`dict[str, Any]`): all options but `output_dir`.
@@ -47,7 +47,7 @@ def train(recipe: dict[str, Any], output: Path) -> Trained:
     forget(output)  # of an interrupted run: later checkpoints outlive earlier ones
     options = {**recipe, "output_dir": str(output), "disable_tqdm": True}
     config, log = output.with_suffix(".yaml"), output.with_suffix(".log")
-    config.write_text(yaml.safe_dump({key: value for key, value in options.items() if value is not None}))
+    config.write_text(yaml.safe_dump(options))
     command = [sys.executable, "-m", "midimamba.training.adversarial", "--config", str(config)]
     start = time.perf_counter()
     with log.open("w") as file:

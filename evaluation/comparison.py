@@ -29,7 +29,7 @@ from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.two_sample import FOLDS
 from midimamba.evaluation.validity import Samples, decode_all, grammar_errors, syntax_errors, until_end
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.modeling.sampling import sample
+from midimamba.modeling.sampling import Ending, sample
 from midimamba.tokenization.ingest import MidiRefusedError
 from midimamba.tokenization.processor import MidiProcessor
 
@@ -234,10 +234,11 @@ def model_figures(
     units = {"token": targets, "note": reference.rows["num_notes"], "second": reference.rows["seconds"]}
     figures = {f"held_out_nll_per_{unit}": Figure(ratio_estimate(nats, list(units[unit]), seed)) for unit in units}
     prompts = torch.full((num, 1), processor.bos_token_id, device=model.device)
+    ending = Ending(processor.eos_token_id, processor.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         batches = tqdm(prompts.split(_SAMPLED_AT_ONCE), desc="free samples", leave=False, disable=None)
-        drawn = torch.cat([sample(model, rows, length, processor.eos_token_id, temperature) for rows in batches])
+        drawn = torch.cat([sample(model, rows, length, ending, temperature) for rows in batches])
     free = [until_end(ids, processor.eos_token_id) for ids in drawn.tolist()]
     decoded, opened = decode_all(processor, free), [ids[:length] for ids in real]
     errors, real_errors = grammar_errors(processor, free), grammar_errors(processor, opened)

@@ -12,22 +12,22 @@ EXAMPLE = """example:
 
 @dataclass
 class AdversarialArguments:
-    """What is tuned on what, and the discriminator. All of [`AdversarialConfig`]'s options are flags, too."""
+    """Generator, music and discriminator. The options of [`AdversarialConfig`] are flags as well."""
 
     model: str = field(metadata={"help": "Pre-trained generator: a folder or a repository on the Hub."})
     data: str = field(metadata={"help": "Folder written by `midimamba tokenize`."})
     discriminator: str = field(
         default="cnn",
         metadata={
-            "help": "A new one, cnn or mamba; generator: a mamba that begins as the generator; or a folder or "
-            "repository to go on from."
+            "help": "A new one, cnn or mamba; generator: a mamba that starts as a copy of the generator; or a folder "
+            "or repository to go on from."
         },
     )
     d_hidden_size: int = field(default=64, metadata={"help": "Width of a new discriminator."})
     d_dropout: float = field(default=0.25, metadata={"help": "Dropout of a new discriminator."})
     d_num_hidden_layers: int = field(default=2, metadata={"help": "Layers of a new mamba discriminator."})
     d_filter_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Widths of a new cnn's convolutions; unset: SeqGAN's."}
+        default=None, metadata={"help": "Widths of a new cnn's convolutions; unset: those of SeqGAN."}
     )
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
     d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
@@ -45,7 +45,7 @@ def main() -> None:
     from midimamba.errors import InputError
     from midimamba.hub_cards.publish import publish
     from midimamba.training.action_values import tokens_that_begin_bars
-    from midimamba.training.adversarial_config import AdversarialConfig
+    from midimamba.training.adversarial_config import OPTION_GROUPS, AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
     from midimamba.training.lora import LoraArguments, lora_config
@@ -61,9 +61,8 @@ def main() -> None:
         warn_of_a_lost_process,
     )
 
-    parser = RecipeParser(
-        (AdversarialArguments, LoraArguments, Augmentation, AdversarialConfig), prog="adversarial.py", epilog=EXAMPLE
-    )
+    kinds = (AdversarialArguments, LoraArguments, Augmentation, AdversarialConfig)
+    parser = RecipeParser(kinds, OPTION_GROUPS, prog="adversarial.py", epilog=EXAMPLE)
     script_args, lora_args, augmentation, training_args = parser.parse_recipe()
     warn_of_a_lost_process()
     resume = find_resume_point(training_args)

@@ -32,6 +32,23 @@ _ALLOWED: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("in [0.5, 1]", lambda value: 0.5 <= value <= 1, ("d_max_accuracy",)),
 )
 
+# The sections of the help.
+OPTION_GROUPS = {
+    "sequences": ("sequence_length", "prompt_length", "micro_batch_size"),
+    "action values": (
+        *("estimator", "reward", "num_rollouts", "rollout_positions", "rollout_memory_mb", "rollout_momentum"),
+    ),
+    "credit": ("baseline", "group_size", "normalize_advantages", "advantage_clip"),
+    "the generator's step": (
+        *("ppo_epochs", "ppo_clip", "kl_coef", "kl_target", "entropy_coef", "mle_weight", "ema_decay"),
+    ),
+    "the discriminator's steps": (
+        *("d_steps", "d_epochs", "d_warmup_steps", "d_max_accuracy", "d_learning_rate", "d_max_grad_norm"),
+        *("label_smoothing", "r1_weight", "replay_fraction"),
+    ),
+    "evaluation and the guard": ("num_eval_samples", "max_nll_drift", "max_self_bleu_increase"),
+}
+
 
 @dataclass
 class AdversarialConfig(TrainingArguments):

@@ -71,7 +71,7 @@ class AdversarialTrainer(GuardedTrainer):
         super().__init__(
             model=model if peft_config is None else add_adapters(model, peft_config),
             args=args,
-            data_collator=data_collator or BlockCollator(model.config.bos_token_id),
+            data_collator=data_collator or BlockCollator(getattr(model.config, "bos_token_id", None)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

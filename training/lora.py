@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from midimamba.errors import InputError
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -22,7 +22,8 @@ ADAPTABLE = frozenset(
 
 @dataclass
 class LoraArguments:
-    """Adapters instead of the whole generator. What is saved at the end is the whole, with the adapters merged in."""
+    """Low-rank adapters instead of the whole generator. What is saved at the end is the whole model, with the adapters
+    merged in."""
 
     use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters (LoRA), not the generator."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -58,11 +59,11 @@ def lora_config(arguments: LoraArguments) -> "LoraConfig | None":
         raise InputError(" ".join(str(error).split())) from error
 
 
-def add_adapters(model: MidiMambaForCausalLM, config: "LoraConfig") -> "PeftModel":
+def add_adapters(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     """The model with adapters, which alone need a gradient. Its layers are replaced in place.
 
     Args:
-        model (`MidiMambaForCausalLM`): the generator.
+        model (`PreTrainedModel`): the generator.
         config (`LoraConfig`): its `target_modules` are names of projections; by default all that can be adapted.
 
     Raises:
@@ -86,7 +87,7 @@ def add_adapters(model: MidiMambaForCausalLM, config: "LoraConfig") -> "PeftMode
     return get_peft_model(model, config)
 
 
-def merged(policy: MidiMambaForCausalLM) -> MidiMambaForCausalLM:
+def merged(policy: PreTrainedModel) -> PreTrainedModel:
     """A copy of a generator with its adapters added to its weights; it has the modules of a plain generator again.
 
     Without adapters, the generator itself.

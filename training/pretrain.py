@@ -17,7 +17,7 @@ EXAMPLE = """example:
 
 @dataclass
 class PretrainArguments:
-    """What is trained on what. All of Trainer's own options are flags, too."""
+    """Generator and music. All of Trainer's own options are flags as well."""
 
     data: str = field(metadata={"help": "Folder written by `midimamba tokenize`."})
     model: str | None = field(

@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.sampling import inference
+from midimamba.modeling.scoring import score
 from midimamba.tokenization.processor import MidiProcessor
 
 
@@ -19,7 +19,7 @@ class DiscriminatorReward:
         discriminator (`MidiDiscriminator`): judges whole sequences.
         processor (`MidiProcessor`): its `tokenizer` is the trainer's `processing_class`, and prompts are its text,
             such as `"BOS_None Bar_None"`.
-        batch_size (`int`, *optional*, defaults to 64): sequences judged at once.
+        batch_size (`int`, *optional*, defaults to 64): sequences read at once.
     """
 
     def __init__(self, discriminator: MidiDiscriminator, processor: MidiProcessor, batch_size: int = 64):
@@ -31,21 +31,15 @@ class DiscriminatorReward:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """A probability for each completion. TRL passes more by name, which is of no use here."""
+        """A probability for each completion. What else TRL passes by name is not used."""
         tokenizer = self.processor.tokenizer
         sequences = [
             torch.tensor([*tokenizer(prompt).input_ids, *ids])
             for prompt, ids in zip(prompts, completion_ids, strict=True)
         ]
-        rewards: list[float] = []
-        device = self.discriminator.device
-        with inference(self.discriminator):
-            for start in range(0, len(sequences), self.batch_size):
-                rows = sequences[start : start + self.batch_size]
-                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-                ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.pad_token_id)
-                logits = self.discriminator(ids.to(device), attention_mask=mask.to(device)).logits[:, 0]
-                rewards += logits.float().sigmoid().tolist()
+        ids = pad_sequence(sequences, batch_first=True, padding_value=self.processor.pad_token_id)
+        mask = pad_sequence([torch.ones_like(row) for row in sequences], batch_first=True)
+        rewards: list[float] = score(self.discriminator, ids, mask, self.batch_size).sigmoid().tolist()
         return rewards
 
 

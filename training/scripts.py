@@ -1,11 +1,13 @@
 """What the training scripts share: reading recipes, refusing bad ones before any work, writing results whole."""
 
+import argparse
+import dataclasses
+import functools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,37 @@ if TYPE_CHECKING:
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser (`--config recipe.yaml`, then any field as a flag) that answers bad input with one line."""
+    """TRL's parser (`--config recipe.yaml`, then any field as a flag) that answers bad input with one line.
+
+    `none` unsets an option that may be unset. The help is in sections: one per dataclass, those of `groups`, and last
+    the options that Trainer brings.
+
+    Args:
+        dataclass_types (`Sequence[type]`): what is filled; the last one is a `TrainingArguments`.
+        groups (`Mapping[str, Sequence[str]]`, *optional*): fields of the last one, by the title of their section.
+        kwargs: as for `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self, dataclass_types: Sequence[type], groups: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
+    ):
+        usage = "%(prog)s [--config RECIPE.yaml] [--OPTION VALUE ...]"  # of 150 options; the sections show them all
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(dataclass_types, usage=usage, formatter_class=layout, **kwargs)
+        fields = {kind: [field.name for field in dataclasses.fields(kind)] for kind in dataclass_types}
+        optional = {field.name for kind in fields for field in dataclasses.fields(kind) if "None" in str(field.type)}
+        for action in self._actions:
+            if action.dest in optional and action.type is not None:
+                action.type = functools.partial(_value_or_none, action.type)
+        own = [(_title_of(kind), fields[kind]) for kind in dataclass_types[:-1]]
+        # argparse has no public way to move a flag, and TRL's parser none to place one.
+        for title, names in [*own, *(groups or {}).items()]:
+            section = self.add_argument_group(title)
+            section._group_actions += [action for action in self._actions if action.dest in names]
+        placed = {name for _, names in [*own, *(groups or {}).items()] for name in names}
+        self._optionals._group_actions = [action for action in self._actions if action.dest not in placed]
+        self._optionals.title = "options of Trainer"
+        self._action_groups.append(self._action_groups.pop(self._action_groups.index(self._optionals)))
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see --help")
@@ -59,6 +91,15 @@ class RecipeParser(TrlParser):
                 # While training, the model keeps no state anyway.
                 part.use_cache = True
         return parsed
+
+
+def _value_or_none(convert: Any, text: str) -> Any:
+    return None if text.lower() in ("none", "null") else convert(text)
+
+
+def _title_of(kind: type) -> str:
+    """The first sentence of its documentation."""
+    return " ".join((kind.__doc__ or kind.__name__).split()).split(". ")[0].rstrip(".")
 
 
 def warn_of_a_lost_process() -> None:
@@ -151,7 +192,7 @@ def load_discriminator(
             num_hidden_layers=arguments.d_num_hidden_layers,
             dropout=arguments.d_dropout,
             spectral_norm=arguments.d_spectral_norm,
-            pad_token_id=generator.config.pad_token_id or 0,
+            pad_token_id=getattr(generator.config, "pad_token_id", None) or 0,
             **{name: value for name, value in filters.items() if value is not None},
         )
     except StrictDataclassError as error:
@@ -240,7 +281,7 @@ def save_model(folder: Path, model: PreTrainedModel, *others: Any, arguments: Se
 
 def _as_dict(arguments: Any) -> dict[str, Any]:
     """What may be published: no access tokens, and no folders of this machine beyond their names."""
-    values = arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
+    values = arguments.to_dict() if isinstance(arguments, TrainingArguments) else dataclasses.asdict(arguments)
     return {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in values.items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from midimamba import RecurrentCache
+from midimamba.modeling.policy import Policy
 from support import make_generator
 
 VOCABULARY, LENGTH = 4, 3
@@ -68,13 +68,12 @@ def probabilities(model: torch.nn.Module, models: ModuleType, sequences: Tensor,
 
 
 def logits_of(model: torch.nn.Module, sequences: torch.Tensor) -> torch.Tensor:
-    output = model(sequences)
-    return output[0] if isinstance(output, tuple) else output.logits
+    return model(sequences).logits
 
 
 def make_models(models: ModuleType) -> list[torch.nn.Module]:
     torch.manual_seed(0)
-    return [models.LSTMLanguageModel(VOCABULARY, 3, 5), make_generator(vocab_size=VOCABULARY)]
+    return [models.LSTMLanguageModel.of_sizes(VOCABULARY, 3, 5), make_generator(vocab_size=VOCABULARY)]
 
 
 def write_oracle(file: Path) -> dict[str, np.ndarray]:
@@ -109,23 +108,27 @@ def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tm
     assert models.Oracle.load(tmp_path / "oracle.npz").nll(sequences) == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_lstm_is_a_generator_with_an_exact_state(models: ModuleType, tmp_path: Path) -> None:
+def test_an_lstm_is_a_policy_with_an_exact_state(models: ModuleType, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain = models.LSTMLanguageModel(VOCABULARY, 5, 5)
-    generator = models.LSTMGenerator.of(plain).eval()
+    model = models.LSTMLanguageModel.of_sizes(VOCABULARY, 3, 5).eval()
+    assert isinstance(model, Policy)
     sequences = every_sequence()[::7]
-    expected = plain(sequences)[0]
-    torch.testing.assert_close(logits_of(generator, sequences), expected)
-    cache = RecurrentCache.for_model(generator, len(sequences))
-    parts = [generator(part, past_key_values=cache).logits for part in sequences.split([1, 2, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), expected)
-    assert cache.seen_tokens == LENGTH + 1
-    forks = generator(sequences[:, :2], use_cache=True).past_key_values.fork(2)
-    again = generator(sequences[:, 2:].repeat_interleave(2, 0), past_key_values=forks).logits
-    torch.testing.assert_close(again, expected[:, 2:].repeat_interleave(2, 0))
-    generator.save_pretrained(tmp_path)
-    loaded = models.LSTMGenerator.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits_of(loaded, sequences), logits_of(generator, sequences))
+    expected = logits_of(model, sequences)
+    with torch.no_grad():
+        state = model.make_state(len(sequences))
+        for part, stop in zip(sequences.split([1, 2, 1], dim=1), (1, 3, 4), strict=True):
+            torch.testing.assert_close(model.next_logits(part, state), expected[:, stop - 1])
+        state = model.make_state(len(sequences))
+        model.next_logits(sequences[:, :2], state)
+        forks = model.make_state(0)
+        for copies in (2, 1):
+            forks.append(state.select(torch.arange(len(sequences)).repeat_interleave(copies)))
+        rows = torch.cat([sequences.repeat_interleave(2, 0), sequences])
+        torch.testing.assert_close(model.next_logits(rows[:, 2:], forks), logits_of(model, rows)[:, -1])
+        assert forks.nbytes == 3 * state.nbytes
+    model.save_pretrained(tmp_path)
+    loaded = models.LSTMLanguageModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(loaded, sequences), expected)
 
 
 def test_the_oracle_scores_its_own_samples_at_its_entropy(models: ModuleType) -> None:

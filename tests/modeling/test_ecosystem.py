@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.configuration_midimamba import LAYOUTS
-from midimamba.modeling.sampling import inference, next_logits, sample
+from midimamba.modeling.sampling import inference, sample
 from support import make_generator
 
 # Modules that take part by being called. The mixer reads the weights of its convolution and of dt_proj directly.
@@ -52,7 +52,7 @@ def test_a_compiled_model_decodes_alike(model: MidiMambaForCausalLM, compiled: A
         expected = model(ids).logits[:, -1]
         cache = RecurrentCache.for_model(model, len(ids), max_length=ids.shape[1])
         for t in range(ids.shape[1]):
-            logits = next_logits(compiled, ids[:, t : t + 1], cache)
+            logits = compiled(input_ids=ids[:, t : t + 1], past_key_values=cache, logits_to_keep=1).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling import numba_common
-from midimamba.modeling.sampling import inference, next_logits
+from midimamba.modeling.sampling import inference
 from midimamba.modeling.step_numba import _ROWS_A_THREAD
 from support import make_generator
 
@@ -40,7 +40,7 @@ def test_functions_keep_their_relative_precision(name: str, reference, lowest: f
 def logits_step_by_step(model: MidiMambaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, RecurrentCache]:
     with inference(model):
         cache = RecurrentCache.for_model(model, len(ids))
-        steps = [next_logits(model, ids[:, t : t + 1], cache) for t in range(ids.shape[1])]
+        steps = [model.next_logits(ids[:, t : t + 1], cache) for t in range(ids.shape[1])]
     return torch.stack(steps, 1), cache
 
 
