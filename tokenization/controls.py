@@ -16,9 +16,8 @@ from miditok import MusicTokenizer
 from miditok.constants import MIDI_INSTRUMENTS
 from symusic.core import ScoreTick
 
+from .choices import CONTROLS
 from .errors import InputError
-
-CONTROLS = ("instruments", "tempo", "density", "key", "meter", "bars")
 
 # MidiTok's tokens are of the form Type_Value. It has no type that begins like this: its `ControlChange` has no hyphen.
 _PREFIX = "Control-"
