@@ -9,7 +9,7 @@ THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(THREADS) \
 	--mixed_precision no --dynamo_backend no
 
-# As `import midimamba` sets it, for what imports torch before.
+# As the commands and training scripts set it, for everything else that runs here.
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM = false
 

@@ -29,9 +29,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from measure import finish
 from midimamba.corpus.sources import Entry, list_source, read_entries
+from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizations import ONE_STREAM
 from midimamba.tokenization.tokenizer import MIDITOK_FILE, base_ids, build_tokenizer, normalize_score, train_on_ids
 
 MODELS = (None, "BPE", "Unigram")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from measure import finish
 from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.sources import Entry, list_source
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     files = sum(isinstance(item, Entry) for item in list_source(args.source))
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
-        report = tokenize_corpus(args.source, Path(scratch, "corpus"), num_workers=args.workers)
+        report = tokenize_corpus(args.source, Path(scratch, "corpus"), CorpusOptions(num_workers=args.workers))
         seconds = time.perf_counter() - start
         rows = [json.loads(line) for line in Path(scratch, "corpus", "quarantine.jsonl").read_text().splitlines()]
     used = sum(counts["pieces"] for counts in report["splits"].values())

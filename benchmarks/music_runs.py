@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.command_options import SamplingOptions
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
@@ -214,11 +215,8 @@ def figures_of(
     seed: int,
 ) -> Measured:
     """All figures of `midimamba evaluate` that samples have."""
-    samples = Samples.of(
-        generate_scores(
-            model, processor, num=settings.num, bars=settings.bars, temperature=temperature, top_p=1.0, seed=seed
-        )
-    )
+    sampling = SamplingOptions(settings.num, settings.bars, temperature=temperature, top_p=1.0, seed=seed)
+    samples = Samples.of(generate_scores(model, processor, sampling))
     found = compare(samples, _reference(settings.data, split, settings.bars), settings.length, seed)
     repetition = {name: Figure(found.features[name].samples, found.features[name].real.value) for name in REPETITION}
     values, floors = numbers(found.figures | repetition)

@@ -23,6 +23,7 @@ from miditok import MusicTokenizer
 from symusic import Note, Score, Track
 
 from measure import finish
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
 from midimamba.corpus.sources import list_source, read_entries
 from midimamba.corpus.store import PieceStore
@@ -57,9 +58,9 @@ def read(tokenizer: MusicTokenizer, folder: Path, workers: int) -> tuple[int, fl
     """Ours; returns tokens and seconds."""
     with tempfile.TemporaryDirectory() as scratch, PieceStore(Path(scratch, "store"), "benchmark") as store:
         start = time.perf_counter()
-        read_source(str(folder), store, tokenizer, workers=workers)
+        read_source(str(folder), store, tokenizer, CorpusOptions(num_workers=workers))
         seconds = time.perf_counter() - start
-        store.deal_splits(0.0, 0.0, 0)
+        store.assign_splits(0.0, 0.0, 0)
         return sum(len(piece.ids) for piece in store.pieces("train")), seconds
 
 

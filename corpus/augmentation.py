@@ -9,7 +9,8 @@ from symusic.core import ScoreTick
 from torch.utils.data import Dataset as TorchDataset
 
 from midimamba.errors import InputError
-from midimamba.tokenization.controls import CONTROLS, describe, is_control
+from midimamba.tokenization.choices import CONTROLS
+from midimamba.tokenization.controls import describe, is_control
 from midimamba.tokenization.processor import MidiProcessor
 
 

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -14,25 +14,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    List,
-    Value,
-)
+from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from miditok import MusicTokenizer
 from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
 from midimamba.corpus.sources import CHORALES, MANIFEST
 from midimamba.corpus.store import PieceStore, StoredPiece
 from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole
-from midimamba.tokenization.controls import CONTROLS, control_token
+from midimamba.tokenization.choices import CONTROLS
+from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import (
     build_tokenizer,
@@ -49,39 +45,20 @@ STORE_FILE = "pieces.sqlite"
 MAX_LABEL_VALUES = 1_000
 
 
-def tokenize_corpus(
-    source: str,
-    out: Path,
-    *,
-    tokenization: str = "REMI",
-    tokenizer_options: Mapping[str, Any] | None = None,
-    tokenizer: str | None = None,
-    subword_model: str = "BPE",
-    vocab_size: int | None = 1000,
-    training_tokens: int = 10_000_000,
-    controls: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    valid_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    seed: int = 0,
-    limit: int | None = None,
-    midi_column: str | None = None,
-    streaming: bool = False,
-    num_workers: int | None = None,
-) -> dict[str, Any]:
-    """Tokenise MIDI files into splits by piece, and save the data set and its processor.
+def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None) -> dict[str, Any]:
+    """Tokenize MIDI files into splits by piece, and save the data set and its processor.
 
     A piece's split is what a `manifest.csv` in the source says, in a table with the columns `file` (relative to the
-    manifest) and `split` (train, valid, validation or test), or a data set. Other pieces' splits are decided by a hash
-    of the name and the seed, so adding files moves no piece. Should a split get no piece, it takes one of those from
-    the largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces with
-    the same notes are kept once. Every file is read in a worker process with bounds of time and memory; those that
-    cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be had), `stage`
-    (read, check or tokenize) and `reason`.
+    manifest) and `split` (train, valid, validation or test), or what a data set says. Other pieces' splits are decided
+    by a hash of the name and the seed, so adding files moves no piece. If a split gets no piece, it takes one of those
+    from the largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces
+    with the same notes are kept once. Every file is read in a worker process with bounded time and memory. Those that
+    cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be read),
+    `stage` (read, check or tokenize) and `reason`.
 
-    Memory does not grow with the number of files. What was read is kept beside `out`: an interrupted run goes on where
-    it stopped. Where `out` is the corpus of the same source and options, only new and changed files are read, and it
-    is replaced if there are any.
+    Memory does not grow with the number of files. What was read is kept beside `out`: an interrupted run continues
+    where it stopped. Where `out` is the corpus of the same source and options, only new and changed files are read,
+    and it is replaced if there are any.
 
     Args:
         source (`str`):
@@ -90,76 +67,26 @@ def tokenize_corpus(
             Bach's, from music21.
         out (`Path`):
             The folder to make. It appears when everything is in it, or not at all.
-        tokenization (`str`, *optional*, defaults to `"REMI"`):
-            One of [`~midimamba.tokenization.tokenizations.TOKENIZATIONS`].
-        tokenizer_options (`dict`, *optional*):
-            MidiTok's options, see [`~midimamba.tokenization.tokenizations.build_tokenizer`].
-        tokenizer (`str`, *optional*):
-            Use this tokenizer, of a folder or a Hub repository, instead of making one: for a corpus that fits an
-            existing model. The other options of tokenizers then have no effect.
-        subword_model (`str`, *optional*, defaults to `"BPE"`):
-            `"BPE"` or `"Unigram"`.
-        vocab_size (`int`, *optional*, defaults to 1000):
-            Ids after the subword model; `None` keeps the base tokens, as tokenizations of several vocabularies do.
-        training_tokens (`int`, *optional*, defaults to 10,000,000):
-            Train the subword model on pieces of so many base tokens at most, drawn at random: this bounds its memory.
-        controls (sequence of `str`, *optional*):
-            Computed controls to prefix pieces with, of [`~midimamba.tokenization.controls.CONTROLS`].
-        labels (sequence of `str`, *optional*):
-            Columns of the manifest, or of the data set, to prefix pieces with.
-        valid_fraction, test_fraction (`float`, *optional*, defaults to 0.1):
-            Expected fractions of the pieces in these splits.
-        seed (`int`, *optional*, defaults to 0):
-            Decides the splits.
-        limit (`int`, *optional*):
-            Use only so many files, the first by name.
-        midi_column (`str`, *optional*):
-            The column of a data set that holds MIDI bytes; by default the only one with bytes.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read a data set from the Hub row by row, without downloading it first.
-        num_workers (`int`, *optional*):
-            Processes that read files, by default one for each processor. The result does not depend on it.
+        options ([`~midimamba.corpus.options.CorpusOptions`], *optional*):
+            How files are read, split and tokenized.
 
     Returns:
-        `dict`: what `corpus.json` holds: counts of every split, refusals, duplicates, files that were `sanitized` to
-        be read, how many pieces each way `split_by`, the tokenizer's fingerprint, arguments, versions.
+        `dict`: what `corpus.json` holds: counts for every split, refusals, duplicates, files that were `sanitized` to
+        be read, how many pieces were `split_by` which rule, the tokenizer's fingerprint, arguments, versions.
 
     Raises:
-        InputError: if nothing can be tokenised, an argument makes no sense, or `out` holds something else.
+        InputError: if nothing can be tokenized, an option makes no sense, or `out` holds something else.
     """
-    arguments = {
-        "source": source,
-        "tokenization": tokenization,
-        "tokenizer_options": dict(tokenizer_options or {}),
-        "tokenizer": tokenizer,
-        "subword_model": subword_model,
-        "vocab_size": vocab_size,
-        "training_tokens": training_tokens,
-        "controls": list(controls),
-        "labels": list(labels),
-        "valid_fraction": valid_fraction,
-        "test_fraction": test_fraction,
-        "seed": seed,
-        "limit": limit,
-    }
-    base = _base_tokenizer(arguments)
+    options = options or CorpusOptions()
+    base = _base_tokenizer(options)
     if base.is_multi_voc:  # there is no subword model
-        arguments["vocab_size"] = None
+        options = replace(options, vocab_size=None)
+    arguments = _arguments(source, options)
     earlier = _earlier(out, arguments)
-    files = DataSetFiles(source, midi_column, labels, streaming) if is_data_set(source) else source
     path = _reading_store(out)
     try:
-        with PieceStore(path, _reader(base, arguments), len(base.vocab) if base.is_multi_voc else 1) as store:
-            workers = num_workers or os.cpu_count() or 1
-            read_source(
-                files,
-                store,
-                base,
-                workers=workers,
-                columns=tuple(labels),
-                with_controls=bool(controls),
-                limit=limit,
-            )
+        with PieceStore(path, _reader(base, source, options), len(base.vocab) if base.is_multi_voc else 1) as store:
+            read_source(_files_of(source, options), store, base, options)
             if reused := store.num_reused():
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
@@ -168,7 +95,7 @@ def tokenize_corpus(
                 path.unlink()
                 return earlier
             with whole_folder(out, replace=earlier is not None) as folder:
-                report = _save(folder, store, base, arguments)
+                report = _save(folder, store, base, options, arguments)
                 store.close()
                 path.replace(folder / STORE_FILE)
             return report
@@ -177,23 +104,41 @@ def tokenize_corpus(
         raise
 
 
-def _base_tokenizer(arguments: Mapping[str, Any]) -> MusicTokenizer:
-    """The tokenizer that files are read with; whatever makes no sense is refused before that."""
-    valid, test = arguments["valid_fraction"], arguments["test_fraction"]
+def _files_of(source: str, options: CorpusOptions) -> str | DataSetFiles:
+    if not is_data_set(source):
+        return source
+    return DataSetFiles(source, options.midi_column, options.labels, options.streaming)
+
+
+def _arguments(source: str, options: CorpusOptions) -> dict[str, Any]:
+    """What the result depends on, as JSON holds it; with the digest of the files added, two equal ones are one corpus.
+
+    Where the bytes come from in a data set, and how many processes read them, changes nothing.
+    """
+    arguments = {"source": source, **asdict(options)}
+    for name in ("midi_column", "streaming", "num_workers"):
+        del arguments[name]
+    lists = {name: list(arguments[name]) for name in ("controls", "labels")}
+    return arguments | lists | {"tokenizer_options": dict(options.tokenizer_options)}
+
+
+def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
+    """The tokenizer that files are read with. Options that make no sense are refused here, before any work."""
+    valid, test = options.valid_fraction, options.test_fraction
     if min(valid, test) < 0 or valid + test >= 1:
         raise InputError(f"validation and test fractions {valid} and {test} leave nothing to train on")
-    if unknown := [name for name in arguments["controls"] if name not in CONTROLS]:
-        raise InputError(f"there is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}")
-    if arguments["tokenizer"] is not None:
-        return load_tokenizer(arguments["tokenizer"])
-    tokenizer = build_tokenizer(arguments["tokenization"], **arguments["tokenizer_options"])
+    if unknown := [name for name in options.controls if name not in CONTROLS]:
+        raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer)
+    tokenizer = build_tokenizer(options.tokenization, **options.tokenizer_options)
     if tokenizer.is_multi_voc:
-        if arguments["controls"] or arguments["labels"]:
-            raise InputError(f"{arguments['tokenization']} can have no control tokens: leave out controls and labels")
+        if options.controls or options.labels:
+            raise InputError(f"{options.tokenization} can have no control tokens: leave out controls and labels")
         return tokenizer
-    check_subword_model(arguments["subword_model"])
-    if arguments["vocab_size"] is not None:
-        check_vocab_size(tokenizer, arguments["vocab_size"])
+    check_subword_model(options.subword_model)
+    if options.vocab_size is not None:
+        check_vocab_size(tokenizer, options.vocab_size)
     return tokenizer
 
 
@@ -221,10 +166,10 @@ def _reading_store(out: Path) -> Path:
     return path
 
 
-def _reader(tokenizer: MusicTokenizer, arguments: Mapping[str, Any]) -> str:
-    """A digest of everything that reading depends on, but for the files."""
-    packages = ["midimamba", "miditok", "symusic", *(["music21"] if arguments["source"] == CHORALES else [])]
-    return _digest([tokenizer.to_dict(), bool(arguments["controls"]), _versions(packages)])
+def _reader(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
+    """A digest of everything that reading depends on, apart from the files."""
+    packages = ["midimamba", "miditok", "symusic", *(["music21"] if source == CHORALES else [])]
+    return _digest([tokenizer.to_dict(), bool(options.controls), _versions(packages)])
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
@@ -235,9 +180,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _save(folder: Path, store: PieceStore, base: MusicTokenizer, arguments: dict[str, Any]) -> dict[str, Any]:
+def _save(
+    folder: Path, store: PieceStore, base: MusicTokenizer, options: CorpusOptions, arguments: dict[str, Any]
+) -> dict[str, Any]:
     """Split, train, encode and write everything into `folder`."""
-    store.deal_splits(arguments["valid_fraction"], arguments["test_fraction"], arguments["seed"])
+    store.assign_splits(options.valid_fraction, options.test_fraction, options.seed)
     counts = store.counts()
     if not counts["pieces"]:
         first = next(store.refusals(), None)
@@ -245,7 +192,7 @@ def _save(folder: Path, store: PieceStore, base: MusicTokenizer, arguments: dict
         raise InputError(f"no file of {arguments['source']} can be used; {why}")
     if not counts["train"]:
         raise InputError(f"the {MANIFEST} leaves no usable piece to train on")
-    tokenizer = base if arguments["tokenizer"] else _train(store, base, arguments)
+    tokenizer = base if options.tokenizer else _train(store, options)
     processor = MidiProcessor(tokenizer)
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
@@ -271,18 +218,18 @@ def _save(folder: Path, store: PieceStore, base: MusicTokenizer, arguments: dict
     return report
 
 
-def _train(store: PieceStore, base: MusicTokenizer, arguments: Mapping[str, Any]) -> MusicTokenizer:
+def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
     """The tokenizer of the corpus: with the control tokens that the train split has, and its subword model."""
-    values = store.control_values([*arguments["controls"], *arguments["labels"]])
-    for name in arguments["labels"]:
+    values = store.control_values([*options.controls, *options.labels])
+    for name in options.labels:
         if len(values[name]) > MAX_LABEL_VALUES:
             raise InputError(f"label {name!r} has {len(values[name]):,} values; the limit is {MAX_LABEL_VALUES:,}")
     tokens = list(dict.fromkeys(control_token(name, value) for name in values for value in values[name]))
-    tokenizer = build_tokenizer(arguments["tokenization"], controls=tokens, **arguments["tokenizer_options"])
-    if arguments["vocab_size"] is not None:
-        vocab_size = arguments["vocab_size"] + len(tokens)
+    tokenizer = build_tokenizer(options.tokenization, controls=tokens, **options.tokenizer_options)
+    if options.vocab_size is not None:
+        vocab_size = options.vocab_size + len(tokens)
         pieces = (piece.ids + len(tokens) for piece in store.pieces("train", order="place"))
-        train_on_ids(tokenizer, _up_to(pieces, arguments["training_tokens"]), vocab_size, arguments["subword_model"])
+        train_on_ids(tokenizer, _up_to(pieces, options.training_tokens), vocab_size, options.subword_model)
     return tokenizer
 
 
@@ -301,7 +248,7 @@ def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
 def _encode(
     folder: Path, split: str, store: PieceStore, processor: MidiProcessor, shift: int, progress: "tqdm[Any]"
 ) -> Dataset:
-    """A split in Arrow files, written piece by piece."""
+    """A split as Arrow files, written piece by piece."""
     features = _features(processor)
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -351,7 +298,7 @@ def _features(processor: MidiProcessor) -> Features:
 
 
 def _with_ends(piece: StoredPiece, processor: MidiProcessor, shift: int) -> np.ndarray:
-    """The ids of a row: begin, controls, music, end."""
+    """The ids of a row: start, controls, music, end."""
     tokenizer = processor.midi_tokenizer
     if tokenizer.is_multi_voc:
         return np.pad(

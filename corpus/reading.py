@@ -2,9 +2,10 @@
 
 import hashlib
 import io
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.sources import CHORALES, Entry, Label, Refusal, list_source, read_entries
 from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.corpus.workers import MAX_SECONDS, Lost, Mark, run_bounded
@@ -33,14 +35,7 @@ _Content = bytes | MidiRefusedError
 
 
 def read_source(
-    source: str | DataSetFiles,
-    store: PieceStore,
-    tokenizer: MusicTokenizer,
-    *,
-    workers: int,
-    columns: tuple[str, ...] = (),
-    with_controls: bool = False,
-    limit: int | None = None,
+    source: str | DataSetFiles, store: PieceStore, tokenizer: MusicTokenizer, options: CorpusOptions
 ) -> None:
     """Read every file of a source that the store does not know yet.
 
@@ -51,30 +46,25 @@ def read_source(
             Gets files, labels and outcomes.
         tokenizer (`miditok.MusicTokenizer`):
             Its base ids are taken.
-        workers (`int`):
-            Processes that read.
-        columns (`tuple[str]`, *optional*):
-            Columns of manifests to read as labels.
-        with_controls (`bool`, *optional*, defaults to `False`):
-            Whether to compute the values of control tokens.
-        limit (`int`, *optional*):
-            Only so many files, the first by name; of a data set, the first rows.
+        options (`CorpusOptions`):
+            Of which `labels`, `limit` and `num_workers` are used, and whether there are any `controls`.
 
     Raises:
         InputError: as [`list_source`].
     """
+    workers = options.num_workers or os.cpu_count() or 1
     if isinstance(source, DataSetFiles):
-        total = min(len(source), limit or sys.maxsize) or None
-        files = _list_rows(islice(source, limit), store)
+        total = min(len(source), options.limit or sys.maxsize) or None
+        files = _list_rows(islice(source, options.limit), store)
     else:
-        _list_files(source, store, columns, limit)
+        _list_files(source, store, options.labels, options.limit)
         total, files = store.num_files(), read_entries(store.entries())
     max_seconds = _MUSICXML_SECONDS if source == CHORALES else MAX_SECONDS
     with tqdm(total=total, desc="Reading", unit="file") as progress:
         underway: set[str] = set()
         tasks = _new_files(files, store, underway, progress)
         for sha256, outcome in run_bounded(
-            partial(_read, tokenizer, with_controls), tasks, workers, max_seconds=max_seconds
+            partial(_read, tokenizer, bool(options.controls)), tasks, workers, max_seconds=max_seconds
         ):
             if isinstance(outcome, Lost):
                 outcome = Refused(outcome.reason, STAGES[outcome.stage], lost=True)
@@ -84,7 +74,7 @@ def read_source(
     store.finish_reading()
 
 
-def _list_files(source: str, store: PieceStore, columns: tuple[str, ...], limit: int | None) -> None:
+def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: int | None) -> None:
     with tqdm(desc="Listing", unit="file", leave=False, delay=2) as progress:
         for item in list_source(source, columns):
             if isinstance(item, Entry):

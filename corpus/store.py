@@ -243,7 +243,7 @@ class PieceStore:
 
     # ---- pieces ----
 
-    def deal_splits(self, valid_fraction: float, test_fraction: float, seed: int) -> None:
+    def assign_splits(self, valid_fraction: float, test_fraction: float, seed: int) -> None:
         """Find the pieces, and the split of each.
 
         Of files with the same notes the first by name is the piece. Where no split is given, a hash of the name

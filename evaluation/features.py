@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from symusic.core import ScoreTick
 
-from midimamba.tokenization.controls import KEY_PROFILES
+from midimamba.tokenization.musical_time import bar_starts, best_keys, meter_spans
 
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -23,7 +23,6 @@ WINDOW = 4  # bars in which a key is sought
 MAJOR = (0, 2, 4, 5, 7, 9, 11)
 # Lengths in quarter notes, from a triplet of sixty-fourths to two bars; a length counts as the nearest by ratio.
 LENGTHS = np.array([1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 1.5, 2, 3, 4, 8])
-_KEYS = np.array([np.roll(profile, tonic) for profile in KEY_PROFILES.values() for tonic in range(12)])
 
 
 @dataclass(frozen=True)
@@ -71,25 +70,6 @@ class Notes:
     @property
     def ends(self) -> Vector:
         return self.onsets + self.durations
-
-
-def meters(score: ScoreTick) -> list[tuple[int, int, int]]:
-    """Time, numerator and denominator of every meter, in order from tick 0; 4/4 where MIDI says nothing."""
-    signatures = sorted((s.time, s.numerator, s.denominator) for s in score.time_signatures)
-    if not signatures or signatures[0][0] > 0:
-        signatures.insert(0, (0, 4, 4))
-    return signatures
-
-
-def bar_starts(score: ScoreTick) -> Vector:
-    """Ticks at which bars begin, the last of them at or after the end of the last note."""
-    signatures = meters(score)
-    starts: list[float] = []
-    ends = [time for time, _, _ in signatures[1:]] + [max(score.end(), 1)]
-    for (time, numerator, denominator), end in zip(signatures, ends, strict=True):
-        length = 4 * score.ticks_per_quarter * numerator / denominator
-        starts.extend(np.arange(time, end, length))
-    return np.array([*starts, starts[-1] + length])
 
 
 def opening(score: ScoreTick, bars: int) -> ScoreTick:
@@ -235,7 +215,7 @@ def key_stability(score: ScoreTick) -> float:
     chroma = np.zeros((bars[-1] - bars[0] + 1, 12))
     np.add.at(chroma, (bars - bars[0], notes.pitches % 12), notes.durations)
     windows = np.lib.stride_tricks.sliding_window_view(chroma, WINDOW, axis=0).sum(-1)
-    whole, keys = _best_keys(chroma.sum(0)[None]), _best_keys(windows)
+    whole, keys = best_keys(chroma.sum(0)[None]), best_keys(windows)
     return float(np.mean(keys == whole)) if len(whole) and len(keys) else np.nan
 
 
@@ -244,12 +224,9 @@ def meter_stability(score: ScoreTick) -> float:
     end = score.end() if score.note_num() else 0
     if not end:
         return np.nan
-    signatures = meters(score)
-    totals: dict[tuple[int, int], int] = {}
-    for index, (time, numerator, denominator) in enumerate(signatures):
-        until = signatures[index + 1][0] if index + 1 < len(signatures) else end
-        meter = (numerator, denominator)
-        totals[meter] = totals.get(meter, 0) + max(min(until, end) - time, 0)
+    totals: dict[str, int] = {}
+    for meter, ticks in meter_spans(score, end):
+        totals[str(meter)] = totals.get(str(meter), 0) + ticks
     return max(totals.values()) / end
 
 
@@ -299,12 +276,3 @@ def _shares(counts: NDArray) -> Vector:
 def _length_histogram(lengths: Vector) -> Vector:
     borders = np.sqrt(LENGTHS[:-1] * LENGTHS[1:])
     return _shares(np.bincount(np.searchsorted(borders, lengths), minlength=len(LENGTHS)))
-
-
-def _best_keys(chroma: Vector) -> Indices:
-    """The keys of rows `(n, 12)` as indices; rows without one are dropped."""
-    chroma = chroma[np.ptp(chroma, axis=1) > 1e-9]
-    centred = chroma - chroma.mean(axis=1, keepdims=True)
-    profiles = _KEYS - _KEYS.mean(axis=1, keepdims=True)
-    # The norm of a row of `chroma` is the same for every key, and does not change which fits best.
-    return np.argmax(centred @ (profiles / np.linalg.norm(profiles, axis=1, keepdims=True)).T, axis=1)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
-from midimamba.evaluation.features import bar_starts
 from midimamba.files import write_whole
+from midimamba.tokenization.musical_time import bar_starts
 
 Audio = NDArray[np.float64]
 

@@ -26,7 +26,7 @@ PUBLISHED = (
     *("training_args.json", "evaluation.json", "README.md"),
     # The processor's own code, for those who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
-    *("ingest.py", "errors.py"),
+    *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
     # The generator's own code, of layouts that transformers has no class for.
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(

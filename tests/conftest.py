@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
 
@@ -39,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "midi").mkdir()
     for seed in range(12):
         make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
-    tokenize_corpus(str(folder / "midi"), folder / "data", vocab_size=720, num_workers=1)
+    tokenize_corpus(str(folder / "midi"), folder / "data", CorpusOptions(vocab_size=720, num_workers=1))
     return folder / "data"
 
 

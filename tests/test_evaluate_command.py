@@ -11,6 +11,7 @@ from symusic import Note, Score, Track
 import support
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.evaluation import comparison_page
 from midimamba.hub_cards.evaluation import read_evaluation
 from support import make_generator, make_score
@@ -30,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     midi = tmp_path_factory.mktemp("songs")
     for seed in range(40):
         write_song(midi / f"{seed}.mid", seed)
-    tokenize_corpus(str(midi), midi / "data", vocab_size=None, test_fraction=0.5, num_workers=1)
+    tokenize_corpus(str(midi), midi / "data", CorpusOptions(vocab_size=None, test_fraction=0.5, num_workers=1))
     return midi / "data"
 
 

@@ -9,6 +9,7 @@ from symusic.core import ScoreTick
 
 import support
 from midimamba import MidiMambaForCausalLM, MidiProcessor, generation
+from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, load_pair
 from midimamba.tokenization.controls import control_token
@@ -30,7 +31,9 @@ def test_samples_of_an_untrained_model_hold_notes(
     untrained: MidiMambaForCausalLM, processor: MidiProcessor, temperature: float, tmp_path: Path
 ) -> None:
     scores = generate_scores(
-        untrained, processor, num=16, bars=3, max_new_tokens=60, temperature=temperature, top_p=1.0, seed=1
+        untrained,
+        processor,
+        SamplingOptions(num=16, bars=3, max_new_tokens=60, temperature=temperature, top_p=1.0, seed=1),
     )
     assert len(scores) == 16
     for score in scores:
@@ -39,7 +42,7 @@ def test_samples_of_an_untrained_model_hold_notes(
 
 
 def test_the_shortest_sample_holds_a_note(untrained: MidiMambaForCausalLM, processor: MidiProcessor) -> None:
-    for score in generate_scores(untrained, processor, num=32, bars=1, max_new_tokens=16, top_p=1.0):
+    for score in generate_scores(untrained, processor, SamplingOptions(num=32, bars=1, max_new_tokens=16, top_p=1.0)):
         assert score.note_num() > 0
 
 
@@ -48,7 +51,9 @@ def test_a_continuation_opens_with_its_prompt_and_goes_on(
 ) -> None:
     prompt = make_score(3, bars=4)
     opening = processor.decode(processor.encode(prompt))
-    for score in generate_scores(untrained, processor, prompt=prompt, num=3, bars=2, max_new_tokens=80, top_p=1.0):
+    for score in generate_scores(
+        untrained, processor, SamplingOptions(num=3, bars=2, max_new_tokens=80, top_p=1.0), prompt=prompt
+    ):
         assert onsets(opening) < onsets(score)
         bars = processor.tokenizer.decode(processor.encode(score)).split().count("Bar_None")
         assert bars <= 4 + 2
@@ -56,7 +61,9 @@ def test_a_continuation_opens_with_its_prompt_and_goes_on(
 
 def test_the_same_seed_is_the_same_music(untrained: MidiMambaForCausalLM, processor: MidiProcessor) -> None:
     pieces = [
-        generate_scores(untrained, processor, num=2, bars=2, max_new_tokens=40, seed=seed)[0].dumps_midi()
+        generate_scores(untrained, processor, SamplingOptions(num=2, bars=2, max_new_tokens=40, seed=seed))[
+            0
+        ].dumps_midi()
         for seed in (1, 1, 2)
     ]
     assert pieces[0] == pieces[1] != pieces[2]
@@ -67,7 +74,10 @@ def test_many_pieces_are_sampled_in_parts_that_differ(
 ) -> None:
     monkeypatch.setattr(generation, "_SAMPLED_AT_ONCE", 2)
     pieces = [
-        [score.dumps_midi() for score in generate_scores(untrained, processor, num=num, bars=2, max_new_tokens=40)]
+        [
+            score.dumps_midi()
+            for score in generate_scores(untrained, processor, SamplingOptions(num=num, bars=2, max_new_tokens=40))
+        ]
         for num in (2, 5)
     ]
     assert pieces[1][:2] == pieces[0]
@@ -128,11 +138,15 @@ def test_controls_are_put_before_new_music_and_before_a_prompt(
 ) -> None:
     model = make_generator(vocab_size=controlled.vocab_size)
     asked = {"key": "C-major", "instruments": ["violin", "drums"]}
-    for score in generate_scores(model, controlled, controls=asked, num=4, bars=2, max_new_tokens=40, top_p=1.0):
+    for score in generate_scores(
+        model, controlled, SamplingOptions(num=4, bars=2, max_new_tokens=40, top_p=1.0), controls=asked
+    ):
         assert score.note_num() > 0
         assert 1 <= controlled.tokenizer.decode(controlled.encode(score)).split().count("Bar_None") <= 2
     prompt = make_score(3, bars=2)
-    (score,) = generate_scores(model, controlled, prompt=prompt, controls=asked, num=1, bars=1, max_new_tokens=20)
+    (score,) = generate_scores(
+        model, controlled, SamplingOptions(num=1, bars=1, max_new_tokens=20), prompt=prompt, controls=asked
+    )
     assert onsets(controlled.decode(controlled.encode(prompt))) <= onsets(score)
     assert prompts == [[1, 3, 4, 5], [1, 3, 4, 5, *controlled.encode(prompt)[1:]]]
 
@@ -157,7 +171,7 @@ def test_the_command_lists_controls(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--control", "key"], "--control 'key' is no request: write --control NAME=VALUE"),
+        (["--control", "key"], "--control 'key' is not a request: write --control NAME=VALUE"),
         (["--control", "key="], "write --control NAME=VALUE"),
         (["--control", "key=D-major"], "control 'key' has no value 'D-major': choose one of C-major"),
         (["--control", "tempo=60-90"], "no control 'tempo': choose one of instruments, key, composer"),
@@ -194,10 +208,21 @@ def test_a_command_without_a_folder_to_make_and_a_model_without_controls_are_ref
 def test_tokenizations_without_bars_generate_too(name: str) -> None:
     processor = MidiProcessor(build_tokenizer(name))
     model = make_generator(vocab_size=processor.vocab_size)
-    assert all(score.note_num() > 0 for score in generate_scores(model, processor, num=4, bars=1, max_new_tokens=16))
+    assert all(
+        score.note_num() > 0
+        for score in generate_scores(model, processor, SamplingOptions(num=4, bars=1, max_new_tokens=16))
+    )
 
 
 def test_a_tokenization_that_the_grammar_does_not_know_is_refused() -> None:
     processor = MidiProcessor(build_tokenizer("MIDILike"))
     with pytest.raises(InputError, match="not MIDILike"):
         generate_scores(make_generator(vocab_size=processor.vocab_size), processor)
+
+
+def test_the_callers_random_state_is_left_alone(untrained: MidiMambaForCausalLM, processor: MidiProcessor) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    generate_scores(untrained, processor, SamplingOptions(num=1, bars=1, max_new_tokens=16, seed=7))
+    assert torch.equal(torch.rand(3), expected)

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "corpus": {"errors", "files", "tokenization"},
     "evaluation": {"errors", "files", "modeling", "tokenization", "corpus"},
     "hub_cards": {"errors", "files", "modeling", "tokenization", "corpus", "evaluation"},
-    "training": {"errors", "files", "modeling", "tokenization", "corpus", "evaluation", "hub_cards"},
+    "training": {"errors", "files", "runtime", "modeling", "tokenization", "corpus", "evaluation", "hub_cards"},
 }
 
 

@@ -58,7 +58,7 @@ def test_what_is_passed_over_is_told(
     assert command(monkeypatch, *folders, "--out", out, "--num", 1, "--bars", 1, "--seed", seed) == 0
     assert capsys.readouterr().out.splitlines() == [
         "machine: passed over 1 files that cannot be read or heard",
-        f"2 pieces in {out}: give listeners all of it but key.json",
+        f"2 pieces in {out}: give listeners everything in it except key.json",
     ]
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from midimamba.cli import main
 from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
 from support import make_discriminator, make_generator, make_score
 
@@ -254,7 +255,7 @@ def test_a_corpus_of_several_ids_a_step_is_refused(run: Run, tmp_path: Path) -> 
     (tmp_path / "midi").mkdir()
     for seed in range(3):
         make_score(seed).dump_midi(tmp_path / "midi" / f"{seed}.mid")
-    tokenize_corpus(str(tmp_path / "midi"), tmp_path / "data", tokenization="Octuple", num_workers=1)
+    tokenize_corpus(str(tmp_path / "midi"), tmp_path / "data", CorpusOptions(tokenization="Octuple", num_workers=1))
     out = tmp_path / "out"
     for script, arguments in (
         ("pretrain.py", tiny("chorales-cpu.yaml", data=tmp_path / "data", output_dir=out)),

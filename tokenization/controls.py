@@ -7,18 +7,17 @@ score by [`describe`]; any other name is a free label, such as `composer`, whose
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 import numpy as np
 from miditok import MusicTokenizer
 from miditok.constants import MIDI_INSTRUMENTS
 from symusic.core import ScoreTick
 
+from .choices import CONTROLS
 from .errors import InputError
-
-CONTROLS = ("instruments", "tempo", "density", "key", "meter", "bars")
+from .musical_time import KEYS, best_keys, count_bars, mean_tempo, meter_spans
 
 # MidiTok's tokens are of the form Type_Value. It has no type that begins like this: its `ControlChange` has no hyphen.
 _PREFIX = "Control-"
@@ -34,21 +33,6 @@ INSTRUMENTS = tuple(
 _TEMPOS = {"0-60": 0, "60-90": 60, "90-120": 90, "120-150": 120, "150-180": 150, "180+": 180}
 _DENSITIES = {"0-1": 0, "1-2": 1, "2-4": 2, "4-8": 4, "8-16": 8, "16+": 16}
 _BARS = {"1-8": 1, "9-16": 9, "17-32": 17, "33-64": 33, "65+": 65}
-
-_DEFAULT_MSPQ = 500_000  # MIDI's tempo until told otherwise, in microseconds a quarter note: 120 quarters a minute
-_DEFAULT_METER = (4, 4)
-
-# How well the 12 pitch classes fit the keys of C: Krumhansl & Kessler (1982), "Tracing the dynamic changes in
-# perceived tonal organization in a spatial representation of musical keys", Psychological Review 89.
-KEY_PROFILES = {
-    "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
-    "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
-}
-_TONICS = {
-    "major": ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"),
-    "minor": ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"),
-}
-KEYS = tuple(f"{tonic}-{mode}" for mode, tonics in _TONICS.items() for tonic in tonics)
 
 NO_CONTROLS = "this tokenizer has no control tokens: train on a corpus of `midimamba tokenize SOURCE --controls …`"
 # A list of values longer than this is cut to the nearest ones in a message.
@@ -158,11 +142,12 @@ def describe(score: ScoreTick) -> dict[str, list[str]]:
     quarters = max(end - first, 1) / score.ticks_per_quarter
     return {
         "instruments": _instruments(score),
-        "tempo": [_band(_mean_tempo(score, max(end, 1)), _TEMPOS)],
+        # Rounded, because MIDI cannot write 90 exactly: it becomes 89.99996.
+        "tempo": [_band(round(mean_tempo(score, max(end, 1))), _TEMPOS)],
         "density": [_band(len(onsets) / quarters, _DENSITIES)],
         "key": _key(score),
         "meter": [_longest_meter(score, max(end, 1))],
-        "bars": [_band(_count_bars(score, last + 1), _BARS)],
+        "bars": [_band(count_bars(score, last + 1), _BARS)],
     }
 
 
@@ -176,47 +161,16 @@ def _instruments(score: ScoreTick) -> list[str]:
 
 
 def _key(score: ScoreTick) -> list[str]:
-    total = np.zeros(12)  # ticks of every pitch class
+    weights = np.zeros(12)  # ticks of every pitch class
     for track in score.tracks:
         if not track.is_drum:
             notes = track.notes.numpy()
-            np.add.at(total, notes["pitch"] % 12, notes["duration"])
-    if np.ptp(total) == 0:
-        return []
-    profiles = [np.roll(KEY_PROFILES[mode], tonic) for mode in _TONICS for tonic in range(12)]
-    correlations = np.corrcoef([total, *profiles])[0, 1:]
-    return [KEYS[correlations.argmax()]]
-
-
-def _mean_tempo(score: ScoreTick, end: int) -> int:
-    """In quarter notes a minute. MIDI cannot write 90 exactly: it becomes 89.99996, hence rounded."""
-    spans = _spans(score.tempos, end)
-    microseconds = sum(ticks * (tempo.mspq if tempo else _DEFAULT_MSPQ) for tempo, ticks in spans)
-    return round(60_000_000 * end / microseconds)
+            np.add.at(weights, notes["pitch"] % 12, notes["duration"])
+    return [KEYS[key] for key in best_keys(weights[None])]
 
 
 def _longest_meter(score: ScoreTick, end: int) -> str:
-    ticks: Counter[tuple[int, int]] = Counter()
-    for meter, span in _spans(score.time_signatures, end):
-        ticks[_fraction(meter)] += span
-    return "{}/{}".format(*ticks.most_common(1)[0][0])
-
-
-def _count_bars(score: ScoreTick, end: int) -> int:
-    """Bars that begin before tick `end`; a change of meter begins a bar."""
-    bars = 0
-    for meter, span in _spans(score.time_signatures, end):
-        numerator, denominator = _fraction(meter)
-        bars -= -span * denominator // (4 * score.ticks_per_quarter * numerator)  # rounds up
-    return bars
-
-
-def _fraction(meter: Any) -> tuple[int, int]:
-    return (meter.numerator, meter.denominator) if meter else _DEFAULT_METER
-
-
-def _spans(events: Iterable[Any], end: int) -> list[tuple[Any, int]]:
-    """Tempos or meters, each with the ticks for which it is in force until tick `end`; `None` before the first."""
-    ordered = sorted(events, key=lambda event: event.time)
-    times = [0, *(min(event.time, end) for event in ordered), end]
-    return [(event, times[i + 1] - times[i]) for i, event in enumerate([None, *ordered])]
+    ticks: Counter[str] = Counter()
+    for meter, span in meter_spans(score, end):
+        ticks[str(meter)] += span
+    return ticks.most_common(1)[0][0]

@@ -15,18 +15,13 @@ from typing import Any
 import miditok
 from miditok import BEAT, CPWord, MusicTokenizer, Structured, TokenizerConfig
 
+from .choices import MULTI_VOCABULARY, ONE_STREAM, TOKENIZATIONS
 from .controls import check_control_tokens
 from .errors import InputError
 
 PAD, BOS, EOS = "PAD_None", "BOS_None", "EOS_None"
 BAR = "Bar_None"
 TRACK_START = "Track_Start"
-
-# Those whose pieces are one sequence of ids, which the language models read.
-ONE_STREAM = ("REMI", "TSD", "MIDILike", "Structured", "PerTok", "MMM", "BEAT")
-# Those that write several ids a step, each of a vocabulary of its own.
-MULTI_VOCABULARY = ("CPWord", "Octuple", "MuMIDI")
-TOKENIZATIONS = ONE_STREAM + MULTI_VOCABULARY
 
 _DEFAULTS: dict[str, Any] = {
     # MidiTok's own default range silently drops the lowest and the highest notes, and drums outside General MIDI 2.

@@ -22,16 +22,14 @@ from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
 from tokenizers import Tokenizer, models, trainers
 from transformers.utils.hub import cached_file
 
+from .choices import SUBWORD_MODELS
 from .errors import InputError
 from .hf_tokenizer import fast_tokenizer, word_starts
 from .ingest import MidiRefusedError
 from .tokenizations import (
     BOS,
     EOS,
-    MULTI_VOCABULARY,
-    ONE_STREAM,
     PAD,
-    TOKENIZATIONS,
     build_tokenizer,
     check_tokenization,
 )
@@ -40,11 +38,7 @@ __all__ = [
     "BOS",
     "EOS",
     "MIDITOK_FILE",
-    "MULTI_VOCABULARY",
-    "ONE_STREAM",
     "PAD",
-    "SUBWORD_MODELS",
-    "TOKENIZATIONS",
     "base_ids",
     "build_tokenizer",
     "check_subword_model",
@@ -59,7 +53,6 @@ __all__ = [
 ]
 
 MIDITOK_FILE = "miditok.json"
-SUBWORD_MODELS = ("BPE", "Unigram")
 # Elsewhere the trainers of `tokenizers` print empty lines instead of a bar.
 _SHOW_PROGRESS = sys.stderr.isatty()
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from midimamba.errors import exit_on_input_error
+from midimamba.runtime import limit_spinning
 
 EXAMPLE = """example:
   accelerate launch training/adversarial.py --config training/recipes/chorales-cpu-adversarial.yaml
@@ -35,6 +36,7 @@ class AdversarialArguments:
 
 def main() -> None:
     """Tune, save both networks, publish if asked."""
+    limit_spinning()  # before torch is imported
     from pathlib import Path
 
     from transformers import set_seed

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError, exit_on_input_error
+from midimamba.runtime import limit_spinning
 
 if TYPE_CHECKING:
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
@@ -73,6 +74,7 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
 
 def main() -> None:
     """Train, keep the best, save."""
+    limit_spinning()  # before torch is imported
     from pathlib import Path
 
     from transformers import Trainer, TrainingArguments, set_seed

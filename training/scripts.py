@@ -25,8 +25,8 @@ from midimamba.errors import InputError, loading_generator
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizations import ONE_STREAM
 from midimamba.training.guard import is_complete, last_complete_checkpoint
 
 if TYPE_CHECKING:

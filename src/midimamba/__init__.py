@@ -1,50 +1,25 @@
-"""midimamba: Mamba language models for MIDI, pre-trained, tuned adversarially, at home on the Hub.
+"""midimamba: Mamba language models for MIDI, pre-trained, fine-tuned adversarially, at home on the Hub.
 
-Importing the package registers its classes with transformers' Auto classes, and the pipeline "midi-generation"; stock
-classes keep doing what they did.
+Importing the package takes a few milliseconds: each public name is imported when it is first used (PEP 562). Our
+classes are registered with transformers' Auto classes and pipelines as soon as these are loaded, before or after this
+package (see [`midimamba.registration`]). Stock classes keep doing what they did.
 """
 
-import os
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Read when torch is imported. Its threads spin between two operations, and hold the core that another process, or a
-# kernel of ours, wants: small operations took up to 50 times as long on a busy machine, and our scan twice as long on
-# an idle one. After fewer turns they sleep, which costs nothing measurable.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from midimamba.registration import register_when_loaded
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoProcessor
-from transformers.pipelines import PIPELINE_REGISTRY
-
-from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
-from midimamba.modeling.configuration_midimamba import MidiMambaConfig
-from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
-from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
-from midimamba.tokenization.processor import MidiProcessor
+if TYPE_CHECKING:
+    from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
+    from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+    from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
+    from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
+    from midimamba.tokenization.processor import MidiProcessor
 
 __version__ = "0.1.0"
-
-AutoConfig.register(MidiMambaConfig.model_type, MidiMambaConfig, exist_ok=True)
-AutoConfig.register(MidiDiscriminatorConfig.model_type, MidiDiscriminatorConfig, exist_ok=True)
-AutoModelForCausalLM.register(MidiMambaConfig, MidiMambaForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(MidiDiscriminatorConfig, MidiDiscriminator, exist_ok=True)
-AutoProcessor.register(MidiMambaConfig, MidiProcessor, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline("midi-generation", MidiGenerationPipeline, pt_model=MidiMambaForCausalLM)
-
-
-def load(name: str, **kwargs: Any) -> MidiMambaForCausalLM:
-    """
-    Load a generator as the fast class.
-
-    Args:
-        name (`str`): a folder, or a repository on the Hub, that holds a checkpoint of this package or of any
-            transformers `MambaForCausalLM` or plain `LlamaForCausalLM`.
-        kwargs: as for `from_pretrained`.
-    """
-    model: MidiMambaForCausalLM = MidiMambaForCausalLM.from_pretrained(name, **kwargs)
-    return model
-
 
 __all__ = [
     "CacheMismatchError",
@@ -57,3 +32,46 @@ __all__ = [
     "RecurrentCache",
     "load",
 ]
+
+_MODULES = {
+    "CacheMismatchError": "modeling.recurrent_cache",
+    "MidiDiscriminator": "modeling.modeling_discriminator",
+    "MidiDiscriminatorConfig": "modeling.configuration_discriminator",
+    "MidiGenerationPipeline": "modeling.pipeline_midi_generation",
+    "MidiMambaConfig": "modeling.configuration_midimamba",
+    "MidiMambaForCausalLM": "modeling.modeling_midimamba",
+    "MidiProcessor": "tokenization.processor",
+    "RecurrentCache": "modeling.recurrent_cache",
+}
+
+
+def load(name: str, **kwargs: Any) -> "MidiMambaForCausalLM":
+    """
+    Load a generator as the fast class.
+
+    Args:
+        name (`str`): a folder, or a repository on the Hub, that holds a checkpoint of this package or of any
+            transformers `MambaForCausalLM` or plain `LlamaForCausalLM`.
+        kwargs: as for `from_pretrained`.
+    """
+    from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+
+    model: MidiMambaForCausalLM = MidiMambaForCausalLM.from_pretrained(name, **kwargs)
+    return model
+
+
+if not TYPE_CHECKING:  # a type checker knows the names above, and would take any other for one
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value  # so that this function is not asked again
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_loaded()

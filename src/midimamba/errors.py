@@ -4,9 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-
 __all__ = ["InputError", "exit_on_input_error", "loading_generator"]
 
 
@@ -17,11 +14,14 @@ class InputError(ValueError):
 @contextmanager
 def loading_generator(name: str) -> Iterator[None]:
     """Turn what `from_pretrained` raises for a missing, foreign or broken checkpoint into an [`InputError`]."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    except StrictDataclassError as error:  # says over two lines which field of the configuration is wrong
+    except StrictDataclassError as error:  # names on a second line which field of the configuration is wrong
         raise InputError(f"no generator can be loaded from {name!r}: {' '.join(str(error).split())}") from error
 
 

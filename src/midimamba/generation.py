@@ -1,6 +1,7 @@
-"""From a generator to scores: new music, as asked for by controls or not, or the continuation of a prompt."""
+"""From a generator to scores: new music, with or without controls, or the continuation of a prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
+from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError, loading_generator
 from midimamba.tokenization.tokenizations import BAR
 
@@ -18,7 +20,7 @@ _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
 
 
 class _TokenProgress(StoppingCriteria):
-    """Never stops anything: `generate` calls it after every token, which is what a progress bar needs."""
+    """Never stops anything. `generate` calls it after every token, which is what a progress bar needs."""
 
     def __init__(self, bar: "tqdm[Any]"):
         self.bar = bar
@@ -40,7 +42,7 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"{name}: the generator knows {model.config.vocab_size} tokens, its tokenizer {processor.vocab_size}; "
-            "the folder mixes two models"
+            "the folder mixes two models: save the generator and its processor together again"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
@@ -48,61 +50,68 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
 def generate_scores(
     model: MidiMambaForCausalLM,
     processor: MidiProcessor,
+    options: SamplingOptions | None = None,
     *,
     prompt: str | Path | bytes | ScoreTick | None = None,
     controls: Mapping[str, str | Sequence[str]] | None = None,
-    num: int = 4,
-    bars: int = 16,
-    max_new_tokens: int = 2048,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
-    seed: int = 0,
 ) -> list[ScoreTick]:
     """
     Sample music that is valid and holds notes, whatever the model's quality.
 
+    torch's random state is afterwards what it was before.
+
     Args:
         model (`MidiMambaForCausalLM`): the generator.
         processor (`MidiProcessor`): its processor.
+        options ([`~midimamba.command_options.SamplingOptions`], *optional*): how many pieces, how long, how daring.
         prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; it opens every result.
         controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
             `{"key": "C-major"}`; `processor.controls` has the names and their values.
-        num (`int`, *optional*, defaults to 4): pieces.
-        bars (`int`, *optional*, defaults to 16): at most so many new bars a piece. TSD and Structured know no
-            bars: there only `max_new_tokens` ends a piece.
-        max_new_tokens (`int`, *optional*, defaults to 2048): at most so many new tokens a piece, and at least 16.
-        temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder.
-        top_p (`float`, *optional*, defaults to 0.95): draw from the likeliest tokens of this total probability.
-        seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces.
 
     Returns:
-        `list[symusic.Score]` of length `num`.
+        `list[symusic.Score]` of length `options.num`.
 
     Raises:
         MidiRefusedError: if the prompt cannot be used.
         InputError: if there is no such control or value, or valid music cannot be guaranteed for the tokenization.
     """
+    options = options or SamplingOptions()
     ids = processor.encode(prompt, controls=controls)
     max_bars = None
     if BAR in processor.midi_tokenizer.vocab:
-        max_bars = bars + processor.tokenizer.decode(ids).split().count(BAR)
+        max_bars = options.bars + processor.tokenizer.decode(ids).split().count(BAR)
     grammar = processor.grammar(max_bars=max_bars)
-    torch.manual_seed(seed)
+    limit = options.max_new_tokens
+    parts = [min(_SAMPLED_AT_ONCE, options.num - start) for start in range(0, options.num, _SAMPLED_AT_ONCE)]
     scores = []
-    parts = [min(_SAMPLED_AT_ONCE, num - start) for start in range(0, num, _SAMPLED_AT_ONCE)]
-    with tqdm(total=max_new_tokens * len(parts), desc="sampling", unit="token", leave=False, disable=None) as bar:
+    with (
+        _seeded(options.seed, model.device),
+        tqdm(total=limit * len(parts), desc="sampling", unit="token", leave=False, disable=None) as bar,
+    ):
         for index, part in enumerate(parts):
             sequences = model.generate(
                 torch.tensor([ids], device=model.device),
                 do_sample=True,
                 num_return_sequences=part,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
+                max_new_tokens=limit,
+                temperature=options.temperature,
+                top_p=options.top_p,
                 top_k=0,
                 logits_processor=LogitsProcessorList([grammar]),
                 stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
             )
-            bar.update((index + 1) * max_new_tokens - bar.n)  # a part ends early when all of its pieces do
+            bar.update((index + 1) * limit - bar.n)  # a part ends early when all of its pieces do
             scores += processor.batch_decode(sequences)
     return scores
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw by `seed` on the CPU and on `device`, then put their random states back. No other device is touched."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield

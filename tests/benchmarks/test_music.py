@@ -12,6 +12,7 @@ import pytest
 
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
+from midimamba.corpus.options import CorpusOptions
 from support import make_generator, make_score
 
 TINY = {
@@ -33,7 +34,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(60):
         make_score(seed, bars=4).dump_midi(folder / "midi" / f"{seed}.mid")
     tokenize_corpus(
-        str(folder / "midi"), folder / "data", vocab_size=None, valid_fraction=0.3, test_fraction=0.3, num_workers=1
+        str(folder / "midi"),
+        folder / "data",
+        CorpusOptions(vocab_size=None, valid_fraction=0.3, test_fraction=0.3, num_workers=1),
     )
     return folder / "data"
 

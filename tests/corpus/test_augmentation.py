@@ -12,7 +12,8 @@ from symusic.core import ScoreTick
 from midimamba import MidiProcessor
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.errors import InputError
-from midimamba.tokenization.controls import KEYS, control_token, describe
+from midimamba.tokenization.controls import control_token, describe
+from midimamba.tokenization.musical_time import KEYS
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_score
 

@@ -18,6 +18,7 @@ from midimamba.corpus import build as corpus
 from midimamba.corpus import reading, store
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import SPLITS, load_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import describe
@@ -36,7 +37,7 @@ def splits_of(out: Path) -> dict[str, str]:
 
 def test_every_piece_is_saved_whole_with_its_facts(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(12)
-    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=800, num_workers=2)
+    report = tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(vocab_size=800, num_workers=2))
     dataset, processor = load_corpus(tmp_path / "out")
     rows = [row for split in SPLITS for row in dataset[split]]
     assert len(rows) == 12
@@ -53,7 +54,7 @@ def test_every_piece_is_saved_whole_with_its_facts(midi_folder: MidiFolder, tmp_
 
 def test_merges_are_learned_from_the_train_split_alone(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(12)
-    tokenize_corpus(str(folder), tmp_path / "out", vocab_size=800, num_workers=1)
+    tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(vocab_size=800, num_workers=1))
     train = [name for name, split in splits_of(tmp_path / "out").items() if split == "train"]
     expected = build_tokenizer()
     train_tokenizer(expected, [read_score(folder / name) for name in sorted(train)], 800)
@@ -64,7 +65,7 @@ def test_merges_are_learned_from_the_train_split_alone(midi_folder: MidiFolder, 
 def test_the_result_does_not_depend_on_the_number_of_workers(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(10)
     for workers in (1, 3):
-        tokenize_corpus(str(folder), tmp_path / str(workers), vocab_size=800, num_workers=workers)
+        tokenize_corpus(str(folder), tmp_path / str(workers), CorpusOptions(vocab_size=800, num_workers=workers))
     (one, first), (three, second) = load_corpus(tmp_path / "1"), load_corpus(tmp_path / "3")
     assert {split: one[split].to_dict() for split in SPLITS} == {split: three[split].to_dict() for split in SPLITS}
     assert first.midi_tokenizer == second.midi_tokenizer
@@ -73,12 +74,12 @@ def test_the_result_does_not_depend_on_the_number_of_workers(midi_folder: MidiFo
 
 
 def test_adding_files_moves_no_piece(midi_folder: MidiFolder, tmp_path: Path) -> None:
-    tokenize_corpus(str(midi_folder(25)), tmp_path / "before", vocab_size=None)
-    tokenize_corpus(str(midi_folder(40)), tmp_path / "after", vocab_size=None)
+    tokenize_corpus(str(midi_folder(25)), tmp_path / "before", CorpusOptions(vocab_size=None))
+    tokenize_corpus(str(midi_folder(40)), tmp_path / "after", CorpusOptions(vocab_size=None))
     before, after = splits_of(tmp_path / "before"), splits_of(tmp_path / "after")
     assert len(before) == 25
     assert before == {name: after[name] for name in before}
-    tokenize_corpus(str(midi_folder(40)), tmp_path / "other", vocab_size=None, seed=1)
+    tokenize_corpus(str(midi_folder(40)), tmp_path / "other", CorpusOptions(vocab_size=None, seed=1))
     assert splits_of(tmp_path / "other") != after
 
 
@@ -89,7 +90,7 @@ def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, 
     Score(480).dump_midi(str(folder / "silent.mid"))
     (folder / "large.mid").write_bytes(bytes(MAX_FILE_BYTES + 1))
     (folder / "more" / "broken.mid").write_bytes((folder / "000.mid").read_bytes()[:40])
-    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
+    report = tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(vocab_size=None))
     rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [row["path"] for row in rows] == ["archive.tgz", "empty.mid", "large.mid", "more/broken.mid", "silent.mid"]
     assert [row["stage"] for row in rows] == ["read", "read", "read", "read", "check"]
@@ -147,7 +148,7 @@ def test_a_file_on_which_reading_fails_is_quarantined_with_the_stage(
     reports = []
     for workers in (1, 3):
         out = tmp_path / str(workers)
-        reports.append(tokenize_corpus(str(folder), out, vocab_size=None, num_workers=workers))
+        reports.append(tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=None, num_workers=workers)))
         (row,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
         digest = hashlib.sha256((folder / "002.mid").read_bytes()).hexdigest()
         assert row == {"path": "002.mid", "sha256": digest, "stage": stage, "reason": reason}
@@ -161,7 +162,7 @@ def test_a_file_that_was_read_leniently_is_counted(midi_folder: MidiFolder, tmp_
     at = sound.index(b"\xff\x2f\x00\x4d\x54\x72\x6b")  # behind it a note's velocity can be found
     note = next(i for i in range(at, len(sound)) if sound[i] & 0xF0 == 0x90 and sound[i + 1] < 128 > sound[i + 2])
     (folder / "000.mid").write_bytes(sound[: note + 2] + b"\xc8" + sound[note + 3 :])
-    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
+    report = tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(vocab_size=None))
     assert (report["sanitized"], report["refused"]) == (1, 0)
     assert len(splits_of(tmp_path / "out")) == 3
 
@@ -187,7 +188,7 @@ def test_an_archive_is_the_same_corpus_as_its_folder(name: str, midi_folder: Mid
     corpora = {}
     for source, prefix in ((folder, ""), (archive, f"{name}/")):
         out = tmp_path / f"out-{source.name}"
-        tokenize_corpus(str(source), out, vocab_size=None, limit=7)
+        tokenize_corpus(str(source), out, CorpusOptions(vocab_size=None, limit=7))
         dataset, _ = load_corpus(out)
         rows = {
             row["name"].removeprefix(prefix): (row["input_ids"], row["num_notes"], row["seconds"])
@@ -209,10 +210,10 @@ def test_a_manifest_decides_the_splits_and_the_rest_falls_to_the_hash(midi_folde
     folder = midi_folder(30)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
     given = {name: ("test", "validation", "train")[i % 3] for i, name in enumerate(names[:12])}
-    tokenize_corpus(str(folder), tmp_path / "hashed", vocab_size=None)
+    tokenize_corpus(str(folder), tmp_path / "hashed", CorpusOptions(vocab_size=None))
     table = "".join(f"{name},{split.replace('validation', 'valid')}\n" for name, split in given.items())
     (folder / "manifest.csv").write_text("file,split\n" + table)
-    report = tokenize_corpus(str(folder), tmp_path / "given", vocab_size=None)
+    report = tokenize_corpus(str(folder), tmp_path / "given", CorpusOptions(vocab_size=None))
     assert report["split_by"] == {"given": 12, "hash": 18}
     splits, hashed = splits_of(tmp_path / "given"), splits_of(tmp_path / "hashed")
     assert {name: splits[name] for name in given} == given
@@ -226,13 +227,13 @@ def test_pieces_with_the_same_notes_are_kept_once(midi_folder: MidiFolder, tmp_p
     for tempo in slower.tempos:
         tempo.mspq *= 2
     slower.dump_midi(str(folder / "zz-slower.mid"))
-    report = tokenize_corpus(str(folder), tmp_path / "out", vocab_size=None)
+    report = tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(vocab_size=None))
     assert report["duplicates"] == 2
     assert not any(name.startswith("zz") for name in splits_of(tmp_path / "out"))
 
 
 def test_limit_takes_the_first_files_by_name(midi_folder: MidiFolder, tmp_path: Path) -> None:
-    tokenize_corpus(str(midi_folder(8)), tmp_path / "out", vocab_size=None, limit=3)
+    tokenize_corpus(str(midi_folder(8)), tmp_path / "out", CorpusOptions(vocab_size=None, limit=3))
     assert sorted(splits_of(tmp_path / "out")) == ["000.mid", "002.mid", "004.mid"]
 
 
@@ -255,7 +256,7 @@ def test_senseless_arguments_are_refused_before_any_work(
     options: dict[str, object], midi_folder: MidiFolder, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError):
-        tokenize_corpus(str(midi_folder(1)), tmp_path / "out", **options)
+        tokenize_corpus(str(midi_folder(1)), tmp_path / "out", CorpusOptions(**options))
     assert not (tmp_path / "out").exists()
 
 
@@ -263,12 +264,12 @@ def test_a_finished_corpus_is_kept_and_another_one_refused(
     midi_folder: MidiFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = midi_folder(4), tmp_path / "out"
-    report = tokenize_corpus(str(folder), out, vocab_size=None)
+    report = tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=None))
     stamp = (out / "corpus.json").stat().st_mtime_ns
-    assert tokenize_corpus(str(folder), out, vocab_size=None) == report
+    assert tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=None)) == report
     assert "already there" in capsys.readouterr().err
     with pytest.raises(InputError, match="delete it"):
-        tokenize_corpus(str(folder), out, vocab_size=None, seed=1)
+        tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=None, seed=1))
     assert (out / "corpus.json").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["music", "out"]
 
@@ -308,16 +309,16 @@ def test_a_rerun_reads_what_is_new_and_gives_what_a_fresh_run_gives(
     reads = count_reads(monkeypatch, tmp_path / "log")
     folder, out = midi_folder(6), tmp_path / "out"
     (folder / "broken.mid").write_bytes(b"broken")
-    tokenize_corpus(str(folder), out, vocab_size=800)
+    tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=800))
     assert reads() == 7
     midi_folder(9)  # three more
     make_score(99).dump_midi(str(folder / "002.mid"))  # another content
     (folder / "000.mid").unlink()
     (folder / "more" / "001.MID").rename(folder / "renamed.mid")
-    tokenize_corpus(str(folder), out, vocab_size=800)
+    tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=800))
     assert "5 of 9 files are as they were read before" in capsys.readouterr().err
     assert reads() == 4  # one changed, three are new
-    tokenize_corpus(str(folder), tmp_path / "fresh", vocab_size=800)
+    tokenize_corpus(str(folder), tmp_path / "fresh", CorpusOptions(vocab_size=800))
     assert files_of(out) == files_of(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "log", "music", "out"]
 
@@ -339,24 +340,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         PieceStore.add_outcome = add
-        tokenize_corpus(str(folder), out, vocab_size=800, num_workers=1)
+        tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=800, num_workers=1))
         os._exit(0)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     assert not out.exists()
     assert reads() in (5, 6)  # the worker is one file ahead
-    tokenize_corpus(str(folder), out, vocab_size=800, num_workers=1)
+    tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=800, num_workers=1))
     assert reads() in (2, 3, 4)
-    tokenize_corpus(str(folder), tmp_path / "fresh", vocab_size=800)
+    tokenize_corpus(str(folder), tmp_path / "fresh", CorpusOptions(vocab_size=800))
     assert files_of(out) == files_of(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "log", "music", "out"]
 
 
 def test_a_corpus_for_an_existing_model_has_its_tokenizer(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(6)
-    tokenize_corpus(str(folder), tmp_path / "first", vocab_size=800, controls=["meter"], tokenization="TSD")
+    tokenize_corpus(
+        str(folder), tmp_path / "first", CorpusOptions(vocab_size=800, controls=["meter"], tokenization="TSD")
+    )
     midi_folder(9)
     tokenizer = str(tmp_path / "first" / "tokenizer")
-    report = tokenize_corpus(str(folder), tmp_path / "second", tokenizer=tokenizer, controls=["meter", "key"])
+    report = tokenize_corpus(
+        str(folder), tmp_path / "second", CorpusOptions(tokenizer=tokenizer, controls=["meter", "key"])
+    )
     _, processor = load_corpus(tmp_path / "first")
     dataset, same = load_corpus(tmp_path / "second")
     assert same.midi_tokenizer.to_dict() == processor.midi_tokenizer.to_dict()
@@ -380,7 +385,7 @@ def test_training_tokens_bound_what_the_subword_model_sees(
     monkeypatch.setattr(corpus, "train_on_ids", train)
     folder = midi_folder(20)
     for bound in (1, 1000, 10**9):
-        tokenize_corpus(str(folder), tmp_path / str(bound), training_tokens=bound)
+        tokenize_corpus(str(folder), tmp_path / str(bound), CorpusOptions(training_tokens=bound))
     dataset, _ = load_corpus(tmp_path / "1")
     lengths = [len(ids) - 2 for ids in dataset["train"]["input_ids"]]
     assert seen[0] in lengths  # a single piece
@@ -393,7 +398,9 @@ def test_controls_precede_the_music_as_it_is(midi_folder: MidiFolder, tmp_path: 
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
     table = "".join(f"{name},Composer {i % 2}\n" for i, name in enumerate(names))
     (folder / "manifest.csv").write_text("file,composer\n" + table)
-    tokenize_corpus(str(folder), tmp_path / "out", vocab_size=800, controls=["meter", "bars"], labels=["composer"])
+    tokenize_corpus(
+        str(folder), tmp_path / "out", CorpusOptions(vocab_size=800, controls=["meter", "bars"], labels=["composer"])
+    )
     dataset, processor = load_corpus(tmp_path / "out")
     assert list(processor.controls) == ["meter", "bars", "composer"]
     assert processor.controls["composer"] == ["Composer-0", "Composer-1"]
@@ -408,7 +415,7 @@ def test_controls_precede_the_music_as_it_is(midi_folder: MidiFolder, tmp_path: 
 def test_what_is_not_there_is_refused(options: dict[str, Any], midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(2)
     with pytest.raises(InputError, match=r"mood|composer|nowhere"):
-        tokenize_corpus(str(folder), tmp_path / "out", **options)
+        tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(**options))
     assert [path.name for path in tmp_path.iterdir()] == ["music"]
 
 
@@ -419,7 +426,7 @@ def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
 
 def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("music21")
-    report = tokenize_corpus("chorales", tmp_path / "out", limit=4, num_workers=2)
+    report = tokenize_corpus("chorales", tmp_path / "out", CorpusOptions(limit=4, num_workers=2))
     dataset, processor = load_corpus(tmp_path / "out")
     assert report["refused"] == 0
     assert set(splits_of(tmp_path / "out")) == {"bach/bwv1.6", "bach/bwv10.7", "bach/bwv101.7", "bach/bwv102.7"}

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS, load_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
 from support import make_score
@@ -48,7 +49,7 @@ def saved(tmp_path: Path) -> Callable[[Dataset | DatasetDict, str], str]:
 def test_a_column_of_bytes_is_a_corpus(form: str, streaming: bool, saved: Any, tmp_path: Path) -> None:
     source = saved(Dataset.from_dict(rows(8)), form)
     assert is_data_set(source)
-    report = tokenize_corpus(source, tmp_path / "out", vocab_size=None, streaming=streaming)
+    report = tokenize_corpus(source, tmp_path / "out", CorpusOptions(vocab_size=None, streaming=streaming))
     assert report["split_by"] == {"given": 0, "hash": 8}
     dataset, processor = load_corpus(tmp_path / "out")
     found = {row["name"]: row["input_ids"] for split in SPLITS for row in dataset[split]}
@@ -59,7 +60,7 @@ def test_a_column_of_bytes_is_a_corpus(form: str, streaming: bool, saved: Any, t
 def test_splits_of_a_data_set_are_honoured(form: str, saved: Any, tmp_path: Path) -> None:
     parts = {"train": rows(3), "validation": rows(2, 3), "test": rows(1, 5)}
     source = saved(DatasetDict({split: Dataset.from_dict(part) for split, part in parts.items()}), form)
-    report = tokenize_corpus(source, tmp_path / "out", vocab_size=None)
+    report = tokenize_corpus(source, tmp_path / "out", CorpusOptions(vocab_size=None))
     assert {split: counts["pieces"] for split, counts in report["splits"].items()} == {
         "train": 3,
         "validation": 2,
@@ -70,7 +71,7 @@ def test_splits_of_a_data_set_are_honoured(form: str, saved: Any, tmp_path: Path
 
 def test_a_column_split_is_honoured(saved: Any, tmp_path: Path) -> None:
     table = rows(6) | {"split": ["train", "valid", "TEST", "train", None, "train"]}
-    tokenize_corpus(saved(Dataset.from_dict(table), "arrow"), tmp_path / "out", vocab_size=None)
+    tokenize_corpus(saved(Dataset.from_dict(table), "arrow"), tmp_path / "out", CorpusOptions(vocab_size=None))
     dataset, _ = load_corpus(tmp_path / "out")
     assert "train/00000001" in dataset["validation"]["name"]
     assert "train/00000002" in dataset["test"]["name"]
@@ -80,7 +81,7 @@ def test_files_are_taken_from_structs_and_bad_rows_are_quarantined(saved: Any, t
     contents = [midi(0), midi(1), None, b"no music", bytes(MAX_FILE_BYTES + 1), midi(2)]
     files = [{"bytes": content, "path": "x.mid"} for content in contents]
     source = saved(Dataset.from_dict({"music": files}), "parquet")
-    report = tokenize_corpus(source, tmp_path / "out", vocab_size=None)
+    report = tokenize_corpus(source, tmp_path / "out", CorpusOptions(vocab_size=None))
     assert report["refused"] == 3
     quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text()
     for row, reason in ((2, "the row holds no bytes"), (3, "not a well-formed MIDI file"), (4, "larger than 16 MB")):
@@ -90,7 +91,9 @@ def test_files_are_taken_from_structs_and_bad_rows_are_quarantined(saved: Any, t
 
 def test_columns_are_labels(saved: Any, tmp_path: Path) -> None:
     table = rows(4) | {"genre": ["folk tune", "march", None, "march"], "split": ["train"] * 4}
-    tokenize_corpus(saved(Dataset.from_dict(table), "arrow"), tmp_path / "out", vocab_size=None, labels=["genre"])
+    tokenize_corpus(
+        saved(Dataset.from_dict(table), "arrow"), tmp_path / "out", CorpusOptions(vocab_size=None, labels=["genre"])
+    )
     dataset, processor = load_corpus(tmp_path / "out")
     assert processor.controls == {"genre": ["folk-tune", "march"]}
     starts = [processor.tokenizer.decode(ids[1:2]) for ids in dataset["train"]["input_ids"]]
@@ -98,7 +101,9 @@ def test_columns_are_labels(saved: Any, tmp_path: Path) -> None:
 
 
 def test_limit_takes_the_first_rows(saved: Any, tmp_path: Path) -> None:
-    report = tokenize_corpus(saved(Dataset.from_dict(rows(6)), "arrow"), tmp_path / "out", vocab_size=None, limit=4)
+    report = tokenize_corpus(
+        saved(Dataset.from_dict(rows(6)), "arrow"), tmp_path / "out", CorpusOptions(vocab_size=None, limit=4)
+    )
     assert sum(counts["pieces"] for counts in report["splits"].values()) == 4
 
 

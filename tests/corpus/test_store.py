@@ -36,7 +36,7 @@ def splits_of(store: PieceStore) -> dict[str, list[str]]:
 def test_no_split_of_a_small_corpus_is_empty(pieces: int, seed: int, store: PieceStore) -> None:
     names = [f"{i}.mid" for i in range(pieces)]
     fill(store, names)
-    store.deal_splits(valid_fraction=0.1, test_fraction=0.1, seed=seed)
+    store.assign_splits(valid_fraction=0.1, test_fraction=0.1, seed=seed)
     splits = splits_of(store)
     assert all(splits.values())
     assert sorted(name for split in splits.values() for name in split) == names
@@ -44,14 +44,14 @@ def test_no_split_of_a_small_corpus_is_empty(pieces: int, seed: int, store: Piec
 
 def test_a_split_that_is_not_wanted_stays_empty(store: PieceStore) -> None:
     fill(store, [f"{i}.mid" for i in range(5)])
-    store.deal_splits(valid_fraction=0.1, test_fraction=0.0, seed=0)
+    store.assign_splits(valid_fraction=0.1, test_fraction=0.0, seed=0)
     assert splits_of(store)["test"] == []
     assert splits_of(store)["validation"]
 
 
 def test_splits_have_about_the_asked_sizes(store: PieceStore) -> None:
     fill(store, [f"{i}.mid" for i in range(4000)])
-    store.deal_splits(valid_fraction=0.2, test_fraction=0.1, seed=0)
+    store.assign_splits(valid_fraction=0.2, test_fraction=0.1, seed=0)
     splits = splits_of(store)
     assert len(splits["validation"]) == pytest.approx(800, abs=100)
     assert len(splits["test"]) == pytest.approx(400, abs=75)
@@ -60,7 +60,7 @@ def test_splits_have_about_the_asked_sizes(store: PieceStore) -> None:
 def test_a_given_split_is_never_overruled_to_fill_another(store: PieceStore) -> None:
     given = {f"{i}.mid": "train" for i in range(5)}
     fill(store, [f"{i}.mid" for i in range(6)], given)
-    store.deal_splits(valid_fraction=0.1, test_fraction=0.1, seed=0)
+    store.assign_splits(valid_fraction=0.1, test_fraction=0.1, seed=0)
     splits = splits_of(store)
     assert set(splits["train"]) >= set(given)
     assert sum(map(len, splits.values())) == 6
@@ -69,14 +69,14 @@ def test_a_given_split_is_never_overruled_to_fill_another(store: PieceStore) -> 
 
 def test_given_splits_may_leave_nothing_to_train_on(store: PieceStore) -> None:
     fill(store, ["a", "b"], dict.fromkeys("ab", "test"))
-    store.deal_splits(valid_fraction=0.1, test_fraction=0.1, seed=0)
+    store.assign_splits(valid_fraction=0.1, test_fraction=0.1, seed=0)
     assert store.counts()["train"] == 0
 
 
 def test_pieces_come_by_name_or_at_random(store: PieceStore) -> None:
     names = [f"{i:02}.mid" for i in range(30)]
     fill(store, names[::-1])
-    store.deal_splits(valid_fraction=0.0, test_fraction=0.0, seed=0)
+    store.assign_splits(valid_fraction=0.0, test_fraction=0.0, seed=0)
     assert [piece.name for piece in store.pieces("train")] == names
     shuffled = [piece.name for piece in store.pieces("train", order="place")]
     assert shuffled != names
@@ -86,7 +86,7 @@ def test_pieces_come_by_name_or_at_random(store: PieceStore) -> None:
 def test_pieces_may_be_drawn_from_another_thread(store: PieceStore) -> None:
     """As the trainers of `tokenizers` do with many pieces."""
     fill(store, ["a", "b"])
-    store.deal_splits(valid_fraction=0.0, test_fraction=0.0, seed=0)
+    store.assign_splits(valid_fraction=0.0, test_fraction=0.0, seed=0)
     with ThreadPoolExecutor(1) as pool:
         drawn = pool.submit(lambda: [piece.name for piece in store.pieces("train")]).result()
     assert drawn == ["a", "b"]
@@ -98,7 +98,7 @@ def test_what_was_read_comes_back(vocabularies: int, ids: list[int], tmp_path: P
         store.add_file(Entry("a", Path("a"), 1), "1")
         store.add_outcome("1", Piece(pack_ids(ids), "x", 12, 3.5, controls={"key": ["C-major"]}))
         store.add_label(Label("a", None, {"composer": "Bach", "genre": "_"}))
-        store.deal_splits(0.0, 0.0, 0)
+        store.assign_splits(0.0, 0.0, 0)
         (piece,) = store.pieces("train")
         assert np.array_equal(piece.ids, ids)
         assert (piece.num_notes, piece.seconds) == (12, 3.5)
@@ -130,7 +130,7 @@ def test_every_refusal_is_listed_with_its_stage(store: PieceStore) -> None:
     for name in ("b", "a"):
         store.add_file(Entry(name, Path(name), 1), "1")
     store.add_outcome("1", Refused("no notes", "check"))
-    store.deal_splits(0.1, 0.1, 0)
+    store.assign_splits(0.1, 0.1, 0)
     assert list(store.refusals()) == [
         Refusal("a", "1", "check", "no notes"),
         Refusal("b", "1", "check", "no notes"),

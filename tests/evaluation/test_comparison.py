@@ -13,6 +13,7 @@ from symusic.core import ScoreTick
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import (
@@ -65,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         song(seed).dump_midi(midi / f"{seed:02d}.mid")
         rows.append(f"{seed:02d}.mid,{'train' if seed < 14 else 'test'}")
     (midi / "manifest.csv").write_text("\n".join(rows))
-    tokenize_corpus(str(midi), midi / "data", vocab_size=None, num_workers=1)
+    tokenize_corpus(str(midi), midi / "data", CorpusOptions(vocab_size=None, num_workers=1))
     return midi / "data"
 
 

@@ -13,6 +13,7 @@ from symusic import Note, Score, Track
 from midimamba import MidiMambaForCausalLM
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator, PackedBlocks
 from midimamba.errors import InputError
 from midimamba.evaluation.report import main, write_report
@@ -42,7 +43,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     midi = tmp_path_factory.mktemp("midi")
     for seed in range(6):
         write_midi(midi / f"{seed}.mid", seed)
-    tokenize_corpus(str(midi), run / "data", vocab_size=None, num_workers=1)
+    tokenize_corpus(str(midi), run / "data", CorpusOptions(vocab_size=None, num_workers=1))
     vocab_size = load_corpus(run / "data")[1].vocab_size
     make_generator(vocab_size=vocab_size).save_pretrained(run / "pretrained")
     make_generator(vocab_size=vocab_size, num_hidden_layers=1).save_pretrained(run / "generator")

@@ -14,6 +14,7 @@ from symusic import Score
 
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import SPLITS, load_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.hub_cards.dataset_card import dataset_card, size_category
 from midimamba.hub_cards.publish import publish
@@ -87,7 +88,9 @@ def corpus(home: Path) -> Path:
         (music / f"cut-{size}.mid").write_bytes((music / "01.mid").read_bytes()[:size])
     folder = home / "corpus"
     tokenize_corpus(
-        str(music), folder, vocab_size=760, controls=["key"], valid_fraction=0.2, test_fraction=0.2, num_workers=1
+        str(music),
+        folder,
+        CorpusOptions(vocab_size=760, controls=["key"], valid_fraction=0.2, test_fraction=0.2, num_workers=1),
     )
     for name in (".env", "tokenizer/weights.pkl", "tokenizer/notes.txt"):
         (folder / name).write_text(str(home))
@@ -213,7 +216,9 @@ def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
     source.mkdir()
     for seed in range(40, 44):
         make_score(seed).dump_midi(source / f"{seed}.mid")
-    tokenize_corpus(str(source), own, tokenizer=str(corpus / "tokenizer"), test_fraction=0.0, num_workers=1)
+    tokenize_corpus(
+        str(source), own, CorpusOptions(tokenizer=str(corpus / "tokenizer"), test_fraction=0.0, num_workers=1)
+    )
     done = client(hub, tmp_path, AGAIN, own)
     assert done.returncode == 2
     refusal = done.stderr.splitlines()[-1]

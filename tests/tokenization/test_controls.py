@@ -7,15 +7,9 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
-from midimamba.tokenization.controls import (
-    CONTROLS,
-    INSTRUMENTS,
-    KEYS,
-    control_ids,
-    control_token,
-    controls_of,
-    describe,
-)
+from midimamba.tokenization.choices import CONTROLS
+from midimamba.tokenization.controls import INSTRUMENTS, control_ids, control_token, controls_of, describe
+from midimamba.tokenization.musical_time import KEYS
 from midimamba.tokenization.tokenizations import BAR
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer
 from support import make_score

@@ -18,14 +18,13 @@ from transformers import AutoProcessor
 from midimamba.cli import main
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import SPLITS, load_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
+from midimamba.tokenization.choices import MULTI_VOCABULARY, ONE_STREAM, TOKENIZATIONS
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import (
-    MULTI_VOCABULARY,
-    ONE_STREAM,
-    TOKENIZATIONS,
     base_ids,
     build_tokenizer,
     expand_ids,
@@ -221,7 +220,7 @@ def test_what_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, sc
         processor.grammar()
     for wishes in ({"controls": ["key"]}, {"labels": ["composer"]}):
         with pytest.raises(InputError, match=f"{name} can have no control tokens"):
-            tokenize_corpus(str(tmp_path), tmp_path / "out", tokenization=name, **wishes)
+            tokenize_corpus(str(tmp_path), tmp_path / "out", CorpusOptions(tokenization=name, **wishes))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +349,9 @@ def test_the_command_makes_a_corpus_that_decodes_to_its_files(
 @pytest.mark.parametrize("tokenization", MULTI_VOCABULARY)
 def test_a_corpus_may_use_the_tokenizer_of_another(tokenization: str, midi_folder, tmp_path: Path) -> None:
     folder = midi_folder(4)
-    tokenize_corpus(str(folder), tmp_path / "first", tokenization=tokenization, num_workers=1)
+    tokenize_corpus(str(folder), tmp_path / "first", CorpusOptions(tokenization=tokenization, num_workers=1))
     tokenizer = str(tmp_path / "first" / "tokenizer")
-    tokenize_corpus(str(folder), tmp_path / "second", tokenizer=tokenizer, num_workers=1)
+    tokenize_corpus(str(folder), tmp_path / "second", CorpusOptions(tokenizer=tokenizer, num_workers=1))
     first, second = (load_corpus(tmp_path / name)[0] for name in ("first", "second"))
     assert {split: first[split].to_dict() for split in SPLITS} == {split: second[split].to_dict() for split in SPLITS}
 
@@ -361,7 +360,7 @@ def test_a_corpus_may_use_the_tokenizer_of_another(tokenization: str, midi_folde
 def test_a_piece_that_is_too_long_is_quarantined(tokenization: str, midi_folder, tmp_path: Path) -> None:
     folder = midi_folder(3)
     bars_of(1025).dump_midi(str(folder / "long.mid"))
-    report = tokenize_corpus(str(folder), tmp_path / "out", tokenization=tokenization, num_workers=1)
+    report = tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(tokenization=tokenization, num_workers=1))
     assert report["refused"] == 1
     row = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
     assert row["path"] == "long.mid"

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoProcessor, MambaConfig, MambaForCausalL
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from midimamba.errors import InputError
+from midimamba.tokenization.choices import ONE_STREAM, SUBWORD_MODELS
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizer import ONE_STREAM, SUBWORD_MODELS, build_tokenizer, train_tokenizer
+from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 
 SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 # The module of the processor, and what it imports.

@@ -10,12 +10,11 @@ from symusic.core import ScoreTick
 from transformers import MambaConfig
 
 from midimamba.errors import InputError
+from midimamba.tokenization.choices import ONE_STREAM, SUBWORD_MODELS
 from midimamba.tokenization.controls import control_token, is_control
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import (
-    ONE_STREAM,
-    SUBWORD_MODELS,
     base_ids,
     build_tokenizer,
     expand_ids,

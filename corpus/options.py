@@ -1,0 +1,138 @@
+"""The options of [`~midimamba.corpus.build.tokenize_corpus`], light to import because they are flags as well."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from midimamba.tokenization.choices import CONTROLS, SUBWORD_MODELS, TOKENIZATIONS
+
+
+def integer_or_none(text: str) -> int | None:
+    """The value of a flag that may be the word `none`."""
+    return None if text.lower() == "none" else int(text)
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """
+    How MIDI files become a corpus.
+
+    > Parameters that control the tokenizer
+
+    Args:
+        tokenization (`str`, *optional*, defaults to `"REMI"`):
+            One of [`~midimamba.tokenization.choices.TOKENIZATIONS`].
+        tokenizer_options (`Mapping[str, Any]`, *optional*):
+            MidiTok's options, see [`~midimamba.tokenization.tokenizations.build_tokenizer`].
+        tokenizer (`str`, *optional*):
+            Use the tokenizer of this folder or Hub repository instead of making one: for a corpus that fits an
+            existing model. The other options of this group then have no effect.
+        subword_model (`str`, *optional*, defaults to `"BPE"`):
+            `"BPE"` or `"Unigram"`.
+        vocab_size (`int`, *optional*, defaults to 1000):
+            Number of ids after the subword model. `None` keeps the base tokens, as tokenizations with several
+            vocabularies always do.
+        training_tokens (`int`, *optional*, defaults to 10,000,000):
+            Train the subword model on pieces with at most this many base tokens in total, drawn at random. This
+            bounds its memory.
+
+    > Parameters that control the control tokens
+
+    Args:
+        controls (`Sequence[str]`, *optional*):
+            Computed controls that prefix each piece, from [`~midimamba.tokenization.choices.CONTROLS`].
+        labels (`Sequence[str]`, *optional*):
+            Columns of the manifest, or of the data set, that prefix each piece.
+
+    > Parameters that control the splits
+
+    Args:
+        valid_fraction, test_fraction (`float`, *optional*, defaults to 0.1):
+            Expected fractions of the pieces in these splits.
+        seed (`int`, *optional*, defaults to 0):
+            Decides which piece goes to which split.
+
+    > Parameters that control the reading of files
+
+    Args:
+        limit (`int`, *optional*):
+            Use at most this many files, the first by name.
+        midi_column (`str`, *optional*):
+            The column of a data set that holds MIDI bytes. By default the only column with bytes.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read a data set from the Hub row by row, without downloading it first.
+        num_workers (`int`, *optional*):
+            Processes that read files, by default one per processor. The result does not depend on it.
+    """
+
+    tokenization: str = field(
+        default="REMI",
+        metadata={"group": "tokenizer", "help": "MidiTok's tokenization", "choices": TOKENIZATIONS},
+    )
+    tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "group": "tokenizer",
+            "help": "use the tokenizer of this folder or repository, to make a corpus for an existing model",
+        },
+    )
+    subword_model: str = field(
+        default="BPE",
+        metadata={
+            "group": "tokenizer",
+            "help": "how frequent token sequences become one id",
+            "choices": SUBWORD_MODELS,
+        },
+    )
+    vocab_size: int | None = field(
+        default=1000,
+        metadata={
+            "group": "tokenizer",
+            "help": "number of ids with the subword model; `none` for no subword model",
+            "parse": integer_or_none,
+        },
+    )
+    training_tokens: int = field(
+        default=10_000_000,
+        metadata={
+            "group": "tokenizer",
+            "help": "train the subword model on at most this many base tokens, which bounds its memory",
+        },
+    )
+    controls: Sequence[str] = field(
+        default=(),
+        metadata={"group": "control tokens", "help": "prefix each piece with these controls", "choices": CONTROLS},
+    )
+    labels: Sequence[str] = field(
+        default=(),
+        metadata={
+            "group": "control tokens",
+            "help": "prefix each piece with these columns of the manifest or data set",
+            "metavar": "COLUMN",
+        },
+    )
+    valid_fraction: float = field(
+        default=0.1, metadata={"group": "splits", "help": "fraction of the pieces for validation"}
+    )
+    test_fraction: float = field(
+        default=0.1, metadata={"group": "splits", "help": "fraction of the pieces for the final test"}
+    )
+    seed: int = field(default=0, metadata={"group": "splits", "help": "decides which piece goes to which split"})
+    limit: int | None = field(
+        default=None, metadata={"group": "reading", "help": "use at most this many files, the first by name"}
+    )
+    midi_column: str | None = field(
+        default=None,
+        metadata={
+            "group": "reading",
+            "help": "the data set's column of MIDI bytes; by default the only column with bytes",
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"group": "reading", "help": "read the data set row by row, without downloading it first"},
+    )
+    num_workers: int | None = field(
+        default=None, metadata={"group": "reading", "help": "processes that read files; by default one per processor"}
+    )

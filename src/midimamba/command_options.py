@@ -1,0 +1,187 @@
+"""What each command can be told. [`midimamba.options`] makes flags of these dataclasses, so they are light to import.
+
+The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.options.CorpusOptions`].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from midimamba.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenizeFiles:
+    """What `midimamba tokenize` reads and writes."""
+
+    source: str = field(
+        metadata={
+            "positional": True,
+            "help": "a folder of MIDI files and archives, searched recursively; a .zip or .tar archive; a data set "
+            "with a column of MIDI bytes, in a folder or on the Hub (owner/name); or `chorales`, Bach's from music21",
+        }
+    )
+    out: Path = field(metadata={"help": "folder to make, or to bring up to date"})
+    tokenizer_config: Path | None = field(
+        default=None,
+        metadata={"group": "tokenizer", "help": "YAML file of MidiTok's options, such as `num_velocities: 16`"},
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """
+    How a generator is sampled.
+
+    Args:
+        num (`int`, *optional*, defaults to 4): number of pieces.
+        bars (`int`, *optional*, defaults to 16): at most this many new bars per piece. TSD and Structured have no bar
+            tokens: there only `max_new_tokens` ends a piece.
+        max_new_tokens (`int`, *optional*, defaults to 2048): at most this many new tokens per piece; at least 16.
+        temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder.
+        top_p (`float`, *optional*, defaults to 0.95): draw from the most likely tokens with this total probability.
+        seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces.
+    """
+
+    num: int = field(default=4, metadata={"group": "sampling", "help": "number of pieces"})
+    bars: int = field(default=16, metadata={"group": "sampling", "help": "at most this many new bars per piece"})
+    max_new_tokens: int = field(
+        default=2048, metadata={"group": "sampling", "help": "at most this many new tokens per piece"}
+    )
+    temperature: float = field(default=1.0, metadata={"group": "sampling", "help": "below 1 safer, above 1 wilder"})
+    top_p: float = field(
+        default=0.95,
+        metadata={"group": "sampling", "help": "draw from the most likely tokens with this total probability"},
+    )
+    seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `midimamba generate` reads, asks for and writes; how it samples is in [`SamplingOptions`]."""
+
+    model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
+    out: Path | None = field(default=None, metadata={"help": "folder to make"})
+    prompt: Path | None = field(default=None, metadata={"group": "request", "help": "a MIDI file to continue"})
+    control: Sequence[str] = field(
+        default=(),
+        metadata={
+            "group": "request",
+            "repeated": True,
+            "metavar": "NAME=VALUE",
+            "help": "what the music should be like, such as key=C-major; repeat it for more controls or instruments",
+        },
+    )
+    list_controls: bool = field(
+        default=False, metadata={"group": "request", "help": "print the model's controls and their values, and stop"}
+    )
+    render: bool = field(default=False, metadata={"help": "write a piano roll and a WAV file beside each piece"})
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `midimamba evaluate` compares, and how. Raises [`InputError`] for values that cannot be."""
+
+    music: str = field(
+        metadata={
+            "positional": True,
+            "help": "a generator, in a folder or on the Hub; or a folder of MIDI files",
+        }
+    )
+    reference: str = field(metadata={"help": "a corpus made by `midimamba tokenize`, or such a data set on the Hub"})
+    out: Path = field(metadata={"help": "report.json to write; report.md and pictures go beside it"})
+    split: str = field(
+        default="test",
+        metadata={
+            "group": "comparison",
+            "choices": ("test", "validation"),
+            "help": "the held-out music; copies are searched for in `train`",
+        },
+    )
+    bars: int = field(
+        default=32, metadata={"group": "comparison", "help": "compare this many bars from the start of every piece"}
+    )
+    length: int = field(
+        default=128,
+        metadata={"group": "comparison", "help": "number of tokens, where sequences of equal length are compared"},
+    )
+    seed: int = field(default=0, metadata={"group": "comparison", "help": "the same seed gives the same report"})
+    num: int = field(default=64, metadata={"group": "sampling from a generator", "help": "number of pieces"})
+    max_new_tokens: int = field(
+        default=2048, metadata={"group": "sampling from a generator", "help": "at most this many tokens per piece"}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"group": "sampling from a generator", "help": "below 1 safer, above 1 wilder"}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "group": "sampling from a generator",
+            "help": "draw from the most likely tokens with this total probability; 1 is the model's own distribution",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.bars, self.num) < 1 or self.temperature <= 0:
+            raise InputError("--bars, --num and --temperature must be positive")
+        if self.length < 4:
+            raise InputError("--length must be at least 4 tokens: distinct-4 counts sequences of four")
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How a generator is sampled for the comparison."""
+        return SamplingOptions(self.num, self.bars, self.max_new_tokens, self.temperature, self.top_p, self.seed)
+
+
+@dataclass(frozen=True)
+class ListenOptions:
+    """What `midimamba listen` makes a test of, or whose answers it scores."""
+
+    paths: Sequence[Path] = field(
+        metadata={
+            "positional": True,
+            "help": "folders of MIDI files; with --score, the listeners' answers.json files",
+        }
+    )
+    out: Path | None = field(
+        default=None,
+        metadata={
+            "group": "make a test",
+            "help": "folder to make: sounds, the page index.html, and key.json, which listeners do not get",
+        },
+    )
+    num: int = field(default=8, metadata={"group": "make a test", "help": "number of pieces per folder"})
+    bars: int = field(
+        default=16, metadata={"group": "make a test", "help": "play this many bars from the start of every piece"}
+    )
+    seed: int = field(default=0, metadata={"group": "make a test", "help": "the same seed gives the same test"})
+    score: Path | None = field(
+        default=None,
+        metadata={
+            "group": "score a test",
+            "metavar": "DIR",
+            "help": "a test made before: print what its listeners thought of each folder",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """What `midimamba publish` uploads, and where."""
+
+    folder: Path = field(
+        metadata={"positional": True, "help": "of a generator, or of a corpus made by `midimamba tokenize`"}
+    )
+    repo: str = field(metadata={"help": "repository, as owner/name; the discriminator's is <repo>-discriminator"})
+    discriminator: Path | None = field(default=None, metadata={"help": "folder of the generator's discriminator"})
+    report: Path | None = field(
+        default=None,
+        metadata={
+            "group": "card",
+            "help": "report.json of the generator's run, or what `midimamba evaluate` wrote",
+        },
+    )
+    license: str | None = field(
+        default=None, metadata={"group": "card", "help": "the Hub's name of a licence, such as cc-by-4.0"}
+    )
+    private: bool = field(default=False, metadata={"help": "make new repositories private"})

@@ -1,0 +1,210 @@
+"""What the commands do. Each imports what it needs when it runs."""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from midimamba.command_options import (
+    EvaluateOptions,
+    GenerateOptions,
+    ListenOptions,
+    PublishOptions,
+    SamplingOptions,
+    TokenizeFiles,
+)
+from midimamba.corpus.options import CorpusOptions
+from midimamba.errors import InputError
+from midimamba.files import is_taken
+
+
+def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
+    """`midimamba tokenize`: MIDI files to a corpus."""
+    from midimamba.corpus.build import tokenize_corpus
+
+    if files.tokenizer_config is not None:
+        options = replace(options, tokenizer_options=_read_yaml(files.tokenizer_config))
+    try:
+        report = tokenize_corpus(files.source, files.out, options)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again to continue\n")
+        sys.exit(130)
+    for split, counts in report["splits"].items():
+        print(f"{split:>10}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
+    print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
+    if report["refused"]:
+        print(f"{report['refused']:,} files refused: {files.out / 'quarantine.jsonl'} says why")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise InputError(f"{path} holds no options: write lines such as `num_velocities: 16`")
+    return options
+
+
+def _new_folder(out: Path | None, content: str) -> Path:
+    """The folder to write to. Refused early if nothing could be written there at the end."""
+    if out is None:
+        raise InputError(f"nowhere to write {content}: name a folder with --out")
+    if is_taken(out):
+        raise InputError(f"{out} is there already; choose another --out or delete it")
+    return out
+
+
+def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
+    """`midimamba generate`: a model to MIDI files."""
+    from midimamba.evaluation.rendering import draw_piano_roll, render_wave
+    from midimamba.files import whole_folder
+    from midimamba.generation import generate_scores, load_pair
+    from midimamba.tokenization.ingest import MidiRefusedError
+
+    if options.list_controls:
+        _list_controls(options.model)
+        return
+    controls = _read_controls(options.control)
+    out = _new_folder(options.out, "the pieces")
+    model, processor = load_pair(options.model)
+    try:
+        scores = generate_scores(model, processor, sampling, prompt=options.prompt, controls=controls)
+    except MidiRefusedError as error:
+        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
+    with whole_folder(out) as folder:
+        for index, score in enumerate(scores):
+            name = f"sample-{index:02d}"
+            score.dump_midi(folder / f"{name}.mid")
+            if options.render:
+                draw_piano_roll(score, folder / f"{name}.png", title=name)
+                render_wave(score, folder / f"{name}.wav")
+    print(f"{len(scores)} pieces in {out}")
+
+
+def _list_controls(model: str) -> None:
+    """Print one control per line, with its values."""
+    from midimamba import MidiProcessor
+    from midimamba.tokenization.controls import NO_CONTROLS
+
+    controls = MidiProcessor.from_pretrained(model).controls
+    if not controls:
+        raise InputError(NO_CONTROLS)
+    for name, values in controls.items():
+        print(f"{name}: {' '.join(values)}")
+
+
+def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """`["instruments=violin", "instruments=drums"]` as `{"instruments": ["violin", "drums"]}`."""
+    controls: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not (name and value):
+            raise InputError(f"--control {pair!r} is not a request: write --control NAME=VALUE, such as key=C-major")
+        controls.setdefault(name, []).append(value)
+    return controls
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """`midimamba evaluate`: generated music beside held-out music."""
+    from midimamba.evaluation.comparison import compare, model_figures, read_reference
+    from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
+    from midimamba.evaluation.validity import Samples, read_folder
+    from midimamba.generation import generate_scores, load_pair
+
+    check_target(options.out)
+    names = ["music", "reference", "split", "seed"]
+    reference = read_reference(options.reference, options.split, options.bars)
+    figures = {}
+    folder = Path(options.music)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        samples = read_folder(folder)
+    else:
+        names += ["temperature", "top_p", "max_new_tokens"]
+        model, processor = load_pair(options.music)
+        samples = Samples.of(generate_scores(model, processor, options.sampling))
+        figures = model_figures(
+            model, processor, reference, options.num, options.length, options.temperature, options.seed
+        )
+    found = compare(samples, reference, options.length, options.seed)
+    found.figures.update(figures)
+    settings = {name: getattr(options, name) for name in names}
+    write_comparison(options.out, f"{options.music} beside {options.reference}", found, reference, settings)
+    print(figures_table(found.figures))
+    print(f"\nthe whole report is in {options.out.with_suffix('.md')}")
+
+
+def listen(options: ListenOptions) -> None:
+    """`midimamba listen`: a blind listening test of several sources of music, or its scores."""
+    if options.score is not None:
+        _score_answers(options.score, options)
+        return
+    from midimamba.evaluation import listening
+
+    out = _new_folder(options.out, "the test")
+    if min(options.num, options.bars) < 1:
+        raise InputError("--num and --bars must be positive")
+    drawn = listening.draw_arms(options.paths, options.num, options.bars, options.seed)
+    listening.write_listening_test(
+        out,
+        {arm: list(draw.pieces.values()) for arm, draw in drawn.items()},
+        options.seed,
+        options.bars,
+        sources={arm: list(draw.pieces) for arm, draw in drawn.items()},
+    )
+    for arm, draw in drawn.items():
+        if draw.passed_over:
+            print(f"{arm}: passed over {len(draw.passed_over)} files that cannot be read or heard")
+    print(f"{options.num * len(drawn)} pieces in {out}: give listeners everything in it except key.json")
+
+
+def _score_answers(test: Path, options: ListenOptions) -> None:
+    from midimamba.evaluation import listening
+
+    if options.out is not None:
+        raise InputError("--score prints its tables and writes nothing: leave out --out")
+    if len({path.resolve() for path in options.paths}) < len(options.paths):
+        raise InputError("a file of answers is named twice, so its listener would count twice")
+    key = listening.read_key(test)
+    answers = [listening.read_answers(path, key) for path in options.paths]
+    print(listening.scores_table(listening.score_answers(key, answers)))
+
+
+def publish(options: PublishOptions) -> None:
+    """`midimamba publish`: a run or a corpus to the Hub."""
+    from midimamba.hub_cards.publish import publish as publish_run
+
+    urls = publish_run(
+        options.folder,
+        options.repo,
+        discriminator=options.discriminator,
+        report=options.report,
+        license=options.license,
+        private=options.private,
+    )
+    for name, url in urls.items():
+        print(f"{name}: {url}")
+
+
+def info() -> None:
+    """`midimamba info`: what is installed, and what it will run on."""
+    import torch
+
+    from midimamba.modeling.selective_scan import available_backends, choose_backend
+
+    print(f"python {sys.version.split()[0]}")
+    for package in ("midimamba", "torch", "transformers", "miditok", "symusic", "datasets", "accelerate", "trl"):
+        print(f"{package} {importlib.metadata.version(package)}")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda ({torch.cuda.get_device_name()})" if kind == "cuda" else kind
+    print(f"device: {device}, {torch.get_num_threads()} threads of {os.cpu_count()} processors")
+    try:
+        scan = choose_backend(kind)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    print(f"scan: {scan} (of {', '.join(available_backends(kind))})")

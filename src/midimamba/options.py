@@ -1,0 +1,91 @@
+"""Command-line flags from dataclasses: each option is written once, with its type, default and help.
+
+transformers' `HfArgumentParser` does the same, but importing it takes seconds, and `--help` should not.
+"""
+
+import argparse
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Options = TypeVar("Options")
+
+
+def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """
+    Add the fields of dataclasses to a parser, as `--flag-names`.
+
+    The type of a field decides how its value is read: `bool` is a switch, a `Sequence` takes several values,
+    `X | None` is optional. Anything else that argparse needs is in the field's `metadata`:
+
+    - `help` (`str`): what the option does. A field without it isn't a flag.
+    - `group` (`str`, *optional*): the heading under which `--help` lists it.
+    - `choices`, `metavar` (*optional*): as in argparse.
+    - `parse` (`Callable[[str], Any]`, *optional*): reads a value, if the type alone does not say how.
+    - `positional`, `repeated` (`bool`, *optional*): an argument without a flag; a flag to be given once per value.
+
+    Args:
+        parser (`argparse.ArgumentParser`): the parser of a command.
+        classes (`type`): dataclasses. Groups with the same name are one.
+    """
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    hints = {name: hint for options in classes for name, hint in get_type_hints(options).items()}
+    for option in (option for options in classes for option in _flags(options)):
+        title = option.metadata.get("group")
+        if title is not None and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        target = parser if title is None else groups[title]
+        name = option.name if option.metadata.get("positional") else f"--{option.name.replace('_', '-')}"
+        target.add_argument(name, **_settings(option, hints[option.name]))
+
+
+def read_options(options: type[Options], namespace: argparse.Namespace, **others: Any) -> Options:
+    """
+    Build a dataclass from parsed flags.
+
+    Args:
+        options (`type`): a dataclass that [`add_options`] added to the parser.
+        namespace (`argparse.Namespace`): what the parser returned.
+        others: values of the fields that aren't flags.
+    """
+    given = {flag.name: getattr(namespace, flag.name) for flag in _flags(options) if hasattr(namespace, flag.name)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return options(**values, **others)
+
+
+def _flags(options: Any) -> Iterator["Field[Any]"]:
+    return (option for option in fields(options) if "help" in option.metadata)
+
+
+def _settings(option: "Field[Any]", hint: Any) -> dict[str, Any]:
+    """What `add_argument` is told. A flag that was not given is left out, so that the dataclass has the last word."""
+    metadata = option.metadata
+    required = option.default is MISSING
+    text = metadata["help"].replace("%", "%%")
+    if not (required or option.default is None or option.default is False or option.default == ()):
+        text += f" (default: {option.default})"
+    settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+    if hint is bool:
+        return settings | {"action": "store_true"}
+    kind, several = _value_type(hint)
+    settings["type"] = metadata.get("parse", kind)
+    settings |= {name: metadata[name] for name in ("choices", "metavar") if name in metadata}
+    if metadata.get("repeated"):
+        settings["action"] = "append"
+    elif several:
+        settings["nargs"] = "+"
+    if metadata.get("positional"):
+        del settings["default"]
+    elif required:
+        settings["required"] = True
+    return settings
+
+
+def _value_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
+    """The type of a single value, and whether there may be several: `Sequence[str] | None` is `(str, True)`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    if get_origin(hint) is Sequence:
+        return get_args(hint)[0], True
+    return hint, False

@@ -1,0 +1,79 @@
+"""Flags come from dataclasses: names, types, defaults, groups and help are written once."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from midimamba.cli import COMMANDS, build_parser
+from midimamba.corpus.options import CorpusOptions
+from midimamba.options import add_options, read_options
+
+
+@dataclass(frozen=True)
+class Example:
+    files: Sequence[Path] = field(metadata={"positional": True, "help": "what to read"})
+    target: Path = field(metadata={"help": "where to write"})
+    size: int | None = field(default=3, metadata={"help": "100% of it", "group": "numbers"})
+    share: float = field(default=0.0, metadata={"help": "a share", "group": "numbers"})
+    kinds: Sequence[str] = field(default=(), metadata={"help": "kinds", "choices": ("a", "b")})
+    pairs: Sequence[str] = field(default=(), metadata={"help": "pairs", "repeated": True, "metavar": "K=V"})
+    fast: bool = field(default=False, metadata={"help": "be quick"})
+    inner: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class More:
+    other_size: float | None = field(default=None, metadata={"help": "another", "group": "numbers"})
+
+
+def parse(*arguments: str) -> Example:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, Example, More)
+    return read_options(Example, parser.parse_args(arguments), inner={"x": 1})
+
+
+def test_flags_have_the_types_and_defaults_of_the_fields() -> None:
+    assert parse("x", "--target", "y") == Example((Path("x"),), Path("y"), inner={"x": 1})
+    flags = "x z --target y --size 4 --share 0.5 --kinds b a --pairs k=1 --pairs k=2 --fast"
+    assert parse(*flags.split()) == Example(
+        (Path("x"), Path("z")), Path("y"), 4, 0.5, ("b", "a"), ("k=1", "k=2"), True, {"x": 1}
+    )
+
+
+@pytest.mark.parametrize("arguments", ["--target y", "x", "x --target y --kinds c", "x --target y --size much"])
+def test_missing_and_impossible_values_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, argparse.ArgumentError)):
+        parse(*arguments.split())
+
+
+def test_help_is_grouped_and_says_every_default_once() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, Example, More)
+    text = parser.format_help()
+    assert text.count("numbers:") == 1
+    assert text.index("numbers:") < text.index("--other-size", text.index("numbers:"))
+    assert "100% of it (default: 3)" in text
+    assert "a share (default: 0.0)" in text
+    assert "None" not in text
+    assert "inner" not in text
+
+
+def test_every_command_has_help_with_an_example_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([name, "--help"])
+        assert "example: midimamba" in capsys.readouterr().out
+        for example in command.example.split(", then "):
+            args = build_parser().parse_args(example.split()[1:])
+            assert args.command == name
+            for options in command.options:
+                read_options(options, args)
+
+
+def test_the_vocabulary_may_be_none() -> None:
+    for text, value in (("none", None), ("None", None), ("12", 12)):
+        args = build_parser().parse_args(["tokenize", "x", "--out", "y", "--vocab-size", text])
+        assert read_options(CorpusOptions, args) == CorpusOptions(vocab_size=value)
