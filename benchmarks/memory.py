@@ -155,7 +155,7 @@ def plan(args: argparse.Namespace) -> list[dict[str, int]]:
     return [base, *({**base, name: value} for name, values in lists.items() for value in values[1:])]
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="example: python benchmarks/memory.py --length 64 128 --rollouts 4 16"
     )
@@ -176,7 +176,11 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=float, default=4.0, help="a process dies beyond it (default: %(default)s)")
     parser.add_argument("--one", nargs=2, metavar=("WHICH", "SIZES"), help="measure in this process (used inside)")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     if args.one:
         print(measure_here(args.one[0], json.loads(args.one[1]), args.limit_gb))
         return

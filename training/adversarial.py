@@ -1,9 +1,19 @@
 """Adversarial fine-tuning (SeqGAN) of a pre-trained generator."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from midimamba.errors import exit_on_input_error
+from midimamba.errors import InputError, exit_on_input_error
 from midimamba.runtime import limit_spinning
+
+if TYPE_CHECKING:
+    from midimamba.corpus.augmentation import Augmentation
+    from midimamba.tokenization.processor import MidiProcessor
+    from midimamba.training.adversarial_config import AdversarialConfig
+    from midimamba.training.adversarial_trainer import AdversarialTrainer
+    from midimamba.training.lora import LoraArguments
 
 EXAMPLE = """example:
   accelerate launch training/adversarial.py --config training/recipes/chorales-cpu-adversarial.yaml
@@ -35,45 +45,53 @@ class AdversarialArguments:
 
 
 def main() -> None:
-    """Tune, save both networks, publish if asked."""
+    """Read the options, then tune."""
     limit_spinning()  # before torch is imported
-    from pathlib import Path
+    from midimamba.corpus.augmentation import Augmentation
+    from midimamba.training.adversarial_config import OPTION_GROUPS, AdversarialConfig
+    from midimamba.training.lora import LoraArguments
+    from midimamba.training.scripts import RecipeParser, warn_of_a_lost_process
 
+    kinds = (AdversarialArguments, LoraArguments, Augmentation, AdversarialConfig)
+    parser = RecipeParser(kinds, OPTION_GROUPS, prog="adversarial.py", epilog=EXAMPLE)
+    arguments = parser.parse_recipe()
+    warn_of_a_lost_process()
+    tune(*arguments)
+
+
+def tune(
+    script_args: AdversarialArguments,
+    lora_args: "LoraArguments",
+    augmentation: "Augmentation",
+    training_args: "AdversarialConfig",
+) -> None:
+    """Tune, save both networks, publish if asked.
+
+    Raises:
+        InputError: if model, data and options do not fit together, or there is nothing to resume.
+    """
     from transformers import set_seed
     from transformers.utils import SAFE_WEIGHTS_NAME
 
-    from midimamba.corpus.augmentation import Augmentation
     from midimamba.corpus.packing import BlockCollator
-    from midimamba.errors import InputError
-    from midimamba.hub_cards.publish import publish
     from midimamba.training.action_values import tokens_that_begin_bars
-    from midimamba.training.adversarial_config import OPTION_GROUPS, AdversarialConfig
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
-    from midimamba.training.lora import LoraArguments, lora_config
+    from midimamba.training.lora import lora_config
     from midimamba.training.scripts import (
-        RecipeParser,
-        announce,
         check_resumes,
         find_resume_point,
         load_blocks,
         load_discriminator,
         load_generator,
-        save_model,
-        warn_of_a_lost_process,
     )
 
-    kinds = (AdversarialArguments, LoraArguments, Augmentation, AdversarialConfig)
-    parser = RecipeParser(kinds, OPTION_GROUPS, prog="adversarial.py", epilog=EXAMPLE)
-    script_args, lora_args, augmentation, training_args = parser.parse_recipe()
-    warn_of_a_lost_process()
     resume = find_resume_point(training_args)
-    train, validation, processor = load_blocks(
-        script_args.data, training_args.sequence_length, augmentation, training_args.seed
-    )
+    length = training_args.sequence_length
+    train, validation, processor = load_blocks(script_args.data, length, augmentation, training_args.seed)
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
-    discriminator = load_discriminator(script_args, model, training_args.sequence_length)
+    discriminator = load_discriminator(script_args, model, length)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
     # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
     push, training_args.push_to_hub = training_args.push_to_hub, False
@@ -93,20 +111,25 @@ def main() -> None:
         raise InputError(str(error)) from error
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        output = Path(training_args.output_dir)
-        d_output = output.with_name(f"{output.name}-discriminator")
-        arguments = (training_args, augmentation, lora_args, script_args)
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
-        save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
-        save_model(output, trainer.generator_for_saving, processor, arguments=arguments)
-        announce(f"the generator is in {output}, the discriminator in {d_output}")
-        if push:
-            repo = training_args.hub_model_id or output.name
-            for url in publish(
-                output, repo, discriminator=d_output, private=bool(training_args.hub_private_repo)
-            ).values():
-                announce(f"published {url}")
+        save(trainer, processor, [training_args, augmentation, lora_args, script_args], push)
     trainer.end()
+
+
+def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:
+    """Write the two networks, and publish them if asked."""
+    from midimamba.hub_cards.publish import publish
+    from midimamba.training.scripts import announce, save_model
+
+    output = Path(trainer.args.output_dir)
+    d_output = output.with_name(f"{output.name}-discriminator")
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
+    save_model(output, trainer.generator_for_saving, processor, arguments=arguments)
+    announce(f"the generator is in {output}, the discriminator in {d_output}")
+    if push:
+        repo, private = trainer.args.hub_model_id or output.name, bool(trainer.args.hub_private_repo)
+        for url in publish(output, repo, discriminator=d_output, private=private).values():
+            announce(f"published {url}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Maximum-likelihood training of a generator on a tokenized corpus, with `transformers.Trainer`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError, exit_on_input_error
 from midimamba.runtime import limit_spinning
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from midimamba.corpus.augmentation import Augmentation
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
     from midimamba.tokenization.processor import MidiProcessor
+    from midimamba.training.lora import LoraArguments
 
 EXAMPLE = """example:
   midimamba tokenize my-midi-folder --out data
@@ -73,40 +78,52 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
 
 
 def main() -> None:
-    """Train, keep the best, save."""
+    """Read the options, then train."""
     limit_spinning()  # before torch is imported
-    from pathlib import Path
-
-    from transformers import Trainer, TrainingArguments, set_seed
-    from transformers.utils import SAFE_WEIGHTS_NAME
+    from transformers import TrainingArguments
 
     from midimamba.corpus.augmentation import Augmentation
+    from midimamba.training.lora import LoraArguments
+    from midimamba.training.scripts import RecipeParser, warn_of_a_lost_process
+
+    kinds = (PretrainArguments, LoraArguments, Augmentation, TrainingArguments)
+    arguments = RecipeParser(kinds, prog="pretrain.py", epilog=EXAMPLE).parse_recipe()
+    warn_of_a_lost_process()
+    train(*arguments)
+
+
+def train(
+    script_args: PretrainArguments,
+    lora_args: "LoraArguments",
+    augmentation: "Augmentation",
+    training_args: "TrainingArguments",
+) -> None:
+    """Train, keep the best, save.
+
+    Raises:
+        InputError: if model, data and options do not fit together, or there is nothing to resume.
+    """
+    from transformers import Trainer, set_seed
+    from transformers.utils import SAFE_WEIGHTS_NAME
+
     from midimamba.corpus.packing import BlockCollator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-    from midimamba.training.lora import LoraArguments, add_adapters, lora_config, merged
+    from midimamba.training.lora import add_adapters, lora_config, merged
     from midimamba.training.scripts import (
-        RecipeParser,
         announce,
         check_resumes,
         find_resume_point,
         load_blocks,
         load_generator,
         save_model,
-        warn_of_a_lost_process,
     )
 
-    parser = RecipeParser(
-        (PretrainArguments, LoraArguments, Augmentation, TrainingArguments), prog="pretrain.py", epilog=EXAMPLE
-    )
-    script_args, lora_args, augmentation, training_args = parser.parse_recipe()
     peft_config = lora_config(lora_args)
     if peft_config is not None and script_args.model is None:
         raise InputError("use_peft needs --model, a generator to adapt: adapters of a new one would learn little")
-    warn_of_a_lost_process()
     resume = find_resume_point(training_args)
-    train, validation, processor = load_blocks(
-        script_args.data, script_args.sequence_length, augmentation, training_args.seed
-    )
+    length = script_args.sequence_length
+    blocks, validation, processor = load_blocks(script_args.data, length, augmentation, training_args.seed)
     set_seed(training_args.seed)
     if script_args.model:
         model = load_generator(script_args.model, processor)
@@ -117,24 +134,17 @@ def main() -> None:
         model=model if peft_config is None else add_adapters(model, peft_config),
         args=training_args,
         data_collator=BlockCollator.for_processor(processor, script_args.carry_state),
-        train_dataset=train,
+        train_dataset=blocks,
         eval_dataset=validation,
         processing_class=processor,
     )
     if trainer.is_world_process_zero():
-        announce(
-            f"{model.num_parameters():,} parameters, {len(train):,} blocks of {script_args.sequence_length} tokens"
-        )
+        announce(f"{model.num_parameters():,} parameters, {len(blocks):,} blocks of {length} tokens")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         output = Path(training_args.output_dir)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
-        save_model(
-            output,
-            merged(model),
-            processor,
-            arguments=(training_args, augmentation, lora_args, script_args),
-        )
+        save_model(output, merged(model), processor, arguments=(training_args, augmentation, lora_args, script_args))
         announce(f"the generator is in {output}")
     trainer.end()
 
