@@ -1,6 +1,5 @@
 """The trainer on tiny networks: what must move, what must not, and that a resumed run is the same run."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -8,16 +7,26 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from midimamba import RecurrentCache
 from midimamba.errors import InputError
-from midimamba.modeling.sampling import next_logits
-from midimamba.training import credit
-from midimamba.training.action_values import ActionValues
+from midimamba.modeling.sampling import Sequences
+from midimamba.training import adversarial_trainer, credit, losses
+from midimamba.training.action_values import DISCOUNT, ActionValues
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.discriminator_update import DiscriminatorUpdate
+from midimamba.training.generator_update import Batch
+from midimamba.training.metrics import Measures
 from support import make_discriminator, make_generator
-from trainer_support import ALL_STABILISERS, LENGTH, make_blocks, make_trainer, moved, parameters
+from trainer_support import (
+    ALL_STABILISERS,
+    LENGTH,
+    all_valid,
+    known_reward,
+    make_blocks,
+    make_trainer,
+    moved,
+    parameters,
+)
 
 # What differs from run to run in a log.
 TIMES = dict.fromkeys(
@@ -54,10 +63,14 @@ def test_every_estimator_trains_both_networks(tmp_path: Path, estimator: str, ki
 
 
 @pytest.mark.parametrize("estimator", ["monte-carlo", "dense", "terminal"])
-@pytest.mark.parametrize("baseline", ["leave-one-out", "group", "running"])
-def test_a_constant_reward_moves_nothing_when_a_baseline_is_on(tmp_path: Path, estimator: str, baseline: str) -> None:
-    options = {"estimator": estimator, "baseline": baseline, "ppo_epochs": 2, "ppo_clip": 0.2}
-    trainer = make_trainer(tmp_path, "mamba", reward="constant", mle_weight=0.0, **options)
+@pytest.mark.parametrize(
+    ("baseline", "group_size"), [("leave-one-out", None), ("leave-one-out", 2), ("running", None)]
+)
+def test_a_constant_reward_moves_nothing_when_a_baseline_is_on(
+    tmp_path: Path, estimator: str, baseline: str, group_size: int | None
+) -> None:
+    options = {"estimator": estimator, "baseline": baseline, "group_size": group_size, "ppo_epochs": 2}
+    trainer = make_trainer(tmp_path, "mamba", reward="constant", mle_weight=0.0, ppo_clip=0.2, **options)
     before = parameters(trainer.model)
     trainer.train()
     assert moved(before, parameters(trainer.model)) == 0.0
@@ -84,7 +97,7 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, estimator="terminal", micro_batch_size=size)
         trainer.model.zero_grad()
         torch.manual_seed(0)
-        trainer._generator_step(trainer.model, torch.tensor(make_blocks(4)["input_ids"]))
+        trainer._train_generator(trainer.model, torch.tensor(make_blocks(4)["input_ids"]))
         gradients.append([parameter.grad.clone() for parameter in trainer.model.parameters()])
     for others in gradients[1:]:
         for gradient, other in zip(gradients[0], others, strict=True):
@@ -98,18 +111,18 @@ def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path
     blocks[:, 1] = blocks[5:, 4] = trainer.model.config.bos_token_id
     fake, real = blocks.split(5)
     advantages = torch.linspace(-1, 1, 5 * (LENGTH - 2)).view(5, LENGTH - 2)
-    cache = RecurrentCache.for_model(trainer.model, len(fake))
+    state = trainer.model.make_state(len(fake))
     with torch.no_grad():
-        loss = trainer.generator_loss(trainer.model, mle_weight, fake, real, advantages).loss
+        terms = trainer.generator_loss(trainer.model, Batch(all_valid(fake), real, advantages))
         chosen = []
         for t in range(LENGTH - 1):
-            drawn_from = next_logits(trainer.model, fake[:, t : t + 1], cache).log_softmax(-1)
+            drawn_from = trainer.model.next_logits(fake[:, t : t + 1], state).log_softmax(-1)
             chosen.append(drawn_from.gather(-1, fake[:, t + 1 : t + 2]))
-        policy_loss = credit.reinforce_loss(torch.cat(chosen, 1)[:, 1:], advantages)
+        policy_loss = losses.reinforce_loss(torch.cat(chosen, 1)[:, 1:], advantages)
         likelihoods = likelihoods_alone(trainer.model, real)
-    torch.testing.assert_close(loss, policy_loss - mle_weight * likelihoods.sum() / len(real))
+    torch.testing.assert_close(terms.loss, policy_loss - mle_weight * likelihoods.sum() / len(real))
     if mle_weight:
-        assert trainer._metrics["mle_loss"] == pytest.approx([-likelihoods.mean().item()])
+        assert float(terms.measures["mle_loss"]) == pytest.approx(-likelihoods.mean().item())
 
 
 @pytest.mark.parametrize("reward", ["discriminator", "log-odds"])
@@ -117,22 +130,21 @@ def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path
 def test_the_reward_is_the_discriminators_probability_or_its_log_odds(
     tmp_path: Path, reward: str, prompt: int
 ) -> None:
-    options = {"reward": reward, "prompt_length": prompt, "discount": 0.5}
-    trainer = make_trainer(tmp_path, "mamba", estimator="dense", **options)
+    trainer = make_trainer(tmp_path, "mamba", estimator="dense", reward=reward, prompt_length=prompt)
     torch.manual_seed(0)
     sequences = torch.randint(0, 8, (3, trainer.args.sequence_length))
     with torch.no_grad():
         logits = trainer.discriminator.eval()(sequences).position_logits
     assert logits.std() > 0
-    values = trainer.action_values(sequences)
+    values = trainer.action_values(all_valid(sequences))
     expected = torch.zeros(3)
     for time in reversed(range(prompt, sequences.shape[1])):
         gain = logits[:, time] - logits[:, time - 1]
-        expected = (gain if reward == "log-odds" else 2 * logits[:, time].sigmoid() - 1) + 0.5 * expected
+        expected = (gain if reward == "log-odds" else 2 * logits[:, time].sigmoid() - 1) + DISCOUNT * expected
         torch.testing.assert_close(values[:, time - prompt], expected)
-    trainer.args.estimator = "terminal"
+    trainer.action_values.estimator = "terminal"
     whole = logits[:, -1] if reward == "log-odds" else logits[:, -1].sigmoid()
-    torch.testing.assert_close(trainer.action_values(sequences), whole[:, None].expand_as(values))
+    torch.testing.assert_close(trainer.action_values(all_valid(sequences)), whole[:, None].expand_as(values))
 
 
 def test_rewards_reinforce_what_they_prefer(tmp_path: Path) -> None:
@@ -145,7 +157,7 @@ def test_rewards_reinforce_what_they_prefer(tmp_path: Path) -> None:
         d_warmup_steps=0,
         rollout_positions=None,
     )
-    trainer.action_values.reward = lambda rows: (rows == 7).float().mean(1)
+    trainer.action_values.reward = known_reward(lambda rows: (rows == 7).float().mean(1))
     trainer.train()
     rewards = [logged["reward"] for logged in trainer.state.log_history if "reward" in logged]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
@@ -160,23 +172,49 @@ def test_interleaved_likelihood_alone_lowers_the_held_out_loss(tmp_path: Path) -
 
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_the_rollout_policy_follows_the_generator_after_a_round(tmp_path: Path, momentum: float) -> None:
-    trainer = make_trainer(tmp_path, rollout_momentum=momentum, g_steps=2, max_steps=4)
-    start = parameters(trainer.model)
+    trainer = make_trainer(tmp_path, rollout_momentum=momentum)
+    after = [parameters(trainer.model)]
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            after.append(parameters(trainer.model))
+
+    trainer.add_callback(Watch())
     trainer.train()
-    # Four steps are two rounds; the policy was updated when the second began, from the generator after two steps.
-    two_steps = make_trainer(tmp_path, rollout_momentum=momentum, g_steps=2, max_steps=2)
-    two_steps.train()
+    # It was updated when each round began, the last time from the generator of two steps.
+    expected = after[0]
+    for generator in after[:-1]:
+        expected = {name: momentum * expected[name] + (1 - momentum) * generator[name] for name in expected}
+    assert moved(after[0], after[2]) > 1e-3
     for name, beta in trainer.rollout_policy.named_parameters():
-        expected = momentum * start[name] + (1 - momentum) * two_steps.model.get_parameter(name).detach()
-        torch.testing.assert_close(beta, expected)
+        torch.testing.assert_close(beta, expected[name])
+
+
+def test_the_discriminator_is_pretrained_and_learns_first_in_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of Algorithm 1."""
+    calls: list[str] = []
+    trainer = make_trainer(tmp_path, d_warmup_steps=3, d_steps=2, max_steps=2)
+
+    def watch(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: (calls.append(name), function(*arguments))[1])
+
+    watch(trainer, "_train_discriminator")
+    watch(trainer, "_train_generator")
+    watch(adversarial_trainer, "follow")
+    trainer.train()
+    a_round = ["follow", "_train_discriminator", "_train_discriminator", "_train_generator"]
+    assert calls == ["_train_discriminator"] * 3 + a_round * 2
 
 
 @pytest.mark.parametrize(
     "options", [{}, ALL_STABILISERS, ALL_STABILISERS | {"reward": "random"}], ids=["plain", "all", "random reward"]
 )
 def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, object]) -> None:
-    # Five steps in rounds of two, and two evaluations; resumed in the middle of a round.
-    common = {"max_steps": 5, "g_steps": 2, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
+    # Five steps and two evaluations; resumed between them.
+    common = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
     straight = make_trainer(tmp_path / "straight", eval_steps=2, **common, **options)
     straight.train()
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
@@ -199,7 +237,7 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, ob
     assert sum("loss" in log for log in logs[0]) == 5
     if options:
         assert torch.equal(*(run.discriminator_update.replay.sequences for run in (straight, resumed)))
-        assert torch.equal(*(run.baseline.mean for run in (straight, resumed)))
+        assert torch.equal(*(run.credit.mean for run in (straight, resumed)))
         assert straight.generator_loss.kl_coef == resumed.generator_loss.kl_coef != 0.1
 
 
@@ -247,15 +285,17 @@ def test_every_stabiliser_has_its_metric_in_the_log(tmp_path: Path) -> None:
     logged = [log for log in trainer.state.log_history if "loss" in log]
     metrics = {
         *("advantage_mean", "advantage_clip_fraction", "policy_ratio_max", "clip_fraction", "approx_kl"),
-        *("kl", "kl_coef", "entropy", "mle_weight", "mle_loss", "ema_distance", "grad_norm"),
+        *("kl", "kl_coef", "entropy", "mle_loss", "ema_distance", "grad_norm"),
         *("d_grad_norm", "d_real_probability", "d_r1", "d_replay_accuracy", "d_skipped"),
     }
     for log in logged[1:]:
         assert metrics - {"d_r1", "d_replay_accuracy"} <= log.keys() or log["d_skipped"]
     assert metrics <= set().union(*logged)
-    assert "d_warmup_steps" in logged[0]
     assert logged[0]["kl"] < 1e-6  # the policy is still the reference
-    assert [log["mle_weight"] for log in logged] == pytest.approx([1.0, 0.6, 0.2])
+    coefficients = [log["kl_coef"] for log in logged]
+    assert coefficients[0] == ALL_STABILISERS["kl_coef"]
+    for log, following in zip(logged, coefficients[1:], strict=False):
+        assert following == pytest.approx(losses.adapted_kl_coef(log["kl_coef"], log["kl"], 0.01))
 
 
 def test_ppo_steps_once_an_epoch_and_the_schedule_once_a_batch(tmp_path: Path) -> None:
@@ -300,10 +340,11 @@ def test_advantages_are_clipped_after_the_normalisation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, advantage_clip=1.5)
     values = torch.randn(8, LENGTH - 2)
     expected = credit.normalize_advantages(credit.leave_one_out_advantages(values))
-    torch.testing.assert_close(trainer._advantages(values), expected.clamp(-1.5, 1.5))
-    share = trainer._metrics["advantage_clip_fraction"]
-    assert share == pytest.approx([(expected.abs() > 1.5).float().mean().item()])
-    assert share[0] > 0
+    advantages, measures = trainer.credit(values, torch.ones_like(values, dtype=torch.bool))
+    torch.testing.assert_close(advantages, expected.clamp(-1.5, 1.5))
+    share = float(measures["advantage_clip_fraction"])
+    assert share == pytest.approx((expected.abs() > 1.5).float().mean().item())
+    assert share > 0
 
 
 def test_a_group_shares_its_prompt_and_the_likelihood_keeps_the_whole_batch(
@@ -312,19 +353,19 @@ def test_a_group_shares_its_prompt_and_the_likelihood_keeps_the_whole_batch(
     sampled = []
     values = ActionValues.__call__
 
-    def watched(self: ActionValues, sequences: torch.Tensor) -> torch.Tensor:
-        sampled.append(sequences)
+    def watched(self: ActionValues, sequences: Sequences) -> torch.Tensor:
+        sampled.append(sequences.ids)
         return values(self, sequences)
 
     monkeypatch.setattr(ActionValues, "__call__", watched)
-    trainer = make_trainer(tmp_path, baseline="group", group_size=2, per_device_train_batch_size=6, micro_batch_size=6)
+    trainer = make_trainer(tmp_path, group_size=2, per_device_train_batch_size=6, micro_batch_size=6)
     trainer.model.zero_grad()
     blocks = torch.tensor(make_blocks(6)["input_ids"])
-    trainer._generator_step(trainer.model, blocks)
+    trainer._train_generator(trainer.model, blocks)
     assert torch.equal(sampled[0][:, :2], blocks[[0, 0, 2, 2, 4, 4], :2])
     assert len(sampled[0].unique(dim=0)) > 3
     expected = -likelihoods_alone(trainer.model, blocks).mean().item()
-    assert trainer._metrics["mle_loss"] == pytest.approx([expected], rel=1e-5)
+    assert trainer.metrics.averages()["mle_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_reference_is_the_pretrained_policy_and_holds_the_generator_back(tmp_path: Path) -> None:
@@ -375,30 +416,30 @@ def test_the_best_average_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], abs=1e-6)
 
 
-def test_the_warm_up_ends_at_the_accuracy_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = iter([0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
-    monkeypatch.setattr(AdversarialTrainer, "_discriminator_step", lambda self, may_skip=False: next(accuracies))
-    trainer = make_trainer(tmp_path, d_warmup_steps=5, d_warmup_accuracy=0.8)
-    trainer._warm_up_discriminator()
-    assert trainer._metrics["d_warmup_steps"] == [3]
-    assert next(accuracies) == 0.9
+def test_the_warm_up_skips_steps_at_the_accuracy_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, d_warmup_steps=60, d_max_accuracy=0.5, d_learning_rate=1e-2)
+    trainer._pretrain_discriminator()
+    skipped = trainer.metrics.averages()["d_skipped"]
+    assert 0 < skipped < 1
+    states = trainer.discriminator_update.optimizer.state_dict()["state"].values()
+    assert {int(state["step"]) for state in states} == {round(60 * (1 - skipped))}
 
 
 def test_only_as_many_negatives_are_sampled_as_are_not_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
-    step = DiscriminatorUpdate.step
+    step = DiscriminatorUpdate.__call__
 
-    def watched(update: DiscriminatorUpdate, real: torch.Tensor, fake: torch.Tensor, may_skip: bool) -> float:
+    def watched(update: DiscriminatorUpdate, real: torch.Tensor, fake: torch.Tensor) -> Measures:
         assert torch.equal(real[: len(fake), :2], fake[:, :2])
         counts.append(len(fake))
-        return step(update, real, fake, may_skip)
+        return step(update, real, fake)
 
-    monkeypatch.setattr(DiscriminatorUpdate, "step", watched)
-    trainer = make_trainer(tmp_path, replay_size=20, replay_fraction=0.5)
+    monkeypatch.setattr(DiscriminatorUpdate, "__call__", watched)
+    trainer = make_trainer(tmp_path, replay_fraction=0.5)
     for _ in range(3):
-        trainer._discriminator_step()
+        trainer._train_discriminator()
     assert counts == [4, 2, 2]
 
 
@@ -437,13 +478,10 @@ def test_networks_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
         AdversarialTrainer(make_generator(), make_discriminator(vocab_size=5), args, make_blocks(), make_blocks())
 
 
-@pytest.mark.parametrize("option", [{"rollout_memory_mb": 0.001}, {"stop_at_eos": True}], ids=str)
-def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, option: dict[str, object]) -> None:
-    trainer = make_trainer(tmp_path)
-    generator = make_generator()
-    generator.config.pad_token_id = None
-    args = dataclasses.replace(trainer.args, **option)
-    with pytest.raises(
-        ValueError, match=rf"{next(iter(option))} (is 0.001, but one completion|needs an eos_token_id)"
-    ):
-        AdversarialTrainer(generator, make_discriminator(), args, make_blocks(), make_blocks(8))
+def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
+    args = make_trainer(tmp_path).args
+    others = make_discriminator(), args, make_blocks(), make_blocks(8)
+    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 3\]; set it to a single token"):
+        AdversarialTrainer(make_generator(eos_token_id=[2, 3]), *others)
+    with pytest.raises(ValueError, match=r"rollout_memory_mb is 0\.001, but one completion"):
+        make_trainer(tmp_path, rollout_memory_mb=0.001)

@@ -1,6 +1,6 @@
 """Two processes give the update of one, and none of them waits for another for ever.
 
-This file is also the program that those processes run: `python test_distributed.py OUT ROWS_A_PROCESS`.
+This file is also the program that those processes run: `python test_distributed.py OUT ROWS_PER_PROCESS`.
 """
 
 import os
@@ -24,6 +24,7 @@ from midimamba.training import rollout
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from support import make_discriminator, make_generator
+from trainer_support import PLAIN
 
 CONFIGS = {file.stem: file for file in (Path(__file__).parents[2] / "training" / "accelerate_configs").glob("*.yaml")}
 LENGTH = 8
@@ -32,17 +33,17 @@ GLOBAL_BATCH = 8
 # Every statistic over a batch that a process could take over its own part by mistake.
 CASES: dict[str, dict[str, object]] = {
     "leave-one-out": {"estimator": "terminal", "d_epochs": 2, "r1_weight": 0.1, "label_smoothing": 0.1},
-    "group": {"estimator": "terminal", "baseline": "group", "group_size": 2, "advantage_clip": 0.5},
+    "group": {"estimator": "terminal", "group_size": 2, "advantage_clip": 0.5},
     "running": {"baseline": "running", "num_rollouts": 2, "rollout_positions": 2, "rollout_momentum": 0.5},
     "ppo with kl": {
         **{"estimator": "terminal", "ppo_epochs": 2, "ppo_clip": 0.2, "kl_coef": 0.5, "kl_target": 0.001},
         **{"entropy_coef": 0.01, "ema_decay": 0.5, "micro_batch_size": 2},
     },
-    "skipping": {"estimator": "terminal", "d_warmup_steps": 60, "d_warmup_accuracy": 0.85, "d_max_accuracy": 0.8},
+    "skipping": {"estimator": "terminal", "d_warmup_steps": 60, "d_max_accuracy": 0.8},
     "dense": {"estimator": "dense", "kind": "mamba", "micro_batch_size": 1},
     "adapters": {"estimator": "terminal", "peft_config": LoraConfig(r=2), "kl_coef": 0.5},
     # Sequences of different lengths, which count by their tokens in a discriminator of prefixes.
-    "ends": {"estimator": "dense", "kind": "mamba", "stop_at_eos": True, "micro_batch_size": 1, "ppo_clip": 0.2},
+    "ends": {"estimator": "dense", "kind": "mamba", "ends": True, "micro_batch_size": 1, "ppo_clip": 0.2},
 }
 
 
@@ -52,7 +53,12 @@ def make_blocks(count: int, seed: int) -> Dataset:
 
 
 def make_trainer(
-    folder: Path, rows: int, kind: str = "cnn", peft_config: LoraConfig | None = None, **options: object
+    folder: Path,
+    rows: int,
+    kind: str = "cnn",
+    peft_config: LoraConfig | None = None,
+    ends: bool = False,
+    **options: object,
 ) -> AdversarialTrainer:
     common: dict[str, object] = {
         "output_dir": str(folder),
@@ -63,25 +69,23 @@ def make_trainer(
         "d_warmup_steps": 2,
         "d_learning_rate": 1e-2,
         "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
         "optim": "sgd",  # whose step, unlike Adam's, shows a gradient of a wrong size
         "max_grad_norm": 0.0,
         "num_eval_samples": 4,
         "logging_steps": 1,
-        "save_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 3,
     }
-    args = AdversarialConfig(**common | options)
+    args = AdversarialConfig(**PLAIN | common | options)
     discriminator = make_discriminator(kind, dropout=0.0)
-    generator = make_generator(eos_token_id=2, pad_token_id=0)
+    generator = make_generator(eos_token_id=2 if ends else None, pad_token_id=0)
     blocks = make_blocks(32, 5), make_blocks(8, 6)
     return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config)
 
 
 def draw_by_content(logits: Tensor) -> Tensor:
-    """A token a row with a number that depends on that row alone, and not on who draws it."""
+    """A token for each row with a number that depends on that row alone, and not on who draws it."""
     numbers = (logits.argmax(-1) * 0.618 + logits.argmin(-1) * 0.414 + 0.1) % 1
     return sampling.pick(logits, numbers[:, None])
 
@@ -119,10 +123,11 @@ def work(out: Path, rows: int) -> None:
                 state |= {f"log.{step}.{key}": torch.tensor(float(value)) for key, value in log.items()}
             save_file(state, out / f"{name}.safetensors")
     # Random draws of their own: other data on each process, whose accuracies disagree.
-    options = {"replay_size": 8, "replay_fraction": 0.5, "save_strategy": "steps", "save_steps": 6, "max_steps": 12}
+    options = {"replay_fraction": 0.5, "save_strategy": "steps", "save_steps": 6, "max_steps": 12}
     trainer = make_trainer(out / "own", rows, **CASES["skipping"] | options)
     trainer.train()
-    skipped = [log["d_skipped"] for log in trainer.state.log_history if "d_skipped" in log]
+    logged = [log["d_skipped"] for log in trainer.state.log_history if "d_skipped" in log]
+    skipped = logged[1:]  # the first is an average over the warm-up as well
     (out / f"skipped-{trainer.args.process_index}").write_text(" ".join(map(str, skipped)))
     (out / f"weights-{trainer.args.process_index}").write_text(str(sum_of_weights(trainer)))
 

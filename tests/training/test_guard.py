@@ -5,16 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from midimamba.errors import InputError
+from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.checkpoint import DISCRIMINATOR_FILE, STATE_FILE
-from midimamba.training.guard import is_complete, last_complete_checkpoint
-from trainer_support import ALL_STABILISERS, make_trainer, moved, parameters
+from midimamba.training.guard import MAX_ROLLBACKS, DivergedError, Guard, is_complete, last_complete_checkpoint
+from midimamba.training.monitoring import Monitor
+from trainer_support import ALL_STABILISERS, PLAIN, make_trainer, moved, parameters
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
@@ -57,7 +60,8 @@ def rates(trainer: AdversarialTrainer) -> tuple[float, ...]:
 def test_a_run_recovers_from_numbers_that_are_not_finite(
     tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING)
+    # One pass per batch: after a second one, a broken gradient of the first is noticed by its norm.
+    trainer = make_trainer(tmp_path, **ALL_STABILISERS | {"ppo_epochs": 1}, **SAVING)
     trainer.add_callback(Poison(trainer, what, step=3))
     trainer.train()
     assert trainer.state.global_step == 6
@@ -70,8 +74,8 @@ def test_a_run_recovers_from_numbers_that_are_not_finite(
     assert [log["rollbacks"] for log in logged] == [0, 0, 1, 1, 1, 1]
     assert [log["learning_rate"] for log in logged] == [0.01] * 2 + [0.005] * 4
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "back to" in line]
-    names = {"loss": "the loss", "gradient": "the norm of the gradient", "weight": "a weight"}
-    assert line.startswith(f"step {3 + (what == 'weight')}: {names[what]} is not finite; back to ")
+    names = {"loss": "the loss", "gradient": "the gradient", "weight": "a weight"}
+    assert line.startswith(f"step 4: {names[what]} is not finite; back to ")
     assert "checkpoint-2 (roll-back 1 of 3), learning_rate 0.005, d_learning_rate 0.0005" in line
 
 
@@ -92,21 +96,26 @@ def test_the_run_after_a_roll_back_is_the_resumed_one(tmp_path: Path, peft_confi
 def test_a_bound_that_is_always_broken_ends_the_run_with_what_was_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bound: str
 ) -> None:
-    measured = AdversarialTrainer.evaluate
-
-    def worse(trainer: AdversarialTrainer, *args: object, **options: object) -> dict[str, float]:
-        metrics = measured(trainer, *args, **options)
-        for name in ("eval_loss", "eval_self_bleu_4"):
-            metrics[name] = 1.0 + 0.01 * (trainer.state.global_step > 3)
-        return metrics
-
-    monkeypatch.setattr(AdversarialTrainer, "evaluate", worse)
-    options = {"max_rollbacks": 2, "max_steps": 5, bound: 0.0}
+    evaluate, measure = Trainer.evaluate, Monitor.measure
+    options = {"max_steps": 5, bound: 0.0}
     trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING | EVALUATING | options)
+
+    def value() -> float:
+        return 1.0 + 0.01 * (trainer.state.global_step > 3)
+
+    def evaluated(run: Trainer, *arguments: object) -> dict[str, float]:
+        return evaluate(run, *arguments) | {"eval_loss": value()}
+
+    def measured(monitor: Monitor, real: Tensor, fake: Tensor) -> tuple[dict[str, float], list[list[int]]]:
+        measures, samples = measure(monitor, real, fake)
+        return measures | {"self_bleu_4": value()}, samples
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluated)
+    monkeypatch.setattr(Monitor, "measure", measured)
     output = trainer.train()
     assert output.global_step == 2
-    assert output.metrics["rollbacks"] == trainer.guard.rollbacks == 2
-    assert rates(trainer) == (0.0025, 0.00025)
+    assert output.metrics["rollbacks"] == trainer.guard.rollbacks == MAX_ROLLBACKS == 3
+    assert rates(trainer) == (0.00125, 0.000125)
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     ours = trainer.model.state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in saved.items())
@@ -114,9 +123,9 @@ def test_a_bound_that_is_always_broken_ends_the_run_with_what_was_good(
     assert all(torch.equal(trainer.discriminator.state_dict()[name], tensor) for name, tensor in saved.items())
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2"]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4: eval_")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "is 1.0100, above its bound of 1.0000 (it was 1.0000 at the start)" in lines[0]
-    assert lines[-1].endswith(f"the run ends after 2 roll-backs, with {tmp_path / 'checkpoint-2'}")
+    assert lines[-1].endswith(f"the run ends after 3 roll-backs, with {tmp_path / 'checkpoint-2'}")
 
 
 def test_before_the_first_checkpoint_the_start_is_what_a_run_goes_back_to(tmp_path: Path) -> None:
@@ -146,11 +155,11 @@ def test_a_guarded_run_is_the_run_without_the_guard(tmp_path: Path) -> None:
 def test_without_a_checkpoint_there_is_one_clear_error(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.add_callback(Poison(trainer, "loss", step=1))
-    with pytest.raises(InputError, match="step 1: the loss is not finite; there is no checkpoint to go back to"):
+    with pytest.raises(InputError, match="step 2: the loss is not finite; there is no checkpoint to go back to"):
         trainer.train()
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     state = tmp_path / "checkpoint-2" / "trainer_state.json"
@@ -175,18 +184,47 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: p
     assert is_complete(tmp_path / "checkpoint-2")
 
 
-def test_all_processes_raise_together() -> None:
+class OtherProcess:
+    """An `Accelerator` of two processes, in the other of which something has gone wrong."""
+
+    device = torch.device("cpu")
+    is_main_process = True
+
+    def reduce(self, tensor: Tensor, how: str) -> Tensor:
+        assert how == "sum"
+        return tensor + 1.0
+
+
+def make_guard(folder: Path, accelerator: object, **options: object) -> Guard:
+    saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    return Guard(
+        AdversarialConfig(**PLAIN | saving | {"output_dir": str(folder), "use_cpu": True} | options), accelerator
+    )
+
+
+def test_all_processes_raise_together(tmp_path: Path) -> None:
     """What one process finds is counted in all of them."""
-    from midimamba.training.guard import DivergedError, Guard
+    guard = make_guard(tmp_path, OtherProcess(), max_nll_drift=0.5)
+    guard.watch("the loss", torch.ones(3))
+    with pytest.raises(DivergedError, match=r"^the loss is not finite$"):
+        guard.check_flags(guard.flags().tolist())
+    guard.check_flags([])  # a step is judged once
+    with pytest.raises(DivergedError, match=r"in another process$"):
+        guard.check_evaluation({"eval_loss": 1.0})
 
-    class Accelerator:
-        device = torch.device("cpu")
 
-        def reduce(self, tensor: Tensor, how: str) -> Tensor:
-            assert how == "sum"
-            return tensor + 1.0  # another process has found something
-
-    guard = object.__new__(Guard)
-    guard.accelerator = Accelerator()
-    with pytest.raises(DivergedError, match="the loss is not finite in another process"):
-        guard.check_finite("the loss", 1.0)
+def test_the_first_of_what_is_watched_is_reported(tmp_path: Path) -> None:
+    guard = make_guard(tmp_path, Accelerator(cpu=True))
+    broken = torch.tensor([1.0, torch.nan])
+    for what, values in (("the loss", torch.zeros(2)), ("the gradient", broken)):
+        guard.watch(what, values)
+    guard.watch_weights([torch.ones(2), broken])
+    flags = guard.flags()
+    assert flags.tolist() == [0.0, 1.0, 1.0]
+    with pytest.raises(DivergedError, match=r"^the gradient is not finite$"):
+        guard.check_flags(flags.tolist())
+    # What was watched before a roll-back says nothing about the run after it.
+    guard.watch("the loss", broken)
+    guard.roll_back()
+    guard.watch("the loss", torch.zeros(2))
+    guard.check_flags(guard.flags().tolist())

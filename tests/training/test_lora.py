@@ -129,7 +129,7 @@ def test_what_would_not_be_merged_is_refused(options: dict[str, object], message
 
 
 SMALL = {
-    "pretrain.py": {"eval_strategy": "no"},
+    "pretrain.py": {"eval_strategy": "no", "save_strategy": "no"},
     "adversarial.py": {"estimator": "terminal", "d_warmup_steps": 1, "d_filter_sizes": 2, "d_num_filters": 4},
 }
 
@@ -137,7 +137,7 @@ SMALL = {
 def run(script: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> int:
     """The exit code of a training script with adapters, in this process."""
     common = {"sequence_length": 16, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1}
-    common |= {"use_cpu": True, "use_peft": True, "save_strategy": "no", "disable_tqdm": True} | SMALL[script]
+    common |= {"use_cpu": True, "use_peft": True, "disable_tqdm": True} | SMALL[script]
     flags = [f"--{name}={value}" for name, value in (common | options).items()]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     try:

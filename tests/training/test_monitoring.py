@@ -12,9 +12,9 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation import rendering
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
-from midimamba.training.monitoring import CopyRate, peak_memory_mb, reward_by_position
+from midimamba.training.monitoring import LOGGED_SAMPLES, CopyRate, peak_memory_mb
 from support import make_discriminator, make_generator, make_score
-from trainer_support import LENGTH, make_trainer
+from trainer_support import LENGTH, PLAIN, make_trainer
 
 
 def test_the_copy_rate_is_the_share_of_ngrams_that_the_training_music_holds() -> None:
@@ -38,13 +38,11 @@ def test_no_more_ngrams_are_remembered_than_there_is_room_for(monkeypatch: pytes
     assert rate([blocks[1]["input_ids"]]) == 0.0
 
 
-def test_rewards_by_position_and_memory() -> None:
-    values = torch.arange(5.0).expand(3, -1)
-    assert reward_by_position(values) == {f"reward_at_{25 * part}": float(part) for part in (1, 2, 3, 4)}
+def test_the_peak_of_memory_is_in_megabytes() -> None:
     assert 50 < peak_memory_mb(torch.device("cpu")) < 50_000
 
 
-def test_every_log_and_every_evaluation_tells_what_is_watched(tmp_path: Path) -> None:
+def test_every_log_and_every_evaluation_has_what_is_watched(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
     trainer.train()
     logged = [log for log in trainer.state.log_history if "loss" in log]
@@ -66,22 +64,24 @@ def test_every_log_and_every_evaluation_tells_what_is_watched(tmp_path: Path) ->
 
 
 def test_the_tokens_drawn_are_counted(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1, d_warmup_steps=2, rollout_at="strided")
+    trainer = make_trainer(tmp_path, max_steps=1, d_warmup_steps=2)
     trainer.train()
     batches = 2 + 1 + 1  # warm-up, d-step, g-step
     assert trainer._num_sampled == batches * 4 * (LENGTH - 2)
     positions = (3, 5)  # two of the times 2 … 6
-    assert trainer.action_values.num_drawn == 4 * 2 * sum(LENGTH - 1 - position for position in positions)
+    assert trainer.rollouts.num_drawn == 4 * 2 * sum(LENGTH - 1 - position for position in positions)
+    assert trainer.num_drawn == trainer._num_sampled + trainer.rollouts.num_drawn
 
 
 @pytest.fixture
 def musical(tmp_path: Path, processor: MidiProcessor) -> AdversarialTrainer:
     ids = [token for seed in range(4) for token in processor.encode(make_score(seed))]
     blocks = Dataset.from_dict({"input_ids": [ids[i : i + 24] for i in range(0, len(ids) - 24, 24)]})
-    options = {"estimator": "terminal", "d_warmup_steps": 0, "num_eval_samples": 6, "num_logged_samples": 2}
+    options = {"estimator": "terminal", "d_warmup_steps": 0, "num_eval_samples": 6}
     shape = {"sequence_length": 24, "per_device_train_batch_size": 4, "max_steps": 1, "disable_tqdm": True}
-    watching = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "tensorboard", "save_strategy": "no"}
-    args = AdversarialConfig(output_dir=str(tmp_path), use_cpu=True, **options, **shape, **watching)
+    watching = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "tensorboard"}
+    folder = {"output_dir": str(tmp_path), "use_cpu": True}
+    args = AdversarialConfig(**PLAIN | folder | options | shape | watching)
     size = processor.vocab_size
     networks = (make_generator(vocab_size=size), make_discriminator(vocab_size=size))
     return AdversarialTrainer(*networks, args, blocks, blocks, BlockCollator.for_processor(processor), processor)
@@ -93,11 +93,11 @@ def test_samples_of_evaluations_are_written_and_drawn(musical: AdversarialTraine
     musical.train()
     folder = Path(musical.args.output_dir)
     written = sorted(path.name for path in (folder / "samples" / "step-1").iterdir())
-    assert written == ["0.mid", "0.png", "1.mid", "1.png"]
+    assert written == [f"{index}.{kind}" for index in range(LOGGED_SAMPLES) for kind in ("mid", "png")]
     assert (folder / "samples" / "step-1" / "0.mid").read_bytes()[:4] == b"MThd"
     (events,) = folder.rglob("events.out.tfevents.*")
     shown = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload().Tags()["images"]
-    assert {re.sub(r"/image.*", "", tag) for tag in shown} == {"samples/0", "samples/1"}
+    assert {re.sub(r"/image.*", "", tag) for tag in shown} == {f"samples/{index}" for index in range(LOGGED_SAMPLES)}
 
 
 def test_trackio_shows_them_too(musical: AdversarialTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,15 +23,12 @@ OFF: dict[str, object] = {
     "kl_target": None,
     "entropy_coef": 0.0,
     "mle_weight": 0.0,
-    "mle_weight_final": None,
     "ema_decay": 0.0,
     "rollout_momentum": 0.0,
     "d_max_accuracy": None,
-    "d_warmup_accuracy": None,
     "d_max_grad_norm": 0.0,
     "label_smoothing": 0.0,
     "r1_weight": 0.0,
-    "replay_size": 0,
     "replay_fraction": 0.0,
     "max_nll_drift": None,
     "max_self_bleu_increase": None,
@@ -51,7 +48,8 @@ def test_the_paper_has_no_stabiliser(tmp_path: Path) -> None:
     assert {name: getattr(paper, name) for name in OFF} == OFF
     assert (paper.baseline, paper.normalize_advantages, paper.ppo_epochs) == ("none", False, 1)
     assert (paper.estimator, paper.num_rollouts, paper.rollout_positions) == ("monte-carlo", 16, None)
-    assert (paper.g_steps, paper.d_steps, paper.d_epochs, paper.d_learning_rate) == (1, 5, 3, 1e-4)
+    assert (paper.d_steps, paper.d_epochs, paper.d_learning_rate) == (5, 3, 1e-4)
+    assert (paper.reward, paper.group_size, paper.prompt_length) == ("discriminator", None, 1)
 
 
 def test_the_stable_recipe_has_them_all(tmp_path: Path) -> None:
@@ -61,15 +59,25 @@ def test_the_stable_recipe_has_them_all(tmp_path: Path) -> None:
     assert stable.ppo_epochs > 1
 
 
+def test_the_stable_recipe_is_the_defaults(tmp_path: Path) -> None:
+    stable, defaults = read("stable", tmp_path), AdversarialConfig(output_dir=str(tmp_path), use_cpu=True)
+    for option in dataclasses.fields(AdversarialConfig):
+        if option.name not in ("seed", "logging_dir"):  # the latter has the time in it
+            assert getattr(stable, option.name) == getattr(defaults, option.name), option.name
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*-adversarial.yaml")), ids=lambda file: file.stem)
+def test_recipes_hold_only_known_options(file: Path, tmp_path: Path) -> None:
+    read(file.stem.removesuffix("-adversarial"), tmp_path)
+
+
 def test_an_option_is_a_stabiliser_or_not(tmp_path: Path) -> None:
     """A new option has to say here which of the two it is, so that no recipe forgets it."""
     others = {
         *("sequence_length", "prompt_length", "micro_batch_size", "num_eval_samples", "logging_nan_inf_filter"),
-        *("estimator", "num_rollouts", "rollout_positions", "rollout_batch_size", "discount", "reward"),
-        *("rollout_at", "rollout_memory_mb", "stop_at_eos", "temperature", "importance_clip"),
-        *("num_logged_samples", "max_rollbacks"),
-        *("baseline", "group_size", "baseline_decay", "normalize_advantages", "ppo_epochs"),
-        *("g_steps", "d_steps", "d_epochs", "d_warmup_steps", "d_learning_rate", "d_weight_decay"),
+        *("estimator", "num_rollouts", "rollout_positions", "rollout_memory_mb", "reward"),
+        *("baseline", "group_size", "normalize_advantages", "ppo_epochs"),
+        *("d_steps", "d_epochs", "d_warmup_steps", "d_learning_rate"),
     }
     inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
     options = {option.name for option in dataclasses.fields(AdversarialConfig)}

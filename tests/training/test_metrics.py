@@ -1,0 +1,90 @@
+"""Figures between two logs: their averages, and that they are fetched together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from midimamba.training.metrics import Metrics, weighted_mean
+from trainer_support import ALL_STABILISERS, LENGTH, make_blocks, make_trainer
+
+
+def test_averages_are_weighted_and_the_largest_is_kept() -> None:
+    metrics = Metrics()
+    metrics.add({"loss": torch.tensor(1.0), "ratio_max": torch.tensor(5.0), "rate": 2.0}, weight=3.0)
+    metrics.add({"loss": torch.tensor(5.0), "ratio_max": torch.tensor(-7.0)})
+    expected = {"loss": 2.0, "ratio_max": 5.0, "rate": 2.0}
+    assert metrics.averages() == expected
+    assert metrics.averages() == expected  # asking changes nothing
+    metrics.add({"loss": 8.0, "ratio_max": 9.0})
+    assert metrics.averages() == {"loss": 3.2, "ratio_max": 9.0, "rate": 2.0}
+    metrics.add({"loss": torch.tensor(1.0)})
+    metrics.clear()
+    assert metrics.averages() == {}
+
+
+def test_a_largest_figure_may_be_negative() -> None:
+    metrics = Metrics()
+    metrics.add({"log_ratio_max": torch.tensor(-3.0)})
+    metrics.add({"log_ratio_max": -2.0})
+    assert metrics.averages() == {"log_ratio_max": -2.0}
+    parts = [({"log_ratio_max": torch.tensor(value)}, 0.5) for value in (-3.0, -2.0)]
+    assert weighted_mean(parts)["log_ratio_max"] == -2.0
+
+
+def test_parts_count_by_their_share_and_those_without_a_figure_do_not() -> None:
+    parts = [({"a": torch.tensor(1.0)}, 0.75), ({"a": torch.tensor(5.0), "b": torch.tensor(4.0)}, 0.25)]
+    assert weighted_mean(parts) == {"a": torch.tensor(2.0), "b": torch.tensor(4.0)}
+
+
+def test_all_figures_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    for value in range(3):
+        metrics.add({"a": torch.tensor(float(value)), "b_max": torch.tensor(float(value))})
+    calls: list[torch.Size] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (calls.append(tensor.shape), tolist(tensor))[1])
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("one figure was fetched alone"))
+    assert metrics.fetch(torch.tensor(7), torch.tensor(True)) == [7.0, 1.0]
+    assert calls == [(8,)]
+    assert metrics.fetch() == []
+    assert metrics.averages() == {"a": 1.0, "b_max": 2.0}
+    assert calls == [(8,)]
+
+
+def test_figures_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    """Four sequences in micro-batches of three are one of three and one of one: their means have to be weighted."""
+    averages = []
+    blocks = torch.randint(3, 11, (4, LENGTH))  # each a part of one piece: all have the same number of targets
+    for size in (3, 4):
+        options = ALL_STABILISERS | {"estimator": "terminal", "replay_fraction": 0.0, "learning_rate": 1e-3}
+        trainer = make_trainer(tmp_path, micro_batch_size=size, **options)
+        trainer.create_optimizer()
+        # Dropout would draw other numbers for other micro-batches.
+        for module in trainer.discriminator.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        torch.manual_seed(0)
+        trainer._train_discriminator()
+        trainer._train_generator(trainer.model, blocks)
+        averages.append(trainer.metrics.averages())
+    assert averages[0].keys() == averages[1].keys()
+    expected = {"policy_loss", "entropy", "kl", "mle_loss", "policy_ratio_max", "clip_fraction", "approx_kl", "d_r1"}
+    assert expected <= averages[0].keys()
+    assert averages[0] == pytest.approx(averages[1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mamba"])
+def test_a_generators_step_waits_for_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Figures are fetched at the end of a step. In between only the positions of roll-outs are needed as numbers."""
+    options = {"r1_weight": 0.0} if kind == "mamba" else {}
+    trainer = make_trainer(tmp_path, kind, **ALL_STABILISERS | options)
+    trainer.create_optimizer()
+    blocks = torch.tensor(make_blocks(4)["input_ids"])
+    fetched: list[torch.dtype] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a figure was fetched within the step"))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: pytest.fail("a figure was fetched within the step"))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (fetched.append(tensor.dtype), tolist(tensor))[1])
+    trainer._train_generator(trainer.model, blocks)
+    assert set(fetched) <= {torch.int64, torch.bool}
