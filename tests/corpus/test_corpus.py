@@ -83,7 +83,7 @@ def test_adding_files_moves_no_piece(midi_folder: MidiFolder, tmp_path: Path) ->
     assert splits_of(tmp_path / "other") != after
 
 
-def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, tmp_path: Path) -> None:
+def test_bad_files_are_quarantined_and_the_run_continues(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(5)
     (folder / "empty.mid").touch()
     (folder / "archive.tgz").write_bytes(b"no archive")
@@ -324,7 +324,7 @@ def test_a_rerun_reads_what_is_new_and_gives_what_a_fresh_run_gives(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers must inherit the patched reader")
-def test_an_interrupted_run_goes_on_where_it_stopped(
+def test_an_interrupted_run_continues_where_it_stopped(
     midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_COMMIT_EVERY", 1)
@@ -419,8 +419,8 @@ def test_what_is_not_there_is_refused(options: dict[str, Any], midi_folder: Midi
     assert [path.name for path in tmp_path.iterdir()] == ["music"]
 
 
-def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no tokenized corpus"):
+def test_a_folder_that_is_not_a_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a tokenized corpus"):
         load_corpus(tmp_path)
 
 

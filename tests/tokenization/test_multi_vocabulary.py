@@ -1,4 +1,4 @@
-"""CPWord, Octuple and MuMIDI, which write a row of ids a step: from a file to a corpus and back."""
+"""CPWord, Octuple and MuMIDI, which write a row of ids per step: from a file to a corpus and back."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def width(processor: MidiProcessor) -> int:
 
 
 def bars_of(count: int) -> ScoreTick:
-    """A note at the begin of every bar of 4/4."""
+    """A note at the start of every bar of 4/4."""
     score = Score(480)
     score.tracks.append(Track(notes=[Note(bar * 1920, 480, 60, 64) for bar in range(count)]))
     return score
@@ -70,7 +70,7 @@ def velocities(score: ScoreTick) -> list[tuple[float, int, int]]:
     )
 
 
-def test_every_tokenization_writes_either_one_id_or_a_row_a_step() -> None:
+def test_every_tokenization_writes_one_id_or_a_row_per_step() -> None:
     assert set(ONE_STREAM) | set(MULTI_VOCABULARY) == set(TOKENIZATIONS)
     for name in TOKENIZATIONS:
         assert build_tokenizer(name).is_multi_voc == (name in MULTI_VOCABULARY)
@@ -117,7 +117,7 @@ def test_only_cpword_keeps_meters(scores) -> None:
             assert meters == (given if name == "CPWord" else [(4, 4)])
 
 
-def test_meters_that_begin_in_empty_bars_shift_nothing(processor: MidiProcessor, notes: Notes) -> None:
+def test_meters_that_start_in_empty_bars_shift_nothing(processor: MidiProcessor, notes: Notes) -> None:
     score = bars_of(1)
     score.time_signatures.extend([TimeSignature(0, 4, 4), TimeSignature(1920, 3, 4), TimeSignature(4800, 6, 8)])
     score.tempos.extend([Tempo(0, 120.0), Tempo(1920, 60.0)])
@@ -173,7 +173,7 @@ def test_lists_arrays_and_tensors_of_one_sequence_are_decoded(processor: MidiPro
             processor.decode(given)
 
 
-def test_rows_that_are_no_music_are_refused(processor: MidiProcessor) -> None:
+def test_rows_that_are_not_music_are_refused(processor: MidiProcessor) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor(processor.vocab_size)
     refused = 0
@@ -204,22 +204,22 @@ def test_a_list_is_padded_with_rows_on_the_left(processor: MidiProcessor, random
     assert one["attention_mask"].tolist() == [processor(pieces[0])["attention_mask"]] == [[1] * len(short)]
 
 
-def test_what_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_anything_that_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, scores, tmp_path: Path) -> None:
     tokenizer, name = processor.midi_tokenizer, type(processor.midi_tokenizer).__name__
-    with pytest.raises(InputError, match=f"{name} can have no subword model"):
+    with pytest.raises(InputError, match=f"{name} cannot have a subword model"):
         train_tokenizer(tokenizer, scores, 5000)
-    with pytest.raises(InputError, match=f"{name} can have no subword model"):
+    with pytest.raises(InputError, match=f"{name} cannot have a subword model"):
         train_on_ids(tokenizer, [], 5000)
     with pytest.raises(InputError, match=f"{name} has no text form"):
         fast_tokenizer(tokenizer)
-    with pytest.raises(InputError, match=f"{name} can have no control tokens: choose one of REMI"):
+    with pytest.raises(InputError, match=f"{name} cannot have control tokens: choose one of REMI"):
         build_tokenizer(name, controls=[control_token("key", "C-major")])
     with pytest.raises(InputError, match="no control tokens"):
         processor.encode(scores[0], controls={"key": "C-major"})
     with pytest.raises(InputError, match=f"not {name}"):
         processor.grammar()
     for wishes in ({"controls": ["key"]}, {"labels": ["composer"]}):
-        with pytest.raises(InputError, match=f"{name} can have no control tokens"):
+        with pytest.raises(InputError, match=f"{name} cannot have control tokens"):
             tokenize_corpus(str(tmp_path), tmp_path / "out", CorpusOptions(tokenization=name, **wishes))
 
 

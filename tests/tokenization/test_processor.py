@@ -82,7 +82,7 @@ def controlled(request: pytest.FixtureRequest, scores) -> MidiProcessor:
     return MidiProcessor(tokenizer)
 
 
-def test_controls_come_between_begin_and_music_in_the_vocabularys_order(controlled: MidiProcessor, scores) -> None:
+def test_controls_come_between_bos_and_music_in_the_order_of_the_vocabulary(controlled: MidiProcessor, scores) -> None:
     assert controlled.controls == {
         "instruments": ["violin", "drums"],
         "key": ["C-major"],
@@ -98,7 +98,7 @@ def test_controls_come_between_begin_and_music_in_the_vocabularys_order(controll
     assert [row[row != 0][:2].tolist() for row in batch["input_ids"]] == [[1, 5], [1, 5]]
 
 
-def test_music_may_be_asked_for_from_nothing(controlled: MidiProcessor) -> None:
+def test_music_may_be_requested_from_scratch(controlled: MidiProcessor) -> None:
     assert controlled()["input_ids"] == controlled.encode(None) == [1]
     inputs = controlled(controls={"instruments": "drums"}, return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[1, 4]]
@@ -243,7 +243,7 @@ def test_auto_processor_needs_no_midimamba(model: str | None, scores, notes, tmp
     assert notes(read_score(tmp_path / "decoded.mid")) == notes(scores[0])
 
 
-def test_where_midimamba_is_there_no_remote_code_runs(processor: MidiProcessor, tmp_path: Path) -> None:
+def test_no_remote_code_runs_where_midimamba_is_installed(processor: MidiProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     for module in CODE:
         (tmp_path / module).write_text("raise AssertionError('remote code was run')")
@@ -275,6 +275,6 @@ def test_a_repository_on_the_hub_is_read_through_its_cache(processor: MidiProces
     assert loaded.encode(scores[0]) == processor.encode(scores[0])
 
 
-def test_a_folder_that_is_no_processor_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no MIDI model"):
         MidiProcessor.from_pretrained(tmp_path)
