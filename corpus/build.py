@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import CHORALES, MANIFEST
+from midimamba.corpus.sources import CHORALES, MANIFEST, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
 from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole
@@ -171,7 +171,11 @@ def _reading_store(out: Path) -> Path:
 def _reader(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
     """A digest of everything that reading depends on, apart from the files."""
     packages = ["midimamba", "miditok", "symusic", *(["music21"] if source == CHORALES else [])]
-    return _digest([tokenizer.to_dict(), bool(options.controls), _versions(packages)])
+    try:
+        versions = _versions(packages)
+    except PackageNotFoundError as error:
+        raise InputError(NO_MUSIC21) from error  # of the four, the only one that may be missing
+    return _digest([tokenizer.to_dict(), bool(options.controls), versions])
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

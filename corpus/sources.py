@@ -29,6 +29,7 @@ from midimamba.tokenization.ingest import (
 
 CHORALES = "chorales"
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+NO_MUSIC21 = 'the chorales come with music21: pip install "midimamba[demo]"'
 MANIFEST = "manifest.csv"
 # Name, size and place of a member, the last as in `Entry`.
 _Member = tuple[str, int, int | str]
@@ -306,7 +307,7 @@ def _find_chorales() -> Iterator[Entry]:
         with redirect_stderr(io.StringIO()):  # music21 comments on other packages that one might install
             from music21 import corpus
     except ImportError as error:
-        raise InputError('the chorales come with music21: pip install "midimamba[demo]"') from error
+        raise InputError(NO_MUSIC21) from error
     # Three more are Humdrum encodings (.krn) of chorales that are also there as MusicXML; one of them does not parse.
     paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in _MUSICXML_SUFFIXES]
     for path in paths:
