@@ -1,4 +1,4 @@
-"""Training pieces anew every epoch: in other keys, louder, longer or faster, and with some of their controls."""
+"""Training pieces that change every epoch: other keys, louder, longer or faster, with some of their controls."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,39 +17,49 @@ from midimamba.tokenization.processor import MidiProcessor
 @dataclass(frozen=True)
 class Augmentation:
     """
-    How far a piece may be changed. Each piece draws one value of each kind an epoch; 0 leaves it as it is.
+    How far a piece may be changed. Each piece draws one value of each kind per epoch; 0 leaves it as it is.
 
     Args:
-        transpose (`int`, *optional*, defaults to 0): up or down by so many semitones at most, as far as all its notes
-            stay within MIDI's 128 pitches. Drums keep theirs.
-        velocity_shift (`int`, *optional*, defaults to 0): all velocities up or down by so much at most.
-        duration_stretch (`float`, *optional*, defaults to 0.0): all durations longer or shorter by this share at most.
-        tempo_stretch (`float`, *optional*, defaults to 0.0): all tempos faster or slower by this share at most.
+        transpose (`int`, *optional*, defaults to 0): up or down by at most this many semitones, as far as all notes
+            stay within MIDI's 128 pitches. Drums keep their pitches.
+        velocity_shift (`int`, *optional*, defaults to 0): all velocities up or down by at most this much.
+        duration_stretch (`float`, *optional*, defaults to 0.0): all durations longer or shorter by at most this
+            fraction.
+        tempo_stretch (`float`, *optional*, defaults to 0.0): all tempos faster or slower by at most this fraction.
         control_dropout (`float`, *optional*, defaults to 0.3): with this probability a piece loses all its control
-            tokens, and else each of them, so that the model can do with any of them and with none.
+            tokens; otherwise it loses each one with this probability. So the model copes with any of them, and with
+            none.
     """
 
-    transpose: int = field(default=0, metadata={"help": "Augmentation: transpose by so many semitones at most."})
-    velocity_shift: int = field(default=0, metadata={"help": "Augmentation: shift velocities by so much at most."})
-    duration_stretch: float = field(default=0.0, metadata={"help": "Augmentation: stretch durations by this share."})
-    tempo_stretch: float = field(default=0.0, metadata={"help": "Augmentation: stretch tempos by this share."})
+    transpose: int = field(default=0, metadata={"help": "Augmentation: transpose by at most this many semitones."})
+    velocity_shift: int = field(default=0, metadata={"help": "Augmentation: shift velocities by at most this much."})
+    duration_stretch: float = field(
+        default=0.0, metadata={"help": "Augmentation: stretch durations by at most this fraction."}
+    )
+    tempo_stretch: float = field(
+        default=0.0, metadata={"help": "Augmentation: stretch tempos by at most this fraction."}
+    )
 
-    control_dropout: float = field(default=0.3, metadata={"help": "Leave out control tokens this often."})
+    control_dropout: float = field(
+        default=0.3, metadata={"help": "Augmentation: probability of leaving out control tokens."}
+    )
 
     def __post_init__(self) -> None:
         stretches = (self.duration_stretch, self.tempo_stretch)
         if min(self.transpose, self.velocity_shift, self.control_dropout, *stretches) < 0 or max(stretches) >= 1:
-            raise InputError(f"{self} cannot be: no value is negative, and a stretch is less than 1")
+            raise InputError(f"{self} is impossible: choose values that are not negative, and stretches below 1")
         if self.control_dropout > 1:
-            raise InputError(f"control_dropout {self.control_dropout} is no probability: it is between 0 and 1")
+            raise InputError(
+                f"control_dropout {self.control_dropout} is not a probability: choose one between 0 and 1"
+            )
 
     @property
     def changes_music(self) -> bool:
-        """Whether pieces are played differently at all."""
+        """Whether the music itself is changed at all."""
         return any((self.transpose, self.velocity_shift, self.duration_stretch, self.tempo_stretch))
 
     def keep_controls(self, controls: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Those of a piece's control tokens that are not dropped, by draws from `random`."""
+        """The control tokens of a piece that are not dropped, by draws from `random`."""
         drawn = random.uniform(size=1 + len(controls))
         kept = (drawn[0] >= self.control_dropout) & (drawn[1:] >= self.control_dropout)
         return controls[kept]
@@ -64,7 +74,7 @@ class Augmentation:
         for track in score.tracks:
             notes = track.notes.numpy()
             pitches = notes["pitch"] + (0 if track.is_drum else shift)
-            velocities = (notes["velocity"].astype(int) + louder).clip(1, 127)  # 0 would be the end of a note
+            velocities = (notes["velocity"].astype(int) + louder).clip(1, 127)  # 0 would end the note
             durations = (notes["duration"] * longer).round().clip(1)
             track.notes = type(track.notes).from_numpy(
                 notes["time"], durations.astype(np.int32), pitches.astype(np.int8), velocities.astype(np.int8)
@@ -84,16 +94,16 @@ class Augmentation:
 
 class EpochBlocks(TorchDataset[dict[str, Any]]):
     """
-    Blocks of a split whose pieces are changed anew every epoch, in another order, and then packed.
+    Blocks of a split whose pieces are changed and shuffled again in every epoch, and then packed.
 
-    Controls that are computed from the music are those of the changed music. What an epoch holds depends on `seed` and
-    the epoch alone, so a resumed run reads what the interrupted one would have. The number of blocks stays that of
-    the pieces as they are. All pieces are in memory.
+    Computed controls are those of the changed music. What an epoch holds depends only on `seed` and the epoch, so a
+    resumed run reads what the interrupted one would have read. The number of blocks is that of the unchanged pieces.
+    All pieces are in memory.
 
     Args:
-        split (`datasets.Dataset`): the training split of a corpus, one piece a row. Never give it another split.
-        processor (`MidiProcessor`): the corpus's.
-        block_size (`int`): tokens a block.
+        split (`datasets.Dataset`): the training split of a corpus, one piece per row. Never give it another split.
+        processor (`MidiProcessor`): of the corpus.
+        block_size (`int`): tokens per block.
         augmentation (`Augmentation`): what to change.
         seed (`int`, *optional*, defaults to 0): of all draws.
     """
@@ -114,14 +124,14 @@ class EpochBlocks(TorchDataset[dict[str, Any]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the blocks of an epoch; the data loader calls it."""
+        """Make the blocks of an epoch. The data loader calls this."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
         ids = np.concatenate([self._piece(int(index), epoch) for index in order])
-        # Changed pieces may have more tokens; should an epoch have fewer blocks than `num_blocks`, it repeats.
+        # Changed pieces may have more tokens or fewer. An epoch with fewer blocks than `num_blocks` repeats them.
         self.blocks = ids[: len(ids) // self.block_size * self.block_size].reshape(-1, self.block_size)
 
     def _piece(self, index: int, epoch: int) -> np.ndarray:
-        """The ids of a piece in an epoch: begin, controls, music, end."""
+        """The ids of a piece in an epoch: BOS, controls, music, EOS."""
         random = np.random.default_rng([self.seed, epoch, index])
         is_control = np.isin(self.pieces[index], self._controls)
         controls, rest = self.pieces[index][is_control], self.pieces[index][~is_control]
@@ -133,7 +143,7 @@ class EpochBlocks(TorchDataset[dict[str, Any]]):
         return np.concatenate([rest[:1], self.augmentation.keep_controls(controls, random), rest[1:]])
 
     def _controls_of(self, changed: ScoreTick, before: np.ndarray) -> np.ndarray:
-        """The labels that the piece had, and the computed controls of the changed music that have a token."""
+        """The labels that the piece had, and those computed controls of the changed music that have a token."""
         known = self.processor.controls
         computed = {
             name: [v for v in values if v in known[name]]
@@ -153,5 +163,5 @@ class EpochBlocks(TorchDataset[dict[str, Any]]):
 
 
 def _labels_of(controls: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The controls that no music tells."""
+    """The controls that cannot be computed from the music."""
     return {name: values for name, values in controls.items() if name not in CONTROLS}

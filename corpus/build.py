@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import CHORALES, MANIFEST
+from midimamba.corpus.sources import CHORALES, MANIFEST, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
 from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole
@@ -39,9 +39,9 @@ from midimamba.tokenization.tokenizer import (
     train_on_ids,
 )
 
-# Beside the data set: what reading made of every file, for the next run.
+# Beside the data set: the result of reading every file, for the next run.
 STORE_FILE = "pieces.sqlite"
-# A label with more values says what piece it is, not of what kind.
+# A label with more values says which piece it is, not what kind.
 MAX_LABEL_VALUES = 1_000
 
 
@@ -126,7 +126,9 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     """The tokenizer that files are read with. Options that make no sense are refused here, before any work."""
     valid, test = options.valid_fraction, options.test_fraction
     if min(valid, test) < 0 or valid + test >= 1:
-        raise InputError(f"validation and test fractions {valid} and {test} leave nothing to train on")
+        raise InputError(
+            f"validation and test fractions {valid} and {test} leave nothing to train on: choose smaller ones"
+        )
     if unknown := [name for name in options.controls if name not in CONTROLS]:
         raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
     if options.tokenizer is not None:
@@ -134,7 +136,7 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     tokenizer = build_tokenizer(options.tokenization, **options.tokenizer_options)
     if tokenizer.is_multi_voc:
         if options.controls or options.labels:
-            raise InputError(f"{options.tokenization} can have no control tokens: leave out controls and labels")
+            raise InputError(f"{options.tokenization} cannot have control tokens: leave out controls and labels")
         return tokenizer
     check_subword_model(options.subword_model)
     if options.vocab_size is not None:
@@ -143,7 +145,7 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
 
 
 def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of the corpus that is at `out`, if it was made with the same arguments from perhaps other files."""
+    """The report of the corpus at `out`, if it was made with the same arguments, perhaps from other files."""
     if not is_taken(out):
         return None
     try:
@@ -157,7 +159,7 @@ def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _reading_store(out: Path) -> Path:
-    """Where this run keeps what it reads: it goes on from an interrupted run, or from the corpus that is there."""
+    """Where this run keeps what it reads. It continues from an interrupted run, or from the corpus that is there."""
     path = out.with_name(f".{out.name}.{STORE_FILE}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() and (out / STORE_FILE).exists():
@@ -169,7 +171,11 @@ def _reading_store(out: Path) -> Path:
 def _reader(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
     """A digest of everything that reading depends on, apart from the files."""
     packages = ["midimamba", "miditok", "symusic", *(["music21"] if source == CHORALES else [])]
-    return _digest([tokenizer.to_dict(), bool(options.controls), _versions(packages)])
+    try:
+        versions = _versions(packages)
+    except PackageNotFoundError as error:
+        raise InputError(NO_MUSIC21) from error  # of the four, the only one that may be missing
+    return _digest([tokenizer.to_dict(), bool(options.controls), versions])
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
@@ -189,15 +195,15 @@ def _save(
     if not counts["pieces"]:
         first = next(store.refusals(), None)
         why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"
-        raise InputError(f"no file of {arguments['source']} can be used; {why}")
+        raise InputError(f"no file of {arguments['source']} can be used: {why}")
     if not counts["train"]:
-        raise InputError(f"the {MANIFEST} leaves no usable piece to train on")
+        raise InputError(f"the {MANIFEST} leaves no usable piece to train on: give some file the split train")
     tokenizer = base if options.tokenizer else _train(store, options)
     processor = MidiProcessor(tokenizer)
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
         dataset = DatasetDict({split: _encode(folder, split, store, processor, shift, progress) for split in SPLITS})
-        # `datasets` 5.2 writes no file for an empty split unless told how many, and then cannot load it.
+        # `datasets` 5.2 writes no file for an empty split unless `num_shards` is set, and then cannot load it.
         dataset.save_to_disk(str(folder), num_shards={split: None if len(dataset[split]) else 1 for split in SPLITS})
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     processor.save_pretrained(folder / "tokenizer")
@@ -219,11 +225,14 @@ def _save(
 
 
 def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
-    """The tokenizer of the corpus: with the control tokens that the train split has, and its subword model."""
+    """The tokenizer of the corpus, with the control tokens that occur in the train split, and a subword model."""
     values = store.control_values([*options.controls, *options.labels])
     for name in options.labels:
         if len(values[name]) > MAX_LABEL_VALUES:
-            raise InputError(f"label {name!r} has {len(values[name]):,} values; the limit is {MAX_LABEL_VALUES:,}")
+            raise InputError(
+                f"label {name!r} has {len(values[name]):,} values; the limit is {MAX_LABEL_VALUES:,}: "
+                "leave it out of --labels"
+            )
     tokens = list(dict.fromkeys(control_token(name, value) for name in values for value in values[name]))
     tokenizer = build_tokenizer(options.tokenization, controls=tokens, **options.tokenizer_options)
     if options.vocab_size is not None:
@@ -234,7 +243,7 @@ def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
 
 
 def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
-    """The first pieces that hold `count` ids together, or all."""
+    """As many of the first pieces as hold `count` ids together, or all."""
     total = 0
 
     def more(piece: np.ndarray) -> bool:
@@ -275,7 +284,7 @@ def _encode(
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Without the progress bars of `datasets`: one is enough."""
+    """Turn off the progress bars of `datasets`: one bar is enough."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -298,14 +307,14 @@ def _features(processor: MidiProcessor) -> Features:
 
 
 def _with_ends(piece: StoredPiece, processor: MidiProcessor, shift: int) -> np.ndarray:
-    """The ids of a row: start, controls, music, end."""
+    """The ids of a row: BOS, controls, music, EOS."""
     tokenizer = processor.midi_tokenizer
     if tokenizer.is_multi_voc:
         return np.pad(
             piece.ids, ((1, 1), (0, 0)), constant_values=((processor.bos_token_id, processor.eos_token_id), (0, 0))
         )
     music = merge_ids(tokenizer, (piece.ids + shift).tolist())
-    # A value that the train split does not have has no token: the model could not have learned it.
+    # A value that is missing in the train split has no token: the model could not have learned it.
     tokens = sorted(tokenizer.vocab[token] for token in piece.control_tokens if token in tokenizer.vocab)
     return np.array([processor.bos_token_id, *tokens, *music, processor.eos_token_id], dtype=np.int32)
 

@@ -1,4 +1,4 @@
-"""MIDI in data sets: a column of bytes, on the Hub or on the disk, as `datasets` reads them."""
+"""MIDI files in data sets: a column of bytes, on the Hub or on the disk, as `datasets` reads it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ class DataSetFiles:
             raise InputError(f"the data set {source} has no column {missing[0]!r}; there are {', '.join(first)}")
 
     def __len__(self) -> int:
-        """The number of rows, 0 if it is not known."""
+        """The number of rows, or 0 if it is unknown."""
         infos = [rows.info.splits[name].num_examples for name, rows in self._splits.items() if rows.info.splits]
         if all(isinstance(rows, Dataset) for rows in self._splits.values()):
             infos = [rows.num_rows for rows in self._splits.values()]
@@ -89,7 +89,7 @@ class DataSetFiles:
         return holding[0]
 
     def _split_of(self, split: str, row: Mapping[str, Any]) -> str | None:
-        """What a column `split` says, else the data set's own split if it has several; `None` leaves it to a hash."""
+        """What a column `split` says, or the data set's own split if it has several; `None` leaves it to a hash."""
         given = row.get("split")
         try:
             if isinstance(given, str):

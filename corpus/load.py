@@ -15,16 +15,16 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_corpus(name: str | Path) -> tuple[DatasetDict, MidiProcessor]:
-    """Read what [`tokenize_corpus`] wrote, from a folder or a data set repository on the Hub.
+    """Read what [`~midimamba.corpus.build.tokenize_corpus`] wrote, from a folder or a data set repository on the Hub.
 
     Raises:
-        InputError: if `name` is no such corpus.
+        InputError: if `name` isn't such a corpus.
     """
     folder = Path(name)
     if not folder.exists() and is_data_set(str(name)):
         folder = _download(str(name))
     if not (folder / "corpus.json").is_file():
-        raise InputError(f"{name} is no tokenized corpus: make one with `midimamba tokenize SOURCE --out {name}`")
+        raise InputError(f"{name} is not a tokenized corpus: make one with `midimamba tokenize SOURCE --out {name}`")
     processor = MidiProcessor.from_pretrained(folder / "tokenizer")
     if (folder / "dataset_dict.json").is_file():
         return DatasetDict.load_from_disk(str(folder)), processor

@@ -1,4 +1,4 @@
-"""Pieces to blocks of equal length, and blocks to batches in which no piece sees the one before it."""
+"""Pieces to blocks of equal length, and blocks to batches in which a piece never sees the one before it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ IGNORED = -100  # the label that the losses of transformers and torch leave out
 
 class PackedBlocks(TorchDataset[dict[str, Any]]):
     """
-    The pieces of a split, one after the other, cut into blocks.
+    The pieces of a split, one after another, cut into blocks.
 
-    A piece begins with the begin-of-sequence id, which marks the boundary; the ids are read from the disk when a block
-    is asked for. Only the ids after the last whole block are lost.
+    A piece starts with the begin-of-sequence id, which marks the boundary. The ids are read from the disk when a block
+    is requested. Only the ids after the last whole block are lost.
 
     Args:
-        split (`datasets.Dataset`): with a column `input_ids` of one piece a row.
-        block_size (`int`): ids a block.
+        split (`datasets.Dataset`): with a column `input_ids`, one piece per row.
+        block_size (`int`): ids per block.
 
     Raises:
         InputError: if the pieces hold fewer than `block_size` ids.
@@ -53,7 +53,7 @@ class PackedBlocks(TorchDataset[dict[str, Any]]):
         return {"input_ids": self._slice(start, start + self.block_size).tolist()}
 
     def _slice(self, start: int, end: int) -> np.ndarray:
-        """Ids `start … end - 1` of all, which may lie in several chunks."""
+        """Ids `start … end - 1` of the whole split, which may lie in several chunks."""
         parts = []
         chunk = int(np.searchsorted(self._ends, start, side="right"))
         while start < end:
@@ -81,9 +81,9 @@ class BlockCollator:
     Collates blocks of packed pieces.
 
     Args:
-        bos_token_id (`int`, *optional*): the id with which a piece begins. Without one, a block is a single piece.
-        control_ids (`tuple[int]`, *optional*): control tokens. What a user asks for is no music to predict.
-        carry_state (`bool`, *optional*, defaults to `False`): whether the state runs on from one piece into the next.
+        bos_token_id (`int`, *optional*): the id with which a piece starts. Without one, each block is a single piece.
+        control_ids (`tuple[int]`, *optional*): control tokens. What a user requests is not music to predict.
+        carry_state (`bool`, *optional*, defaults to `False`): whether the state carries over from piece to piece.
     """
 
     bos_token_id: int | None = None
@@ -92,7 +92,7 @@ class BlockCollator:
 
     @classmethod
     def for_processor(cls, processor: MidiProcessor, carry_state: bool = False) -> Self:
-        """The collator of a corpus that was made with `processor`."""
+        """The collator for a corpus that was made with `processor`."""
         vocab = processor.midi_tokenizer.vocab
         controls = tuple(vocab[token] for token in processor.midi_tokenizer.special_tokens if is_control(token))
         return cls(processor.bos_token_id, controls, carry_state)
@@ -105,11 +105,12 @@ class BlockCollator:
         """What a model needs to learn from ids of shape `(batch, time)`: `input_ids`, `labels`, and `seq_idx`, the
         number of the piece that each token belongs to.
 
-        That a piece begins is no music, and what went before it is not to be seen: its first token is no target.
+        The first token of a piece isn't a target: that a piece starts is not music, and it must not see what came
+        before.
         """
-        begins = torch.zeros_like(input_ids, dtype=torch.bool)
+        starts = torch.zeros_like(input_ids, dtype=torch.bool)
         if self.bos_token_id is not None:
-            begins = input_ids == self.bos_token_id
+            starts = input_ids == self.bos_token_id
         is_control = torch.isin(input_ids, input_ids.new_tensor(self.control_ids))
-        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(begins | is_control, IGNORED)}
-        return batch if self.carry_state else {**batch, "seq_idx": begins.cumsum(1)}
+        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(starts | is_control, IGNORED)}
+        return batch if self.carry_state else {**batch, "seq_idx": starts.cumsum(1)}

@@ -26,9 +26,10 @@ from midimamba.tokenization.controls import describe
 from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi
 from midimamba.tokenization.tokenizer import base_ids
 
-# What a file goes through in a worker; a refusal names the one that it did not pass.
+# The stages of a file in a worker; a refusal names the one that it did not pass.
 STAGES = ("read", "check", "tokenize")
-# music21 takes 0.4 seconds for a usual chorale and 4 for the longest. These files are known: the bound is for a hang.
+# music21 takes 0.4 seconds for a usual chorale and 4 for the longest. These files are known to be good,
+# so the bound is only against a hang.
 _MUSICXML_SECONDS = 60.0
 
 _Content = bytes | MidiRefusedError
@@ -97,7 +98,7 @@ def _list_rows(rows: Iterable[tuple[Entry, Label, _Content]], store: PieceStore)
 def _new_files(
     files: Iterable[tuple[Entry, _Content]], store: PieceStore, underway: set[str], progress: "tqdm[Any]"
 ) -> Iterator[tuple[str, bytes | Path]]:
-    """What workers have to read, under the SHA-256 of its bytes; the store is told of every file."""
+    """What workers have to read, under the SHA-256 of its bytes. Every file is entered in the store."""
     for entry, content in files:
         if isinstance(content, MidiRefusedError):
             store.add_refusal(Refusal(entry.name, None, "read", content.reason))
@@ -130,9 +131,9 @@ def _read(tokenizer: MusicTokenizer, with_controls: bool, content: bytes | Path,
     except MidiRefusedError as error:
         return Refused(error.reason, stage)
     except MemoryError:
-        raise  # the bound of this process: it is to be replaced
+        raise  # the memory bound of this process, which is then replaced
     except Exception as error:
-        # Third-party parsers on arbitrary files: whatever they trip over concerns this file, not the run.
+        # Third-party parsers on arbitrary files: whatever they raise concerns this file, not the run.
         return Refused(f"{type(error).__name__}: {error}", stage)
 
 

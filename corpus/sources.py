@@ -1,7 +1,7 @@
 """Where MIDI files come from: a folder, an archive, a folder with archives in it, or the chorales of music21.
 
-Archives are read as they are. Nothing is unpacked to the disk, so the names of members are only names, whatever they
-claim.
+Archives are read as they are. Nothing is unpacked to the disk, so the names of members are only names, whatever path
+they claim.
 """
 
 import csv
@@ -29,13 +29,14 @@ from midimamba.tokenization.ingest import (
 
 CHORALES = "chorales"
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+NO_MUSIC21 = 'the chorales come with music21: pip install "midimamba[demo]"'
 MANIFEST = "manifest.csv"
 # Name, size and place of a member, the last as in `Entry`.
 _Member = tuple[str, int, int | str]
 # What a manifest may call the splits.
 _SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
-# Of music21's Bach entries, the only one that is no chorale: a prelude for keyboard.
-_NO_CHORALE = "bwv846"
+# The only one of music21's Bach entries that isn't a chorale: a prelude for keyboard.
+_NOT_A_CHORALE = "bwv846"
 _MUSICXML_SUFFIXES = (".mxl", ".xml")
 
 
@@ -88,7 +89,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Label:
-    """What a manifest says of a file.
+    """What a manifest says about a file.
 
     Args:
         name (`str`):
@@ -96,7 +97,7 @@ class Label:
         split (`str`, *optional*):
             `"train"`, `"validation"` or `"test"`.
         labels (`dict[str, str]`):
-            Values of the columns that were asked for.
+            Values of the requested columns.
     """
 
     name: str
@@ -105,7 +106,7 @@ class Label:
 
 
 def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Refusal | Label]:
-    """The MIDI files of a source in any order, its broken archives, and what its manifests say of files.
+    """The MIDI files of a source in any order, its broken archives, and what its manifests say about files.
 
     Args:
         source (`str`):
@@ -114,7 +115,7 @@ def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Re
             Columns of manifests to read as labels.
 
     Raises:
-        InputError: if it is none of these, a broken archive, or a manifest of it makes no sense.
+        InputError: if it isn't one of these, is a broken archive, or has a manifest that makes no sense.
     """
     if source == CHORALES:
         yield from _find_chorales()
@@ -153,8 +154,8 @@ def _list_files(source: str) -> Iterator[Entry | Refusal]:
         return
     if not (path.is_file() and _is_archive(path)):
         raise InputError(
-            f"{source} is no folder, no archive ({', '.join(ARCHIVE_SUFFIXES)}) and no data set on the Hub "
-            f"(owner/name): give one with MIDI files, or the word {CHORALES}"
+            f"{source} is not a folder, an archive ({', '.join(ARCHIVE_SUFFIXES)}) or a data set on the Hub "
+            f"(owner/name): name one with MIDI files, or write {CHORALES}"
         )
     try:
         yield from _list_archive(path, path.name)
@@ -187,7 +188,7 @@ def _list_archive(path: Path, name: str) -> list[Entry]:
     try:
         members = list(_zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path))
     except Exception as error:
-        # Python's readers of archives meet made-up ones with struct.error, RecursionError, MemoryError and more.
+        # Python's archive readers answer hostile archives with struct.error, RecursionError, MemoryError and more.
         raise MidiRefusedError(f"the archive cannot be read ({_describe(error)})") from error
     wanted = [member for member in members if _is_midi(member[0]) or _is_manifest(member[0])]
     return [Entry(_printable(f"{name}/{inner}"), path, size, place) for inner, size, place in wanted]
@@ -240,7 +241,7 @@ def _read_file(entry: Entry) -> bytes | MidiRefusedError:
 
 
 def _read_tar(path: Path, entries: list[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
-    """In the order of their offsets, so that a compressed file is read once."""
+    """Members in the order of their offsets, so that a compressed file is read once."""
     with _open_tar(path) as stream:
         for entry in sorted(entries, key=lambda entry: cast(int, entry.member)):
             yield entry, _read_member(stream, entry)
@@ -262,15 +263,15 @@ def _read_member(archive: _TarStream | zipfile.ZipFile, entry: Entry) -> bytes |
         archive.seek(cast(int, entry.member))
         return archive.read(entry.size)
     except Exception as error:  # as for the archive: a wrong checksum, a password, an unknown compression …
-        return MidiRefusedError(f"the archive does not yield it ({_describe(error)})")
+        return MidiRefusedError(f"it cannot be read from the archive ({_describe(error)})")
 
 
 def _read_manifest(
     entry: Entry, content: bytes | MidiRefusedError, columns: Sequence[str], known: set[str]
 ) -> Iterator[Label]:
-    """What a manifest says of files, which it names relative to itself; its columns are added to `known`.
+    """What a manifest says about files, which it names relative to itself. Its columns are added to `known`.
 
-    One without a column `file` is about something else.
+    A manifest without a column `file` is about something else.
     """
     if isinstance(content, MidiRefusedError):
         raise InputError(f"{entry.name}: {content.reason}")
@@ -285,7 +286,7 @@ def _read_manifest(
             yield Label(name, split_named(row.get("split")), labels)
     except KeyError as error:
         raise InputError(
-            f"{entry.name}, line {rows.line_num}: split {error} is none of {', '.join(_SPLIT_NAMES)}"
+            f"{entry.name}, line {rows.line_num}: split {error} is unknown: write one of {', '.join(_SPLIT_NAMES)}"
         ) from error
     except csv.Error as error:
         raise InputError(f"{entry.name}, line {rows.line_num}: not a table ({error})") from error
@@ -303,14 +304,14 @@ def split_named(name: str | None) -> str | None:
 
 def _find_chorales() -> Iterator[Entry]:
     try:
-        with redirect_stderr(io.StringIO()):  # music21 comments on what else one might install
+        with redirect_stderr(io.StringIO()):  # music21 comments on other packages that one might install
             from music21 import corpus
     except ImportError as error:
-        raise InputError('the chorales come with music21: pip install "midimamba[demo]"') from error
-    # Three more are Humdrum encodings (.krn) of chorales that are there as MusicXML too; one of them does not parse.
+        raise InputError(NO_MUSIC21) from error
+    # Three more are Humdrum encodings (.krn) of chorales that are also there as MusicXML; one of them does not parse.
     paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in _MUSICXML_SUFFIXES]
     for path in paths:
-        if path.stem != _NO_CHORALE:
+        if path.stem != _NOT_A_CHORALE:
             yield Entry(f"bach/{path.stem}", path, path.stat().st_size)
 
 

@@ -1,8 +1,8 @@
-"""What the files of a source are and what reading made of them: one SQLite file, so that memory stays flat.
+"""The files of a source and what reading made of them, in one SQLite file, so that memory stays flat.
 
-It makes a run incremental. What was read is kept under the SHA-256 of the file's bytes: a run that was interrupted, or
-one after files came and went, reads only what is new. SQLite commits whole transactions, so a run may be killed at
-any moment.
+It makes runs incremental. What was read is kept under the SHA-256 of the file's bytes. A run that continues after an
+interruption, or after files came and went, reads only what is new. SQLite commits whole transactions, so a run may be
+killed at any moment.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ CREATE TEMP TABLE pieces (
     name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT
 ) WITHOUT ROWID;
 """
-# Rows between two commits: what a killed run reads again, at most.
+# Rows between two commits: a killed run reads at most this many again.
 _COMMIT_EVERY = 200
 
 
@@ -53,7 +53,7 @@ class Piece:
         num_notes (`int`), seconds (`float`), sanitized (`bool`):
             Facts about it; sanitized if bytes were clamped to read it.
         controls (`dict[str, list[str]]`):
-            Values of computed controls, if they were asked for.
+            Values of computed controls, if they were requested.
     """
 
     ids: bytes
@@ -66,7 +66,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why reading makes nothing of a file; `lost` if the process was, which may go better another time."""
+    """Why a file cannot be used; `lost` if its worker process was, in which case another run may succeed."""
 
     reason: str
     stage: str
@@ -101,19 +101,20 @@ class PieceStore:
         path (`Path`):
             The SQLite file. Made if it is not there.
         reader (`str`):
-            A digest of everything that reading depends on but the file itself. Under another one all is read anew.
+            A digest of everything that reading depends on, apart from the file itself. If it changes, everything is
+            read again.
         vocabularies (`int`, *optional*, defaults to 1):
-            Ids a step.
+            Ids per step.
 
     Raises:
-        InputError: if another run uses the file, or it is none of ours.
+        InputError: if another run uses the file, or it isn't one of ours.
     """
 
     def __init__(self, path: Path, reader: str, vocabularies: int = 1) -> None:
         self._vocabularies = vocabularies
         self._unsaved = 0
         try:
-            # The trainers of `tokenizers` draw pieces from a thread of theirs, while this one waits.
+            # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
             self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("BEGIN EXCLUSIVE")
@@ -121,7 +122,7 @@ class PieceStore:
             self._db.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise InputError(
-                f"{path} cannot be used ({error}): another run may be at work; if not, delete it"
+                f"{path} cannot be used ({error}): another run may be using it; if not, delete it"
             ) from error
         if self._db.execute("SELECT fingerprint FROM reader").fetchone() != (reader,):
             self._db.execute("DELETE FROM outcomes")
@@ -166,7 +167,7 @@ class PieceStore:
         )
 
     def keep_first(self, count: int) -> None:
-        """Forget all files but so many, the first by name."""
+        """Forget all files but the first `count` by name."""
         self._db.execute(
             "DELETE FROM files WHERE reason IS NULL AND name NOT IN "
             "(SELECT name FROM files WHERE reason IS NULL ORDER BY name LIMIT ?)",
@@ -246,9 +247,9 @@ class PieceStore:
     def assign_splits(self, valid_fraction: float, test_fraction: float, seed: int) -> None:
         """Find the pieces, and the split of each.
 
-        Of files with the same notes the first by name is the piece. Where no split is given, a hash of the name
-        decides: test, validation and train are intervals of [0, 1). Should a split that is wanted stay empty, it takes
-        a piece from the largest, the one whose hash is nearest.
+        Of files with the same notes, the first by name is the piece. Where no split is given, a hash of the name
+        decides: test, validation and train are intervals of [0, 1). If a wanted split stays empty, it takes a piece
+        from the largest: the one whose hash is nearest.
         """
         self._db.create_function("place_of", 1, lambda name: _hash(name, seed), deterministic=True)
         self._db.execute(
@@ -312,11 +313,11 @@ class PieceStore:
 
 
 def _controls_of(computed: str, labels: str | None) -> dict[str, list[str]]:
-    """Computed controls and labels together; a label without a letter or digit says nothing."""
+    """Computed controls and labels together. A label without a letter or digit is left out."""
     given = json.loads(labels or "{}").items()
     return json.loads(computed) | {name: [value] for name, value in given if value.strip("_ \t\r\n")}
 
 
 def _hash(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the name and the seed."""
+    """A number in [0, 1) that depends only on the name and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64

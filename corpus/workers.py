@@ -1,8 +1,8 @@
 """Worker processes in which every task has a bound of time and of memory.
 
-Parsers written in C++ and Rust read files that anybody may have made. One that hangs, aborts the process or eats the
-memory must cost one file, not the run. `concurrent.futures` can neither stop a task nor tell which one killed its
-process. Here each worker has a pipe of its own and holds one task at a time, so it is known whose fault a loss is.
+Parsers written in C++ and Rust read files that anybody may have made. A parser that hangs, aborts the process or eats
+the memory must cost one file, not the run. `concurrent.futures` can neither stop a task nor say which one killed its
+process. Here each worker has its own pipe and one task at a time, so it is known which task caused a loss.
 """
 
 import gc
@@ -19,15 +19,15 @@ from typing import Any, Generic, TypeVar, cast
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# A task tells with it which of its stages begins, so that the stage is known if the process is lost.
+# A task calls it at the start of each of its stages, so that the stage is known if the process is lost.
 Mark = Callable[[int], None]
 
 # The slowest of 1,066 piano performances takes 0.3 seconds, checks and tokens included, and a file with as many notes
 # as `ingest.MAX_NOTES` allows takes 4.
 MAX_SECONDS = 5.0
-# Above what a worker starts with. That file with the most notes takes 0.1 GB.
+# On top of what a worker starts with. The file with the most notes takes 0.1 GB.
 MAX_EXTRA_BYTES = 2**30
-# A worker that is spawned imports this package first, transformers included.
+# A spawned worker first imports what it needs, transformers included.
 _START_SECONDS = 120.0
 
 # A forked worker starts in milliseconds, with everything imported. Elsewhere a fork is unsafe or unknown.
@@ -67,13 +67,13 @@ def run_bounded(
             Called in a worker with a task and a function that marks the stage it is at. An exception in it loses the
             task.
         tasks (iterable of pairs):
-            A name, and what the function gets. Taken one by one, as workers become free.
+            A name, and what the function gets. They are taken one by one, as workers become free.
         workers (`int`):
             Number of processes.
         max_seconds (`float`, *optional*, defaults to 5):
-            What a task may take by the clock on the wall: one that waits for ever uses no processor.
+            What a task may take in wall-clock time: a task that waits forever uses no processor.
         max_extra_bytes (`int`, *optional*, defaults to 1 GB):
-            Memory that a worker may map beyond what it starts with. Held on Linux only: no other system can.
+            Memory that a worker may map beyond what it starts with. Enforced on Linux only: no other system can.
 
     Yields:
         `tuple`: the name, and the function's result or a [`Lost`], in the order in which they are ready.
@@ -114,7 +114,7 @@ class _Worker(Generic[Task, Result]):
         arguments = (theirs, self.connection, function, self._stage, max_extra_bytes)
         self._process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()  # the process must hold the only copy, or its end would not close the pipe
+        theirs.close()  # the process must hold the only copy: otherwise its end would not close the pipe
         self._max_seconds = max_seconds
         self.task: str | None = None
         self.deadline = time.monotonic() + _START_SECONDS
@@ -123,7 +123,7 @@ class _Worker(Generic[Task, Result]):
         """Start the clock of a task. Only a worker that waits for one reads it."""
         self.task = name
         self._stage.value = 0
-        with suppress(OSError):  # it died just now: `collect` will find out
+        with suppress(OSError):  # it has just died: `collect` will find out
             self.connection.send(task)
         self.deadline = time.monotonic() + self._max_seconds
 
@@ -131,7 +131,7 @@ class _Worker(Generic[Task, Result]):
         """The task's result, or None from a worker that has started. After a `Lost` the process has ended."""
         message: Result | Lost | None = Lost(f"it took longer than {self._max_seconds:g} seconds")
         try:
-            if self.connection.poll():  # without a message it is the deadline that calls
+            if self.connection.poll():  # without a message, it is past its deadline
                 message = self.connection.recv()
         except (EOFError, OSError):
             self._process.join(1.0)
@@ -142,7 +142,7 @@ class _Worker(Generic[Task, Result]):
         return message
 
     def end(self) -> None:
-        """Kill the process, whatever it is at."""
+        """Kill the process, whatever it is doing."""
         self._process.kill()
         self._process.join()
         self._process.close()
@@ -172,7 +172,7 @@ def _serve(
     """The life of a worker: it ends with its parent, when it is killed, or when a task exceeds the memory."""
     parents.close()  # a copy of the parent's end would keep the pipe open when the parent is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends its workers
-    # What the fork shares is never garbage: collections that walk through it take time, and copy its memory.
+    # What the fork shares is never garbage. Collections that walk through it take time and copy its memory.
     gc.freeze()
     _bound_memory(max_extra_bytes)
 
@@ -198,4 +198,4 @@ def _bound_memory(extra_bytes: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = pages * resource.getpagesize() + extra_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process that aborts shall not leave its memory on the disk
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process that aborts must not leave its memory on the disk

@@ -93,7 +93,7 @@ def test_a_model_is_sampled_and_asked_for_its_likelihood(
     assert first == second
     assert first["figures"]["held_out_nll_per_note"]["estimate"]["value"] > 0
     assert first["figures"]["usable_samples"]["estimate"]["value"] == 1  # the grammar sees to that
-    assert first["figures"]["grammar_errors"]["estimate"]["value"] > 0.1  # and what it prevents is told
+    assert first["figures"]["grammar_errors"]["estimate"]["value"] > 0.1  # and what it prevents is reported
     assert (first["settings"]["samples"], first["settings"]["temperature"]) == (18, 0.9)
 
 
@@ -101,7 +101,7 @@ def test_a_model_is_sampled_and_asked_for_its_likelihood(
     ("music", "options", "reason"),
     [
         ("empty", (), "neither a generator"),
-        ("songs", ("--reference", "nowhere"), "no tokenized corpus"),
+        ("songs", ("--reference", "nowhere"), "not a tokenized corpus"),
         ("songs", ("--split", "validation"), "the validation split holds"),
         ("songs", ("--out", "report.txt"), "ends in .json"),
         ("generator", ("--num", "0"), "must be positive"),

@@ -46,7 +46,7 @@ def test_the_shortest_sample_holds_a_note(untrained: MidiMambaForCausalLM, proce
         assert score.note_num() > 0
 
 
-def test_a_continuation_opens_with_its_prompt_and_goes_on(
+def test_a_continuation_opens_with_its_prompt_and_continues_it(
     untrained: MidiMambaForCausalLM, processor: MidiProcessor
 ) -> None:
     prompt = make_score(3, bars=4)
@@ -205,7 +205,7 @@ def test_a_command_without_a_folder_to_make_and_a_model_without_controls_are_ref
 
 
 @pytest.mark.parametrize("name", ["TSD", "Structured"])
-def test_tokenizations_without_bars_generate_too(name: str) -> None:
+def test_tokenizations_without_bars_also_generate(name: str) -> None:
     processor = MidiProcessor(build_tokenizer(name))
     model = make_generator(vocab_size=processor.vocab_size)
     assert all(

@@ -1,4 +1,4 @@
-"""The house: what is in the wheel, who imports whom, and that recipes are recipes."""
+"""The house: what is in the wheel, which folder imports which, and that recipes hold only real options."""
 
 import ast
 import subprocess
@@ -19,7 +19,7 @@ from midimamba.training.pretrain import PretrainArguments
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("modeling", "tokenization", "corpus", "evaluation", "hub_cards", "training")
-# Whom a folder may import. What is not listed here comes from nowhere.
+# What each folder may import from midimamba.
 MAY_IMPORT = {
     "modeling": set(),
     "tokenization": {"errors"},

@@ -49,7 +49,7 @@ def test_a_test_is_made_of_two_folders(made: Path, music: Path, tmp_path: Path) 
         assert (made / name).read_bytes() == (tmp_path / "again.wav").read_bytes()
 
 
-def test_what_is_passed_over_is_told(
+def test_files_that_are_passed_over_are_reported(
     music: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "test"

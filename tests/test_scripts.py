@@ -199,7 +199,7 @@ def test_a_process_that_the_launcher_lost_is_reported(run: Run, monkeypatch: pyt
 
 
 BAD_INPUT = {
-    "missing corpus": ("pretrain.py", {"data": "nowhere"}, "nowhere is no tokenized corpus: make one with"),
+    "missing corpus": ("pretrain.py", {"data": "nowhere"}, "nowhere is not a tokenized corpus: make one with"),
     "unknown flag": ("pretrain.py", {"depth": 3}, "--depth"),
     "wrong type": ("pretrain.py", {"hidden_size": "big"}, "invalid int value: 'big'"),
     "blocks too long": ("pretrain.py", {"sequence_length": 999_999}, "fewer than one block of 999999"),
@@ -301,7 +301,7 @@ def test_the_command_refuses_with_one_line(pretrained: Path, run: Run, tmp_path:
     (tmp_path / "bad.mid").write_bytes(b"MThd nonsense")
     out = tmp_path / "out"
     cases = [
-        (["tokenize", tmp_path / "nowhere"], "is no folder"),
+        (["tokenize", tmp_path / "nowhere"], "is not a folder"),
         (["tokenize", tmp_path / "empty"], "holds no MIDI files"),
         (["tokenize", tmp_path], "no file of"),
         (["generate", tmp_path / "nowhere"], "nowhere"),

@@ -1,6 +1,6 @@
-"""Control tokens: a prefix by which a user asks for music of some instruments, tempo, key and so on.
+"""Control tokens: a prefix by which a user requests instruments, a tempo, a key and so on.
 
-They follow begin-of-sequence, before the music: `BOS_None Control-instruments_violin Control-key_C-major Bar_None …`.
+They come after BOS and before the music: `BOS_None Control-instruments_violin Control-key_C-major Bar_None …`.
 A tokenizer that has them holds them as special tokens of MidiTok. The values of [`CONTROLS`] are computed from a
 score by [`describe`]; any other name is a free label, such as `composer`, whose values come with the files.
 """
@@ -19,23 +19,23 @@ from .choices import CONTROLS
 from .errors import InputError
 from .musical_time import KEYS, best_keys, count_bars, mean_tempo, meter_spans
 
-# MidiTok's tokens are of the form Type_Value. It has no type that begins like this: its `ControlChange` has no hyphen.
+# MidiTok's tokens are of the form Type_Value. It has no type that starts like this: its `ControlChange` has no hyphen.
 _PREFIX = "Control-"
 _TOKEN = re.compile(rf"{_PREFIX}[^\s_]+_[^\s_]+")
 
 DRUMS = "drums"
-# General MIDI's names; of its sounds that share a program the first.
+# General MIDI's names; where sounds share a program, the first.
 INSTRUMENTS = tuple(
     re.sub(r"[^a-z0-9]+", "-", instrument["name"].split(",")[0].lower()).strip("-") for instrument in MIDI_INSTRUMENTS
 )
 
-# Bands and where they begin; each ends where the next begins.
+# Bands and where they start; each ends where the next starts.
 _TEMPOS = {"0-60": 0, "60-90": 60, "90-120": 90, "120-150": 120, "150-180": 150, "180+": 180}
 _DENSITIES = {"0-1": 0, "1-2": 1, "2-4": 2, "4-8": 4, "8-16": 8, "16+": 16}
 _BARS = {"1-8": 1, "9-16": 9, "17-32": 17, "33-64": 33, "65+": 65}
 
 NO_CONTROLS = "this tokenizer has no control tokens: train on a corpus of `midimamba tokenize SOURCE --controls …`"
-# A list of values longer than this is cut to the nearest ones in a message.
+# In a message, a list of values longer than this is cut to the nearest ones.
 _MAX_LISTED = 12
 _NEAREST = 5
 
@@ -45,12 +45,12 @@ def control_token(name: str, value: str) -> str:
 
     Args:
         name (`str`):
-            One of `CONTROLS`, or a label's.
+            One of `CONTROLS`, or the name of a label.
         value (`str`):
-            In both, a run of white space or underscores becomes a hyphen: a token has neither.
+            In name and value, a run of white space or underscores becomes a hyphen: tokens have neither.
 
     Raises:
-        InputError: if nothing is left of one of them.
+        InputError: if nothing is left of either.
     """
     slugs = ["-".join(re.findall(r"[^\s_]+", part)) for part in (name, value)]
     if not all(slugs):
@@ -59,9 +59,9 @@ def control_token(name: str, value: str) -> str:
 
 
 def check_control_tokens(tokens: Sequence[str]) -> None:
-    """Raise an [`InputError`] if something is not as [`control_token`] writes it, or there twice."""
+    """Raise an [`InputError`] if one isn't as [`control_token`] writes it, or occurs twice."""
     if wrong := [token for token in tokens if not _TOKEN.fullmatch(token)]:
-        raise InputError(f"{wrong[0]!r} is no control token: it is written control_token(name, value)")
+        raise InputError(f"{wrong[0]!r} is not a control token: make one with control_token(name, value)")
     if twice := [token for token, count in Counter(tokens).items() if count > 1]:
         raise InputError(f"control token {twice[0]!r} is given twice")
 
@@ -72,7 +72,7 @@ def is_control(token: str) -> bool:
 
 
 def controls_of(tokenizer: MusicTokenizer) -> dict[str, list[str]]:
-    """The controls of a tokenizer: names, and the values each can have, in the order of the vocabulary."""
+    """The controls of a tokenizer: their names, and the values each can have, in the order of the vocabulary."""
     controls: dict[str, list[str]] = {}
     for token in filter(is_control, tokenizer.special_tokens):
         name, value = token.removeprefix(_PREFIX).split("_")
@@ -81,16 +81,16 @@ def controls_of(tokenizer: MusicTokenizer) -> dict[str, list[str]]:
 
 
 def control_ids(tokenizer: MusicTokenizer, values: Mapping[str, str | Sequence[str]]) -> list[int]:
-    """The ids that ask for `values`, in the order of the vocabulary.
+    """The ids that request `values`, in the order of the vocabulary.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
             From [`~midimamba.tokenization.tokenizer.build_tokenizer`].
         values (`Mapping[str, str | Sequence[str]]`):
-            Names of controls, and one value or several each.
+            Names of controls, each with one value or several.
 
     Raises:
-        InputError: if the tokenizer has no such control or value; the message names those that it has.
+        InputError: if the tokenizer has no such control or value; the message names those it has.
     """
     known = controls_of(tokenizer)
     if values and not known:
@@ -123,14 +123,14 @@ def describe(score: ScoreTick) -> dict[str, list[str]]:
             Times in ticks, checked by [`~midimamba.tokenization.ingest.check_score`].
 
     Returns:
-        `dict[str, list[str]]`: for each control one value, but none where there is none, and for `instruments` all.
+        `dict[str, list[str]]`: one value per control, none if there is none; for `instruments`, all of them.
 
         - `instruments`: those that play, by General MIDI's names such as `acoustic-grand-piano`, and `drums`.
-        - `tempo`: a band of the mean tempo in quarter notes a minute, rounded: all quarter notes by all minutes.
-        - `density`: a band of notes a quarter note, from the first onset to the end of the last note.
+        - `tempo`: a band of the mean tempo in quarter notes per minute, rounded: all quarter notes by all minutes.
+        - `density`: a band of notes per quarter note, from the first onset to the end of the last note.
         - `key`: such as `C-major` or `F#-minor`: the one whose profile of Krumhansl and Kessler correlates best with
-          the total durations of the pitch classes. None for drums alone, or all twelve classes alike.
-        - `meter`: the time signature that is in force for the longest time, `4/4` until there is one.
+          the total durations of the pitch classes. None for drums alone, or if all twelve classes are alike.
+        - `meter`: the time signature that is in force longest, `4/4` until there is one.
         - `bars`: a band of the number of bars up to the last onset.
     """
     if score.note_num() == 0:
@@ -152,7 +152,7 @@ def describe(score: ScoreTick) -> dict[str, list[str]]:
 
 
 def _band(value: float, bands: Mapping[str, int]) -> str:
-    return [band for band, begin in bands.items() if value >= begin][-1]
+    return [band for band, start in bands.items() if value >= start][-1]
 
 
 def _instruments(score: ScoreTick) -> list[str]:

@@ -19,10 +19,10 @@ from .controls import is_control
 from .errors import InputError
 from .tokenizer import BOS, EOS, PAD, expand_ids
 
-# Where a note is Pitch, Velocity, Duration under the program before it, which the rules below rely on. MIDILike ends
-# notes long after they begin, PerTok tells no types, MMM and BEAT have tracks and beats that must fit each other.
+# The rules below rely on a note being Pitch, Velocity, Duration under the program before it. MIDILike ends notes long
+# after they start, PerTok does not say types, MMM and BEAT have tracks and beats that must fit each other.
 SUPPORTED = ("REMI", "TSD", "Structured")
-# Under these options as well other tokens come between, or a note is not complete with its duration.
+# Under these options other tokens come in between, or a note is not complete with its duration.
 _MUST_BE_OFF = (
     "use_chords",
     "use_rests",
@@ -38,7 +38,7 @@ _MUST_BE_ALL = ("use_note_duration_programs", "programs")
 # The type of the token that completes a note.
 NOTE_END = "Duration"
 
-# From the begin of a sequence, or from any note, the next note is complete within this many base tokens.
+# From the start of a sequence, or from any note, the next note is complete within this many base tokens.
 MAX_SILENT_TOKENS = 16
 
 _DRUMS = -1  # MidiTok's program of drums
@@ -48,21 +48,21 @@ _NEVER = torch.iinfo(torch.long).max
 
 @dataclass
 class _Meaning:
-    """What an id means to one who knows nothing of what came before; its base tokens in order."""
+    """What an id means on its own, whatever came before: its base tokens in order."""
 
     # What it leaves behind; `_UNSET` where it says nothing. Types are indices into the follower graph.
     last: int = _UNSET  # the type of its last token
     position: int = _UNSET  # the last position in the open bar; -1 in a new one
-    limit: int = _UNSET  # positions a bar
+    limit: int = _UNSET  # positions per bar
     drums: int = _UNSET  # 1 under the drum program, 0 under another
-    anchor: int = _UNSET  # 0 if silence is counted anew from here: a complete note, the begin
-    begin: int = _UNSET  # 0 if bars are counted anew from here: the begin
+    anchor: int = _UNSET  # 0 if the count of silence restarts here: at a complete note or BOS
+    start: int = _UNSET  # 0 if the count of bars restarts here: at BOS
 
-    # What it asks of what came before.
+    # What it requires of what came before.
     first: int = 0  # the type of its first token
     fits: bool = True  # whether its tokens may follow each other
     first_position: int = _NEVER  # its first position in the bar already open
-    last_position: int = -1  # its last position in a bar whose length it does not say
+    last_position: int = -1  # its last position in a bar whose length it doesn't say
     pitch_kind: int = -1  # 1 if its first pitch needs the drum program before it, 0 if another
 
     # What it adds.
@@ -74,7 +74,7 @@ class _Meaning:
 
 
 # The columns of a state: the first fields above.
-_LAST, _POSITION, _LIMIT, _DRUM, _ANCHOR, _BEGIN = range(6)
+_LAST, _POSITION, _LIMIT, _DRUM, _ANCHOR, _START = range(6)
 
 
 class MidiGrammar(LogitsProcessor):
@@ -82,20 +82,20 @@ class MidiGrammar(LogitsProcessor):
 
     Padding, begin-of-sequence and control tokens are never sampled, end-of-sequence only right after a complete note;
     positions grow within a bar and stay inside its meter; drum pitches belong to the drum program. Every sample holds
-    a note: 16 base tokens after the begin and its controls at the latest, whatever the model prefers. In every row at
-    least one id is allowed.
+    a note: at most 16 base tokens after BOS and the controls, whatever the model prefers. In every row at least one id
+    is allowed.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
             From [`~midimamba.tokenization.tokenizer.build_tokenizer`], trained or not.
         max_empty_bars (`int`, *optional*, defaults to 2):
-            So many consecutive bars may stay without a note.
+            At most this many consecutive bars may have no note.
         max_bars (`int`, *optional*):
-            A sequence holds no more bars than this, counted from its begin, a prompt's bars included. Where the model
-            would open one more, it ends: the probability of a further bar goes to end-of-sequence.
+            At most this many bars per sequence, counted from its start and including those of a prompt. Where the
+            model would open one more, the sequence ends: the probability of a further bar goes to end-of-sequence.
 
     Raises:
-        InputError: if the tokenizer is not REMI, TSD or Structured, or an option adds tokens the rules do not know.
+        InputError: if the tokenizer isn't REMI, TSD or Structured, or an option adds tokens beyond the rules.
         ValueError: if `max_bars` is less than 1, or the tokenization has no bar tokens.
     """
 
@@ -115,7 +115,7 @@ class MidiGrammar(LogitsProcessor):
             input_ids (`torch.LongTensor` of shape (batch, time)):
                 The sequences so far: padded on the left or not, with or without begin-of-sequence. Time may be 0.
             scores (`torch.FloatTensor` of shape (batch, vocab)):
-                Logits. Columns beyond the tokenizer's vocabulary are forbidden too.
+                Logits. Columns beyond the tokenizer's vocabulary are also forbidden.
 
         Returns:
             `torch.FloatTensor` of shape (batch, vocab).
@@ -156,7 +156,7 @@ class MidiGrammar(LogitsProcessor):
 
         Returns:
             The latest value of every column, shape (batch, 6), and of shape (batch,) each: base tokens since the last
-            complete note, bars opened since, bars opened since the begin of the sequence.
+            complete note, bars opened since, bars opened since the start of the sequence.
         """
         table = self._tables
         begin = table["begin_state"].expand(len(input_ids), 1, -1)
@@ -166,11 +166,11 @@ class MidiGrammar(LogitsProcessor):
         state = left.gather(1, latest[:, None]).squeeze(1)
 
         steps = steps[1:]  # of `input_ids`; 0 was before the first
-        # The id that completes the last note counts too, with what follows the note inside it.
+        # The id that completes the last note also counts, with what follows the note inside it.
         since_note = steps >= latest[:, _ANCHOR, None]
         silence = (table["tail"][input_ids] * since_note).sum(dim=1)
         empty = (table["tail_bars"][input_ids] * since_note).sum(dim=1)
-        bars = (table["bars"][input_ids] * (steps > latest[:, _BEGIN, None])).sum(dim=1)
+        bars = (table["bars"][input_ids] * (steps > latest[:, _START, None])).sum(dim=1)
         return state, silence, empty, bars
 
 
@@ -187,8 +187,8 @@ def _check_supported(tokenizer: MusicTokenizer) -> None:
 
 
 def _tables(tokenizer: MusicTokenizer) -> dict[str, Tensor]:
-    """Everything that is known of every id beforehand: the fields of `_Meaning`, of shape (vocab,) each; `follows` of
-    shape (types, vocab); `distance` of shape (types,); `left` of shape (vocab, 6) and `begin_state` of shape (6,).
+    """What is known about every id beforehand: the fields of `_Meaning`, of shape (vocab,) each; `follows` of shape
+    (types, vocab); `distance` of shape (types,); `left` of shape (vocab, 6) and `begin_state` of shape (6,).
     """
     followers = _followers(tokenizer)
     types = list(followers)
@@ -215,7 +215,7 @@ def _followers(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
     special = {*tokenizer.special_tokens, *(token.split("_")[0] for token in tokenizer.special_tokens)}
     graph = {kind: set(after) - special for kind, after in tokenizer.tokens_types_graph.items() if kind not in special}
     time = "Bar" if "Bar" in graph else "TimeShift"
-    # A program announces a note. MidiTok's graph also goes back to time and tempo, and round in circles.
+    # A program announces a note. MidiTok's graph also leads back to time and tempo, and round in circles.
     graph["Program"] &= {"Pitch", "PitchDrum"}
     # A meter belongs to the bar line: elsewhere it would alter the length of the open bar.
     for kind in graph.keys() - {time}:
@@ -252,7 +252,7 @@ def _meaning(
     kinds = [token.split("_")[0] for token in tokens]
     if tokens == [PAD] or is_control(tokens[0]):  # neither changes what may follow
         return _Meaning(first=types["PAD"])
-    if tokens == [BOS]:  # MidiTok decodes 4/4 and no drums until told otherwise
+    if tokens == [BOS]:  # MidiTok decodes 4/4 and no drums until a token says otherwise
         return _Meaning(types["BOS"], -1, 4 * positions_per_beat, 0, 0, 0, first=types["BOS"])
     if tokens == [EOS]:
         return _Meaning(types["EOS"], first=types["EOS"])
@@ -265,7 +265,7 @@ def _meaning(
 
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
-    """Take in one base token: what it changes, and what it asks of those before it."""
+    """Take in one base token: what it changes, and what it requires of those before it."""
     if kind == "Bar":
         meaning.position = -1
     elif kind == "TimeSig":

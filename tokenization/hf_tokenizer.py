@@ -15,10 +15,10 @@ _PRIVATE = 0xF0000
 
 
 def word_starts(tokenizer: MusicTokenizer) -> list[str]:
-    """The base tokens that begin a word; no subword reaches across one.
+    """The base tokens that start a word. No subword reaches across the start of a word.
 
     MidiTok splits a track into bars, and the tracks of MMM from each other, before it applies a model. Nothing that
-    crosses such a line is ever learned here, so encoding a whole text at once gives the same ids as MidiTok.
+    crosses such a line is ever learned here, so encoding a whole text at once gives MidiTok's ids.
     """
     starts = [TRACK_START, BAR] if tokenizer.config.encode_ids_split == "bar" else [TRACK_START]
     return [token for token in starts if token in tokenizer.vocab]
@@ -28,9 +28,9 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
     """The same tokenizer for text: base tokens joined by spaces, with MidiTok's ids, whether trained or not.
 
     It is a plain `tokenizers` pipeline, so that `AutoTokenizer` loads what it saves without this package. A normalizer
-    writes every base token as one private character, a bar or a track starts a word, MidiTok's own model applies, and
-    the decoder writes the characters as tokens again. Control tokens are special tokens, as begin and end are. Text
-    that is no base token is dropped.
+    writes every base token as one private character, each bar or track starts a word, MidiTok's own model applies, and
+    the decoder writes the characters as tokens again. Control tokens are special tokens, just as BOS and EOS are. Text
+    that isn't a base token is dropped.
 
     Raises:
         InputError: if the tokenizer has several vocabularies.
@@ -56,7 +56,7 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
         )
     pipeline.decoder = decoders.Sequence(
         [
-            # Special tokens come as they are. They get their space one by one: a text may begin another.
+            # Special tokens come as they are. Each gets its own space, because one name may be the start of another.
             decoders.Replace(Regex(rf"(?<=[^\x{{{_PRIVATE:X}}}-\x{{FFFFD}}])\z"), " "),
             decoders.Fuse(),
             *(decoders.Replace(symbol, f"{token} ") for token, symbol in symbols.items()),

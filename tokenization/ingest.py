@@ -47,7 +47,7 @@ class MidiRefusedError(ValueError):
 
 
 def read_score(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond) -> ScoreTick:
-    """Read MIDI and check that it can be tokenised in reasonable time and memory.
+    """Read MIDI and check that it can be tokenized in reasonable time and memory.
 
     Args:
         source (`str`, `Path`, `bytes` or `symusic.Score`):
@@ -86,7 +86,7 @@ def read_content(path: Path) -> bytes:
 
 
 def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
-    """Parse the content of a MIDI file, leniently if it must be.
+    """Parse the content of a MIDI file, leniently if necessary.
 
     Some old sequencers wrote data bytes above 127, which the standard forbids. Such a file is read with these bytes
     clamped: of 385 malformed files that symusic refuses, 96 have no other defect.
@@ -95,7 +95,7 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
         `tuple[symusic.Score, bool]`: the unchecked score, and whether bytes were clamped to read it.
 
     Raises:
-        MidiRefusedError: if it is malformed, or of a kind that has no beats or is no single piece.
+        MidiRefusedError: if it is malformed, has no beats, or isn't a single piece.
     """
     if not content:
         raise MidiRefusedError("the file is empty")
@@ -106,7 +106,7 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
         try:
             return _parse(content, sanitize=True), True
         except MidiRefusedError:
-            raise refusal from None  # the file's own defect, not the one that is left after clamping
+            raise refusal from None  # the file's own defect, not what is left of it after clamping
 
 
 def _check_header(content: bytes) -> None:
@@ -129,7 +129,7 @@ def _parse(content: bytes, sanitize: bool) -> ScoreTick:
 
 
 def check_score(score: ScoreTick) -> ScoreTick:
-    """A copy of a score with its events in order, once it is known that it can be tokenised.
+    """A copy of a score with its events in order, after a check that it can be tokenized.
 
     Raises:
         MidiRefusedError: if it holds no note, impossible times, or more than this module's limits allow.
@@ -137,8 +137,8 @@ def check_score(score: ScoreTick) -> ScoreTick:
     _check_size(score)
     _check_notes(score)
     _check_global_events(score)
-    # Files keep tracks and simultaneous notes in any order. In one order (by instrument, duration, pitch) equal music
-    # has equal tokens, and a decoded score has those it came from.
+    # Files keep tracks and simultaneous notes in any order. In a fixed order (by instrument, duration, pitch) equal
+    # music has equal tokens, and a decoded score has the tokens it came from.
     ordered = score.sort(inplace=False)
     ordered.tracks.sort(lambda track: (track.is_drum, track.program), inplace=True)
     return ordered
@@ -146,7 +146,7 @@ def check_score(score: ScoreTick) -> ScoreTick:
 
 def _check_size(score: ScoreTick) -> None:
     if score.ticks_per_quarter <= 0:
-        raise MidiRefusedError("its time division is 0 ticks a quarter note, so times mean nothing")
+        raise MidiRefusedError("its time division is 0 ticks per quarter note, so times mean nothing")
     if len(score.tracks) > MAX_TRACKS:
         raise MidiRefusedError(f"it has {len(score.tracks):,} tracks; the limit is {MAX_TRACKS:,}")
     global_events = len(score.tempos) + len(score.time_signatures)
@@ -172,7 +172,7 @@ def _check_notes(score: ScoreTick) -> None:
 
 def _check_global_events(score: ScoreTick) -> None:
     if any(tempo.mspq <= 0 for tempo in score.tempos):
-        raise MidiRefusedError("a tempo of 0 microseconds a quarter note")
+        raise MidiRefusedError("a tempo of 0 microseconds per quarter note")
     if meter := next((m for m in score.time_signatures if m.numerator <= 0 or m.denominator <= 0), None):
         raise MidiRefusedError(f"a time signature of {meter.numerator}/{meter.denominator}")
     times = [event.time for events in (score.tempos, score.time_signatures) for event in events]

@@ -1,8 +1,8 @@
 """The `AutoProcessor` of MIDI: files, bytes or scores to `input_ids` and back.
 
-`save_pretrained` copies this module and all that it imports by a dot, so that the folder can be read where midimamba
-is not installed: `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`. So these modules import nothing
-else of midimamba.
+`save_pretrained` copies this module and everything it imports by a dot, so that the folder can be read where midimamba
+is not installed: `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`. These modules therefore import
+nothing else of midimamba.
 """
 
 import json
@@ -25,7 +25,7 @@ from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, base_ids, fast_tokenizer, lo
 Midi = str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond
 Controls = Mapping[str, str | Sequence[str]]
 
-# What `from_pretrained` may be told about the Hub; the rest of its arguments concern other kinds of processors.
+# The arguments of `from_pretrained` that concern the Hub; the rest are for other kinds of processors.
 _HUB_OPTIONS = frozenset(
     {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "user_agent"}
 )
@@ -49,7 +49,7 @@ class MidiProcessor(ProcessorMixin):
         self.midi_tokenizer = midi_tokenizer
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """As transformers does, which copes with a part that is `None` but for this check."""
+        """As in transformers, except that a part may be `None`, which transformers supports apart from this check."""
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
     @classmethod
@@ -59,12 +59,12 @@ class MidiProcessor(ProcessorMixin):
 
     @property
     def vocab_size(self) -> int | list[int]:
-        """Number of ids, special tokens included; a list of the numbers of several vocabularies."""
+        """Number of ids, special tokens included; with several vocabularies, a list of such numbers."""
         return self.midi_tokenizer.len
 
     @property
     def controls(self) -> dict[str, list[str]]:
-        """The controls that music can be asked for by: names, and the values each can have."""
+        """The controls by which music can be requested: their names, and the values each can have."""
         return controls_of(self.midi_tokenizer)
 
     @property
@@ -91,16 +91,16 @@ class MidiProcessor(ProcessorMixin):
 
         Args:
             midi (`str`, `Path`, `bytes`, `symusic.Score` or a list of them, *optional*):
-                Files, contents of files, or scores; by default no music at all, for a piece from nothing.
+                Files, contents of files, or scores. By default no music at all, for a piece from scratch.
             return_tensors (`str`, *optional*):
-                `"pt"` for tensors of shape (batch, time), also for a single piece; `None` for lists of ids. Those of
-                several vocabularies have shape (batch, time, vocabularies), and their mask (batch, time).
+                `"pt"` for tensors of shape (batch, time), even for a single piece; `None` for lists of ids. With
+                several vocabularies the shape is (batch, time, vocabularies), and that of the mask (batch, time).
             padding (`bool` or `str`, *optional*, defaults to `True`):
                 Pads a list to its longest piece, on the left, because generation continues on the right.
             add_bos (`bool`, *optional*, defaults to `True`):
-                Whether a piece starts with the id that begins a sequence.
+                Whether a piece starts with the begin-of-sequence id.
             controls (`Mapping[str, str | Sequence[str]]`, *optional*):
-                What is asked for, such as `{"key": "C-major", "instruments": ["violin", "drums"]}`, of
+                What is requested, such as `{"key": "C-major", "instruments": ["violin", "drums"]}`; see
                 `self.controls`.
 
         Returns:
@@ -108,7 +108,7 @@ class MidiProcessor(ProcessorMixin):
 
         Raises:
             MidiRefusedError: if a piece cannot be used; the message says why.
-            InputError: if there is no such control or value; the message names those there are.
+            InputError: if there is no such control or value; the message names those that exist.
         """
         if return_tensors is None and not isinstance(midi, list):
             ids = self.encode(midi, add_bos, controls)
@@ -156,22 +156,22 @@ class MidiProcessor(ProcessorMixin):
                 Names of controls, and one value or several each.
 
         Raises:
-            InputError: if there is no such control or value; the message names those there are.
+            InputError: if there is no such control or value; the message names those that exist.
         """
         return control_ids(self.midi_tokenizer, values)
 
     def decode(self, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> ScoreTick:
-        """Write ids as a score. Special tokens, controls among them, and ids beyond the vocabulary are dropped.
+        """Write ids as a score. Special tokens (controls included) and ids beyond the vocabulary are dropped.
 
-        Of several vocabularies, rows are dropped that hold one of these.
+        With several vocabularies, a row that holds one of these is dropped.
 
         Args:
             ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
-                One sequence; see `batch_decode` for several. Of several vocabularies, of shape (time, vocabularies)
+                One sequence; see `batch_decode` for several. With several vocabularies, of shape (time, vocabularies)
                 or (1, time, vocabularies).
 
         Raises:
-            ValueError: if `ids` holds more than one sequence, or rows of several vocabularies that are no music.
+            ValueError: if `ids` holds more than one sequence, or rows of several vocabularies that aren't music.
         """
         tokenizer = self.midi_tokenizer
         shape = (-1, len(tokenizer.vocab)) if tokenizer.is_multi_voc else (-1,)
@@ -185,13 +185,13 @@ class MidiProcessor(ProcessorMixin):
         try:
             return tokenizer.decode(TokSequence(ids=music, are_ids_encoded=tokenizer.is_trained))
         except (LookupError, ValueError) as error:
-            raise ValueError(f"{type(tokenizer).__name__} cannot decode these ids, which are no music") from error
+            raise ValueError(f"{type(tokenizer).__name__} cannot decode these ids, which are not music") from error
 
     def _is_music(self, steps: torch.Tensor) -> torch.Tensor:
         """Which steps hold no special token and no id beyond its vocabulary, as booleans of shape (time,)."""
         size = torch.tensor(self.vocab_size)
         if self.tokenizer is not None:
-            # Not MidiTok's own special tokens: those of MMM begin and end tracks.
+            # Not MidiTok's own special tokens: those of MMM start and end tracks.
             return (steps >= len(self.tokenizer.all_special_ids)) & (steps < size)
         known = (steps > self.eos_token_id) & (steps < size)
         if type(self.midi_tokenizer) is MuMIDI:  # pads what only notes have
@@ -203,7 +203,7 @@ class MidiProcessor(ProcessorMixin):
         return [self.decode(sequence) for sequence in ids]
 
     def grammar(self, **options: Any) -> MidiGrammar:
-        """The logits processor that only lets valid music pass; `options` as for [`MidiGrammar`].
+        """The logits processor under which only valid music is sampled; `options` as for [`MidiGrammar`].
 
         Raises:
             InputError: if there are no rules for the tokenization.
@@ -224,13 +224,13 @@ class MidiProcessor(ProcessorMixin):
             save_directory (`str` or `Path`):
                 Created if it does not exist.
             push_to_hub (`bool`, *optional*, defaults to `False`):
-                Whether to upload them as well, as `repo_id` or else under the folder's name.
+                Whether to upload them too, as `repo_id` or by default under the folder's name.
             kwargs:
                 Passed to `push_to_hub`.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        # Not by `super()`: it would send AutoTokenizer, which needs none of this code, to it as well.
+        # Not through `super()`, which would make AutoTokenizer use this code, although it needs none of it.
         custom_object_save(self, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Which MidiTok tokenizations this package builds, and with which options.
 
-All write the tracks of a piece as one sequence, with padding, begin and end as ids 0, 1 and 2 and the full range of
-pitches. Whatever else MidiTok can be told may be chosen; what MidiTok could not do, or would do silently wrong, is
-refused with the reason.
+All write the tracks of a piece as one sequence, with PAD, BOS and EOS as ids 0, 1 and 2 and the full range of pitches.
+Every other option of MidiTok may be set. What MidiTok cannot do, or would silently do wrong, is refused with the
+reason.
 """
 
 import inspect
@@ -31,13 +31,13 @@ _DEFAULTS: dict[str, Any] = {
     "beat_res": {(0, 4): 12, (4, 12): 4},
     "num_velocities": 32,
     "use_tempos": True,
-    # 32 tempos in equal ratios: 6 % apart, about what a listener tells apart.
+    # 32 tempos in equal ratios: 6 % apart, about the smallest difference that a listener notices.
     "log_tempos": True,
     "delete_equal_successive_tempo_changes": True,
     "use_time_signatures": True,
-    # The meters of MidiTok's default and a few more; one that is missing here is ignored, its notes are kept.
+    # The meters of MidiTok's default and a few more. A meter that is missing here is ignored; its notes are kept.
     "time_signature_range": {4: [1, 2, 3, 4, 5, 6, 7, 8], 8: [3, 5, 6, 7, 9, 12]},
-    # MidiTok's own rests of an eighth of a beat are no whole number of its steps, and all that follows is shifted.
+    # MidiTok's own rests of an eighth of a beat are not a whole number of its steps, so everything after is shifted.
     "beat_res_rest": {(0, 2): 4, (2, 12): 2},
     # A program token at every change of instrument instead of before every note.
     "program_changes": True,
@@ -46,7 +46,7 @@ _DEFAULTS: dict[str, Any] = {
 # Bars of 4/4 that are numbered one by one: 34 minutes at 120 quarter notes a minute. MidiTok's own 60 are 2 minutes.
 _NUMBERED_BARS = {"use_time_signatures": False, "max_bar_embedding": 1024}
 
-# What single tokenizations need on top, or in place of it.
+# What single tokenizations need in addition, or instead.
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     # Every note follows the last by one time shift, which therefore must be exact at any length.
     "Structured": {"beat_res": {(0, 32): 12}},
@@ -73,16 +73,16 @@ _FIXED: dict[str, Any] = {
 _WHY_FIXED = {
     "use_programs": "all tracks share one sequence, which names their instruments",
     "one_token_stream_for_programs": "a piece is one sequence",
-    "special_tokens": "padding, begin and end are ids 0, 1 and 2 for everything here",
+    "special_tokens": "PAD, BOS and EOS are ids 0, 1 and 2 everywhere in this package",
 }
 
-# Switches under which MidiTok 3.1 itself fails, and in which position; `None` stands for every tokenization.
+# Switches under which MidiTok 3.1 itself fails, with the failing value; `None` stands for every tokenization.
 _BROKEN: dict[tuple[str | None, str, bool], str] = {
     ("PerTok", "use_time_signatures", True): "MidiTok places its bars wrongly and cannot decode tempos after a meter",
     ("PerTok", "use_sustain_pedals", True): "MidiTok cannot decode its pedals",
-    ("Octuple", "use_time_signatures", True): "MidiTok shifts all notes after a meter that begins in an empty bar",
+    ("Octuple", "use_time_signatures", True): "MidiTok shifts all notes after a meter that starts in an empty bar",
     ("MuMIDI", "use_tempos", False): "MidiTok cannot write a piece without a tempo",
-    ("MuMIDI", "use_pitchdrum_tokens", False): "MidiTok has them nevertheless",
+    ("MuMIDI", "use_pitchdrum_tokens", False): "MidiTok uses them anyway",
     (None, "use_pitch_intervals", True): "MidiTok decodes some of the notes at another pitch",
 }
 
@@ -97,41 +97,42 @@ OPTIONS = tuple(
 def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (), **options: Any) -> MusicTokenizer:
     """Build an untrained MidiTok tokenizer that writes all tracks of a piece as one sequence.
 
-    Those of `ONE_STREAM` write one id a step. Those of `MULTI_VOCABULARY` write a row of ids, each of a vocabulary of
-    its own that begins with padding, begin and end; no model here reads them. All three keep notes, velocities and
-    instruments as REMI does, to the same grid.
+    Those of `ONE_STREAM` write one id per step. Those of `MULTI_VOCABULARY` write a row of ids per step, each from a
+    vocabulary of its own that starts with PAD, BOS and EOS; no model here reads them. All three keep notes, velocities
+    and instruments as REMI does, on the same grid.
 
     Args:
         tokenization (`str`, *optional*, defaults to `"REMI"`):
             - `"REMI"`: time as bars and positions in them.
             - `"TSD"`: time as shifts between notes.
-            - `"MIDILike"`: notes begin and end with an event each, as in MIDI: where notes of one pitch and
-              instrument overlap, the one that began first ends first.
+            - `"MIDILike"`: an event for the start and one for the end of each note, as in MIDI: where notes of one
+              pitch and instrument overlap, the one that started first ends first.
             - `"Structured"`: shift, program, pitch, velocity and duration for every note; no tempos, no meters, and
               no pause longer than 32 quarter notes.
             - `"PerTok"`: bars of 4/4, shifts and microtiming; tempos, no meters.
-            - `"MMM"`: one track after the other, each as `base_tokenizer` (`"REMI"`, the default, or `"TSD"`).
+            - `"MMM"`: one track after another, each as `base_tokenizer` (`"REMI"`, the default, or `"TSD"`).
             - `"BEAT"`: the piano roll of each beat at 4 steps a beat, with one velocity for each pitch in it.
-            - `"CPWord"`: a row for every bar, position and note, 2.3 times fewer than REMI has tokens; it loses what
-              REMI loses.
-            - `"Octuple"`: a row for every note, 3.8 times fewer. Bars of 4/4 with numbers below `max_bar_embedding`,
-              by default 1,024: a longer piece is refused. No meters; a change of tempo is put off to the next note.
-            - `"MuMIDI"`: a row for every bar, position, instrument and note, 1.7 times fewer. Bars as Octuple's; no
-              meters; a change of tempo is put off to the next note, or the first bar line before it.
+            - `"CPWord"`: a row for every bar, position and note: 2.3 times fewer rows than REMI has tokens. It loses
+              what REMI loses.
+            - `"Octuple"`: a row for every note: 3.8 times fewer. Bars of 4/4 with numbers below `max_bar_embedding`,
+              1,024 by default: a longer piece is refused. No meters; a change of tempo waits for the next note.
+            - `"MuMIDI"`: a row for every bar, position, instrument and note: 1.7 times fewer. Bars as in Octuple; no
+              meters; a change of tempo waits for the next note, or the first bar line before it.
         controls (`Sequence[str]`, *optional*):
             Control tokens as [`~midimamba.tokenization.controls.control_token`] writes them, for one of `ONE_STREAM`.
-            They get the ids from 3 on in this order, and all other base tokens come after them; nothing else changes.
+            They get the ids from 3 on, in this order; all other base tokens come after them. Nothing else changes.
         options:
             Fields of `miditok.TokenizerConfig` that replace this package's choice, in MidiTok's form or as JSON and
             YAML hold them (`beat_res: {"0_4": 12}`); for PerTok, MMM, Octuple and MuMIDI also their own.
 
     Raises:
-        InputError: if there is no such tokenization or option, or one that MidiTok cannot honour here, or `controls`
-            holds something else or anything twice, or the tokenization can have none.
+        InputError: if there is no such tokenization or option, if MidiTok cannot honour an option here, or if
+            `controls` holds something that isn't a control token, holds one twice, or isn't possible for the
+            tokenization.
     """
     check_tokenization(tokenization)
     if controls and tokenization in MULTI_VOCABULARY:
-        raise InputError(f"{tokenization} can have no control tokens: choose one of {', '.join(ONE_STREAM)}")
+        raise InputError(f"{tokenization} cannot have control tokens: choose one of {', '.join(ONE_STREAM)}")
     check_control_tokens(controls)
     for name, value in options.items():
         _check_option(tokenization, name, value)
@@ -156,7 +157,7 @@ def check_tokenization(tokenization: str) -> None:
 
 def _construct(tokenization: str, options: dict[str, Any]) -> MusicTokenizer:
     with warnings.catch_warnings():
-        # MidiTok warns of options it turns off; `_check_honoured` refuses those that were asked for.
+        # MidiTok warns about options that it turns off; `_check_honoured` refuses those that the user set.
         warnings.simplefilter("ignore")
         return getattr(miditok, tokenization)(TokenizerConfig(**options))
 
@@ -176,7 +177,7 @@ def _check_option(tokenization: str, name: str, value: Any) -> None:
 
 
 def _python_value(name: str, value: Any) -> Any:
-    """Options from JSON or YAML, whose keys are no tuples and may be no numbers, as MidiTok takes them."""
+    """Options as MidiTok takes them. In JSON and YAML, keys cannot be tuples and may be strings instead of numbers."""
     if not isinstance(value, Mapping):
         return value
     if name in ("beat_res", "beat_res_rest"):
@@ -193,13 +194,13 @@ def _beats(key: Any) -> tuple[int, int]:
         first, last = key.split("_") if isinstance(key, str) else key
         return int(first), int(last)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{key!r} is no range of beats: write (0, 4) or '0_4'") from error
+        raise InputError(f"{key!r} is not a range of beats: write (0, 4) or '0_4'") from error
 
 
 def _split(tokenization: str, options: Mapping[str, Any]) -> str:
-    """Whether subword models may learn across bar lines; a text can only be split where there is a bar token.
+    """Whether subword models may learn across bar lines. A text can only be split where there is a bar token.
 
-    PerTok writes bars of 4/4 whatever the meter is, and MidiTok would split at the bars of the meter.
+    PerTok writes bars of 4/4 whatever the meter, but MidiTok would split at the bars of the meter.
     """
     base = options.get("base_tokenizer", tokenization)
     splits = ("bar", "no") if base in ("REMI", "BEAT") else ("no",)
@@ -213,18 +214,18 @@ def _split(tokenization: str, options: Mapping[str, Any]) -> str:
 
 
 def _check_honoured(tokenizer: MusicTokenizer, given: Mapping[str, Any]) -> None:
-    """MidiTok turns off what a tokenization lacks, with a warning at best."""
+    """Refuse options that MidiTok turned off because the tokenization lacks them; it gives a warning at best."""
     for name in given.keys() & set(OPTIONS) - _FIXED.keys():
         kept = getattr(tokenizer.config, name)
         if kept != (set(given[name]) if isinstance(kept, set) else given[name]) and name != "time_signature_range":
             raise InputError(
-                f"tokenizer option {name!r} cannot be set so for {type(tokenizer).__name__}: "
+                f"tokenizer option {name!r} cannot have this value for {type(tokenizer).__name__}: "
                 f"MidiTok keeps it at {reprlib.repr(kept)}"
             )
 
 
 def _check_lossless(tokenizer: MusicTokenizer) -> None:
-    """Refuse ranges that MidiTok accepts and then loses or shifts notes under."""
+    """Refuse ranges that MidiTok accepts although it then loses or shifts notes."""
     config = tokenizer.config
     (low, high), (drums_low, drums_high) = config.pitch_range, config.drums_pitch_range
     outside = config.use_pitchdrum_tokens and (drums_low < low or drums_high > high)
@@ -240,10 +241,11 @@ def _check_lossless(tokenizer: MusicTokenizer) -> None:
     if type(tokenizer) is CPWord and config.use_rests and config.use_time_signatures:
         raise InputError(
             "tokenizer option 'use_rests' needs 'use_time_signatures: false' for CPWord: "
-            "MidiTok shifts all notes after a meter that begins in a rest"
+            "MidiTok shifts all notes after a meter that starts in a rest"
         )
     steps = config.max_num_pos_per_beat
     if config.use_rests and any(steps % rests for rests in config.beat_res_rest.values()):
         raise InputError(
-            f"tokenizer option 'beat_res_rest' must divide the {steps} positions of a beat: MidiTok shifts notes else"
+            f"tokenizer option 'beat_res_rest' must divide the {steps} positions of a beat: "
+            "otherwise MidiTok shifts notes"
         )

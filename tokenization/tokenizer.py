@@ -1,11 +1,10 @@
 """Pieces to ids and back with a MidiTok tokenizer, and the subword models that shorten them.
 
 A piece is one sequence of *base tokens* such as `Bar_None TimeSig_4/4 Position_0 Program_0 Pitch_60 Velocity_63
-Duration_1.0.12`. A subword model, byte-pair encoding or unigram, then writes frequent successions within a bar as one
-id and loses nothing: with 1,000 ids of BPE the sequences of chorales become 3.0 times shorter, those of folk tunes
-3.6 times.
+Duration_1.0.12`. A subword model (byte-pair encoding or unigram) then writes frequent sequences within a bar as one
+id, without loss: with 1,000 BPE ids, chorales become 3.0 times shorter and folk tunes 3.6 times.
 
-Tokenizations of several vocabularies write rows of ids instead, one id of each vocabulary. They have no subword model.
+Tokenizations with several vocabularies write rows of ids instead, one id from each. They have no subword model.
 """
 
 import json
@@ -58,14 +57,14 @@ _SHOW_PROGRESS = sys.stderr.isatty()
 
 
 def normalize_score(score: ScoreTick) -> ScoreTick:
-    """The score as it is written: what MidiTok would lose is put into its terms, what nobody hears is left out.
+    """The score in the form in which it is tokenized: without what MidiTok would lose, and without what has no effect.
 
     - Meters of half notes are written with quarters (3/2 as 6/4), which MidiTok would otherwise drop.
     - Changes of tempo or meter that apply to no note are removed: those after the last onset, and a meter that
-      would begin with the bar line after it.
+      would start with the bar line after it.
 
     For every score, `base_ids(tokenizer, score)` is `tokenizer.encode(normalize_score(score), encode_ids=False).ids`,
-    but that the rows of MuMIDI are padded.
+    except that the rows of MuMIDI are padded.
 
     Args:
         score (`symusic.Score`):
@@ -89,16 +88,16 @@ def _onsets(score: ScoreTick) -> np.ndarray:
 
 
 def _meters_until(last: int, score: ScoreTick) -> TimeSignatureTickList:
-    """The meters that begin by tick `last`, given that MidiTok lets a meter begin with the next bar line."""
+    """The meters in force by tick `last`. MidiTok lets a meter start with the next bar line."""
     kept = []
     line, bar = 0.0, 4.0 * score.ticks_per_quarter
     for meter in sorted(score.time_signatures, key=lambda meter: meter.time):
         late = (meter.time - line) % bar
-        # Less than a position, a twelfth of a beat, behind the bar line is on it.
-        begin = meter.time - late + (bar if late >= score.ticks_per_quarter / 12 else 0)
-        if begin <= last:
+        # A meter less than a position (a twelfth of a beat) behind the bar line is on it.
+        start = meter.time - late + (bar if late >= score.ticks_per_quarter / 12 else 0)
+        if start <= last:
             kept.append(meter)
-            line, bar = begin, meter.numerator * 4 * score.ticks_per_quarter / meter.denominator or bar
+            line, bar = start, meter.numerator * 4 * score.ticks_per_quarter / meter.denominator or bar
     return TimeSignatureTickList(kept)
 
 
@@ -106,8 +105,8 @@ def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     """The ids of the base tokens of a score, normalised by [`normalize_score`], before any subword model.
 
     Returns:
-        `list[int]`, or for several vocabularies `list[list[int]]` of shape (time, vocabularies): of MuMIDI, whose
-        bars, positions and programs have neither velocity nor duration, with padding in their place.
+        `list[int]`, or for several vocabularies `list[list[int]]` of shape (time, vocabularies). MuMIDI's bars,
+        positions and programs have neither velocity nor duration; padding takes their place.
 
     Raises:
         MidiRefusedError: if the tokenization cannot write the piece: Structured has no time shift for a long pause,
@@ -125,21 +124,21 @@ def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
 
 
 def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:
-    """MidiTok's Structured shortens a pause for which it has no time shift, and all that follows comes too early."""
+    """MidiTok's Structured shortens a pause for which it has no time shift, so everything after it comes too early."""
     limit = max(last for _, last in tokenizer.config.beat_res)
     onsets = np.sort(_onsets(score))
     if np.diff(onsets, prepend=0).max(initial=0) > limit * score.ticks_per_quarter:
-        raise MidiRefusedError(f"no note begins for more than {limit} quarter notes, which Structured cannot write")
+        raise MidiRefusedError(f"no note starts for more than {limit} quarter notes, which Structured cannot write")
 
 
 def _check_bars(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
-    """MidiTok cuts off what comes after the last bar that Octuple or MuMIDI can number, with a warning."""
+    """MidiTok cuts off everything after the last bar that Octuple or MuMIDI can number, with only a warning."""
     limit = tokenizer.config.additional_params.get("max_bar_embedding")
     bars = int(_onsets(score).max(initial=0)) // (4 * score.ticks_per_quarter) + 1
     if limit is not None and bars > limit:
         raise MidiRefusedError(
-            f"it has {bars:,} bars of 4/4, of which {type(tokenizer).__name__} numbers {limit:,}: "
-            "its option 'max_bar_embedding' must be larger"
+            f"it has {bars:,} bars of 4/4, but {type(tokenizer).__name__} numbers only {limit:,}: "
+            "raise its option 'max_bar_embedding'"
         )
 
 
@@ -168,12 +167,12 @@ def train_tokenizer(
         scores (iterable of `symusic.Score`):
             The training split only.
         vocab_size (`int`):
-            Number of ids afterwards. Fewer are learned where the scores hold too few different successions.
+            Number of ids afterwards. Fewer are learned if the scores hold too few different sequences.
         model (`str`, *optional*, defaults to `"BPE"`):
             `"BPE"` (byte-pair encoding) or `"Unigram"`. Base tokens keep their ids under both.
 
     Raises:
-        InputError: if `vocab_size` is not larger than the number of base tokens, `model` is another one, or the
+        InputError: if `vocab_size` isn't larger than the number of base tokens, `model` isn't supported, or the
             tokenizer has several vocabularies.
     """
     train_on_ids(tokenizer, (base_ids(tokenizer, score) for score in scores), vocab_size, model)
@@ -184,14 +183,14 @@ def train_on_ids(
 ) -> None:
     """[`train_tokenizer`] on pieces that are base ids already.
 
-    MidiTok's own `train` is not used: it adds a word-start symbol that means no music, writes the special tokens of
-    Unigram with three characters each, gives base tokens new ids under Unigram, and splits at MMM's track tokens only
+    MidiTok's own `train` is not used: it adds a word-start symbol that has no musical meaning; under Unigram it writes
+    each special token with three characters and gives base tokens new ids; and it splits at MMM's track tokens only
     when it encodes.
     """
     check_vocab_size(tokenizer, vocab_size)
     check_subword_model(model)
     alphabet = [tokenizer._vocab_base_id_to_byte[index] for index in range(len(tokenizer.vocab))]
-    words = (_words(tokenizer, piece) for piece in pieces)  # the trainers count words, and keep each once
+    words = (_words(tokenizer, piece) for piece in pieces)  # the trainers count words and keep each one once
     learn = _learn_unigram if model == "Unigram" else _learn_bpe
     tokenizer._model = learn(alphabet, words, vocab_size)
     # What MidiTok derives from its model when it loads one.
@@ -214,8 +213,8 @@ def _learn_unigram(alphabet: list[str], words: Iterable[list[str]], vocab_size: 
     learner = Tokenizer(models.Unigram())
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=_SHOW_PROGRESS)
     learner.train_from_iterator(words, trainer)
-    # The trainer adds numbers up in any order, hence rounded. Symbols that it dropped it puts back, 0.0001 apart from
-    # the lowest score up, again in any order, hence levelled.
+    # The trainer adds numbers in any order, so they are rounded. It puts back the symbols that it dropped, 0.0001
+    # apart from the lowest score up, again in any order, so these are levelled.
     learned = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
     lowest = min(learned.values())
     put_back = lowest + 0.0001 * len(alphabet)
@@ -228,12 +227,13 @@ def check_vocab_size(tokenizer: MusicTokenizer, vocab_size: int) -> None:
     """Raise an [`InputError`] if training to `vocab_size` ids would have nothing to learn, or cannot be."""
     if tokenizer.is_multi_voc:
         raise InputError(
-            f"{type(tokenizer).__name__} can have no subword model, which needs one sequence of ids: use it untrained"
+            f"{type(tokenizer).__name__} cannot have a subword model, "
+            "which needs one sequence of ids: use it untrained"
         )
     if vocab_size <= len(tokenizer.vocab):
         raise InputError(
             f"a vocabulary of {vocab_size} leaves nothing to learn: "
-            f"{type(tokenizer).__name__} has {len(tokenizer.vocab)} base tokens, choose more"
+            f"{type(tokenizer).__name__} has {len(tokenizer.vocab)} base tokens, so choose more"
         )
 
 
@@ -245,7 +245,7 @@ def check_subword_model(model: str) -> None:
 
 
 def _words(tokenizer: MusicTokenizer, ids: Sequence[int]) -> list[str]:
-    """MidiTok's one-character symbols of base ids, split before every token that begins a word."""
+    """MidiTok's one-character symbols of base ids, split before every token that starts a word."""
     starts = {tokenizer.vocab[token] for token in word_starts(tokenizer)}
     cuts = [0, *(index for index, token in enumerate(ids) if token in starts and index), len(ids)]
     symbols: str = tokenizer._ids_to_bytes(list(ids), as_one_str=True)
@@ -262,13 +262,13 @@ def load_tokenizer(name: str, **hub_options: Any) -> MusicTokenizer:
             Passed to `transformers.utils.cached_file`: `revision`, `token`, `cache_dir`, `local_files_only` and so on.
 
     Raises:
-        InputError: if there is no `miditok.json`, or not one of a supported tokenization.
+        InputError: if there is no `miditok.json`, or its tokenization isn't supported.
     """
     try:
         path = Path(cast(str, cached_file(name, MIDITOK_FILE, **hub_options)))
         tokenization = json.loads(path.read_text()).get("tokenization")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{name} is no MIDI model: its {MIDITOK_FILE} cannot be read ({reason})") from error
+        raise InputError(f"{name} is not a MIDI model: its {MIDITOK_FILE} cannot be read ({reason})") from error
     check_tokenization(tokenization)
     return getattr(miditok, tokenization)(params=path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def is_taken(target: Path) -> bool:
-    """Whether there is something at `target` that a new folder would replace; an empty folder is nothing."""
+    """Whether there is something at `target` that a new folder would replace. An empty folder does not count."""
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
@@ -19,10 +19,10 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
     Args:
         target (`Path`): the folder to make.
-        replace (`bool`, *optional*, defaults to `False`): whether it may take the place of what is there.
+        replace (`bool`, *optional*, defaults to `False`): whether it may replace what is there.
 
     Raises:
-        FileExistsError: if `target` exists already, is not an empty folder and may not be replaced.
+        FileExistsError: if `target` exists, is not an empty folder and may not be replaced.
     """
     if is_taken(target) and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -44,7 +44,7 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 def whole_file(target: Path) -> Iterator[Path]:
     """A temporary sibling of `target` to write to; on success it becomes `target`, on any error it is removed.
 
-    No reader ever sees half a file, and two writers do not meet.
+    No reader ever sees half a file, and two writers never collide.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".unfinished-{target.name}-", dir=target.parent)

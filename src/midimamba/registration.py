@@ -32,8 +32,10 @@ def _register_configurations() -> None:
 def _register_models() -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from midimamba.modeling.modeling_discriminator import MidiDiscriminator, MidiDiscriminatorConfig
-    from midimamba.modeling.modeling_midimamba import MidiMambaConfig, MidiMambaForCausalLM
+    from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
+    from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+    from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 
     AutoModelForCausalLM.register(MidiMambaConfig, MidiMambaForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(MidiDiscriminatorConfig, MidiDiscriminator, exist_ok=True)

@@ -74,7 +74,7 @@ def test_each_kind_changes_its_own_column_within_bounds() -> None:
         assert 0.79 < tempos[0, 0] / tempos[0, 1] < 1.21
 
 
-def test_the_original_stays_as_it_is_and_nothing_asked_is_nothing_changed() -> None:
+def test_the_original_is_unchanged_and_zero_augmentation_changes_nothing() -> None:
     score = make_score(4)
     before = score.dumps_midi()
     Augmentation(5, 20, 0.2, 0.2).apply(score, np.random.default_rng(0))

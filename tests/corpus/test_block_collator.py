@@ -10,18 +10,18 @@ BOS = 1
 ROWS = [{"input_ids": [1, 5, 2, 1, 1, 6]}, {"input_ids": [7, 2, 1, 8, 9, 2]}]
 
 
-def test_a_document_begins_at_every_beginning_token() -> None:
+def test_a_document_starts_at_every_bos() -> None:
     batch = BlockCollator(BOS)(ROWS)
     assert batch["input_ids"].tolist() == [row["input_ids"] for row in ROWS]
     assert batch["seq_idx"].tolist() == [[1, 1, 1, 2, 3, 3], [0, 0, 1, 1, 1, 1]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
 
 
-def test_the_beginning_of_a_document_is_no_target() -> None:
+def test_the_start_of_a_document_is_not_a_target() -> None:
     assert BlockCollator(BOS)(ROWS)["labels"].tolist() == [[-100, 5, 2, -100, -100, 6], [7, 2, -100, 8, 9, 2]]
 
 
-def test_control_tokens_are_no_targets() -> None:
+def test_control_tokens_are_not_targets() -> None:
     labels = BlockCollator(BOS, control_ids=(5, 8))(ROWS)["labels"]
     assert labels.tolist() == [[-100, -100, 2, -100, -100, 6], [7, 2, -100, -100, 9, 2]]
 
@@ -32,7 +32,7 @@ def test_a_state_that_is_carried_has_the_same_targets() -> None:
     assert torch.equal(separated["labels"], carried["labels"])
 
 
-def test_without_a_beginning_token_a_block_is_one_document_and_all_of_it_a_target() -> None:
+def test_without_bos_a_block_is_one_document_and_all_of_it_a_target() -> None:
     batch = BlockCollator()(ROWS)
     assert torch.equal(batch["labels"], batch["input_ids"])
     assert not batch["seq_idx"].any()

@@ -2,12 +2,12 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from midimamba.errors import InputError
 from midimamba.tokenization.controls import describe
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, read_score
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
-from support import make_score
+from support import command, make_score
 
 MidiFolder = Callable[[int], Path]
 
@@ -83,7 +83,7 @@ def test_adding_files_moves_no_piece(midi_folder: MidiFolder, tmp_path: Path) ->
     assert splits_of(tmp_path / "other") != after
 
 
-def test_bad_files_are_quarantined_and_the_run_goes_on(midi_folder: MidiFolder, tmp_path: Path) -> None:
+def test_bad_files_are_quarantined_and_the_run_continues(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(5)
     (folder / "empty.mid").touch()
     (folder / "archive.tgz").write_bytes(b"no archive")
@@ -324,7 +324,7 @@ def test_a_rerun_reads_what_is_new_and_gives_what_a_fresh_run_gives(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers must inherit the patched reader")
-def test_an_interrupted_run_goes_on_where_it_stopped(
+def test_an_interrupted_run_continues_where_it_stopped(
     midi_folder: MidiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_COMMIT_EVERY", 1)
@@ -419,8 +419,8 @@ def test_what_is_not_there_is_refused(options: dict[str, Any], midi_folder: Midi
     assert [path.name for path in tmp_path.iterdir()] == ["music"]
 
 
-def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no tokenized corpus"):
+def test_a_folder_that_is_not_a_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a tokenized corpus"):
         load_corpus(tmp_path)
 
 
@@ -436,16 +436,19 @@ def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "music21" not in capfd.readouterr().err
 
 
-def test_chorales_without_music21_name_the_extra(tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.modules['music21'] = None\n"
-        "from pathlib import Path\n"
-        "from midimamba.errors import exit_on_input_error\n"
-        "from midimamba.corpus.build import tokenize_corpus\n"
-        "with exit_on_input_error():\n"
-        "    tokenize_corpus('chorales', Path(sys.argv[1]))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert 'pip install "midimamba[demo]"' in run.stderr
-    assert "Traceback" not in run.stderr
+def music21_is_not_installed(package: str) -> str:
+    if package == "music21":
+        raise PackageNotFoundError(package)
+    return version(package)
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "not-installed"])
+def test_chorales_without_music21_name_the_extra(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "music21", None)  # an import now raises
+    if not broken:
+        monkeypatch.setattr(corpus, "version", music21_is_not_installed)
+    assert command(monkeypatch, "tokenize", "chorales", "--out", tmp_path / "out") == 2
+    assert 'pip install "midimamba[demo]"' in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -129,7 +129,7 @@ def test_the_column_can_be_named(saved: Any) -> None:
     assert content == b"y"
 
 
-def test_what_is_no_data_set_is_no_data_set(tmp_path: Path) -> None:
+def test_a_data_set_is_told_from_other_sources(tmp_path: Path) -> None:
     assert not is_data_set("chorales")
     assert not is_data_set(str(tmp_path))
     (tmp_path / "a.mid").touch()

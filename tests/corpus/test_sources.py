@@ -96,7 +96,7 @@ def test_member_names_are_only_names(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["box", name]
 
 
-def test_links_and_devices_in_a_tar_file_are_no_files(tmp_path: Path) -> None:
+def test_links_and_devices_in_a_tar_file_are_not_files(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "music.tar", "w") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
             info = tarfile.TarInfo(f"{kind.decode()}.mid")
@@ -105,7 +105,7 @@ def test_links_and_devices_in_a_tar_file_are_no_files(tmp_path: Path) -> None:
     assert entries_of(tmp_path / "music.tar") == []
 
 
-def test_a_name_that_is_no_text_becomes_one(tmp_path: Path) -> None:
+def test_a_name_that_is_not_text_becomes_text(tmp_path: Path) -> None:
     write_tar(tmp_path / "music.tar", {"\udcff.mid": b"x"})
     (name,) = contents_of(tmp_path / "music.tar")
     assert name.encode() == b"music.tar/\\udcff.mid"
@@ -121,7 +121,7 @@ def test_of_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["music.zip", "music.tar.gz"])
-def test_a_member_beyond_the_size_is_refused_unread(name: str, tmp_path: Path) -> None:
+def test_a_member_beyond_the_size_limit_is_refused_unread(name: str, tmp_path: Path) -> None:
     archive = WRITERS[name](tmp_path / name, {"a.mid": b"fine", "bomb.mid": bytes(8 * MAX_FILE_BYTES)})
     tracemalloc.start()
     contents = contents_of(archive)
@@ -183,7 +183,7 @@ def test_a_broken_archive_is_an_error_as_source_and_a_refusal_in_a_folder(name: 
         assert refusal.reason.startswith("the archive cannot be read (")
 
 
-def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
+def test_a_broken_member_does_not_cost_the_others(tmp_path: Path) -> None:
     archive = tmp_path / "music.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
         file.writestr("a.mid", b"sound music")
@@ -191,13 +191,13 @@ def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
     archive.write_bytes(archive.read_bytes().replace(b"broken music", b"brokem music"))
     contents = contents_of(archive)
     assert contents["music.zip/a.mid"] == b"sound music"
-    assert "the archive does not yield it (Bad CRC-32" in str(contents["music.zip/b.mid"])
+    assert "it cannot be read from the archive (Bad CRC-32" in str(contents["music.zip/b.mid"])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file.txt"])
 def test_what_is_neither_folder_nor_archive_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("text")
-    with pytest.raises(InputError, match="is no folder, no archive"):
+    with pytest.raises(InputError, match="is not a folder, an archive"):
         entries_of(tmp_path / name)
 
 
@@ -233,7 +233,7 @@ def test_a_manifest_about_something_else_is_ignored_and_a_senseless_one_refused(
         manifest.write_text(table)
         assert labels_of(tmp_path) == {}
     manifest.write_text("file,split\nb.mid,train\na.mid,tset\n")
-    with pytest.raises(InputError, match=r"manifest\.csv, line 3: split 'tset' is none of train, valid"):
+    with pytest.raises(InputError, match=r"manifest\.csv, line 3: split 'tset' is unknown: write one of train, valid"):
         labels_of(tmp_path)
 
 

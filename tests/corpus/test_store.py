@@ -42,14 +42,14 @@ def test_no_split_of_a_small_corpus_is_empty(pieces: int, seed: int, store: Piec
     assert sorted(name for split in splits.values() for name in split) == names
 
 
-def test_a_split_that_is_not_wanted_stays_empty(store: PieceStore) -> None:
+def test_an_unwanted_split_stays_empty(store: PieceStore) -> None:
     fill(store, [f"{i}.mid" for i in range(5)])
     store.assign_splits(valid_fraction=0.1, test_fraction=0.0, seed=0)
     assert splits_of(store)["test"] == []
     assert splits_of(store)["validation"]
 
 
-def test_splits_have_about_the_asked_sizes(store: PieceStore) -> None:
+def test_splits_have_about_the_requested_sizes(store: PieceStore) -> None:
     fill(store, [f"{i}.mid" for i in range(4000)])
     store.assign_splits(valid_fraction=0.2, test_fraction=0.1, seed=0)
     splits = splits_of(store)
@@ -158,8 +158,8 @@ def test_a_later_run_knows_what_was_read_but_what_was_lost(tmp_path: Path) -> No
         assert not store.knows("a")
 
 
-def test_two_runs_cannot_share_a_store_and_another_file_is_none(tmp_path: Path) -> None:
-    with PieceStore(tmp_path / "store", "reader"), pytest.raises(InputError, match="another run may be at work"):
+def test_two_runs_cannot_share_a_store_and_another_file_is_refused(tmp_path: Path) -> None:
+    with PieceStore(tmp_path / "store", "reader"), pytest.raises(InputError, match="another run may be using it"):
         PieceStore(tmp_path / "store", "reader")
     (tmp_path / "other").write_text("something else " * 100)
     with pytest.raises(InputError, match="if not, delete it"):

@@ -90,7 +90,7 @@ def fail(task: int) -> None:
     ],
 )
 @pytest.mark.parametrize("processes", [1, 3])
-def test_a_lost_task_costs_no_other_and_none_runs_twice(
+def test_a_lost_task_does_not_cost_the_others_and_none_runs_twice(
     misbehave: Callable[[int], None], reason: str, processes: int, tmp_path: Path
 ) -> None:
     def work(task: int, mark: Mark) -> int:
@@ -150,7 +150,7 @@ def test_an_error_in_the_source_of_tasks_ends_the_workers() -> None:
     assert not active_children()
 
 
-def test_a_worker_that_cannot_start_is_no_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_does_not_loop_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_bound_memory", lambda extra_bytes: os._exit(7))
     with pytest.raises(RuntimeError, match="does not start"):
         run(square)

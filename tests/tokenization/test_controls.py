@@ -39,7 +39,7 @@ def test_every_control_is_described_by_values_that_are_their_own_slugs() -> None
             assert [control_token(name, value) for value in values] == [f"Control-{name}_{value}" for value in values]
 
 
-def test_nothing_is_said_of_a_score_without_notes() -> None:
+def test_a_score_without_notes_has_no_controls() -> None:
     assert describe(Score(QUARTER)) == {name: [] for name in CONTROLS}
 
 
@@ -57,7 +57,7 @@ def test_keys_have_their_usual_names() -> None:
     assert len(set(KEYS)) == 24
 
 
-def test_the_key_is_of_durations_and_hears_no_drums() -> None:
+def test_the_key_weighs_durations_and_ignores_drums() -> None:
     score = melody(MAJOR)
     expected = describe(score)
     score.tracks.append(Track(is_drum=True, notes=[Note(0, 100 * QUARTER, pitch, 80) for pitch in (42, 44, 46, 49)]))
@@ -67,7 +67,7 @@ def test_the_key_is_of_durations_and_hears_no_drums() -> None:
     assert describe(score)["key"] == expected["key"]
 
 
-def test_without_pitches_or_with_all_alike_there_is_no_key() -> None:
+def test_without_pitches_or_if_all_are_alike_there_is_no_key() -> None:
     score = Score(QUARTER)
     score.tracks.append(drums())
     assert describe(score)["key"] == []
@@ -99,7 +99,7 @@ def test_the_mean_tempo_is_all_quarters_by_all_minutes() -> None:
     score.tempos.extend([Tempo(10 * QUARTER, 180), Tempo(0, 54)])
     # 20 quarters in 10/54 + 10/180 minutes are 83 a minute; the mean over quarters would be 117.
     assert describe(score)["tempo"] == ["60-90"]
-    score.tempos.append(Tempo(40 * QUARTER, 600))  # heard by no note
+    score.tempos.append(Tempo(40 * QUARTER, 600))  # after the last note
     assert describe(score)["tempo"] == ["60-90"]
 
 
@@ -144,14 +144,14 @@ def test_bars_agree_with_the_bar_tokens() -> None:
 @pytest.mark.parametrize(
     ("notes_a_quarter", "band"), [(1, "1-2"), (2, "2-4"), (3, "2-4"), (4, "4-8"), (8, "8-16"), (16, "16+")]
 )
-def test_density_counts_notes_a_quarter(notes_a_quarter: int, band: str) -> None:
+def test_density_counts_notes_per_quarter(notes_a_quarter: int, band: str) -> None:
     pitches = [60] * (8 * notes_a_quarter)
     assert describe(melody(pitches, QUARTER // notes_a_quarter))["density"] == [band]
     # Silence before the first note is not part of the music.
     assert describe(melody(pitches, QUARTER // notes_a_quarter, start=40 * QUARTER))["density"] == [band]
 
 
-def test_a_slow_piece_is_sparse_and_drums_are_notes_too() -> None:
+def test_a_slow_piece_is_sparse_and_drums_count_as_notes() -> None:
     score = melody([60, 62], 4 * QUARTER)
     assert describe(score)["density"] == ["0-1"]
     score.tracks.append(drums(8))
@@ -168,7 +168,7 @@ def test_instruments_that_play_are_named_by_program() -> None:
     assert len(set(INSTRUMENTS)) == 128
 
 
-def test_notes_of_no_duration_are_no_obstacle() -> None:
+def test_notes_without_duration_are_accepted() -> None:
     score = Score(QUARTER)
     score.tracks.append(Track(notes=[Note(0, 0, 60, 80)]))
     described = describe(score)
@@ -195,8 +195,8 @@ def test_a_control_without_name_or_value_is_refused(name: str, value: str) -> No
 
 
 @pytest.mark.parametrize("token", ["Pitch_60", "Control-key", "Control-_x", "Control-key_a b", "Control-key_a_b"])
-def test_what_is_no_control_token_is_refused(token: str) -> None:
-    with pytest.raises(InputError, match="is no control token"):
+def test_anything_but_a_control_token_is_refused(token: str) -> None:
+    with pytest.raises(InputError, match="is not a control token"):
         build_tokenizer(controls=[token])
 
 
@@ -218,7 +218,7 @@ def test_a_tokenizer_names_its_controls_in_its_order() -> None:
     assert control_ids(tokenizer, values) == [3, 5, 6]
 
 
-def test_refusals_name_what_there_is() -> None:
+def test_refusals_name_the_choices() -> None:
     tokens = [control_token("composer", "Bach, J. S."), *(control_token("key", key) for key in KEYS)]
     tokenizer = build_tokenizer(controls=tokens)
     for values, message in (

@@ -136,7 +136,7 @@ def prefer(tokenizer: MusicTokenizer, kind: str) -> torch.Tensor:
     return torch.tensor([60.0 if first == kind else 0.0 for first in firsts])
 
 
-def test_every_id_is_judged_as_by_reading_its_tokens(tokenizer: MusicTokenizer) -> None:
+def test_every_id_is_judged_as_if_its_tokens_were_read(tokenizer: MusicTokenizer) -> None:
     grammar = MidiGrammar(tokenizer)
     size = tokenizer.vocab_size
     tokens = [expand(tokenizer, index) for index in range(size)]
@@ -185,7 +185,7 @@ def test_a_note_comes_within_16_tokens_whatever_the_model_prefers(tokenizer: Mus
 
 
 @pytest.mark.parametrize("kind", ["TimeShift", "TimeSig", "Tempo", "Program", "Pitch", "EOS", "none"])
-def test_tsd_samples_hold_notes_too(tsd: MusicTokenizer, kind: str) -> None:
+def test_tsd_samples_also_hold_notes(tsd: MusicTokenizer, kind: str) -> None:
     processor = MidiProcessor(tsd)
     rows = sample(tsd, processor.grammar(), prefer(tsd, kind), rows=30, steps=MAX_SILENT_TOKENS)
     assert all(processor.decode(row).note_num() > 0 for row in rows)
@@ -226,7 +226,7 @@ def test_a_model_that_wants_another_bar_ends_instead(tokenizer: MusicTokenizer) 
     torch.testing.assert_close(two[0, others], one[0, others])
 
 
-def test_padding_begin_and_order_of_rows_change_nothing(tokenizer: MusicTokenizer) -> None:
+def test_padding_bos_and_order_of_rows_change_nothing(tokenizer: MusicTokenizer) -> None:
     grammar = MidiGrammar(tokenizer, max_bars=4)
     size = tokenizer.vocab_size
     rows = sample(tokenizer, grammar, torch.zeros(size), rows=8, steps=20)

@@ -1,4 +1,4 @@
-"""CPWord, Octuple and MuMIDI, which write a row of ids a step: from a file to a corpus and back."""
+"""CPWord, Octuple and MuMIDI, which write a row of ids per step: from a file to a corpus and back."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def width(processor: MidiProcessor) -> int:
 
 
 def bars_of(count: int) -> ScoreTick:
-    """A note at the begin of every bar of 4/4."""
+    """A note at the start of every bar of 4/4."""
     score = Score(480)
     score.tracks.append(Track(notes=[Note(bar * 1920, 480, 60, 64) for bar in range(count)]))
     return score
@@ -70,7 +70,7 @@ def velocities(score: ScoreTick) -> list[tuple[float, int, int]]:
     )
 
 
-def test_every_tokenization_writes_either_one_id_or_a_row_a_step() -> None:
+def test_every_tokenization_writes_one_id_or_a_row_per_step() -> None:
     assert set(ONE_STREAM) | set(MULTI_VOCABULARY) == set(TOKENIZATIONS)
     for name in TOKENIZATIONS:
         assert build_tokenizer(name).is_multi_voc == (name in MULTI_VOCABULARY)
@@ -117,7 +117,7 @@ def test_only_cpword_keeps_meters(scores) -> None:
             assert meters == (given if name == "CPWord" else [(4, 4)])
 
 
-def test_meters_that_begin_in_empty_bars_shift_nothing(processor: MidiProcessor, notes: Notes) -> None:
+def test_meters_that_start_in_empty_bars_shift_nothing(processor: MidiProcessor, notes: Notes) -> None:
     score = bars_of(1)
     score.time_signatures.extend([TimeSignature(0, 4, 4), TimeSignature(1920, 3, 4), TimeSignature(4800, 6, 8)])
     score.tempos.extend([Tempo(0, 120.0), Tempo(1920, 60.0)])
@@ -173,7 +173,7 @@ def test_lists_arrays_and_tensors_of_one_sequence_are_decoded(processor: MidiPro
             processor.decode(given)
 
 
-def test_rows_that_are_no_music_are_refused(processor: MidiProcessor) -> None:
+def test_rows_that_are_not_music_are_refused(processor: MidiProcessor) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor(processor.vocab_size)
     refused = 0
@@ -182,7 +182,7 @@ def test_rows_that_are_no_music_are_refused(processor: MidiProcessor) -> None:
         try:
             processor.decode(ids)
         except ValueError as error:
-            refused += "no music" in str(error)
+            refused += "not music" in str(error)
     # The rows of Octuple are notes, each whole.
     assert bool(refused) == (type(processor.midi_tokenizer) is not Octuple)
 
@@ -204,22 +204,22 @@ def test_a_list_is_padded_with_rows_on_the_left(processor: MidiProcessor, random
     assert one["attention_mask"].tolist() == [processor(pieces[0])["attention_mask"]] == [[1] * len(short)]
 
 
-def test_what_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_anything_that_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, scores, tmp_path: Path) -> None:
     tokenizer, name = processor.midi_tokenizer, type(processor.midi_tokenizer).__name__
-    with pytest.raises(InputError, match=f"{name} can have no subword model"):
+    with pytest.raises(InputError, match=f"{name} cannot have a subword model"):
         train_tokenizer(tokenizer, scores, 5000)
-    with pytest.raises(InputError, match=f"{name} can have no subword model"):
+    with pytest.raises(InputError, match=f"{name} cannot have a subword model"):
         train_on_ids(tokenizer, [], 5000)
     with pytest.raises(InputError, match=f"{name} has no text form"):
         fast_tokenizer(tokenizer)
-    with pytest.raises(InputError, match=f"{name} can have no control tokens: choose one of REMI"):
+    with pytest.raises(InputError, match=f"{name} cannot have control tokens: choose one of REMI"):
         build_tokenizer(name, controls=[control_token("key", "C-major")])
     with pytest.raises(InputError, match="no control tokens"):
         processor.encode(scores[0], controls={"key": "C-major"})
     with pytest.raises(InputError, match=f"not {name}"):
         processor.grammar()
     for wishes in ({"controls": ["key"]}, {"labels": ["composer"]}):
-        with pytest.raises(InputError, match=f"{name} can have no control tokens"):
+        with pytest.raises(InputError, match=f"{name} cannot have control tokens"):
             tokenize_corpus(str(tmp_path), tmp_path / "out", CorpusOptions(tokenization=name, **wishes))
 
 
@@ -236,7 +236,7 @@ def test_what_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, sc
         ("Octuple", {"delete_equal_successive_tempo_changes": False}, "MidiTok keeps it at True"),
         ("MuMIDI", {"use_time_signatures": True}, "MidiTok keeps it at False"),
         ("MuMIDI", {"use_tempos": False}, "without a tempo"),
-        ("MuMIDI", {"use_pitchdrum_tokens": False}, "nevertheless"),
+        ("MuMIDI", {"use_pitchdrum_tokens": False}, "uses them anyway"),
         ("MuMIDI", {"use_pitch_intervals": True}, "another pitch"),
         ("Octuple", {"special_tokens": ["PAD"]}, "ids 0, 1 and 2"),
         ("Octuple", {"use_programs": False}, "one sequence"),
@@ -294,23 +294,27 @@ sys.modules["midimamba"] = None
 from pathlib import Path
 from transformers import AutoProcessor
 
-folder = Path(sys.argv[1])
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-assert type(processor).__module__.startswith("transformers_modules."), type(processor)
-ids = processor.encode(folder / "music.mid")
-processor.save_pretrained(folder / "again")
-again = AutoProcessor.from_pretrained(folder / "again", trust_remote_code=True)
-assert again.encode(folder / "music.mid") == ids
-again.decode(ids).dump_midi(folder / "decoded.mid")
-print(json.dumps(ids))
+encoded = []
+for folder in map(Path, sys.argv[1:]):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    ids = processor.encode(folder / "music.mid")
+    processor.save_pretrained(folder / "again")
+    again = AutoProcessor.from_pretrained(folder / "again", trust_remote_code=True)
+    assert again.encode(folder / "music.mid") == ids
+    again.decode(ids).dump_midi(folder / "decoded.mid")
+    encoded.append(ids)
+print(json.dumps(encoded))
 """
 
 
-def test_auto_processor_needs_no_midimamba(processor: MidiProcessor, scores, notes: Notes, tmp_path: Path) -> None:
-    processor.save_pretrained(tmp_path)
-    scores[0].dump_midi(tmp_path / "music.mid")
+def test_auto_processor_needs_no_midimamba(scores, notes: Notes, tmp_path: Path) -> None:
+    processors = {tmp_path / name: MidiProcessor(build_tokenizer(name)) for name in MULTI_VOCABULARY}
+    for folder, processor in processors.items():
+        processor.save_pretrained(folder)
+        scores[0].dump_midi(folder / "music.mid")
     run = subprocess.run(
-        [sys.executable, "-c", ABROAD, str(tmp_path)],
+        [sys.executable, "-c", ABROAD, *map(str, processors)],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -318,8 +322,9 @@ def test_auto_processor_needs_no_midimamba(processor: MidiProcessor, scores, not
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == processor.encode(tmp_path / "music.mid")
-    assert notes(read_score(tmp_path / "decoded.mid")) == notes(scores[0])
+    for ids, (folder, processor) in zip(json.loads(run.stdout.splitlines()[-1]), processors.items(), strict=True):
+        assert ids == processor.encode(folder / "music.mid")
+        assert notes(read_score(folder / "decoded.mid")) == notes(scores[0])
 
 
 @pytest.mark.parametrize("tokenization", MULTI_VOCABULARY)

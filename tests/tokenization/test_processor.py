@@ -21,7 +21,7 @@ SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 # The module of the processor, and what it imports.
 CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
-    *("controls.py", "ingest.py", "errors.py"),
+    *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
 }
 
 
@@ -82,7 +82,7 @@ def controlled(request: pytest.FixtureRequest, scores) -> MidiProcessor:
     return MidiProcessor(tokenizer)
 
 
-def test_controls_come_between_begin_and_music_in_the_vocabularys_order(controlled: MidiProcessor, scores) -> None:
+def test_controls_come_between_bos_and_music_in_the_order_of_the_vocabulary(controlled: MidiProcessor, scores) -> None:
     assert controlled.controls == {
         "instruments": ["violin", "drums"],
         "key": ["C-major"],
@@ -98,7 +98,7 @@ def test_controls_come_between_begin_and_music_in_the_vocabularys_order(controll
     assert [row[row != 0][:2].tolist() for row in batch["input_ids"]] == [[1, 5], [1, 5]]
 
 
-def test_music_may_be_asked_for_from_nothing(controlled: MidiProcessor) -> None:
+def test_music_may_be_requested_from_scratch(controlled: MidiProcessor) -> None:
     assert controlled()["input_ids"] == controlled.encode(None) == [1]
     inputs = controlled(controls={"instruments": "drums"}, return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[1, 4]]
@@ -196,41 +196,48 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-folder = Path(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+folders = [Path(folder) for folder in sys.argv[1:]]
+models, tokenizers = [], []
+for folder in folders:
+    models.append(AutoModelForCausalLM.from_pretrained(folder))
+    tokenizers.append(AutoTokenizer.from_pretrained(folder))
 assert not any(name.startswith(("miditok", "transformers_modules")) for name in sys.modules)
-assert type(model).__module__.startswith("transformers.")
+assert all(type(model).__module__.startswith("transformers.") for model in models)
 
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-assert type(processor).__module__.startswith("transformers_modules."), type(processor)
-assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-ids = processor.encode(folder / "music.mid", controls={"key": "C-major"})
-inputs = processor(controls={"key": "C-major"}, return_tensors="pt")
-torch.manual_seed(0)
-sample = model.generate(**inputs, max_new_tokens=20, do_sample=True, logits_processor=[processor.grammar(max_bars=2)])
-assert processor.decode(sample[0]).note_num() > 0
-processor.save_pretrained(folder / "again")
-again = AutoProcessor.from_pretrained(folder / "again", trust_remote_code=True)
-assert again.encode(folder / "music.mid", controls={"key": "C-major"}) == ids
-assert (folder / "again/tokenizer_config.json").read_text() == (folder / "tokenizer_config.json").read_text()
-processor.decode(ids).dump_midi(folder / "decoded.mid")
-print(json.dumps(ids))
+encoded = []
+for folder, model, tokenizer in zip(folders, models, tokenizers, strict=True):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    ids = processor.encode(folder / "music.mid", controls={"key": "C-major"})
+    inputs = processor(controls={"key": "C-major"}, return_tensors="pt")
+    torch.manual_seed(0)
+    options = dict(max_new_tokens=20, do_sample=True, logits_processor=[processor.grammar(max_bars=2)])
+    assert processor.decode(model.generate(**inputs, **options)[0]).note_num() > 0
+    processor.save_pretrained(folder / "again")
+    again = AutoProcessor.from_pretrained(folder / "again", trust_remote_code=True)
+    assert again.encode(folder / "music.mid", controls={"key": "C-major"}) == ids
+    assert (folder / "again/tokenizer_config.json").read_text() == (folder / "tokenizer_config.json").read_text()
+    processor.decode(ids).dump_midi(folder / "decoded.mid")
+    encoded.append(ids)
+print(json.dumps(encoded))
 """
 
 
-@pytest.mark.parametrize("model", [None, "BPE"])
-def test_auto_processor_needs_no_midimamba(model: str | None, scores, notes, tmp_path: Path) -> None:
-    tokenizer = build_tokenizer(controls=[control_token("key", "C-major")])
-    if model:
-        train_tokenizer(tokenizer, scores[:20], 900, model)
-    processor = MidiProcessor(tokenizer)
-    processor.save_pretrained(tmp_path)
-    config = MambaConfig(vocab_size=processor.vocab_size, hidden_size=8, num_hidden_layers=1, state_size=4)
-    MambaForCausalLM(config).save_pretrained(tmp_path)
-    scores[0].dump_midi(tmp_path / "music.mid")
+def test_auto_processor_needs_no_midimamba(scores, notes, tmp_path: Path) -> None:
+    processors = {}
+    for model in ("none", "BPE"):
+        tokenizer = build_tokenizer(controls=[control_token("key", "C-major")])
+        if model != "none":
+            train_tokenizer(tokenizer, scores[:20], 900, model)
+        folder = tmp_path / model
+        processors[folder] = processor = MidiProcessor(tokenizer)
+        processor.save_pretrained(folder)
+        config = MambaConfig(vocab_size=processor.vocab_size, hidden_size=8, num_hidden_layers=1, state_size=4)
+        MambaForCausalLM(config).save_pretrained(folder)
+        scores[0].dump_midi(folder / "music.mid")
     run = subprocess.run(
-        [sys.executable, "-c", ABROAD, str(tmp_path)],
+        [sys.executable, "-c", ABROAD, *map(str, processors)],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -238,12 +245,12 @@ def test_auto_processor_needs_no_midimamba(model: str | None, scores, notes, tmp
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    ids = processor.encode(tmp_path / "music.mid", controls={"key": "C-major"})
-    assert json.loads(run.stdout.splitlines()[-1]) == ids
-    assert notes(read_score(tmp_path / "decoded.mid")) == notes(scores[0])
+    for ids, (folder, processor) in zip(json.loads(run.stdout.splitlines()[-1]), processors.items(), strict=True):
+        assert ids == processor.encode(folder / "music.mid", controls={"key": "C-major"})
+        assert notes(read_score(folder / "decoded.mid")) == notes(scores[0])
 
 
-def test_where_midimamba_is_there_no_remote_code_runs(processor: MidiProcessor, tmp_path: Path) -> None:
+def test_no_remote_code_runs_where_midimamba_is_installed(processor: MidiProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     for module in CODE:
         (tmp_path / module).write_text("raise AssertionError('remote code was run')")
@@ -275,6 +282,6 @@ def test_a_repository_on_the_hub_is_read_through_its_cache(processor: MidiProces
     assert loaded.encode(scores[0]) == processor.encode(scores[0])
 
 
-def test_a_folder_that_is_no_processor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no MIDI model"):
+def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a MIDI model"):
         MidiProcessor.from_pretrained(tmp_path)

@@ -138,7 +138,7 @@ def test_base_ids_are_miditoks_ids_of_the_normalised_score(tokenization: str, ra
 @pytest.mark.parametrize("base", ["REMI", "TSD"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("split", ["bar", "no"])
-def test_mmm_over_either_tokenization_is_identical_too(base: str, model: str, split: str, scores) -> None:
+def test_mmm_over_either_tokenization_is_identical(base: str, model: str, split: str, scores) -> None:
     if (base, split) == ("TSD", "bar"):
         with pytest.raises(InputError, match="no tokens to split at"):
             build_tokenizer("MMM", base_tokenizer=base, encode_ids_split=split)
@@ -179,7 +179,7 @@ def test_every_base_token_is_found_alone_and_beside_special_tokens(tokenizer: Mu
     assert fast.decode([1, 5, 2], skip_special_tokens=True) == tokenizer[5]
 
 
-def test_text_that_is_no_token_means_nothing(tokenizer: MusicTokenizer) -> None:
+def test_text_that_is_not_a_token_is_dropped(tokenizer: MusicTokenizer) -> None:
     # MidiTok's own symbols are plain characters from "!" on: they must not be read as music.
     assert fast_tokenizer(tokenizer)('! " hello # ÿ')["input_ids"] == []
 
