@@ -197,7 +197,7 @@ def test_a_process_that_the_launcher_lost_is_reported(run: Run, monkeypatch: pyt
     assert "single process" not in run("pretrain.py", *tiny("chorales-cpu.yaml", data="nowhere"))[1]
 
 
-BAD_INPUT = {
+BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
     "missing corpus": ("pretrain.py", {"data": "nowhere"}, "nowhere is no tokenized corpus: make one with"),
     "unknown flag": ("pretrain.py", {"depth": 3}, "--depth"),
     "wrong type": ("pretrain.py", {"hidden_size": "big"}, "invalid int value: 'big'"),
