@@ -13,7 +13,7 @@ THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(THREADS) \
 	--mixed_precision no --dynamo_backend no
 # Workers of pytest take whole files, so that a module's fixtures are built once. A worker that is done takes more.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 FOLDERS := corpus evaluation hub_cards modeling tokenization training
 
 # As `import midimamba` sets it, for programs that import torch first.

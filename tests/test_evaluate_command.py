@@ -15,6 +15,9 @@ from midimamba.evaluation import comparison_page
 from midimamba.hub_cards.evaluation import read_evaluation
 from support import make_generator, make_score
 
+# Its figures are tested in tests/evaluation.
+pytestmark = pytest.mark.usefixtures("quick_comparison")
+
 
 def write_song(path: Path, seed: int) -> None:
     chance = random.Random(seed)

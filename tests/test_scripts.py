@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,7 +175,10 @@ def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: 
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "training" / "adversarial.py")]
     options = adversarial(pretrained, corpus, tmp_path / "tuned", micro_batch_size=2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29777"}
+    with socket.socket() as probe:  # a port that no other worker uses
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks the network for this machine's name
     command += map(str, options)
