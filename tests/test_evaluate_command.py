@@ -83,6 +83,7 @@ def test_a_folder_of_midi_gets_its_report(
     assert all(table in page for table in read_evaluation(out).table.split("\n\n"))  # the same in a card
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_and_asked_for_its_likelihood(
     generator: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
+@pytest.mark.slow
 def test_shell_commands_leave_what_the_readme_says(folder: Path) -> None:
     assert len(snippets("bash")) == 1
     for name in (
@@ -104,6 +105,7 @@ def test_pictures_of_the_readme_are_there() -> None:
     assert all((ROOT / picture).exists() for picture in pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", snippets("python"), ids=lambda snippet: snippet.strip().splitlines()[-1][:40])
 def test_python_snippets_run(snippet: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

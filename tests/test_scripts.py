@@ -158,6 +158,7 @@ def test_a_discriminator_may_begin_as_the_generator(corpus: Path, pretrained: Pa
             assert torch.equal(tensor, generator[key.replace("encoder.", "backbone.")]), key
 
 
+@pytest.mark.slow
 def test_filters_that_do_not_fit_are_left_out_with_a_warning(
     corpus: Path, pretrained: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_filters_that_do_not_fit_are_left_out_with_a_warning(
     assert len(config["num_filters"]) == 7
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -429,6 +429,7 @@ def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "music21" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_chorales_without_music21_name_the_extra(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['music21'] = None\n"

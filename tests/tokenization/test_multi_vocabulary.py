@@ -307,6 +307,7 @@ print(json.dumps(ids))
 """
 
 
+@pytest.mark.slow
 def test_auto_processor_needs_no_midimamba(processor: MidiProcessor, scores, notes: Notes, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     scores[0].dump_midi(tmp_path / "music.mid")

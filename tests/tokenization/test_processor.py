@@ -218,6 +218,7 @@ print(json.dumps(ids))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [None, "BPE"])
 def test_auto_processor_needs_no_midimamba(model: str | None, scores, notes, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(controls=[control_token("key", "C-major")])
