@@ -1,6 +1,10 @@
-# make demo: the main job, end to end.   make test: the whole suite.   make check: format, lint, types.
-# make bench [QUICK=1] [CORPORA=folder]: every benchmark, see benchmarks/README.md.
+# make demo     the main job, end to end
+# make test     all tests, on two cores (WORKERS=4 takes four)
+# make fast     the tests of the folders that differ from the branch main, without the slow ones
+# make check    format, lint and types of every folder
+# make bench    all benchmarks, see benchmarks/README.md (QUICK=1 for a trial, CORPORA=folder for real music)
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
@@ -8,6 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(THREADS) \
 	--mixed_precision no --dynamo_backend no
+# Workers of pytest take whole files, so that a module's fixtures are built once. A worker that is done takes more.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+FOLDERS := corpus evaluation hub_cards modeling tokenization training
 
 # As the commands and training scripts set it, for everything else that runs here.
 export GOMP_SPINCOUNT ?= 10000
@@ -16,7 +23,7 @@ export TOKENIZERS_PARALLELISM = false
 # stage(result, command): skip what is there, say so.
 stage = @if [ -e $(1) ]; then echo "already there: $(1)"; else echo "==> $(1)"; $(2); fi
 
-.PHONY: demo test check bench clean-demo
+.PHONY: demo test fast check bench clean-demo
 
 demo: $(VENV)/demo
 	$(call stage,$(RUN)/data,$(BIN)/midimamba tokenize chorales --vocab-size 800 --out $(RUN)/data)
@@ -27,14 +34,23 @@ demo: $(VENV)/demo
 	@echo "read $(RUN)/report.md, listen to $(RUN)/samples; 'make clean-demo' starts over"
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# A folder's tests stand in tests/ under the same name; those of src/midimamba stand in tests/ itself.
+fast: $(VENV)/dev
+	@changed=$$( (git diff --name-only --merge-base main; git ls-files --others --exclude-standard) \
+		| sed -nE 's#^src/.*#tests/test_*.py#p; s#^tests/(test_[^/]*\.py)$$#tests/\1#p; s#^(tests/)?([a-z_]+)/.*#tests/\2#p' \
+		| sort -u | while read -r tests; do ls -d $$tests 2>/dev/null; done | sort -u); \
+	if [ -z "$$changed" ]; then echo "no folder with tests differs from main"; \
+	else echo "==>" $$changed; $(PYTEST) -m "not slow" $$changed; fi
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# mypy wants the package as it is installed: the folders of the repository carry other names.
-	@rm -rf build && $(PIP) --no-deps --no-build-isolation --target build/check .
-	cd build/check && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p midimamba
+	@# mypy needs the package as it is installed: one folder, midimamba, with the others inside.
+	@rm -rf build && mkdir -p build/types/midimamba
+	@ln -s $(CURDIR)/src/midimamba/* $(addprefix $(CURDIR)/,$(FOLDERS)) build/types/midimamba
+	$(BIN)/mypy
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/all.py $(if $(QUICK),--quick) $(if $(CORPORA),--corpora $(CORPORA))

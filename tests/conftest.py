@@ -1,11 +1,16 @@
-"""Settings of all tests: no network, and tiny models."""
+"""Settings of all tests: no network, one thread, folders of one's own; and what many tests begin with."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Read when transformers and trackio are imported. Each worker has its own, so that none sees another's files.
+_SCRATCH = tempfile.TemporaryDirectory(prefix="midimamba-tests-", ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = f"{_SCRATCH.name}/modules"
+os.environ["TRACKIO_DIR"] = f"{_SCRATCH.name}/trackio"
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +20,17 @@ import torch
 from symusic.core import ScoreTick
 
 if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter, as long as it is told before anything imports it.
+    # Triton's kernels run in its interpreter if this is set before anything imports it.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
+from midimamba.evaluation import halving, two_sample
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
 
-# Tiny tensors gain nothing from a second thread, and lose much when another process keeps its core busy.
+# Tiny tensors gain nothing from a second thread, and lose much when another process keeps that core busy.
 torch.set_num_threads(1)
 
 
@@ -35,7 +41,7 @@ def generator() -> MidiMambaForCausalLM:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve synthetic scores, tokenized: the folder that scripts take as `--data`."""
+    """Twelve synthetic scores, tokenized: a folder that scripts accept as `--data`."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "midi").mkdir()
     for seed in range(12):
@@ -46,7 +52,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained generator for `corpus`, with its processor: the folder that scripts take as `--model`."""
+    """An untrained generator for `corpus`, with its processor: a folder that scripts accept as `--model`."""
     folder = tmp_path_factory.mktemp("pretrained") / "model"
     processor = MidiProcessor.from_pretrained(corpus / "tokenizer")
     make_generator(vocab_size=processor.vocab_size).save_pretrained(folder)
@@ -68,8 +74,18 @@ def scores() -> list[ScoreTick]:
 
 
 @pytest.fixture
+def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    For tests of what is done with a comparison, not of its figures: one halving of the reference and one epoch of the
+    classifier take a tenth of the time.
+    """
+    monkeypatch.setattr(halving, "HALVINGS", 1)
+    monkeypatch.setattr(two_sample, "_EPOCHS", 1)
+
+
+@pytest.fixture
 def midi_folder(tmp_path: Path) -> Callable[[int], Path]:
-    """Write so many MIDI files, half of them in a folder below."""
+    """A function that writes `count` MIDI files, every other one in a subfolder, and returns their folder."""
 
     def write(count: int) -> Path:
         folder = tmp_path / "music"
@@ -80,6 +96,12 @@ def midi_folder(tmp_path: Path) -> Callable[[int], Path]:
         return folder
 
     return write
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker begins a long file when the others are almost done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def notes_of(score: ScoreTick) -> list[tuple[int, bool, int, int, int]]:

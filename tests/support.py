@@ -2,6 +2,7 @@
 
 import random
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,24 +16,27 @@ TICKS_PER_QUARTER = 480
 GRID = TICKS_PER_QUARTER // 12  # the finest position of the tokenizer in quarter-note meters
 
 
-def make_generator(**overrides: object) -> MidiMambaForCausalLM:
+def make_generator(**overrides: Any) -> MidiMambaForCausalLM:
     """A tiny generator with every parameter moved off its initial value, so that no term is zero by construction."""
     torch.manual_seed(0)
-    config = MidiMambaConfig(
-        **{"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4} | overrides
-    )
-    model = MidiMambaForCausalLM(config).eval()
+    options: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    model = MidiMambaForCausalLM(MidiMambaConfig(**options | overrides)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
-def make_discriminator(kind: str = "cnn", **overrides: object) -> MidiDiscriminator:
+def make_discriminator(kind: str = "cnn", **overrides: Any) -> MidiDiscriminator:
     """A tiny discriminator over the vocabulary of `make_generator`."""
     torch.manual_seed(1)
-    shape = {"vocab_size": 11, "hidden_size": 16, "filter_sizes": [1, 2, 5], "num_filters": [8, 8, 8]}
-    return MidiDiscriminator(MidiDiscriminatorConfig(**{"kind": kind, **shape} | overrides)).eval()
+    options: dict[str, Any] = {
+        "vocab_size": 11,
+        "hidden_size": 16,
+        "filter_sizes": [1, 2, 5],
+        "num_filters": [8, 8, 8],
+    }
+    return MidiDiscriminator(MidiDiscriminatorConfig(**{"kind": kind} | options | overrides)).eval()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -16,6 +16,9 @@ from midimamba.evaluation import comparison_page
 from midimamba.hub_cards.evaluation import read_evaluation
 from support import make_generator, make_score
 
+# Its figures are tested in tests/evaluation.
+pytestmark = pytest.mark.usefixtures("quick_comparison")
+
 
 def write_song(path: Path, seed: int) -> None:
     chance = random.Random(seed)
@@ -81,6 +84,7 @@ def test_a_folder_of_midi_gets_its_report(
     assert all(table in page for table in read_evaluation(out).table.split("\n\n"))  # the same in a card
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_and_asked_for_its_likelihood(
     generator: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ model.save_pretrained(folder + "/again")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_generator_loads_where_this_package_is_not_installed(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

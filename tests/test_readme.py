@@ -5,14 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+import midimamba
+from midimamba.cli import build_parser
 from support import make_score
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, TOUR = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 # Training commands are run as they stand, but stop after a step and on short blocks.
 SHORT = "--max_steps 1 --sequence_length 32 --eval_steps 1 --save_steps 1 --use_cpu"
 SHORTER = (
@@ -54,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
+@pytest.mark.slow
 def test_shell_commands_leave_what_the_readme_says(folder: Path) -> None:
     assert len(snippets("bash")) == 1
     for name in (
@@ -69,12 +74,29 @@ def test_shell_commands_leave_what_the_readme_says(folder: Path) -> None:
 
 def test_the_commands_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
-    from midimamba.cli import build_parser
-
+    assert set(re.findall(r"\bmake ([a-z-]+)", README + TOUR)) <= targets
     published = re.search(r"^midimamba (publish .*)$", README, re.MULTILINE)
     assert published
     assert build_parser().parse_args(published[1].split()).repo == "you/my-music"
+
+
+def test_links_of_the_readme_and_of_the_tour_lead_somewhere() -> None:
+    for page in (README, TOUR):
+        links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link]
+        assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_tour_names_every_folder() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {folder.split("/")[0] for folder in project["tool"]["setuptools"]["package-dir"].values()}
+    for folder in folders | {"benchmarks", "tests"}:
+        assert f"\n{folder}/" in TOUR, folder
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert midimamba.__version__ == version
 
 
 def test_pictures_of_the_readme_are_there() -> None:
@@ -83,6 +105,7 @@ def test_pictures_of_the_readme_are_there() -> None:
     assert all((ROOT / picture).exists() for picture in pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", snippets("python"), ids=lambda snippet: snippet.strip().splitlines()[-1][:40])
 def test_python_snippets_run(snippet: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,7 @@ def test_a_discriminator_may_begin_as_the_generator(corpus: Path, pretrained: Pa
             assert torch.equal(tensor, generator[key.replace("encoder.", "backbone.")]), key
 
 
+@pytest.mark.slow
 def test_filters_that_do_not_fit_are_left_out_with_a_warning(
     corpus: Path, pretrained: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -170,12 +172,16 @@ def test_filters_that_do_not_fit_are_left_out_with_a_warning(
     assert len(config["num_filters"]) == 7
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(corpus: Path, pretrained: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "training" / "adversarial.py")]
     options = adversarial(pretrained, corpus, tmp_path / "tuned", micro_batch_size=2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29777"}
+    with socket.socket() as probe:  # a port that no other worker uses
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks the network for this machine's name
     command += map(str, options)
@@ -198,7 +204,7 @@ def test_a_process_that_the_launcher_lost_is_reported(run: Run, monkeypatch: pyt
     assert "single process" not in run("pretrain.py", *tiny("chorales-cpu.yaml", data="nowhere"))[1]
 
 
-BAD_INPUT = {
+BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
     "missing corpus": ("pretrain.py", {"data": "nowhere"}, "nowhere is not a tokenized corpus: make one with"),
     "unknown flag": ("pretrain.py", {"depth": 3}, "--depth"),
     "wrong type": ("pretrain.py", {"hidden_size": "big"}, "invalid int value: 'big'"),

@@ -98,6 +98,8 @@ def test_targets_are_measured_against_maximum_likelihood(music: ModuleType, monk
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_comparison")
 def test_all_arms_are_trained_measured_and_gone_on_from(
     music: ModuleType,
     corpus: Path,

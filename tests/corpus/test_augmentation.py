@@ -196,6 +196,7 @@ def test_controls_are_those_of_the_changed_music(conditioned: tuple[Dataset, Mid
     assert len(composers) == 2
 
 
+@pytest.mark.slow
 def test_the_trainer_sets_the_epoch(split: Dataset, processor: MidiProcessor, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

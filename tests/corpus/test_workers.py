@@ -157,6 +157,7 @@ def test_a_worker_that_cannot_start_does_not_loop_forever(monkeypatch: pytest.Mo
     assert not active_children()
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_fork_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_CONTEXT", get_context("spawn"))
     assert run(operator.is_, 3, 1) == {"0": False, "1": False, "2": False}
@@ -169,6 +170,7 @@ def test_leaving_after_a_loss_is_clean() -> None:
     assert not active_children()
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed() -> None:
     script = (
         "import os, time\n"

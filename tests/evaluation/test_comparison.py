@@ -85,6 +85,7 @@ def fresh(reference: Reference) -> Comparison:
     return run(reference, [song(seed) for seed in range(100, 115)])
 
 
+@pytest.mark.slow
 def test_music_of_the_same_kind_is_as_near_as_the_floor(fresh: Comparison) -> None:
     for name, figures in fresh.features.items():
         area = figures.overlapping_area
@@ -108,6 +109,7 @@ def test_every_figure_has_a_label_and_json(fresh: Comparison) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_comparison(reference: Reference, fresh: Comparison) -> None:
     state = torch.get_rng_state()
     again = run(reference, [song(seed) for seed in range(100, 115)])
@@ -115,6 +117,7 @@ def test_the_same_seed_is_the_same_comparison(reference: Reference, fresh: Compa
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_shuffled_bars_lose_their_structure_and_keep_their_sound(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [shuffled_bars(song(seed), seed) for seed in range(100, 115)])
     for lag in (4, 8, 16):
@@ -130,6 +133,7 @@ def test_shuffled_bars_lose_their_structure_and_keep_their_sound(reference: Refe
     assert found.figures["frechet_distance"].estimate.low > fresh.figures["frechet_distance"].estimate.high
 
 
+@pytest.mark.slow
 def test_copies_in_another_key_are_found_and_are_no_better_music(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [song(seed).shift_pitch(1) for seed in range(14)])
     for notes in (8, 12, 16):
@@ -141,6 +145,7 @@ def test_copies_in_another_key_are_found_and_are_no_better_music(reference: Refe
         assert found.features[name].overlapping_area.estimate.value > 0.6, name
 
 
+@pytest.mark.slow
 def test_one_song_for_all_is_found_out_by_its_diversity(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [song(100)] * 15)
     assert found.figures["self_bleu_4"].estimate.value == pytest.approx(1)
@@ -151,6 +156,7 @@ def test_one_song_for_all_is_found_out_by_its_diversity(reference: Reference, fr
         assert found.figures[f"copied_runs_{notes}"].estimate.value < 0.1
 
 
+@pytest.mark.slow
 def test_unusable_samples_are_counted(reference: Reference) -> None:
     samples = Samples([song(seed) for seed in range(100, 106)], empty=2, refused={"x": "malformed"})
     found = compare(samples, reference, LENGTH)
@@ -159,12 +165,14 @@ def test_unusable_samples_are_counted(reference: Reference) -> None:
     assert found.sizes["pieces_a_set"] == 6
 
 
+@pytest.mark.slow
 def test_sequences_too_short_leave_the_figures_of_tokens_undefined(reference: Reference) -> None:
     found = compare(Samples([song(seed) for seed in range(100, 106)]), reference, length=100_000)
     assert math.isnan(found.figures["classifier_tokens"].estimate.value)
     assert not math.isnan(found.figures["classifier_features"].estimate.value)
 
 
+@pytest.mark.slow
 def test_a_feature_that_no_sample_has_is_undefined(reference: Reference) -> None:
     found = run(reference, [opening(song(seed), 10) for seed in range(100, 115)])
     missing, there = (found.features[f"bar_self_similarity_{lag}"] for lag in (16, 8))

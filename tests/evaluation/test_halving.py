@@ -19,6 +19,7 @@ def music(pieces: int, seed: int, shift: float = 0.0, tokens: int = 0) -> Music:
     return Music(features, random.integers(0, 20, size=(pieces, tokens)).tolist())
 
 
+@pytest.mark.slow
 def test_samples_and_both_halves_are_of_one_size_and_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     met = []
     inner = halving._piece_figures
@@ -39,6 +40,7 @@ def test_samples_and_both_halves_are_of_one_size_and_share_nothing(monkeypatch: 
         assert not set(first) & set(second)
 
 
+@pytest.mark.slow
 def test_figures_are_means_over_halvings(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([(0.2, 0.1), (0.4, 0.1), (math.nan, math.nan), (0.6, 0.4), (0.8, 0.4)])
 
@@ -58,6 +60,7 @@ def test_figures_are_means_over_halvings(monkeypatch: pytest.MonkeyPatch) -> Non
     assert math.isnan(means["unknown"].floor)
 
 
+@pytest.mark.slow
 def test_more_halvings_depend_less_on_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = music(60, 0, shift=0.5), music(40, 1)
 
@@ -69,6 +72,7 @@ def test_more_halvings_depend_less_on_chance(monkeypatch: pytest.MonkeyPatch) ->
     assert spread(5) < spread(1)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures() -> None:
     samples, reference = music(12, 0, tokens=30), music(24, 1, tokens=30)
     features, figures = compare_halves(samples, reference, vocab_size=20, length=30, seed=3)

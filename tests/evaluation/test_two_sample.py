@@ -28,6 +28,7 @@ def test_p_values_are_those_of_counting_throws() -> None:
     assert binomial_p_value(400, 400) > 0
 
 
+@pytest.mark.slow
 def test_token_sequences_of_two_kinds_are_told_apart_and_of_one_kind_not() -> None:
     real = markov(60, 0.2, 1)
     different = token_test(real, markov(60, 0.7, 2), 20)

@@ -164,12 +164,14 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
     assert not (run / "generator" / "README.md").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("urls")
 def test_what_was_published_loads_by_name(hub: FakeHub, run: Path, desk: Path) -> None:
     done = client(hub, desk, LOAD, run)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("urls")
 def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: Path) -> None:
     done = client(hub, desk, ABROAD)
@@ -178,6 +180,7 @@ def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: 
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("urls")
 def test_the_snippets_of_the_cards_run_as_they_stand(hub: FakeHub, desk: Path) -> None:
     cards = [hub.repositories[name]["README.md"].decode() for name in ("you/bach", "you/bach-discriminator")]
@@ -222,6 +225,7 @@ def test_a_card_tells_how_its_layout_loads(layout: str, kind: str, loads_as: str
     assert ("trust_remote_code=True" in card) == trust
 
 
+@pytest.mark.slow
 def test_an_own_card_stays_and_what_the_hub_refuses_is_one_line(
     hub: FakeHub, run: Path, desk: Path, tmp_path: Path
 ) -> None:

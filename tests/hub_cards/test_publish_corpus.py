@@ -152,12 +152,14 @@ def test_no_path_of_the_user_leaves_the_machine(files: dict[str, bytes], home: P
             assert home.name not in f"{table.schema.metadata} {table['name'].to_pylist()}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("files")
 def test_what_was_published_loads_as_it_was(hub: FakeHub, home: Path, corpus: Path) -> None:
     done = client(hub, home, LOAD, corpus, "you/data")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_card_run_as_they_stand(
     files: dict[str, bytes], hub: FakeHub, home: Path, corpus: Path
 ) -> None:
@@ -208,6 +210,7 @@ def test_the_card_sums_up_what_was_left_out(files: dict[str, bytes]) -> None:
     assert "1 files have the notes of another one" in card
 
 
+@pytest.mark.slow
 def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
     files: dict[str, bytes], hub: FakeHub, home: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +253,7 @@ def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
     assert loaded.returncode == 0, loaded.stderr
 
 
+@pytest.mark.slow
 def test_an_own_card_stays(hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "own")
     (tmp_path / "own" / "README.md").write_text("---\ntags: [mine]\n---\nMy own words.\n")

@@ -34,6 +34,7 @@ def tokens(batch: int = 2, time: int = 9) -> torch.Tensor:
     return torch.randint(0, 11, (batch, time), generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing_forward_and_backward(model: MidiMambaForCausalLM, compiled: Any) -> None:
     ids = tokens()
     results = []
@@ -46,6 +47,7 @@ def test_compiling_changes_nothing_forward_and_backward(model: MidiMambaForCausa
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_decodes_alike(model: MidiMambaForCausalLM, compiled: Any) -> None:
     ids = tokens()
     with inference(model):

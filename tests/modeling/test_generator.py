@@ -26,6 +26,7 @@ def test_a_saved_generator_is_a_stock_checkpoint(generator: MidiMambaForCausalLM
         torch.testing.assert_close(stock(tokens()).logits, generator(tokens()).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_saved_generator_loads_without_this_package(generator: MidiMambaForCausalLM, tmp_path: Path) -> None:
     generator.save_pretrained(tmp_path)
     torch.save(tokens(), tmp_path / "ids.pt")

@@ -83,6 +83,7 @@ def test_inputs_need_not_be_contiguous() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_every_time() -> None:
     inputs = inputs_on_device(2, CHUNK + 3, 2 * BLOCK_C + 1, 3)
     for first, second in zip(run("triton", inputs)[2], run("triton", inputs)[2], strict=True):
@@ -101,6 +102,7 @@ def test_is_available_here() -> None:
     assert scan_triton.__module__ in sys.modules
 
 
+@pytest.mark.slow
 def test_both_kernels_compile_for_a_gpu() -> None:
     """The interpreter knows neither types nor layouts: compile to PTX, which takes no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -308,6 +308,7 @@ print(json.dumps(encoded))
 """
 
 
+@pytest.mark.slow
 def test_auto_processor_needs_no_midimamba(scores, notes: Notes, tmp_path: Path) -> None:
     processors = {tmp_path / name: MidiProcessor(build_tokenizer(name)) for name in MULTI_VOCABULARY}
     for folder, processor in processors.items():

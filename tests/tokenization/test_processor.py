@@ -224,6 +224,7 @@ print(json.dumps(encoded))
 """
 
 
+@pytest.mark.slow
 def test_auto_processor_needs_no_midimamba(scores, notes, tmp_path: Path) -> None:
     processors = {}
     for model in ("none", "BPE"):

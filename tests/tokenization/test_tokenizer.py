@@ -223,6 +223,7 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: MusicTokenizer, scores, tmp_pa
     assert all(MidiProcessor(loaded).encode(score) == MidiProcessor(tokenizer).encode(score) for score in scores[:5])
 
 
+@pytest.mark.slow
 def test_plain_auto_tokenizer_loads_it_beside_a_mamba_config(scores, tmp_path: Path) -> None:
     expected = {}
     for tokenization in ONE_STREAM:

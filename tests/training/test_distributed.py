@@ -170,6 +170,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "1", folder / "2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_update_of_one(case: str, runs: tuple[Path, Path]) -> None:
     one, two = (load_file(run / f"{case}.safetensors") for run in runs)

@@ -79,6 +79,7 @@ def test_a_run_recovers_from_numbers_that_are_not_finite(
     assert "checkpoint-2 (roll-back 1 of 3), learning_rate 0.005, d_learning_rate 0.0005" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["weights", "adapters"])
 def test_the_run_after_a_roll_back_is_the_resumed_one(tmp_path: Path, peft_config: LoraConfig | None) -> None:
     """Nothing is left of what went wrong: a new process that goes on from the checkpoint does the same."""
@@ -128,6 +129,7 @@ def test_a_bound_that_is_always_broken_ends_the_run_with_what_was_good(
     assert lines[-1].endswith(f"the run ends after 3 roll-backs, with {tmp_path / 'checkpoint-2'}")
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_the_start_is_what_a_run_goes_back_to(tmp_path: Path) -> None:
     options = SAVING | EVALUATING | {"max_nll_drift": 100.0}
     trainer = make_trainer(tmp_path / "poisoned", **ALL_STABILISERS, **options)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -45,6 +46,7 @@ def start(target: Callable[..., None], *arguments: object) -> ForkServerProcess:
     return process
 
 
+@pytest.mark.slow
 def test_killed_runs_end_bitwise_as_the_others(tmp_path: Path) -> None:
     (tmp_path / "straight").mkdir()
     start(time.sleep, 0).join(120)  # until the server has imported everything

@@ -320,6 +320,7 @@ def test_completions_keep_their_prefix(policy: MidiMambaForCausalLM) -> None:
         assert torch.equal(completions[index, :, :, : position + 1], prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_rows", [1, 5, 12, 1000])
 def test_values_are_unbiased_however_rows_are_grouped(policy: MidiMambaForCausalLM, max_rows: int) -> None:
     torch.manual_seed(0)
@@ -428,6 +429,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("kind", ["cnn", "mamba"])
 def test_memory_keeps_to_the_budget_however_many_rollouts(kind: str) -> None:
