@@ -1,0 +1,45 @@
+"""Scores of a discriminator for many sequences."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .sampling import inference
+
+
+def score(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, batch_size: int = 64
+) -> Tensor:
+    """
+    Score whole sequences in batches, in evaluation mode and without a graph.
+
+    Args:
+        model (`PreTrainedModel`): a sequence classifier with one logit, such as [`MidiDiscriminator`]. Its mode is
+            the same afterwards.
+        input_ids (`LongTensor` of shape `(n, time)`): the sequences, on any device.
+        attention_mask (`LongTensor` of shape `(n, time)`, *optional*): 0 on padding, 1 elsewhere. By default nothing
+            is padding.
+        batch_size (`int`, *optional*, defaults to 64): sequences per forward pass.
+
+    Returns:
+        `FloatTensor` of shape `(n,)`: the log-odds that each sequence is real, on the model's device.
+
+    Raises:
+        ValueError: if the shapes of `input_ids` and `attention_mask` differ.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit "
+            f"input_ids of shape {tuple(input_ids.shape)}"
+        )
+    log_odds = torch.empty(len(input_ids), device=model.device)
+    with inference(model):
+        for start in range(0, len(input_ids), batch_size):
+            part = slice(start, start + batch_size)
+            mask = None if attention_mask is None else attention_mask[part].to(model.device)
+            logits = model(input_ids[part].to(model.device), attention_mask=mask).logits
+            log_odds[part] = logits[:, 0].float()
+    return log_odds
+
+
+__all__ = ["score"]
