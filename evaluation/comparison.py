@@ -199,7 +199,7 @@ def copy_figures(pieces: Sequence[Piece], reference: Reference, seed: int = 0) -
     ours, real = ([Melodies([piece.score]) for piece in group] for group in (pieces, reference.pieces))
     for notes in tqdm(RUNS, desc="copies", leave=False, disable=None):
         known = np.unique(reference.training.runs(notes))
-        shares = [[copied_share(melodies, known, notes) for melodies in group] for group in (ours, real)]
+        shares = [[copied_share(melodies.runs(notes), known) for melodies in group] for group in (ours, real)]
         figures[f"copied_runs_{notes}"] = Figure(mean_estimate(shares[0], seed), mean_estimate(shares[1]).value)
     longest = longest_copies([*ours, *real], reference.training)
     estimate = mean_estimate(longest[: len(ours)], seed)

@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from symusic import Note, Score, Track
 from symusic.core import ScoreTick
 
-from midimamba.evaluation.copying import Melodies, copied_share, longest_copies
+from midimamba.evaluation.copying import CopyRate, Melodies, RunIndex, copied_share, longest_copies
 from support import make_score
 
 QUARTER = 480
@@ -37,7 +38,7 @@ def runs(score: ScoreTick, notes: int) -> list[tuple[tuple[int, int], ...]]:
 
 
 def share(sample: ScoreTick, training: list[ScoreTick], notes: int) -> float:
-    return copied_share(Melodies([sample]), np.unique(Melodies(training).runs(notes)), notes)
+    return copied_share(Melodies([sample]).runs(notes), np.unique(Melodies(training).runs(notes)))
 
 
 @pytest.mark.parametrize("notes", [2, 3, 4, 5, 8, 9])
@@ -110,7 +111,48 @@ def test_what_is_too_short_or_silent_has_no_share() -> None:
     training = Melodies([random_melody(30, 0)])
     drums = make_score(0, programs=())
     for score, longest in ((Score(QUARTER), 0), (drums, 0), (random_melody(1, 0), 1)):
-        assert np.isnan(copied_share(Melodies([score]), np.unique(training.runs(8)), 8))
+        assert np.isnan(copied_share(Melodies([score]).runs(8), np.unique(training.runs(8))))
         assert longest_copies([Melodies([score])], training) == [longest]
     assert longest_copies([training], Melodies([])) == [0]
     assert longest_copies([], training) == []
+
+
+def test_the_copy_rate_is_the_share_of_ngrams_that_the_training_music_contains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(3, (20, 12), generator=generator).tolist()
+    samples = [*torch.randint(3, (30, 10), generator=generator).tolist(), blocks[3]]
+    known = {tuple(row[i : i + 4]) for row in blocks for i in range(9)}
+    grams = [tuple(row[i : i + 4]) for row in samples for i in range(len(row) - 3)]
+    rate = CopyRate([{"input_ids": row} for row in blocks], n=4)
+    assert rate(samples) == pytest.approx(sum(gram in known for gram in grams) / len(grams))
+    assert rate(blocks) == 1.0
+    assert rate([[1, 2]]) == 0.0
+
+
+def test_at_most_the_allowed_number_of_ngrams_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midimamba.evaluation.copying.MAX_NGRAMS", 20)
+    blocks = [{"input_ids": list(range(10 * i, 10 * i + 10))} for i in range(100)]
+    rate = CopyRate(blocks, n=6)
+    assert 0 < len(rate.known) <= 20
+    assert rate([blocks[0]["input_ids"]]) == 1.0
+    assert rate([blocks[1]["input_ids"]]) == 0.0
+
+
+def test_the_longest_copy_of_tokens_is_that_of_brute_force() -> None:
+    chance = random.Random(0)
+    training = [[chance.randrange(3) for _ in range(40)] for _ in range(4)]
+    samples = [[chance.randrange(3) for _ in range(30)] for _ in range(6)]
+
+    def runs_of(rows: list[list[int]], length: int) -> set[tuple[int, ...]]:
+        return {tuple(row[i : i + length]) for row in rows for i in range(len(row) - length + 1)}
+
+    expected = [
+        max(length for length in range(1, 31) if runs_of([row], length) & runs_of(training, length)) for row in samples
+    ]
+    assert max(expected) > 3
+    assert longest_copies([RunIndex([row]) for row in samples], RunIndex(training)) == expected
+
+
+def test_token_zero_does_not_end_a_sequence() -> None:
+    assert len(RunIndex([[0, 0, 0, 0]]).runs(3)) == 2
+    assert len(RunIndex([[0, 0], [0, 0]]).runs(3)) == 0
