@@ -19,8 +19,8 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
-from midimamba.evaluation.halving import Figure
-from midimamba.evaluation.validity import Samples
+from midimamba.evaluation.comparison_halves import Figure
+from midimamba.evaluation.samples import Samples
 from midimamba.generation import generate_scores, load_pair
 from midimamba.training.scripts import load_blocks, save_model
 from resumable import Row

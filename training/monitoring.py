@@ -16,7 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from midimamba.corpus.packing import stack_blocks
 from midimamba.errors import InputError
-from midimamba.evaluation.metrics import called_real, discriminator_accuracy, distinct_n, self_bleu
+from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu, share_judged_real
 from midimamba.evaluation.rendering import draw_piano_roll, import_demo
 from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
@@ -128,7 +128,7 @@ class Monitor:
         """
         mask = self._mask(self._held_out)
         return {
-            "d_accuracy_held_out": called_real(self.discriminator, self._held_out, mask),
+            "d_accuracy_held_out": share_judged_real(self.discriminator, self._held_out, mask),
             "memory_mb_max": peak_memory_mb(self.args.device),
         }
 

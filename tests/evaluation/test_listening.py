@@ -1,4 +1,4 @@
-"""A listening test is blind, leads back to its music, and is scored over pieces."""
+"""A listening test is blind, its key leads back to its music, and it is scored over pieces."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from midimamba.evaluation.rendering import render_wave
 
 
 def make_piece(pitch: int, bars: int = 3, velocity: int = 64, is_drum: bool = False) -> ScoreTick:
-    """Two notes a bar of 4/4, the second at its end: with the same bars, pieces last equally long."""
+    """Two notes per bar of 4/4, the second at its end: pieces of the same number of bars have the same length."""
     score, track = Score(480), Track(is_drum=is_drum)
     for bar in range(bars):
         for start in (bar * 1920, bar * 1920 + 1440):
@@ -39,8 +39,8 @@ def make_piece(pitch: int, bars: int = 3, velocity: int = 64, is_drum: bool = Fa
     return score
 
 
-PIECES = 6  # each: that chance groups six and six is as good as impossible
-# Arms that differ in everything a file could tell: loudness, length and register.
+PIECES = 6  # per arm: it is next to impossible that chance groups six and six
+# Arms that differ in everything a file could reveal: loudness, length and register.
 ARMS = {
     "quietsource": [make_piece(40 + index, bars=3, velocity=20) for index in range(PIECES)],
     "loudsource": [make_piece(60 + index, bars=9, velocity=120) for index in range(PIECES)],
@@ -155,7 +155,9 @@ def test_the_page_asks_two_questions_about_every_file(folder: Path) -> None:
     assert set(page.players) == files == set(page.choices)
     assert len(page.players) == 2 * PIECES
     groups = [group for choices in page.choices.values() for group in choices]
-    assert len(groups) == len(set(groups)) == 4 * PIECES  # radio buttons of one name would switch each other off
+    assert (
+        len(groups) == len(set(groups)) == 4 * PIECES
+    )  # radio buttons with the same name would switch each other off
     for choices in page.choices.values():
         assert list(choices.values()) == [["1", "2", "3", "4", "5"], ["true", "false"]]
         assert [group.split("-")[0] for group in choices] == list(Answer._fields)
@@ -164,7 +166,7 @@ def test_the_page_asks_two_questions_about_every_file(folder: Path) -> None:
     assert read_key(folder).test in {value for name, value in page.attributes if name == "data-test"}
 
 
-def test_the_page_needs_nothing_from_elsewhere(folder: Path) -> None:
+def test_the_page_needs_no_external_resources(folder: Path) -> None:
     text = (folder / "index.html").read_text()
     page = Page(text)
     references = {value for name, value in page.attributes if name in {"src", "href", "action", "srcset"}}
@@ -185,14 +187,14 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_is_not_replaced(folder: Path) -> None:
+def test_an_existing_folder_is_not_replaced(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(FileExistsError):
         write_listening_test(folder, ARMS)
     assert contents(folder) == before
 
 
-def test_only_pieces_that_can_be_heard_are_drawn(tmp_path: Path) -> None:
+def test_only_pieces_with_something_to_play_are_drawn(tmp_path: Path) -> None:
     for arm in ("one", "two"):
         (tmp_path / arm / "deep").mkdir(parents=True)
         for index in range(3):
@@ -205,10 +207,10 @@ def test_only_pieces_that_can_be_heard_are_drawn(tmp_path: Path) -> None:
     drawn = draw_arms(folders, num=3, bars=2)
     assert {Path(file).name for file in drawn["one"].pieces} == {"0.mid", "1.mid", "2.mid"}
     assert drawn["two"].passed_over == []
-    with pytest.raises(InputError, match="one holds 3 pieces to listen to, of 6 MIDI files, and not the 4"):
+    with pytest.raises(InputError, match="one has 3 pieces to listen to in 6 MIDI files, but --num asks for 4"):
         draw_arms(folders, num=4, bars=2)
     assert len(draw_arms([tmp_path / "one", tmp_path / "one" / "deep"], num=3, bars=3)) == 2
-    for seed in range(9):  # another seed sooner or later draws another piece
+    for seed in range(9):  # sooner or later, another seed draws another piece
         if set(draw_arms(folders, 1, 2, seed)["two"].pieces) != set(draw_arms(folders, 1, 2)["two"].pieces):
             return
     pytest.fail("the seed does not matter")
@@ -225,7 +227,7 @@ def test_scores_are_means_over_pieces() -> None:
     assert (mle.answers, mle.asked, real.answers, real.asked) == (3, 4, 4, 6)
     assert mle.rating.value == pytest.approx((1.5 + 2) / 2)  # and not 5 / 3, the mean of the answers
     assert mle.person.value == pytest.approx((0.5 + 0) / 2)
-    assert real.rating.value == pytest.approx(4)  # piece e was judged by nobody
+    assert real.rating.value == pytest.approx(4)  # nobody answered about piece e
     assert real.person.value == pytest.approx((1 + 0.5) / 2)
     assert {pair: found.value for pair, found in scores.differences.items()} == {("mle", "real"): 1.75 - 4}
     table = scores_table(scores)
@@ -256,7 +258,7 @@ def test_intervals_are_those_of_all_resamples() -> None:
     assert 0 <= wide.person.low < 0.1 < 0.9 < wide.person.high <= 1
 
 
-def test_a_single_piece_has_no_interval_and_no_answer_no_mean() -> None:
+def test_a_single_piece_has_no_interval_and_missing_answers_have_no_mean() -> None:
     scores = score_answers(Key("id", {"a": "one", "b": "two", "c": "two"}), [{"a": Answer(4, True)}])
     assert scores.arms["one"].rating.value == 4
     assert np.isnan(scores.arms["one"].rating.low)

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_held_out_nll_refuses_blocks_without_a_token_to_predict(
 
 
 class FirstTokenJudge(nn.Module):
-    """Calls real whatever starts with a positive token."""
+    """Judges every sequence real that starts with a positive token."""
 
     device = torch.device("cpu")
 
@@ -125,7 +126,7 @@ class FirstTokenJudge(nn.Module):
 def test_discriminator_accuracy_weighs_both_kinds_alike() -> None:
     real = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 0]])
     fake = torch.tensor([[0, 1], [1, 1], [1, 1], [1, 1], [0, 1]])
-    judge = FirstTokenJudge().train()
+    judge: Any = FirstTokenJudge().train()
     assert discriminator_accuracy(judge, real, fake, batch_size=3) == {
         "accuracy": pytest.approx(0.575),
         "accuracy_real": pytest.approx(0.75),

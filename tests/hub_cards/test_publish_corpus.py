@@ -68,13 +68,13 @@ print(json.dumps({split: rows["name"][:] for split, rows in load_dataset("you/ag
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, whose name nobody else should learn."""
+    """The folder of a user, whose name must not be published."""
     return tmp_path_factory.mktemp("secret-home")
 
 
 @pytest.fixture(scope="module")
 def corpus(home: Path) -> Path:
-    """A corpus of 30 pieces, with what is refused, what is dropped, and beside it what must stay here."""
+    """A corpus of 30 pieces, with refused and dropped files, and with files beside it that must not be uploaded."""
     music = home / "my-music"
     music.mkdir()
     for seed in range(30):
@@ -102,7 +102,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture(scope="module")
 def files(hub: FakeHub, home: Path, corpus: Path) -> dict[str, bytes]:
-    """What the command published of the corpus."""
+    """The files of the corpus that the command has published."""
     done = client(hub, home, PUBLISH, corpus, "--repo", "you/data", "--private", "--license", "cc0-1.0")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"corpus: {hub.url}/datasets/you/data\n"
@@ -190,7 +190,7 @@ def test_the_card_says_what_is_in_it_and_how_it_was_made(files: dict[str, bytes]
     assert f"\n- `vocab_size`: {report['vocab_size']}\n" in card
     assert f"`fingerprint`: {report['fingerprint']}" in card
     assert f"miditok {report['versions']['miditok']}" in card
-    assert "The splits of 30 pieces were decided by a hash" in card
+    assert "The splits of 30 pieces were chosen by a hash" in card
     assert "--data you/data" in card
 
 
@@ -202,7 +202,7 @@ def test_the_card_sums_up_what_was_left_out(files: dict[str, bytes]) -> None:
     assert "| 3 | check | it holds no notes |" in card
     (broken,) = re.findall(r"^\| 3 \| read \| .*", card, re.MULTILINE)
     assert not re.search(r"\d", broken.removeprefix("| 3 |"))
-    assert "1 files have the notes of another one" in card
+    assert "1 files have the same notes as another file" in card
 
 
 def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
@@ -265,7 +265,7 @@ def test_of_many_reasons_a_card_lists_the_most_frequent(corpus: Path, tmp_path: 
     assert lines[0][1].startswith(r"a \| of N and N long")
     assert len(lines[0][1]) < 130
     assert [reason for _, reason in lines[1:]] == reasons[:9]
-    assert f"Other reasons refused {11 + 10 + 9} files." in card
+    assert f"Other reasons account for {11 + 10 + 9} refused files." in card
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_half_a_corpus_is_refused_before_anything_is_sent(corpus: Path, tmp_path
     for file in corpus.iterdir():
         if file.name != missing:
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(InputError, match="is no whole corpus") as refusal:
+    with pytest.raises(InputError, match="is not a complete corpus") as refusal:
         publish(tmp_path, "you/data")
     assert "\n" not in str(refusal.value)
 
@@ -332,12 +332,12 @@ def test_half_a_corpus_is_refused_before_anything_is_sent(corpus: Path, tmp_path
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"splits": {}}'])
 def test_a_foreign_corpus_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "corpus.json").write_text(content)
-    with pytest.raises(InputError, match="is no whole corpus"):
+    with pytest.raises(InputError, match="is not a complete corpus"):
         publish(tmp_path, "you/data")
 
 
 def test_what_is_neither_generator_nor_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no checkpoint to publish, and no corpus"):
+    with pytest.raises(InputError, match="is neither a checkpoint to publish nor a corpus"):
         publish(tmp_path, "you/data")
-    with pytest.raises(InputError, match="is no checkpoint to publish, and no corpus"):
+    with pytest.raises(InputError, match="is neither a checkpoint to publish nor a corpus"):
         publish(tmp_path / "nowhere", "you/data")
