@@ -52,7 +52,7 @@ def test_figures_are_means_over_halvings(monkeypatch: pytest.MonkeyPatch) -> Non
     known = means["known"]
     assert (known.estimate.value, known.estimate.low, known.estimate.high) == pytest.approx((0.5, 0.4, 0.8))
     assert known.floor == pytest.approx(0.25)
-    # Twice the mean, and no more than 1.
+    # Twice the mean, and at most 1.
     assert (means["a_p_value"].estimate.value, means["a_p_value"].floor) == pytest.approx((1.0, 0.5))
     assert math.isnan(means["unknown"].estimate.value)
     assert math.isnan(means["unknown"].floor)

@@ -1,4 +1,4 @@
-"""Copies are found whatever their key, tempo and place; what is found is what brute force finds."""
+"""Copies are found whatever their key, tempo and place, and they are those that brute force finds."""
 
 import random
 from itertools import pairwise
@@ -27,7 +27,7 @@ def random_melody(notes: int, seed: int, pitches: int = 5, program: int = 0) -> 
 
 
 def steps(score: ScoreTick) -> list[tuple[int, int]]:
-    """The melody of a score of one voice."""
+    """The melody of a score with one voice."""
     notes = sorted((note.time, note.pitch) for track in score.tracks for note in track.notes)
     return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(notes)]
 
@@ -57,7 +57,7 @@ def test_shares_and_longest_runs_are_those_of_brute_force(notes: int) -> None:
     assert longest_copies([Melodies([sample]) for sample in samples], Melodies(training)) == longest
 
 
-def test_a_copy_is_one_in_any_key_at_any_tempo_and_from_any_bar() -> None:
+def test_copies_are_found_in_any_key_at_any_tempo_and_from_any_bar() -> None:
     training = [random_melody(60, seed, pitches=40) for seed in range(4)]
     training[2].tracks.append(random_melody(30, 9, program=40).tracks[0])
     copy = Score(960)
@@ -74,7 +74,7 @@ def test_a_copy_is_one_in_any_key_at_any_tempo_and_from_any_bar() -> None:
     assert share(random_melody(60, 99, pitches=40), training, 8) == 0
 
 
-def test_an_excerpt_is_copied_for_its_length() -> None:
+def test_an_excerpt_is_a_copy_of_its_own_length() -> None:
     training, stranger = random_melody(100, 1, pitches=40), random_melody(50, 2, pitches=40)
     sample = stranger.copy()
     end = sample.end() + 7 * QUARTER
@@ -94,7 +94,7 @@ def test_duplicating_the_training_set_changes_nothing_and_shuffling_notes_does()
     assert share(shuffled, training, 8) < 0.1
 
 
-def test_no_run_goes_from_one_melody_into_the_next() -> None:
+def test_no_run_extends_from_one_melody_into_the_next() -> None:
     first, second = random_melody(10, 1, pitches=40), random_melody(10, 2, pitches=40)
     joined = first.copy()
     offset = first.end() + QUARTER
@@ -107,7 +107,7 @@ def test_no_run_goes_from_one_melody_into_the_next() -> None:
     assert len(Melodies([first, second]).runs(10)) == 2
 
 
-def test_what_is_too_short_or_silent_has_no_share() -> None:
+def test_music_that_is_too_short_or_silent_has_no_share() -> None:
     training = Melodies([random_melody(30, 0)])
     drums = make_score(0, programs=())
     for score, longest in ((Score(QUARTER), 0), (drums, 0), (random_melody(1, 0), 1)):

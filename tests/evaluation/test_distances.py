@@ -29,7 +29,7 @@ def test_pairwise_distances_are_euclidean() -> None:
     assert pairwise_distances(first, second) == pytest.approx(np.array(expected))
 
 
-def test_a_set_overlaps_itself_wholly_and_a_far_one_not_at_all() -> None:
+def test_a_set_overlaps_itself_completely_and_a_distant_one_not_at_all() -> None:
     values = NORMAL(size=200)
     assert overlapping_area(*densities(values, values)) == pytest.approx(1)
     assert kl_divergence(*densities(values, values)) == pytest.approx(0, abs=1e-9)
@@ -38,7 +38,7 @@ def test_a_set_overlaps_itself_wholly_and_a_far_one_not_at_all() -> None:
     assert overlapping_area(*densities(constant, constant)) == pytest.approx(1)
 
 
-def test_overlap_and_divergence_of_normal_distributions_are_those_of_the_textbook() -> None:
+def test_overlap_and_divergence_of_normal_distributions_agree_with_the_textbook() -> None:
     # N(0, 1) and N(1, 1): the area is 2 Φ(-1/2), the divergence 1/2; the kernel widens both a little.
     found = densities(NORMAL(size=40_000), NORMAL(1, size=40_000))
     assert overlapping_area(*found) == pytest.approx(math.erfc(0.5 / math.sqrt(2)), abs=0.02)
@@ -63,7 +63,7 @@ def test_sets_of_one_kind_overlap_more_than_sets_of_two() -> None:
     for estimate in (near, near_kl, far, far_kl):
         assert estimate.low <= estimate.value <= estimate.high
     assert far.high < near.low
-    narrow = compare_sets(0.01 * NORMAL(size=(60, 1)), real)[0]  # the same middle, but every sample alike
+    narrow = compare_sets(0.01 * NORMAL(size=(60, 1)), real)[0]  # the same centre, but all samples alike
     assert narrow.value < near.value
 
 
@@ -86,7 +86,7 @@ def test_one_stray_piece_does_not_separate_sets_that_agree() -> None:
 def test_frechet_distance_of_gaussians_has_closed_forms() -> None:
     identity = np.eye(3)
     assert gaussian_frechet(np.zeros(3), identity, np.ones(3), identity) == pytest.approx(3)
-    # Where covariances commute it is that of the standard deviations.
+    # If covariances commute, it is the distance of the standard deviations.
     one, four = np.diag([1.0, 4, 9]), np.diag([4.0, 4, 1])
     assert gaussian_frechet(np.zeros(3), one, np.zeros(3), four) == pytest.approx(1 + 0 + 4)
     turn = np.linalg.qr(NORMAL(size=(3, 3)))[0]

@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Page(HTMLParser):
-    """What of a page matters here: its files with their players, questions and choices."""
+    """The parts of a page that matter here: its files with their players, questions and choices."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -93,7 +93,7 @@ class Page(HTMLParser):
             self.labelled = False
 
 
-def test_every_piece_of_every_arm_is_there_once(folder: Path) -> None:
+def test_every_piece_of_every_arm_occurs_once(folder: Path) -> None:
     key = json.loads((folder / "key.json").read_text())
     assert set(contents(folder)) == {*key["pieces"], "key.json", "index.html"}
     assert (key["seed"], key["bars"]) == (3, 2)
@@ -108,7 +108,7 @@ def test_the_key_leads_back_to_the_music(folder: Path, tmp_path: Path) -> None:
     assert len({content for name, content in contents(folder).items() if name.endswith(".wav")}) == 2 * PIECES
 
 
-def test_listeners_see_nothing_of_the_arms(folder: Path) -> None:
+def test_listeners_see_no_trace_of_the_arms(folder: Path) -> None:
     page = (folder / "index.html").read_text()
     for arm in ARMS:
         assert arm not in page
@@ -122,7 +122,7 @@ def test_listeners_see_nothing_of_the_arms(folder: Path) -> None:
         assert 1 < changes < len(order) - 1  # neither grouped nor in turn
 
 
-def test_neither_loudness_nor_length_tells_arms_apart(folder: Path) -> None:
+def test_neither_loudness_nor_length_distinguishes_the_arms(folder: Path) -> None:
     sizes, peaks = set(), set()
     for sound in folder.glob("*.wav"):
         with wave.open(str(sound)) as file:
@@ -134,7 +134,7 @@ def test_neither_loudness_nor_length_tells_arms_apart(folder: Path) -> None:
     assert min(peaks) > 29000
 
 
-def test_the_seed_decides(folder: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_test(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("same", 3), ("other", 4)):
         write_listening_test(tmp_path / name, ARMS, seed=seed, bars=2)
     assert contents(tmp_path / "same") == contents(folder)
@@ -244,7 +244,7 @@ def test_more_listeners_are_not_more_pieces() -> None:
     assert many.arms["real"].answers == 60
 
 
-def test_intervals_are_those_of_all_resamples() -> None:
+def test_intervals_agree_with_all_resamples() -> None:
     """Of the pieces 1 and 5, a quarter of the resamples are 1 and 1 and a quarter 5 and 5; 3 and 3 do not vary."""
     key = Key("id", {"a": "wide", "b": "wide", "c": "flat", "d": "flat"})
     ratings = {"a": Answer(1, False), "b": Answer(5, True), "c": Answer(3, False), "d": Answer(3, False)}

@@ -111,7 +111,9 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
     assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
 
 
-def test_an_unfinished_run_is_refused_with_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_refused_and_the_missing_part_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(InputError, match=r"no pretrained/config\.json"):
         write_report(tmp_path)

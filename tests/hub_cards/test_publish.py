@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from midimamba.hub_cards.publish import _generator_card, publish
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator
 
-from .fake_hub import FakeHub, client, serving
+from .fake_hub import FakeHub, client
 
 # huggingface_hub reads its endpoint when it is imported, so each client is a separate process.
 PUBLISH = """
@@ -129,12 +128,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[FakeHub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def urls(hub: FakeHub, run: Path, desk: Path) -> dict[str, str]:
     """The addresses of what was published on `hub`."""
     done = client(hub, desk, PUBLISH, run)
@@ -171,7 +164,7 @@ def test_what_was_published_loads_by_name(hub: FakeHub, run: Path, desk: Path) -
 
 
 @pytest.mark.usefixtures("urls")
-def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: Path) -> None:
+def test_the_published_processor_comes_with_its_code(hub: FakeHub, run: Path, desk: Path) -> None:
     done = client(hub, desk, ABROAD)
     assert done.returncode == 0, done.stderr
     expected = MidiProcessor.from_pretrained(run / "generator").encode(desk / "prompt.mid")
@@ -179,7 +172,7 @@ def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: 
 
 
 @pytest.mark.usefixtures("urls")
-def test_the_snippets_of_the_cards_run_as_they_stand(hub: FakeHub, desk: Path) -> None:
+def test_the_snippets_of_the_cards_run_unchanged(hub: FakeHub, desk: Path) -> None:
     cards = [hub.repositories[name]["README.md"].decode() for name in ("you/bach", "you/bach-discriminator")]
     snippets = [snippet for card in cards for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
     assert len(snippets) == 3
@@ -247,9 +240,9 @@ def test_a_folder_that_is_not_a_generator_is_refused_before_anything_is_sent(
 ) -> None:
     for name in {"config.json", "model.safetensors", "miditok.json"} - {missing}:
         (tmp_path / name).symlink_to(run / "generator" / name)
-    with pytest.raises(InputError, match="is not a checkpoint to publish"):
+    with pytest.raises(InputError, match="a checkpoint to publish"):
         publish(tmp_path, "you/bach")
-    with pytest.raises(InputError, match="is not a checkpoint to publish"):
+    with pytest.raises(InputError, match="a checkpoint to publish"):
         publish(run / "generator", "you/bach", discriminator=tmp_path / "nowhere")
 
 
