@@ -88,14 +88,7 @@ def publish(
             )
         with _naming_refusals(repo_id):
             return publish_corpus(api, folder, repo_id, license=license, private=private)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} is neither a checkpoint to publish nor a corpus; "
-            "name a folder with a config.json or a corpus.json"
-        )
-    _require(folder, "*.safetensors", "miditok.json")
-    if discriminator is not None:
-        _require(discriminator, "config.json", "*.safetensors")
+    _check_checkpoints(folder, discriminator)
     evaluation = None if report is None else read_evaluation(report)
     with _naming_refusals(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -118,6 +111,18 @@ def _naming_refusals(repo_id: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the Hub refused {repo_id!r}: {reason}; check the name, and `hf auth login`") from error
+
+
+def _check_checkpoints(generator: Path, discriminator: Path | None) -> None:
+    """Check before anything is sent whether the folders are complete."""
+    if not (generator / "config.json").is_file():
+        raise InputError(
+            f"{generator} is neither a checkpoint to publish nor a corpus; "
+            "name a folder with a config.json or a corpus.json"
+        )
+    _require(generator, "*.safetensors", "miditok.json")
+    if discriminator is not None:
+        _require(discriminator, "config.json", "*.safetensors")
 
 
 def _require(folder: Path, *patterns: str) -> None:
