@@ -25,7 +25,7 @@ import miditok
 from miditok import MusicTokenizer, TokSequence
 from symusic.core import ScoreTick
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from measure import finish, make_parser
 from midimamba.corpus.sources import Entry, list_source, read_entries
@@ -42,7 +42,7 @@ TRAINING_TOKENS, LEARNED = 1_000_000, 500
 PERTOK_ONSET, PERTOK_DURATION, PERTOK_LONGEST = 2, 60, 5640
 
 Note = tuple[int, bool, int, int, float, float]
-Coders = dict[str, tuple[MusicTokenizer, MusicTokenizer, PreTrainedTokenizerFast]]
+Coders = dict[str, tuple[MusicTokenizer, MusicTokenizer, PreTrainedTokenizerBase]]
 
 
 def notes_of(score: ScoreTick) -> list[Note]:
@@ -72,7 +72,7 @@ def count_kept(tokenizer: MusicTokenizer, score: ScoreTick) -> tuple[int, int]:
 
 def make_coders(tokenization: str, pieces: list[list[int]]) -> Coders:
     """For every subword model: the tokenizer, the one that MidiTok reloads, and the one that AutoTokenizer loads."""
-    coders = {}
+    coders: Coders = {}
     for model in MODELS:
         tokenizer = build_tokenizer(tokenization)
         if model:

@@ -103,9 +103,12 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[
     return row
 
 
-def distance(figures: Mapping[str, float]) -> float:
+def distance(figures: Mapping[str, float | None]) -> float:
     """The distance from real music: that of a classifier's accuracy from chance, plus 1 minus the overlapping area."""
-    return abs(figures["classifier"] - 0.5) + 1 - figures["mean_overlapping_area"]
+    classifier, area = figures["classifier"], figures["mean_overlapping_area"]
+    assert classifier is not None
+    assert area is not None
+    return abs(classifier - 0.5) + 1 - area
 
 
 def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:

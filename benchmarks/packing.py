@@ -33,6 +33,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths, scores = [], []
         for index, (_, content) in enumerate(read_entries(entries)):
+            if not isinstance(content, bytes):
+                raise content
             scores.append(read_score(content))
             paths.append(Path(scratch) / f"{index:05}.mid")
             scores[-1].dump_midi(paths[-1])

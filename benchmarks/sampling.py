@@ -17,18 +17,20 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.sampling import draw, inference, next_logits, sample
 
+Model = MidiMambaForCausalLM | MambaForCausalLM | LlamaForCausalLM
+
 EARLY, LATE, WINDOW = 80, 8_000, 64
 
 
-def make_models(vocab: int, layers: int, hidden: int) -> dict[str, PreTrainedModel]:
+def make_models(vocab: int, layers: int, hidden: int) -> dict[str, Model]:
     """Ours and the stock Mamba with the same weights, and a Llama with as many parameters."""
-    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers}
     theirs = MambaForCausalLM(MambaConfig(**sizes, initializer_range=0.02, pad_token_id=0)).eval()
     ours = MidiMambaForCausalLM(MidiMambaConfig(**sizes)).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -45,7 +47,7 @@ def make_models(vocab: int, layers: int, hidden: int) -> dict[str, PreTrainedMod
     return {"ours": ours, "mamba": theirs, "llama": LlamaForCausalLM(llama).eval()}
 
 
-def generate(model: PreTrainedModel, prompts: torch.Tensor, length: int, **options: Any) -> torch.Tensor:
+def generate(model: Model, prompts: torch.Tensor, length: int, **options: Any) -> torch.Tensor:
     """Call `generate` for sequences of exactly `length` tokens."""
     new = length - prompts.shape[1]
     mask = torch.ones_like(prompts)
@@ -54,7 +56,7 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, length: int, **optio
     )
 
 
-def check_same_tokens(models: dict[str, PreTrainedModel], prompts: torch.Tensor) -> None:
+def check_same_tokens(models: dict[str, Model], prompts: torch.Tensor) -> None:
     for options in ({"do_sample": False}, {"do_sample": True}):
         chosen = []
         for name in ("ours", "mamba"):
@@ -71,7 +73,10 @@ def seconds(name: str, sizes: tuple[int, int, int], batch: int, length: int) -> 
     prompts = torch.randint(3, sizes[0], (batch, 1))
 
     def run(tokens: int) -> None:
-        sample(model, prompts, tokens) if name == "ours" else generate(model, prompts, tokens, do_sample=True)
+        if isinstance(model, MidiMambaForCausalLM):
+            sample(model, prompts, tokens)
+        else:
+            generate(model, prompts, tokens, do_sample=True)
 
     run(8)
     start = time.perf_counter()
@@ -109,6 +114,8 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = (args.vocab, args.layers, args.hidden)
     models = make_models(*sizes)
+    ours = models["ours"]
+    assert isinstance(ours, MidiMambaForCausalLM)
     check_same_tokens(models, torch.randint(3, args.vocab, (4, 5)))
     rows = []
     for length in args.length:
@@ -136,7 +143,7 @@ def main() -> None:
             "benchmark": "sampling",
             "compared": "generate of transformers' Mamba, and of a Llama",
             "ratio": rows[-1]["ratio_mamba"],
-            "late_over_early": round(late_over_early(models["ours"], 16), 3),
+            "late_over_early": round(late_over_early(ours, 16), 3),
             "rows": rows,
             "sizes": {"layers": args.layers, "hidden": args.hidden, "vocab": args.vocab},
         },

@@ -21,10 +21,11 @@ def forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 def largest_gradient_difference(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
     """The largest difference, relative to the largest gradient of each parameter."""
-    gradients = dict(theirs.named_parameters())
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
     return max(
-        float((parameter.grad - gradients[name].grad).abs().max() / (gradients[name].grad.abs().max() + 1e-12))
-        for name, parameter in ours.named_parameters()
+        float((gradient - expected[name]).abs().max() / (expected[name].abs().max() + 1e-12))
+        for name, gradient in found.items()
     )
 
 

@@ -9,6 +9,7 @@ read the five inputs, the output is written, its gradient is read, and the five 
 backend. The output and the gradients of every backend are compared with those of `chunked` before anything is timed.
 """
 
+import functools
 import sys
 
 import torch
@@ -92,7 +93,8 @@ def main() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = median_seconds(lambda name=backend: forward_backward(name, inputs, grad_output), args.repeats)
+        run = functools.partial(forward_backward, backend, inputs, grad_output)
+        seconds = median_seconds(run, args.repeats)
         results[backend] = {
             "seconds": round(seconds, 6),
             "of_roofline": round(seconds / roofline, 1),

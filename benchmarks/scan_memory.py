@@ -8,6 +8,7 @@ points from a straight line.
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ def peak_bytes() -> int:
 
 
 def make(which: str, layers: int, hidden: int) -> PreTrainedModel:
-    sizes = {"vocab_size": 1000, "hidden_size": hidden, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": hidden, "num_hidden_layers": layers}
     if which == "ours":
         return MidiMambaForCausalLM(MidiMambaConfig(**sizes))
     return MambaForCausalLM(MambaConfig(**sizes, use_mambapy=True, initializer_range=0.02))

@@ -24,7 +24,7 @@ from symusic import Note, Score, Track
 
 from measure import finish, make_parser
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import list_source, read_entries
+from midimamba.corpus.sources import Entry, list_source, read_entries
 from midimamba.corpus.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer
 
@@ -32,11 +32,11 @@ from midimamba.tokenization.tokenizer import build_tokenizer
 def unpack(source: str, folder: Path, limit: int | None) -> list[Path]:
     """Write the MIDI files of a source as separate files, which MidiTok can read."""
     paths = []
-    entries = [item for item in list_source(source) if hasattr(item, "member")][:limit]
+    entries = [item for item in list_source(source) if isinstance(item, Entry)][:limit]
     for index, (_, content) in enumerate(read_entries(entries)):
-        path = folder / f"{index:06}.mid"
-        path.write_bytes(content)
-        paths.append(path)
+        if isinstance(content, bytes):
+            paths.append(folder / f"{index:06}.mid")
+            paths[-1].write_bytes(content)
     return paths
 
 

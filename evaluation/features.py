@@ -46,7 +46,7 @@ class Notes:
     @classmethod
     def of(cls, score: ScoreTick, pitched: bool = False) -> "Notes":
         """The notes of a score; `pitched` leaves out the drums."""
-        columns: list[list[NDArray]] = [[np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, int)]]
+        columns: list[list[NDArray[Any]]] = [[np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, int)]]
         for track in score.tracks:
             if not (pitched and track.is_drum):
                 notes = track.notes.numpy()
@@ -295,7 +295,7 @@ def _bars_and_positions(score: ScoreTick, notes: Notes) -> tuple[Indices, Indice
     return bars, np.floor((onsets - starts[bars]) * POSITIONS + 1e-9).astype(np.int64)
 
 
-def _shares(counts: NDArray) -> Vector:
+def _shares(counts: Indices) -> Vector:
     total = counts.sum()
     return counts / total if total else np.full(len(counts), np.nan)
 

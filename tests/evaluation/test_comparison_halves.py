@@ -23,9 +23,9 @@ def test_samples_and_both_halves_have_one_size_and_no_piece_in_common(monkeypatc
     met = []
     inner = comparison_halves._piece_figures
 
-    def watched(*sets: Music) -> dict[str, Figure]:
-        met.append([[tuple(ids) for ids in each.ids] for each in sets[:3]])
-        return inner(*sets)
+    def watched(samples: Music, first: Music, second: Music, seed: int) -> dict[str, Figure]:
+        met.append([[tuple(ids) for ids in each.ids] for each in (samples, first, second)])
+        return inner(samples, first, second, seed)
 
     monkeypatch.setattr(comparison_halves, "_piece_figures", watched)
     samples, reference = music(30, 0, tokens=9), music(15, 1, tokens=9)

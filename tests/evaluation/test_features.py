@@ -1,7 +1,9 @@
-"""Features of music whose values one can work out, and of what is hardly music at all."""
+"""Features of music whose values can be worked out by hand, and of edge cases."""
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,7 +145,7 @@ def test_self_similarity_agrees_with_the_whole_matrix() -> None:
             bar = int(np.searchsorted(starts, note.time + 60, side="right")) - 1
             grid[bar, int((note.time + 60 - starts[bar]) // 120), note.pitch % 12] += 1
     rows = grid.reshape(len(grid), -1)
-    audible = rows.any(axis=1).nonzero()[0]
+    audible = np.flatnonzero(rows.any(axis=1))
     rows = rows[audible[0] : audible[-1] + 1]
     cosines = [
         a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-9)
@@ -170,7 +172,8 @@ def test_meter_stability_is_weighted_by_time() -> None:
 
 @pytest.mark.parametrize("name", [*NUMBERS, *HISTOGRAMS])
 def test_an_empty_score_is_undefined_and_one_note_is_not_an_error(name: str) -> None:
-    function = {**NUMBERS, **HISTOGRAMS}[name]
+    functions: dict[str, Callable[[ScoreTick], Any]] = {**NUMBERS, **HISTOGRAMS}
+    function = functions[name]
     empty_track = Score(QUARTER)
     empty_track.tracks.append(Track())
     for score in (Score(QUARTER), empty_track):
@@ -230,7 +233,7 @@ def test_an_opening_has_the_notes_of_its_bars_at_their_full_length() -> None:
 
 def test_features_do_not_depend_on_the_order_of_notes_and_tracks() -> None:
     score = make_score(4, bars=12)
-    other = score.copy()
+    other: Any = score.copy()
     other.tracks = list(reversed(other.tracks))
     for track in other.tracks:
         track.notes = random.Random(0).sample(list(track.notes), len(track.notes))

@@ -126,8 +126,8 @@ def test_a_missing_package_is_named_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, render: object, package: str
 ) -> None:
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package} is not installed.*midimamba\[demo\]"):
         render(make_score((0, 480, 60, 100)), tmp_path / "out")  # type: ignore[operator]
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Samples are drawn, read and decoded, and those that cannot be used are counted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_sequences_without_notes_are_counted_as_empty(processor: MidiProcessor) 
 
 def test_sequences_that_are_not_music_are_refused_with_a_reason() -> None:
     processor = MidiProcessor(build_tokenizer("Octuple"))
-    samples = decode_all(processor, [[[7] * len(processor.midi_tokenizer.vocab)] * 3])
+    steps: Any = [[7] * len(processor.midi_tokenizer.vocab)] * 3  # several ids per step
+    samples = decode_all(processor, [steps])
     assert list(samples.refused) == ["sequence 0"] or samples.total == 1
 
 

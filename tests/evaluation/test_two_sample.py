@@ -46,7 +46,8 @@ def test_points_of_two_kinds_are_told_apart() -> None:
 
 
 def test_under_the_null_hypothesis_few_p_values_are_small() -> None:
-    values = [feature_test(*RANDOM.normal(size=(2, 40, 5)), seed=seed).p_value for seed in range(100)]
+    pairs = RANDOM.normal(size=(100, 2, 40, 5))
+    values = [feature_test(real, samples, seed=seed).p_value for seed, (real, samples) in enumerate(pairs)]
     assert np.mean(np.array(values) < 0.1) < 0.2
 
 

@@ -19,13 +19,13 @@ def test_encoded_music_keeps_the_grammar(processor: MidiProcessor) -> None:
 
 
 def test_errors_are_those_of_checking_the_grammar_token_by_token(processor: MidiProcessor) -> None:
-    chance = random.Random(0)
+    chance, vocab_size = random.Random(0), processor.midi_tokenizer.vocab_size
     ids = processor.encode(make_score(1))
     for _ in range(12):
-        ids[chance.randrange(1, len(ids))] = chance.randrange(4, processor.vocab_size)
+        ids[chance.randrange(1, len(ids))] = chance.randrange(4, vocab_size)
     grammar, wrong = processor.grammar(), 0
     for step in range(1, len(ids)):
-        scores = grammar(torch.tensor([ids[:step]]), torch.zeros(1, processor.vocab_size))
+        scores = grammar(torch.tensor([ids[:step]]), torch.zeros(1, vocab_size))
         wrong += bool(scores[0, ids[step]].isneginf())
     assert 0 < wrong < len(ids)
     assert grammar_errors(processor, [ids]) == [pytest.approx(wrong / (len(ids) - 1))]
@@ -45,7 +45,8 @@ def test_an_end_is_an_error_unless_a_note_comes_before() -> None:
 
 
 def test_noise_has_errors_and_the_input_is_left_as_it_was(processor: MidiProcessor) -> None:
-    ids = torch.randint(4, processor.vocab_size, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, processor.midi_tokenizer.vocab_size, (60,), generator=generator).tolist()
     before = list(ids)
     assert grammar_errors(processor, [ids])[0] > 0.3
     assert 0.3 < syntax_errors(processor, ids) <= 1
