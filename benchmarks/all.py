@@ -202,7 +202,9 @@ def main() -> None:
         epilog="example: python benchmarks/all.py --quick --corpora ../corpora",
     )
     parser.add_argument("--quick", action="store_true", help="make everything small; the figures then mean nothing")
-    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="run only these steps")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", choices=[step.name for step in STEPS], help="run only these steps"
+    )
     parser.add_argument("--corpora", type=Path, help="folder of the corpora and of the oracle's parameters")
     args = parser.parse_args()
 

@@ -51,9 +51,11 @@ def generate(model: Model, prompts: torch.Tensor, length: int, **options: Any) -
     """Call `generate` for sequences of exactly `length` tokens."""
     new = length - prompts.shape[1]
     mask = torch.ones_like(prompts)
-    return model.generate(
+    ids = model.generate(
         prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, eos_token_id=None, top_k=0, **options
     )
+    assert isinstance(ids, torch.Tensor)
+    return ids
 
 
 def check_same_tokens(models: dict[str, Model], prompts: torch.Tensor) -> None:
