@@ -1,12 +1,12 @@
 """Every benchmark, one after the other: `make bench`.
 
-Results go to `results/`. With `--quick` everything is so small that all of it takes ten minutes on two cores; then
-the results show that everything runs, mean nothing, and go to `runs/bench` as all intermediate files do. What is done
-there is gone on from by a second start: delete the folder to begin anew.
+Results are written to `results/`, and intermediate files to `runs/bench`. A second start continues from the
+intermediate files; delete the folder to start over. With `--quick` everything is so small that the whole takes ten
+minutes on two cores. Its results show that everything runs but mean nothing, and are written to `runs/bench` as well.
 
 The corpora and the parameters of SeqGAN's oracle are not part of the repository. `--corpora` names a folder with
-nottingham.tar.gz, pop909.tar.gz, m21-chorales.tar.gz, hostile-core.tar.gz and seqgan-oracle.npz; without one of them,
-what needs it is left out, and the table at the end says so.
+nottingham.tar.gz, pop909.tar.gz, m21-chorales.tar.gz, hostile-core.tar.gz and seqgan-oracle.npz. If one of them is
+missing, the benchmarks that need it are skipped, and the table at the end says so.
 """
 
 import argparse
@@ -30,11 +30,12 @@ class Step:
     A command of the table.
 
     Args:
-        name (`str`): of its results.
-        command (`str`): what follows `python`; in braces, `work`, the folder of intermediate files, and `corpora`.
-        quick (`str`, *optional*): what is added to make it small: of an option given twice, the later counts.
-        needs (`tuple[str, ...]`, *optional*): files of the corpora's folder.
-        makes (`str`, *optional*): a file of `work`; where it is, the step is done.
+        name (`str`): the name of its results.
+        command (`str`): the command after `python`. `{work}` stands for the folder of intermediate files and
+            `{corpora}` for the folder of corpora.
+        quick (`str`, *optional*): options to add to make it small; they override those of the command.
+        needs (`tuple[str, ...]`, *optional*): the files of the folder of corpora that it needs.
+        makes (`str`, *optional*): a file of the folder of intermediate files. If it exists, the step is done.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Step:
 
 
 def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
-    """A corpus, and a generator that has learned it: what later benchmarks begin with."""
+    """A corpus and a generator that is trained on it: the start of later benchmarks."""
     tokenize = f"-m midimamba.cli tokenize {source} --vocab-size 800 --out {{work}}/{name}-data"
     pretrain = f"{PRETRAIN} --data {{work}}/{name}-data --output_dir {{work}}/{name}-model"
     return (
@@ -55,13 +56,15 @@ def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step,
 
 
 def _on(corpus: str, script: str, model: str = "model") -> str:
-    """The command of a script that goes on from a corpus's generator."""
+    """The command of a script that starts from the generator of a corpus."""
     return f"benchmarks/{script} --model {{work}}/{corpus}-{model} --data {{work}}/{corpus}-data"
 
 
 def _music(name: str, needs: tuple[str, ...] = (), options: str = "") -> tuple[Step, ...]:
-    """The comparison with maximum likelihood, of a generator that has learned for as long as that helps; `options` are
-    the corpus's own."""
+    """The comparison with maximum likelihood, for a generator that was trained for as long as that helps.
+
+    `options` are those of this corpus alone.
+    """
     pretrain = f"{PRETRAIN} --data {{work}}/{name}-data --output_dir {{work}}/{name}-long-model"
     tiny = f"{_TINY_TUNING} --num 12 --bars 4 --temperatures 1.0 --arms mle stable"
     compare = _on(name, "music.py", "long-model") + f" --rows {{work}}/music-{name}.jsonl {options}"
@@ -72,7 +75,7 @@ def _music(name: str, needs: tuple[str, ...] = (), options: str = "") -> tuple[S
 
 
 def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
-    """What adversarial training does to the generator of a corpus, beside the comparison with maximum likelihood."""
+    """What adversarial training does to the generator of a corpus: its stability, and its controls."""
     ablation = _on(name, "ablation.py") + f" --rows {{work}}/ablation-{name}.jsonl"
     controls = '--arms "constant alone" "random alone" --seeds 5'
     return (
@@ -150,7 +153,7 @@ STEPS = (
     ),
     *_learned("chorales", "chorales"),
     *_tuned("chorales"),
-    # So small a corpus is overfitted: samples are nearest to it when they are drawn much sharper.
+    # So small a corpus is overfitted: samples are closest to it at much lower temperatures.
     *_music("chorales", options="--temperatures 0.4 0.5 0.6 0.7 0.8"),
     Step(
         "ablation-chorales",
@@ -167,19 +170,19 @@ STEPS = (
 
 
 def command_of(step: Step, quick: bool, work: Path, corpora: Path | None, results: Path) -> list[str]:
-    """The command line of a step, as it is run from the repository's root."""
+    """The command line of a step, to be run in the root of the repository."""
     text = f"{step.command} {step.quick}" if quick else step.command
     line = [sys.executable, *shlex.split(text.format(work=work, corpora=corpora or ""))]
     return [*line, "--out", str(results / f"{step.name}.json")] if _is_script(step) else line
 
 
 def _is_script(step: Step) -> bool:
-    """Whether it measures something, and so has a result."""
+    """Whether a step measures something, and so has a result."""
     return step.command.startswith("benchmarks/")
 
 
 def make(step: Step, command: list[str], work: Path) -> tuple[str, str, str]:
-    """Run a step, with what it prints in a file of its own; its row of the table."""
+    """Run a step, with its output in a separate log file; return its row of the table."""
     print(f"==> {step.name}: python {shlex.join(command[1:])}", flush=True)
     start = time.perf_counter()
     log = ROOT / work / f"{step.name.replace(' ', '-')}.log"
@@ -198,12 +201,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/all.py --quick --corpora ../corpora",
     )
-    parser.add_argument("--quick", action="store_true", help="everything small, and figures that mean nothing")
-    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="only these steps")
+    parser.add_argument("--quick", action="store_true", help="make everything small; the figures then mean nothing")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", choices=[step.name for step in STEPS], help="run only these steps"
+    )
     parser.add_argument("--corpora", type=Path, help="folder of the corpora and of the oracle's parameters")
     args = parser.parse_args()
 
-    # All paths are relative to the repository's root, and so are those that results tell.
+    # All paths are relative to the root of the repository, also those in the results.
     work = Path("runs", "bench", "quick" if args.quick else "full")
     (ROOT / work).mkdir(parents=True, exist_ok=True)
     corpora = Path(os.path.relpath(args.corpora, ROOT)) if args.corpora else None
@@ -214,7 +219,7 @@ def main() -> None:
             continue
         missing = [name for name in step.needs if corpora is None or not (ROOT / corpora / name).exists()]
         if missing:
-            table.append((step.name, "left out", f"--corpora lacks {', '.join(missing)}"))
+            table.append((step.name, "skipped", f"--corpora has no {', '.join(missing)}"))
         elif not (step.makes and (ROOT / work / step.makes).exists()):
             table.append(make(step, command_of(step, args.quick, work, corpora, results), work))
     print("\n| step | ratio | |\n|---|---:|---|")

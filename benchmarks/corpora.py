@@ -1,17 +1,17 @@
-"""Every file of real corpora through every tokenization: are ids, texts and notes what they should be?
+"""Every file of real corpora in every tokenization: are ids, texts and notes what they should be?
 
-For each corpus and tokenization, untrained and with BPE and Unigram learned from the corpus itself:
+For each corpus and tokenization, untrained and with BPE and Unigram trained on the corpus itself:
 
-- `identical`: files whose text gives the plain `transformers` tokenizer exactly the ids that MidiTok gives the score;
+- `identical`: files for whose text the plain `transformers` tokenizer gives exactly the ids that MidiTok gives for the
+  score;
 - `same_text`: files whose ids the plain tokenizer decodes to the same text;
-- `reloaded`: files to which MidiTok alone, from `miditok.json`, gives the same ids;
-- `notes_kept`: the share of notes that come back from ids with pitch, onset, duration, velocity and instrument as
-  MidiTok rounds them to its grid before it encodes.
+- `reloaded`: files for which MidiTok alone, loaded from `miditok.json`, gives the same ids;
+- `notes_kept`: the share of notes that come back from the ids with the pitch, onset, duration, velocity and
+  instrument that they have after MidiTok has rounded them to its grid.
 
-The last line is JSON. `ratio` is the share of files that pass the first three everywhere: anything but 1.0 is a bug.
+The last line is JSON. `ratio` is the share of files that pass the first three checks. Any value but 1.0 is a bug.
 """
 
-import argparse
 import copy
 import json
 import multiprocessing
@@ -25,9 +25,9 @@ import miditok
 from miditok import MusicTokenizer, TokSequence
 from symusic.core import ScoreTick
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from measure import finish
+from measure import finish, make_parser
 from midimamba.corpus.sources import Entry, list_source, read_entries
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
@@ -35,14 +35,14 @@ from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import MIDITOK_FILE, base_ids, build_tokenizer, normalize_score, train_on_ids
 
 MODELS = (None, "BPE", "Unigram")
-# What a subword model is learned from, and how many ids it learns beyond the base tokens.
+# The tokens that a subword model is trained on, and the number of ids that it learns beyond the base tokens.
 TRAINING_TOKENS, LEARNED = 1_000_000, 500
 # PerTok writes onsets to 1/240 and durations to 1/24 of a beat, or 1/8 beyond four beats, up to 11.75 beats; here in
 # ticks, 480 a beat.
 PERTOK_ONSET, PERTOK_DURATION, PERTOK_LONGEST = 2, 60, 5640
 
 Note = tuple[int, bool, int, int, float, float]
-Coders = dict[str, tuple[MusicTokenizer, MusicTokenizer, PreTrainedTokenizerFast]]
+Coders = dict[str, tuple[MusicTokenizer, MusicTokenizer, PreTrainedTokenizerBase]]
 
 
 def notes_of(score: ScoreTick) -> list[Note]:
@@ -56,7 +56,7 @@ def notes_of(score: ScoreTick) -> list[Note]:
 
 
 def count_kept(tokenizer: MusicTokenizer, score: ScoreTick) -> tuple[int, int]:
-    """Notes that come back, and notes there are."""
+    """The number of notes that are decoded correctly, and the number of notes."""
     expected = notes_of(tokenizer.preprocess_score(normalize_score(score)))
     found = notes_of(tokenizer.decode(TokSequence(ids=base_ids(tokenizer, score))))
     if type(tokenizer).__name__ == "PerTok":
@@ -71,8 +71,8 @@ def count_kept(tokenizer: MusicTokenizer, score: ScoreTick) -> tuple[int, int]:
 
 
 def make_coders(tokenization: str, pieces: list[list[int]]) -> Coders:
-    """For every model: the tokenizer, the one that MidiTok loads again, and the one that AutoTokenizer loads."""
-    coders = {}
+    """For every subword model: the tokenizer, the one that MidiTok reloads, and the one that AutoTokenizer loads."""
+    coders: Coders = {}
     for model in MODELS:
         tokenizer = build_tokenizer(tokenization)
         if model:
@@ -85,7 +85,7 @@ def make_coders(tokenization: str, pieces: list[list[int]]) -> Coders:
 
 
 def encode_on(tokenizer: MusicTokenizer, base: TokSequence) -> list[int]:
-    """The second half of MidiTok's `encode`: its subword model on base tokens, all at once or bar by bar."""
+    """The second half of MidiTok's `encode`: apply its subword model to base tokens, all at once or bar by bar."""
     sequence = copy.copy(base)
     if tokenizer.is_trained:
         tokenizer.encode_token_ids(sequence)
@@ -93,7 +93,7 @@ def encode_on(tokenizer: MusicTokenizer, base: TokSequence) -> list[int]:
 
 
 def check(coders: Coders, content: bytes) -> Counter[str] | None:
-    """What holds for a file; `None` if it is refused."""
+    """The checks that a file passes; `None` if it is refused."""
     try:
         score = read_score(content)
         untrained = coders["untrained"][0]
@@ -145,16 +145,11 @@ def measure(corpus: str, contents: list[bytes], tokenization: str, workers: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python benchmarks/corpora.py nottingham.tar.gz pop909.tar.gz --tokenizations REMI TSD",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "corpora.py nottingham.tar.gz pop909.tar.gz --tokenizations REMI TSD")
     parser.add_argument("corpora", nargs="+", help="folders or archives of MIDI files")
-    parser.add_argument("--tokenizations", nargs="+", default=ONE_STREAM, choices=ONE_STREAM)
-    parser.add_argument("--limit", type=int, help="files of each corpus, evenly spread (default: all)")
+    parser.add_argument("--tokenizations", nargs="+", default=ONE_STREAM, choices=ONE_STREAM, help="(default: all)")
+    parser.add_argument("--limit", type=int, help="files per corpus, evenly spread (default: all)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     rows = []
     for corpus in args.corpora:

@@ -1,10 +1,9 @@
-"""A corpus of malformed and extreme MIDI files through `midimamba tokenize`: what becomes of each?
+"""Malformed and extreme MIDI files in `midimamba tokenize`: is every file accounted for?
 
 The last line is JSON. `ratio` is the share of files that are accounted for: used, dropped as duplicates, or
-quarantined with a reason. Anything but 1.0 is a bug, as is a file without a reason.
+quarantined with a reason. Any value but 1.0 is a bug.
 """
 
-import argparse
 import json
 import re
 import tempfile
@@ -12,19 +11,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from measure import finish
+from measure import finish, make_parser
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.sources import Entry, list_source
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python benchmarks/ingestion.py hostile-core.tar.gz"
-    )
+    parser = make_parser(__doc__, "ingestion.py hostile-core.tar.gz")
     parser.add_argument("source", help="folder or archive of MIDI files")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     files = sum(isinstance(item, Entry) for item in list_source(args.source))
     with tempfile.TemporaryDirectory() as scratch:
@@ -38,7 +34,7 @@ def main() -> None:
     finish(
         {
             "benchmark": "ingestion",
-            "compared": "files accounted for, of all",
+            "compared": "files accounted for, and all files",
             "ratio": (used + report["duplicates"] + with_reason) / files,
             "files": files,
             "used": used,

@@ -1,5 +1,6 @@
-"""What every benchmark shares: how to time, and how to say where it was timed."""
+"""What all benchmarks share: their options, how to measure time, and how to record where it was measured."""
 
+import argparse
 import json
 import os
 import platform
@@ -15,8 +16,31 @@ import torch
 import transformers
 
 
+def make_parser(description: str | None, example: str) -> argparse.ArgumentParser:
+    """A parser for the options of a benchmark, with `--out`.
+
+    Args:
+        description (`str`, *optional*): the docstring of the script.
+        example (`str`): a command line, without `python benchmarks/`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example: python benchmarks/{example}",
+    )
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    return parser
+
+
+def add_model_size(parser: argparse.ArgumentParser) -> None:
+    """Add the options that set the size of a model."""
+    parser.add_argument("--layers", type=int, default=6, help="layers (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=1000, help="size of the vocabulary (default: %(default)s)")
+
+
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of `run`, in seconds, after nothing: warm up yourself."""
+    """Median wall time of `run`, in seconds. There is no warm-up: call `run` once before."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -28,7 +52,7 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions, processor and load: a figure without them says little."""
+    """Versions, processor and load, without which a figure means little."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -49,7 +73,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def finish(result: dict[str, Any], out: Path | None) -> None:
-    """Print the result as the last line and, if asked, keep it."""
+    """Print the result as the last line, and write it to `out` if that is given."""
     line = json.dumps({**result, **surroundings()})
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

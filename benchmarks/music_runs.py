@@ -20,31 +20,36 @@ from midimamba.command_options import SamplingOptions
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
-from midimamba.evaluation.halving import Figure
-from midimamba.evaluation.validity import Samples
+from midimamba.evaluation.comparison_halves import Figure
+from midimamba.evaluation.samples import Samples
 from midimamba.generation import generate_scores, load_pair
 from midimamba.training.scripts import load_blocks, save_model
 from resumable import Row
 from tuning import CONSTANT, RANDOM, forget, read_recipe, train
 
 CONTROLS = {"constant": CONSTANT, "random": RANDOM}
-MORE_LEARNING_RATE = 5e-4  # of `more`: a sixth of what the recipe of pre-training begins with, and down to 0 as there
+MORE_LEARNING_RATE = (
+    5e-4  # of `more`: a sixth of the pre-training recipe's initial rate, falling to 0 as it does there
+)
 MORE_EVALUATIONS = 10
-REPETITION = ("bar_self_similarity_4", "bar_self_similarity_8")  # what tells samples of small models from music
+REPETITION = (
+    "bar_self_similarity_4",
+    "bar_self_similarity_8",
+)  # what distinguishes samples of small models from music
 
 
 @dataclass(frozen=True)
 class Settings:
     """
-    What all runs have in common.
+    The settings that all runs have in common.
 
     Args:
         model, data (`str`): the pre-trained generator and its corpus.
-        recipe (`str`): of adversarial training.
-        length (`int`): tokens of a training sequence.
-        steps (`int`, *optional*): generator steps; the recipe's by default.
-        num, bars (`int`): pieces sampled for every figure, and how many bars of them are compared.
-        temperatures (`list[float]`): those that are tried on the validation split.
+        recipe (`str`): the recipe of adversarial training.
+        length (`int`): tokens per training sequence.
+        steps (`int`, *optional*): generator steps; those of the recipe by default.
+        num, bars (`int`): pieces that are sampled for every figure, and bars per piece that are compared.
+        temperatures (`list[float]`): the temperatures that are tried on the validation split.
     """
 
     model: str
@@ -63,13 +68,13 @@ class Settings:
 
 
 def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[int, float]) -> Row:
-    """A run of an arm: what it cost, its figures on validation at its best temperature, and on the test split.
+    """Make a run of an arm: its cost, and its figures at its best temperature on the validation and the test split.
 
     Args:
-        arm (`str`): one of `ARMS`, or `"trial "` with options as JSON, which does not see the test split.
-        seed (`int`): of training, samples and figures.
-        settings (`Settings`): of all runs.
-        folder (`Path`): where samples are kept, in a folder `<arm>-<seed>`.
+        arm (`str`): one of `ARMS`, or `"trial "` followed by options as JSON. A trial does not use the test split.
+        seed (`int`): for training, samples and figures.
+        settings (`Settings`): the settings of all runs.
+        folder (`Path`): samples are kept here, in a folder `<arm>-<seed>`.
         budgets (`Mapping[int, float]`): by seed, the processor time in seconds that `more` may take.
     """
     seconds = 0.0
@@ -99,13 +104,16 @@ def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[
     return row
 
 
-def distance(figures: Mapping[str, float]) -> float:
-    """How far from real music: what a classifier is right beyond chance, and what overlapping areas lack."""
-    return abs(figures["classifier"] - 0.5) + 1 - figures["mean_overlapping_area"]
+def distance(figures: Mapping[str, float | None]) -> float:
+    """The distance from real music: that of a classifier's accuracy from chance, plus 1 minus the overlapping area."""
+    classifier, area = figures["classifier"], figures["mean_overlapping_area"]
+    assert classifier is not None
+    assert area is not None
+    return abs(classifier - 0.5) + 1 - area
 
 
 def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:
-    """Train by the recipe; returns the seconds of processor time.
+    """Train with the recipe and return the processor time in seconds.
 
     Raises:
         RuntimeError: if the script fails.
@@ -120,14 +128,14 @@ def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:
 
 
 class _UntilSpent(TrainerCallback):
-    """Ends training when a budget of processor time is spent, and evaluates at equal parts of it."""
+    """End training when a budget of processor time is spent, and evaluate after equal parts of it."""
 
     def __init__(self, budget: float):
         self.start, self.budget, self.evaluations = time.process_time(), budget, 0
 
     @property
     def spent(self) -> float:
-        """The share of the budget."""
+        """The share of the budget that is spent."""
         return min(1.0, (time.process_time() - self.start) / self.budget)
 
     def on_step_end(
@@ -141,8 +149,10 @@ class _UntilSpent(TrainerCallback):
 
 
 def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) -> float:
-    """Go on with maximum likelihood for so many seconds of processor time; keeps what was best on validation, be it
-    the generator as it was."""
+    """Continue with maximum likelihood for `budget` seconds of processor time, and return the time that it took.
+
+    The weights that were best on the validation split are kept, which may be those of the original generator.
+    """
     forget(output)
     blocks, validation, processor = load_blocks(settings.data, 2 * settings.length, Augmentation(), seed)
     set_seed(seed)
@@ -187,12 +197,12 @@ def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) 
 
 @functools.cache
 def _reference(data: str, split: str, bars: int) -> Reference:
-    """Read once in a process."""
+    """Read the reference once per process."""
     return read_reference(data, split, bars)
 
 
 class Measured(NamedTuple):
-    """What [`numbers`] makes of figures, and the samples that can be used."""
+    """Values and floors, as [`numbers`] returns them, and the samples that can be used."""
 
     values: dict[str, float | None]
     floors: dict[str, float]
@@ -200,7 +210,7 @@ class Measured(NamedTuple):
 
 
 def numbers(figures: Mapping[str, Figure]) -> tuple[dict[str, float | None], dict[str, float]]:
-    """Values by name, `None` where there is none, and those of real music."""
+    """The values by name, `None` for a missing one, and the floors that there are."""
     values = {name: figure.estimate.value for name, figure in figures.items()}
     floors = {name: figure.floor for name, figure in figures.items() if math.isfinite(figure.floor)}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}, floors
@@ -221,14 +231,14 @@ def figures_of(
     repetition = {name: Figure(found.features[name].samples, found.features[name].real.value) for name in REPETITION}
     values, floors = numbers(found.figures | repetition)
     for kind, known in (("estimate", values), ("floor", floors)):
-        judged = (known.get(f"classifier_{heard}") for heard in ("features", "tokens"))
-        known["classifier"] = max(accuracy for accuracy in judged if accuracy is not None)
+        accuracies = (known.get(f"classifier_{name}") for name in ("features", "tokens"))
+        known["classifier"] = max(accuracy for accuracy in accuracies if accuracy is not None)
         known["mean_overlapping_area"] = mean_overlapping_area(found, kind)
     return Measured(values, floors, samples.scores)
 
 
 def mean_overlapping_area(found: Comparison, kind: str) -> float:
-    """Over the features that both sets have; `kind` is `"estimate"`, of the samples, or `"floor"`, of real music."""
+    """The mean over the features that both sets have, for `kind` `"estimate"` (samples) or `"floor"` (real music)."""
     areas = [row.overlapping_area for row in found.features.values()]
     known = [area for area in areas if math.isfinite(area.estimate.value)]
     return sum(area.floor if kind == "floor" else area.estimate.value for area in known) / len(known)

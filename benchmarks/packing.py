@@ -1,10 +1,9 @@
-"""Tokens that training never sees: our packed blocks against MidiTok's `split_files_for_training` and `DatasetMIDI`.
+"""Tokens lost to training: our packed blocks against MidiTok's `split_files_for_training` and `DatasetMIDI`.
 
-MidiTok cuts files into chunks that should hold a block of tokens each, and cuts off what a chunk holds beyond it. The
+MidiTok cuts files into chunks of about one block of tokens each, and drops the tokens of a chunk beyond the block. The
 last line is JSON: `ratio` is their lost share over ours.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from datasets import Dataset
 from miditok.pytorch_data import DatasetMIDI
 from miditok.utils import split_files_for_training
 
-from measure import finish
+from measure import finish, make_parser
 from midimamba.corpus.packing import PackedBlocks
 from midimamba.corpus.sources import Entry, list_source, read_entries
 from midimamba.tokenization.ingest import read_score
@@ -20,14 +19,13 @@ from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, merge_id
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python benchmarks/packing.py my-midi-folder --block-size 512"
-    )
+    parser = make_parser(__doc__, "packing.py my-midi-folder --block-size 512")
     parser.add_argument("source", help="folder or archive of MIDI files")
-    parser.add_argument("--limit", type=int, default=200, help="files (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=512, help="tokens (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=1000, help="of byte-pair encoding (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--limit", type=int, default=200, help="number of files (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens per block (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=1000, help="vocabulary of byte-pair encoding (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     entries = [item for item in list_source(args.source) if isinstance(item, Entry)][: args.limit]
@@ -35,6 +33,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths, scores = [], []
         for index, (_, content) in enumerate(read_entries(entries)):
+            if not isinstance(content, bytes):
+                raise content
             scores.append(read_score(content))
             paths.append(Path(scratch) / f"{index:05}.mid")
             scores[-1].dump_midi(paths[-1])

@@ -1,7 +1,7 @@
-"""Benchmarks of many long runs: each is kept as a line of JSON as soon as it is done, and a second start goes on.
+"""Benchmarks of many long runs: each is kept as a line of JSON when it is done, and a second start continues.
 
-A run is an arm with a seed. Its row holds both, and the settings that all runs of a benchmark share: rows of other
-settings in the same file are left alone.
+A run is an arm with a seed. Its row has both, and the settings that all runs of a benchmark share. Rows with other
+settings in the same file are ignored.
 """
 
 import json
@@ -19,25 +19,27 @@ from transformers.utils.logging import disable_progress_bar
 Job = tuple[str, int]
 """Arm and seed."""
 Row = dict[str, Any]
-# Quantiles of 97.5 % of Student's t distribution with 1, 2, … degrees of freedom; 1.96 beyond.
+# The 97.5 % quantiles of Student's t distribution with 1, 2, … degrees of freedom; 1.96 for more.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def rows_done(rows: Path, settings: dict[str, Any]) -> dict[Job, Row]:
-    """The kept runs of these settings, by arm and seed; of one made twice the last."""
+    """The kept runs with these settings, by arm and seed; the last one if a run was made twice."""
     lines = rows.read_text().splitlines() if rows.exists() else []
     kept = [row for row in map(json.loads, lines) if row["settings"] == settings]
     return {(row["arm"], row["seed"]): row for row in kept}
 
 
 def make_runs(jobs: Sequence[Job], run: Callable[[str, int], Row], rows: Path, workers: int) -> Iterator[Row]:
-    """Rows as they come, of processes of one thread each, or with one worker of this process with all its threads.
+    """Make runs and yield their rows as they finish.
+
+    Every run is a separate process with one thread. With one worker, runs use this process and all its threads.
 
     Args:
         jobs (`Sequence[Job]`): the runs to make.
         run (`Callable`): takes an arm and a seed and returns its row; other processes must be able to import it.
-        rows (`Path`): file to which every row is appended.
-        workers (`int`): runs at once.
+        rows (`Path`): the file to which every row is appended.
+        workers (`int`): the number of runs at once.
     """
     if workers == 1 or not jobs:
         yield from (_run_and_keep(run, *job, rows) for job in jobs)
@@ -49,13 +51,13 @@ def make_runs(jobs: Sequence[Job], run: Callable[[str, int], Row], rows: Path, w
 
 
 def mean_and_deviation(values: Sequence[float]) -> list[float]:
-    """Of one value the deviation is 0."""
+    """Mean and standard deviation; the deviation of a single value is 0."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return [round(statistics.mean(values), 4), round(spread, 4)]
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Mean of paired differences with its interval of 95 % by the t distribution; of one pair there is none."""
+    """The mean of paired differences with its 95 % interval by the t distribution; a single pair has no interval."""
     pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(pairs)
     if len(pairs) < 2:
@@ -66,7 +68,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]
 
 
 def _run_and_keep(run: Callable[[str, int], Row], arm: str, seed: int, rows: Path) -> Row:
-    """A run appends its row itself: it is kept even if another run fails meanwhile."""
+    """Make a run and append its row, so that it is kept even if another run fails meanwhile."""
     row = run(arm, seed)
     with rows.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,36 +1,36 @@
 """Sampling tokens: ours against `generate` of transformers' Mamba and of a Llama with as many parameters.
 
-The last line is JSON; `ratio` is the stock Mamba's time over ours at the largest batch. All three draw from their
-whole distribution at temperature 1. Before anything is timed, our class must choose the same tokens as the stock one
-with the same weights: greedily, and with `generate` at the same seed. `late_over_early` is our time a token around
+The last line is JSON; `ratio` is the time of the stock Mamba over ours at the largest batch. All three draw from their
+whole distribution at temperature 1. Before anything is timed, our class must choose the same tokens as the stock class
+with the same weights: greedily, and with `generate` at the same seed. `late_over_early` is our time per token around
 position 8,000 over that around position 80.
 
-Every measurement has a process of its own, as it has for someone who runs `generate`. The stock Mamba allocates its
-states anew at every token, and what that costs depends on what the process allocated before: in one that had run other
-models it was anything from half as fast to as fast as in a new one.
+Every measurement runs in a separate process, as it does for a user of `generate`. The stock Mamba allocates new states
+at every token, and the cost depends on what the process allocated before: in a process that had run other models, it
+ran at anything from half the speed to the full speed of a new process.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from measure import finish
+from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.sampling import draw, inference, sample
+
+Model = MidiMambaForCausalLM | MambaForCausalLM | LlamaForCausalLM
 
 EARLY, LATE, WINDOW = 80, 8_000, 64
 
 
-def make_models(vocab: int, layers: int, hidden: int) -> dict[str, PreTrainedModel]:
-    """Ours and the stock Mamba with the same weights, and a Llama of as many parameters."""
-    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers}
+def make_models(vocab: int, layers: int, hidden: int) -> dict[str, Model]:
+    """Ours and the stock Mamba with the same weights, and a Llama with as many parameters."""
+    sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers}
     theirs = MambaForCausalLM(MambaConfig(**sizes, initializer_range=0.02, pad_token_id=0)).eval()
     ours = MidiMambaForCausalLM(MidiMambaConfig(**sizes)).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -47,16 +47,18 @@ def make_models(vocab: int, layers: int, hidden: int) -> dict[str, PreTrainedMod
     return {"ours": ours, "mamba": theirs, "llama": LlamaForCausalLM(llama).eval()}
 
 
-def generate(model: PreTrainedModel, prompts: torch.Tensor, length: int, **options: Any) -> torch.Tensor:
-    """`generate` to exactly so many tokens."""
+def generate(model: Model, prompts: torch.Tensor, length: int, **options: Any) -> torch.Tensor:
+    """Call `generate` for sequences of exactly `length` tokens."""
     new = length - prompts.shape[1]
     mask = torch.ones_like(prompts)
-    return model.generate(
+    ids = model.generate(
         prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, eos_token_id=None, top_k=0, **options
     )
+    assert isinstance(ids, torch.Tensor)
+    return ids
 
 
-def check_same_tokens(models: dict[str, PreTrainedModel], prompts: torch.Tensor) -> None:
+def check_same_tokens(models: dict[str, Model], prompts: torch.Tensor) -> None:
     for options in ({"do_sample": False}, {"do_sample": True}):
         chosen = []
         for name in ("ours", "mamba"):
@@ -67,13 +69,16 @@ def check_same_tokens(models: dict[str, PreTrainedModel], prompts: torch.Tensor)
 
 
 def seconds(name: str, sizes: tuple[int, int, int], batch: int, length: int) -> float:
-    """Time of one run of one model, after a short one to warm up."""
+    """The time of one run of one model, after a short run to warm up."""
     torch.manual_seed(0)
     model = make_models(*sizes)[name]
     prompts = torch.randint(3, sizes[0], (batch, 1))
 
     def run(tokens: int) -> None:
-        sample(model, prompts, tokens) if name == "ours" else generate(model, prompts, tokens, do_sample=True)
+        if isinstance(model, MidiMambaForCausalLM):
+            sample(model, prompts, tokens)
+        else:
+            generate(model, prompts, tokens, do_sample=True)
 
     run(8)
     start = time.perf_counter()
@@ -87,7 +92,7 @@ def in_new_process(*arguments: Any) -> float:
 
 
 def late_over_early(model: MidiMambaForCausalLM, batch: int) -> float:
-    """Time a token around position 8,000 over that around position 80: medians of two windows."""
+    """The time per token around position 8,000 over that around position 80: medians of two windows."""
     times: list[float] = []
     with inference(model):
         cache = RecurrentCache.for_model(model, batch)
@@ -101,19 +106,18 @@ def late_over_early(model: MidiMambaForCausalLM, batch: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python benchmarks/sampling.py --repeats 3")
+    parser = make_parser(__doc__, "sampling.py --repeats 3")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences (default: %(default)s)")
     parser.add_argument("--length", type=int, nargs="+", default=[512], help="tokens (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=6, help="layers (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    add_model_size(parser)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each model, in turn (default: %(default)s)")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     sizes = (args.vocab, args.layers, args.hidden)
     models = make_models(*sizes)
+    ours = models["ours"]
+    assert isinstance(ours, MidiMambaForCausalLM)
     check_same_tokens(models, torch.randint(3, args.vocab, (4, 5)))
     rows = []
     for length in args.length:
@@ -141,7 +145,7 @@ def main() -> None:
             "benchmark": "sampling",
             "compared": "generate of transformers' Mamba, and of a Llama",
             "ratio": rows[-1]["ratio_mamba"],
-            "late_over_early": round(late_over_early(models["ours"], 16), 3),
+            "late_over_early": round(late_over_early(ours, 16), 3),
             "rows": rows,
             "sizes": {"layers": args.layers, "hidden": args.hidden, "vocab": args.vocab},
         },

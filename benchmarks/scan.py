@@ -4,18 +4,15 @@ The last line is JSON; `ratio` is their time over ours. Both models hold the sam
 gradients of both are compared before anything is timed.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from measure import finish, median_seconds
+from measure import add_model_size, finish, make_parser, median_seconds
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 
 
 def forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """One training pass; returns the loss."""
+    """Run one training pass and return the loss."""
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -23,26 +20,24 @@ def forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 
 def largest_gradient_difference(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
-    """Relative to the largest gradient of each parameter."""
-    gradients = dict(theirs.named_parameters())
+    """The largest difference, relative to the largest gradient of each parameter."""
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
     return max(
-        float((parameter.grad - gradients[name].grad).abs().max() / (gradients[name].grad.abs().max() + 1e-12))
-        for name, parameter in ours.named_parameters()
+        float((gradient - expected[name]).abs().max() / (expected[name].abs().max() + 1e-12))
+        for name, gradient in found.items()
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python benchmarks/scan.py --seq-len 512")
+    parser = make_parser(__doc__, "scan.py --seq-len 512")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="sequences (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=6, help="layers (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
+    add_model_size(parser)
     parser.add_argument("--repeats", type=int, default=7, help="timed passes of ours (default: %(default)s)")
     parser.add_argument("--their-repeats", type=int, default=1, help="timed passes of theirs (default: %(default)s)")
     parser.add_argument("--mambapy", action="store_true", help="compare with use_mambapy=True instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
 
     torch.manual_seed(0)

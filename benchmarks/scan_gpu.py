@@ -1,21 +1,21 @@
 """Forward and backward pass of the selective scan on CUDA: every backend against the memory roofline.
 
-Not run yet: no figure of it is published, and the sizes of the kernels' blocks are not tuned.
+It has not been run yet: no figures are published, and the block sizes of the kernels are not tuned.
 
-The last line is JSON. `seconds` are of one forward and backward pass, `roofline_seconds` what moving the bytes takes
-that any backend has to move: the five inputs read by both passes, the output written, its gradient read, and the five
-gradients written, at the bandwidth that a copy reaches on the same GPU. `of_roofline` is their ratio: 1 is the best
-there is. Output and gradients of every backend are compared with those of `chunked` before anything is timed.
+The last line is JSON. `seconds` is the time of one forward and backward pass. `roofline_seconds` is the time that it
+takes to move the bytes that any backend has to move, at the bandwidth that a copy reaches on the same GPU: both passes
+read the five inputs, the output is written, its gradient is read, and the five gradients are written. `of_roofline` is
+`seconds` over `roofline_seconds`, of which 1 is the best possible value. `ratio` is the roofline over the fastest
+backend. The output and the gradients of every backend are compared with those of `chunked` before anything is timed.
 """
 
-import argparse
+import functools
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from measure import finish, median_seconds
+from measure import finish, make_parser, median_seconds
 from midimamba.modeling.selective_scan import available_backends, selective_scan
 
 
@@ -37,20 +37,20 @@ def make_inputs(batch: int, time: int, channels: int, state: int, dtype: torch.d
 
 
 def forward_backward(backend: str, inputs: list[Tensor], grad_output: Tensor) -> list[Tensor]:
-    """One pass; returns the output and the gradients."""
+    """Run one pass and return the output and the gradients."""
     output, _ = selective_scan(*inputs, backend=backend)
     return [output.detach(), *torch.autograd.grad(output, inputs, grad_output)]
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Relative to the largest element of each tensor."""
+    """The largest difference, relative to the largest element of each tensor."""
     return max(
         float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(ours, theirs, strict=True)
     )
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes read and written a second by a copy of 1 GiB."""
+    """Bytes read and written per second by a copy of 1 GiB."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     target.copy_(source)
@@ -59,20 +59,21 @@ def copy_bandwidth(repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python benchmarks/scan_gpu.py --seq-len 2048",
-    )
+    parser = make_parser(__doc__, "scan_gpu.py --seq-len 2048")
     parser.add_argument("--seq-len", type=int, default=2048, help="steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="sequences (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=1024, help="channels (default: %(default)s)")
-    parser.add_argument("--state", type=int, default=16, help="state of a channel (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the inputs")
+    parser.add_argument("--state", type=int, default=16, help="state size per channel (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the inputs (default: %(default)s)",
+    )
     parser.add_argument("--repeats", type=int, default=20, help="timed passes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("error: this benchmark needs a CUDA GPU; benchmarks/scan.py runs without")
+        sys.exit("error: this benchmark needs a CUDA GPU; run benchmarks/scan.py, which does not")
 
     torch.manual_seed(0)
     inputs = make_inputs(args.batch, args.seq_len, args.channels, args.state, getattr(torch, args.dtype))
@@ -92,7 +93,8 @@ def main() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = median_seconds(lambda name=backend: forward_backward(name, inputs, grad_output), args.repeats)
+        run = functools.partial(forward_backward, backend, inputs, grad_output)
+        seconds = median_seconds(run, args.repeats)
         results[backend] = {
             "seconds": round(seconds, 6),
             "of_roofline": round(seconds / roofline, 1),
@@ -103,6 +105,8 @@ def main() -> None:
     finish(
         {
             "benchmark": "scan_gpu",
+            "compared": "the memory roofline and the fastest backend",
+            "ratio": round(roofline / min(result["seconds"] for result in results.values()), 3),
             "backends": results,
             "roofline_seconds": round(roofline, 6),
             "copy_gb_per_second": round(bandwidth / 1e9),

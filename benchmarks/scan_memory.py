@@ -1,20 +1,20 @@
 """Peak memory of a forward and backward pass against the sequence length: ours against transformers with mambapy.
 
-Each pass runs in a process of its own, whose peak before the pass is taken off. The last line is JSON: `ratio` is the
-slope of theirs, in bytes a token, over ours; `deviation` is how far the worst of our points lies from a straight line.
+Each pass runs in a separate process, and the peak of the process before the pass is subtracted. The last line is JSON:
+`ratio` is the slope of theirs, in bytes per token, over ours; `deviation` is the largest relative distance of our
+points from a straight line.
 """
 
-import argparse
 import resource
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from measure import finish
+from measure import finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 
 
@@ -23,14 +23,14 @@ def peak_bytes() -> int:
 
 
 def make(which: str, layers: int, hidden: int) -> PreTrainedModel:
-    sizes = {"vocab_size": 1000, "hidden_size": hidden, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": hidden, "num_hidden_layers": layers}
     if which == "ours":
         return MidiMambaForCausalLM(MidiMambaConfig(**sizes))
     return MambaForCausalLM(MambaConfig(**sizes, use_mambapy=True, initializer_range=0.02))
 
 
 def measure_here(which: str, length: int, layers: int, hidden: int) -> int:
-    """What a pass adds to the peak of this process; a short one comes first, so that libraries are loaded."""
+    """The memory that a pass adds to the peak of this process, after a short pass that loads the libraries."""
     model = make(which, layers, hidden).train()
     for time in (16, length):
         before = peak_bytes()
@@ -40,12 +40,13 @@ def measure_here(which: str, length: int, layers: int, hidden: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python benchmarks/scan_memory.py")
-    parser.add_argument("--length", type=int, nargs="+", default=[1024, 2048, 4096], help="(default: %(default)s)")
+    parser = make_parser(__doc__, "scan_memory.py --length 1024 2048 4096")
+    parser.add_argument(
+        "--length", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, default=6, help="layers (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
     parser.add_argument("--one", nargs=2, metavar=("WHICH", "LENGTH"), help="measure in this process (used inside)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.one:
         print(measure_here(args.one[0], int(args.one[1]), args.layers, args.hidden))
@@ -64,7 +65,7 @@ def main() -> None:
             "benchmark": "scan_memory",
             "compared": "transformers with mambapy",
             "ratio": round(fits["mambapy"][0] / fits["ours"][0], 2),
-            "bytes_a_token": {which: round(fit[0]) for which, fit in fits.items()},
+            "bytes_per_token": {which: round(fit[0]) for which, fit in fits.items()},
             "deviation": round(float(np.abs(np.array(peaks["ours"]) / line - 1).max()), 4),
             "peak_mb": {which: [round(value / 2**20) for value in found] for which, found in peaks.items()},
             "sizes": {"length": args.length, "layers": args.layers, "hidden": args.hidden, "batch": 1},

@@ -1,12 +1,12 @@
-"""Reading MIDI files to base tokens: plain MidiTok in one process against ours in one and in two; and memory.
+"""Reading MIDI files into base tokens: plain MidiTok in one process against ours in one and in two; and memory.
 
-The last line is JSON. `ratio` is our tokens a second in one worker over MidiTok's, `scaling` ours in two workers over
-one. MidiTok parses and encodes every file and does nothing else; ours hashes, checks, isolates, removes duplicates and
-stores as well. With `--memory` it simulates corpora of growing size instead, real files repeated by reference or small
-pieces that all differ, and `ratio` is the peak memory at the largest over the smallest.
+The last line is JSON. `ratio` is our tokens per second with one worker over MidiTok's; `scaling` is ours with two
+workers over one. MidiTok only parses and encodes every file; ours also hashes and checks it, isolates it in a worker,
+removes duplicates and stores the tokens. With `--memory` it simulates corpora of growing size instead, with links to
+real files or with small pieces that all differ, and `ratio` is the peak memory for the largest corpus over that for
+the smallest.
 """
 
-import argparse
 import multiprocessing
 import os
 import shutil
@@ -22,32 +22,32 @@ import psutil
 from miditok import MusicTokenizer
 from symusic import Note, Score, Track
 
-from measure import finish
+from measure import finish, make_parser
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import list_source, read_entries
+from midimamba.corpus.sources import Entry, list_source, read_entries
 from midimamba.corpus.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer
 
 
 def unpack(source: str, folder: Path, limit: int | None) -> list[Path]:
-    """The MIDI files of a source as files of their own, which MidiTok can read."""
+    """Write the MIDI files of a source as separate files, which MidiTok can read."""
     paths = []
-    entries = [item for item in list_source(source) if hasattr(item, "member")][:limit]
+    entries = [item for item in list_source(source) if isinstance(item, Entry)][:limit]
     for index, (_, content) in enumerate(read_entries(entries)):
-        path = folder / f"{index:06}.mid"
-        path.write_bytes(content)
-        paths.append(path)
+        if isinstance(content, bytes):
+            paths.append(folder / f"{index:06}.mid")
+            paths[-1].write_bytes(content)
     return paths
 
 
 def encode_plainly(tokenizer: MusicTokenizer, paths: list[Path]) -> int:
-    """MidiTok alone; returns the number of tokens."""
+    """Encode with MidiTok alone and return the number of tokens."""
     return sum(len(tokenizer.encode(Score(path), encode_ids=False).ids) for path in paths)
 
 
 def encode_in_a_process(tokenizer: MusicTokenizer, paths: list[Path]) -> tuple[int, float]:
-    """The same in a fresh process, as our workers are; returns tokens and seconds."""
+    """Do the same in a fresh process, like that of our workers; return tokens and seconds."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         start = time.perf_counter()
         tokens = pool.apply(encode_plainly, (tokenizer, paths))
@@ -55,7 +55,7 @@ def encode_in_a_process(tokenizer: MusicTokenizer, paths: list[Path]) -> tuple[i
 
 
 def read(tokenizer: MusicTokenizer, folder: Path, workers: int) -> tuple[int, float]:
-    """Ours; returns tokens and seconds."""
+    """Read with midimamba; return tokens and seconds."""
     with tempfile.TemporaryDirectory() as scratch, PieceStore(Path(scratch, "store"), "benchmark") as store:
         start = time.perf_counter()
         read_source(str(folder), store, tokenizer, CorpusOptions(num_workers=workers))
@@ -69,7 +69,7 @@ def measure_speed(source: str, limit: int | None, repeats: int, tokenization: st
     rates: dict[str, list[float]] = {"plain": [], "one": [], "two": []}
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack(source, Path(folder), limit)
-        for _ in range(repeats):  # in turn, so that a change of the machine's load meets all three
+        for _ in range(repeats):  # in turn, so that a change in the load of the machine affects all three
             for name, (tokens, seconds) in {
                 "plain": encode_in_a_process(tokenizer, paths),
                 "one": read(tokenizer, Path(folder), 1),
@@ -90,7 +90,7 @@ def measure_speed(source: str, limit: int | None, repeats: int, tokenization: st
 
 
 def simulate(folder: Path, count: int, originals: list[Path]) -> None:
-    """So many files, a thousand a folder: links to real ones, or small pieces that all differ."""
+    """Write `count` files, a thousand per folder: links to real ones, or small pieces that all differ."""
     for index in range(count):
         thousand = folder / f"{index // 1000:04}"
         if index % 1000 == 0:
@@ -109,9 +109,9 @@ def simulate(folder: Path, count: int, originals: list[Path]) -> None:
 
 
 def peak_memory(command: list[str]) -> tuple[float, float]:
-    """Run a command. Returns seconds, and the largest sum of memory that it and its workers wrote to, in MB.
+    """Run a command; return seconds, and the peak of the memory that it and its workers wrote to, in MB.
 
-    Pages of files that are only read do not count: the system may drop them.
+    Pages of files that are only read do not count, because the system may drop them.
     """
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -124,7 +124,7 @@ def peak_memory(command: list[str]) -> tuple[float, float]:
                 family = [process, *process.children(recursive=True)]
                 peak = max(peak, sum(member.memory_full_info().uss for member in family))
             except psutil.Error:
-                continue  # one of them just ended
+                continue  # one of the processes has just ended
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -163,30 +163,29 @@ def measure_memory(source: str | None, counts: list[int], workers: int) -> dict[
         "benchmark": "tokenization-memory",
         "compared": "peak memory of the largest corpus over the smallest",
         "ratio": round(rows[-1]["peak_mb"] / rows[0]["peak_mb"], 3),
-        "files": "real ones by reference" if source else "small pieces that all differ",
+        "files": "links to real files" if source else "small pieces that all differ",
         "workers": workers,
         "rows": rows,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python benchmarks/tokenization.py my-midi-folder --repeats 5"
-    )
+    parser = make_parser(__doc__, "tokenization.py my-midi-folder --repeats 5")
     parser.add_argument("source", nargs="?", help="folder or archive of MIDI files")
-    parser.add_argument("--limit", type=int, help="use only so many files")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: %(default)s)")
-    parser.add_argument("--tokenization", default="REMI", help="which of MidiTok's (default: %(default)s)")
-    parser.add_argument("--memory", type=int, nargs="+", metavar="FILES", help="measure memory for so many files")
+    parser.add_argument("--limit", type=int, help="use only this many files")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default: %(default)s)")
+    parser.add_argument("--tokenization", default="REMI", help="tokenization of MidiTok (default: %(default)s)")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", metavar="FILES", help="measure memory for corpora of this many files"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, with --memory (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     if args.memory:
         result = measure_memory(args.source, args.memory, args.workers)
     elif args.source:
         result = measure_speed(args.source, args.limit, args.repeats, args.tokenization)
     else:
-        parser.error("give a source, or --memory")
+        parser.error("there is nothing to measure; give a source or --memory")
     finish(result, args.out)
 
 

@@ -1,31 +1,29 @@
-"""Forward and backward pass of the five layouts, and of transformers' Llama and Mamba-2, against the sequence length.
+"""Forward and backward pass of the five layouts, and of transformers' Llama and Mamba-2, by sequence length.
 
-All have about as many active parameters, and every pass holds the same number of tokens. The last line is JSON:
-`rows` has tokens a second, `ratio` is our `mamba` over the Llama at the longest length.
+All models have about the same number of active parameters, and every pass has the same number of tokens. The last line
+is JSON: `rows` has tokens per second, and `ratio` is our `mamba` over the Llama at the longest length.
 """
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
-from measure import finish
+from measure import finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 
 LAYOUTS = ("mamba", "mamba-mlp", "moe-mamba", "transformer", "transformer-moe")
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """Without embeddings."""
+    """The number of parameters without embeddings."""
     embeddings = {id(model.get_input_embeddings().weight)}
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 
 def make_rivals(reference: PreTrainedModel, vocab: int) -> dict[str, PreTrainedModel]:
-    """A Llama with the layers and the width of our `mamba`, and a Mamba-2 with as many parameters."""
+    """A Llama with the layers and the width of our `mamba`, and a Mamba-2 with the same number of parameters."""
     config, budget = reference.config, count_parameters(reference)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     mlp = round((budget / layers - 4 * hidden**2 - 2 * hidden) / (3 * hidden))
@@ -52,16 +50,19 @@ def step_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python benchmarks/training_step.py")
-    parser.add_argument("--length", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096, 8192])
+    parser = make_parser(__doc__, "training_step.py --repeats 5")
     parser.add_argument(
-        "--tokens", type=int, default=4096, help="a pass, at least one sequence (default: %(default)s)"
+        "--length", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096, 8192], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="per pass, at least one sequence (default: %(default)s)"
     )
     parser.add_argument("--size", default="small", help="named size (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed passes of each model, in turn (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", help="only these models")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def main() -> None:
     finish(
         {
             "benchmark": "training_step",
-            "compared": "our mamba and a Llama of as many parameters, at the longest length",
+            "compared": "our mamba and a Llama with as many parameters, at the longest length",
             "ratio": round(last["mamba"] / last["stock llama"], 2)
             if {"mamba", "stock llama"} <= last.keys()
             else None,

@@ -1,4 +1,4 @@
-"""The page of a comparison: tables with intervals and floors, distributions laid over each other, piano rolls."""
+"""The page of a comparison: tables with intervals and floors, overlaid distributions, piano rolls."""
 
 import json
 import math
@@ -12,9 +12,9 @@ import numpy as np
 
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import Comparison, FeatureFigures, Reference, to_json
-from midimamba.evaluation.distances import Estimate
+from midimamba.evaluation.comparison_halves import Figure
+from midimamba.evaluation.estimates import Estimate
 from midimamba.evaluation.features import LENGTHS, NUMBERS, Vector
-from midimamba.evaluation.halving import Figure
 from midimamba.evaluation.rendering import (
     FAINT,
     INK,
@@ -25,6 +25,7 @@ from midimamba.evaluation.rendering import (
     quiet,
     save_figure,
 )
+from midimamba.evaluation.report_page import bullet_list
 
 ROLLS = 2
 REAL, SAMPLES = "#8a93a0", "#1f77b4"
@@ -35,8 +36,8 @@ LABELS = {
     "pitch_class_entropy": "pitch-class entropy, bits",
     "scale_consistency": "scale consistency",
     "polyphony": "polyphony, notes",
-    "notes_per_second": "notes a second",
-    "notes_per_bar": "notes a bar",
+    "notes_per_second": "notes per second",
+    "notes_per_bar": "notes per bar",
     "groove_consistency": "groove consistency",
     "empty_beat_rate": "empty beats",
     "bar_self_similarity_4": "self-similarity, 4 bars apart",
@@ -50,10 +51,10 @@ LABELS = {
     "held_out_nll_per_token": "held-out NLL, nats per token ↓",
     "held_out_nll_per_note": "held-out NLL, nats per note ↓",
     "held_out_nll_per_second": "held-out NLL, nats per second ↓",
-    "usable_samples": "samples that hold music ↑",
+    "usable_samples": "samples that contain music ↑",
     "empty_samples": "samples without a note ↓",
-    "free_samples_usable": "samples without the grammar that hold music ↑",
-    "grammar_errors": "tokens against the grammar, sampled without it ↓",
+    "free_samples_usable": "samples drawn without the grammar that contain music ↑",
+    "grammar_errors": "tokens that break the grammar, sampled without it ↓",
     "syntax_errors": "MidiTok's token syntax errors, sampled without the grammar ↓",
     "frechet_distance": "Fréchet distance of the features ↓",
     "classifier_features": "fresh classifier on features, accuracy ↓",
@@ -62,44 +63,44 @@ LABELS = {
     "classifier_tokens_p_value": "… p-value",
     "distinct_4": "distinct-4",
     "self_bleu_4": "self-BLEU-4",
-    "copied_runs_8": "runs of 8 notes that are in the training set",
-    "copied_runs_12": "runs of 12 notes that are in the training set",
-    "copied_runs_16": "runs of 16 notes that are in the training set",
-    "longest_copy": "longest run from the training set, notes",
+    "copied_runs_8": "runs of 8 notes found in the training set",
+    "copied_runs_12": "runs of 12 notes found in the training set",
+    "copied_runs_16": "runs of 16 notes found in the training set",
+    "longest_copy": "longest run found in the training set, notes",
 }
 
 EXPLANATION = (
-    "Intervals are of 95 %, over pieces. The floor is what real music gets: one half of the reference against the "
-    "other, and for copies all of the held-out music against the training set. What depends on the halves is a mean "
-    "over several random halvings. A figure as good as its floor is as good as it can be; one far beyond it, such as "
-    "more runs of notes from the training set, is a reason to look twice. ↑ and ↓ say which way is better; without an "
-    "arrow, near the floor is."
+    "Intervals are 95 % intervals over pieces. The floor is the figure of real music: one half of the reference "
+    "against the other or, for copies, all of the held-out music against the training set. Figures that depend on "
+    "the halves are means over several random halvings. A figure that reaches its floor is as good as it can be; one "
+    "far from it, such as many more runs of notes from the training set, is a reason to look twice. ↑ and ↓ show "
+    "which way is better; without an arrow, close to the floor is better."
 )
 
 
 def check_target(out: Path) -> None:
-    """Refuse early what could not be written at the end.
+    """Check before any work whether a report can be written.
 
     Raises:
-        InputError: if `out` is no `.json`, is there already, or matplotlib is not installed.
+        InputError: if `out` does not end in `.json` or already exists, or if matplotlib is not installed.
     """
     if out.suffix != ".json":
-        raise InputError(f"{out} is no place for a report: give --out a name that ends in .json")
+        raise InputError(f"a report cannot be written to {out}; give --out a name that ends in .json")
     if taken := [file for file in (out, out.with_suffix(".md")) if file.exists()]:
-        raise InputError(f"{taken[0]} is there already; choose another --out or delete it")
+        raise InputError(f"{taken[0]} already exists; choose another --out or delete it")
     import_demo("matplotlib")
 
 
 def write_comparison(out: Path, title: str, found: Comparison, reference: Reference, settings: dict[str, Any]) -> None:
     """
-    Write `<name>.json`, `<name>.md`, `<name>-features.png` and piano rolls: all of them, or none.
+    Write `<name>.json`, `<name>.md`, `<name>-features.png` and piano rolls: all of them or none.
 
     Args:
         out (`Path`): the JSON file.
-        title (`str`): what was evaluated.
+        title (`str`): the music that was evaluated.
         found (`Comparison`): the figures.
-        reference (`Reference`): what it was compared with.
-        settings (`dict`): how the samples were made; sizes are added.
+        reference (`Reference`): the music that it was compared with.
+        settings (`dict`): how the samples were made; the sizes of the comparison are added.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings | found.sizes
@@ -115,13 +116,13 @@ def write_comparison(out: Path, title: str, found: Comparison, reference: Refere
         (folder / f"{out.stem}.md").write_text(page, encoding="utf-8")
         report = {"features": found.features, "figures": found.figures, "settings": settings}
         (folder / out.name).write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n")
-        # The report itself last: where it is, everything is.
+        # The report itself comes last: if it exists, so do the other files.
         for file in sorted(folder.iterdir(), key=lambda file: file.name == out.name):
             file.replace(out.parent / file.name)
 
 
 def figures_table(figures: Mapping[str, Figure]) -> str:
-    """Figures as a Markdown table with the columns value, interval, floor."""
+    """Figures as a Markdown table with the columns value, interval and floor."""
     rows = ["| | value | 95 % interval | real music |", "|---|---:|---:|---:|"]
     for name, figure in figures.items():
         rows.append(f"| {LABELS[name]} | {_triple(figure)} |")
@@ -129,11 +130,11 @@ def figures_table(figures: Mapping[str, Figure]) -> str:
 
 
 def features_table(features: Mapping[str, FeatureFigures]) -> str:
-    """Features as a Markdown table: means of samples and of real music, what tells them apart, with its floors."""
+    """Features as a Markdown table: means of samples and of real music, and how far apart they are, with floors."""
     rows = [
         "| | samples | 95 % interval | real music | 95 % interval "
         "| overlapping area ↑ | 95 % interval | floor | KL, nats ↓ | 95 % interval | floor "
-        "| classifier on it alone ↓ | 95 % interval | floor |",
+        "| classifier on this feature alone ↓ | 95 % interval | floor |",
         "|---|" + 13 * "---:|",
     ]
     for name, row in features.items():
@@ -145,11 +146,12 @@ def features_table(features: Mapping[str, FeatureFigures]) -> str:
 
 def draw_distributions(measured: Mapping[str, tuple[Vector, Vector]], path: Path) -> None:
     """
-    Draw every feature of samples and of real music over each other, as a PNG of 1600 × 1200 pixels.
+    Draw the distribution of every feature for samples over that for real music, as a PNG of 1600 × 1200 pixels.
 
     Args:
-        measured (`Mapping[str, tuple[array, array]]`): by feature, `(pieces, bins)` of samples and of real music.
-        path (`Path`): the PNG file, replaced as a whole.
+        measured (`Mapping[str, tuple[array, array]]`): for every feature, arrays `(pieces, bins)` of samples
+            and of real music.
+        path (`Path`): the PNG file, replaced atomically.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -172,13 +174,13 @@ def draw_distributions(measured: Mapping[str, tuple[Vector, Vector]], path: Path
 
 
 def _draw_number(axes: Any, samples: Vector, real: Vector) -> None:
-    """Histograms of as many pieces as there are, each as shares of its set."""
+    """Histograms of both sets, each as shares of its pieces."""
     known = [values[~np.isnan(values)] for values in (real, samples)]
     if not all(map(len, known)):
         axes.text(0.5, 0.5, "not defined", ha="center", color=INK, transform=axes.transAxes)
         return
     low, high = np.min(np.concatenate(known)), np.max(np.concatenate(known))
-    # Where all pieces agree but for rounding there is nothing to divide.
+    # If all pieces agree up to rounding, there is no range to divide.
     bins = np.linspace(low, high, 21) if high - low > 1e-6 else np.linspace(low - 0.5, high + 0.5, 21)
     for values, colour, style in ((known[0], REAL, "stepfilled"), (known[1], SAMPLES, "step")):
         weights = np.full(len(values), 1 / len(values))
@@ -187,7 +189,7 @@ def _draw_number(axes: Any, samples: Vector, real: Vector) -> None:
 
 
 def _draw_histogram(axes: Any, name: str, samples: Vector, real: Vector) -> None:
-    """Mean shares of each bin side by side."""
+    """The mean share of each bin, side by side for both sets."""
     places = np.arange(samples.shape[1])
     for shift, values, colour in ((-0.2, real, REAL), (0.2, samples, SAMPLES)):
         means = np.nansum(values, axis=0) / max(1, (~np.isnan(values[:, 0])).sum())
@@ -208,8 +210,8 @@ def _page(title: str, found: Comparison, plot: str, rolls: list[str], settings: 
         f"![Distributions of the features]({plot})",
         "## Piano rolls",
         *(f"![{Path(roll).stem}]({roll})" for roll in rolls),
-        "## Measured with",
-        "\n".join(f"- `{name}`: {value}" for name, value in settings.items()),
+        "## How it was measured",
+        bullet_list(settings),
     ]
     return "\n\n".join(sections) + "\n"
 

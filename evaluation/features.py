@@ -1,8 +1,8 @@
-"""Musical features of one score: pure functions, each a number or a distribution.
+"""Musical features of one score: pure functions that return a number or a distribution.
 
-Times are in quarter notes, whatever the meter, and a position is a sixteenth note. Percussion counts in rhythm
-(`notes_per_…`, groove, empty beats) and not in anything about pitch. A feature that a score has no value for, such as
-the polyphony of one without notes, is NaN.
+Times are in quarter notes, whatever the meter, and a position is a sixteenth note. Percussion counts for rhythm
+(`notes_per_…`, groove, empty beats) but not for anything about pitch. A feature that has no value for a score is NaN,
+such as the polyphony of a score without notes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ from midimamba.tokenization.musical_time import bar_starts, best_keys, meter_spa
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-POSITIONS = 4  # a quarter note
-WINDOW = 4  # bars in which a key is sought
+POSITIONS = 4  # per quarter note
+WINDOW = 4  # bars for which a key is found
 MAJOR = (0, 2, 4, 5, 7, 9, 11)
-# Lengths in quarter notes, from a triplet of sixty-fourths to two bars; a length counts as the nearest by ratio.
+# Lengths in quarter notes, from a triplet of sixty-fourths to two bars. A length counts as the closest one by ratio.
 LENGTHS = np.array([1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 1.5, 2, 3, 4, 8])
 
 
@@ -33,8 +33,8 @@ class Notes:
     Args:
         onsets (`array`): in quarter notes.
         durations (`array`): in quarter notes.
-        pitches (`array`): MIDI's numbers; of a drum, its number.
-        programs (`array`): MIDI's programs; -1 for drums.
+        pitches (`array`): MIDI note numbers; for drums, the number of the drum.
+        programs (`array`): MIDI programs; -1 for drums.
     """
 
     onsets: Vector
@@ -45,7 +45,7 @@ class Notes:
     @classmethod
     def of(cls, score: ScoreTick, pitched: bool = False) -> "Notes":
         """The notes of a score; `pitched` leaves out the drums."""
-        columns: list[list[NDArray]] = [[np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, int)]]
+        columns: list[list[NDArray[Any]]] = [[np.zeros(0)], [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, int)]]
         for track in score.tracks:
             if not (pitched and track.is_drum):
                 notes = track.notes.numpy()
@@ -73,7 +73,7 @@ class Notes:
 
 
 def opening(score: ScoreTick, bars: int) -> ScoreTick:
-    """The notes that begin in the first bars of a score, each as long as it was."""
+    """The notes that start in the first bars of a score, at their full length."""
     starts = bar_starts(score)
     if len(starts) <= bars:
         return score
@@ -81,24 +81,24 @@ def opening(score: ScoreTick, bars: int) -> ScoreTick:
 
 
 def pitch_class_histogram(score: ScoreTick) -> Vector:
-    """Share of the notes of each pitch class, C first; shape `(12,)`."""
+    """The share of each pitch class among the pitched notes, C first; shape `(12,)`."""
     return _shares(np.bincount(Notes.of(score, pitched=True).pitches % 12, minlength=12))
 
 
 def pitch_class_entropy(score: ScoreTick) -> float:
-    """Entropy of the pitch classes in bits: 0 for a single one, log₂ 12 = 3.58 if all are as frequent."""
+    """Entropy of the pitch classes in bits: 0 for a single one, log₂ 12 = 3.58 if all are equally frequent."""
     shares = pitch_class_histogram(score)
     return float(-np.sum(shares * np.log2(np.where(shares > 0, shares, 1))))
 
 
 def scale_consistency(score: ScoreTick) -> float:
-    """Largest share of the notes that lie in one of the 12 major scales (so in one of the natural minor scales)."""
+    """The largest share of the notes that fits one of the 12 major scales, and so one of the natural minor scales."""
     shares = pitch_class_histogram(score)
     return float(max(np.roll(shares, -tonic)[list(MAJOR)].sum() for tonic in range(12)))
 
 
 def polyphony(score: ScoreTick) -> float:
-    """Mean number of pitched notes that sound, over the time in which any sounds."""
+    """Mean number of pitched notes that sound at once, over the time in which any note sounds."""
     notes = Notes.of(score, pitched=True)
     if not notes.durations.sum():
         return np.nan
@@ -108,7 +108,7 @@ def polyphony(score: ScoreTick) -> float:
 
 
 def notes_per_second(score: ScoreTick) -> float:
-    """Notes, drums included, by the seconds from the first onset to the end of the last note."""
+    """Notes, drums included, per second from the first onset to the end of the last note."""
     seconds: Vector = np.zeros((0, 2))
     timed: Any = score.to("second")
     for track in timed.tracks:
@@ -119,7 +119,7 @@ def notes_per_second(score: ScoreTick) -> float:
 
 
 def notes_per_bar(score: ScoreTick) -> float:
-    """Notes, drums included, by the bars and parts of bars from the first onset to the end of the last note."""
+    """Notes, drums included, per bar from the first onset to the end of the last note; bars may be fractions."""
     notes = Notes.of(score)
     if not len(notes):
         return np.nan
@@ -129,23 +129,23 @@ def notes_per_bar(score: ScoreTick) -> float:
 
 
 def duration_histogram(score: ScoreTick) -> Vector:
-    """Share of the pitched notes of each length of `LENGTHS`; shape `(13,)`."""
+    """The share of each length of `LENGTHS` among the pitched notes; shape `(13,)`."""
     return _length_histogram(Notes.of(score, pitched=True).durations)
 
 
 def onset_interval_histogram(score: ScoreTick) -> Vector:
-    """Share of each length of `LENGTHS` among the times between successive onsets, drums included; shape `(13,)`."""
+    """The share of each length of `LENGTHS` among the times between successive onsets, drums included; `(13,)`."""
     return _length_histogram(np.diff(np.unique(Notes.of(score).onsets)))
 
 
 def groove_consistency(score: ScoreTick) -> float:
     """
-    How alike the rhythms of adjacent bars are: 1 - their mean Hamming distance (Wu & Yang 2020, arXiv 2008.01307).
+    How similar the rhythms of adjacent bars are: 1 - their mean Hamming distance (Wu & Yang 2020, arXiv 2008.01307).
 
-    A bar is the set of its positions at which a note begins: 16 sixteenths in 4/4, 12 in 3/4. An onset belongs to the
+    A bar is the set of the positions at which a note starts: 16 sixteenths in 4/4, 12 in 3/4. An onset belongs to the
     nearest position. The distance is divided by the positions of the longer bar. NaN for fewer than two bars.
     """
-    bars, positions = _located(score, Notes.of(score))
+    bars, positions = _bars_and_positions(score, Notes.of(score))
     if not len(bars) or bars[-1] == bars[0]:
         return np.nan
     width = positions.max() + 1
@@ -153,16 +153,18 @@ def groove_consistency(score: ScoreTick) -> float:
     counts = np.bincount(cells // width, minlength=bars[-1] + 1)
     shared = np.bincount(cells[np.isin(cells + width, cells)] // width, minlength=bars[-1] + 1)
     starts = bar_starts(score) * POSITIONS / score.ticks_per_quarter
-    lengths = np.diff(starts, append=2 * starts[-1] - starts[-2])  # rounded, an onset may be on the last bar line
+    lengths = np.diff(
+        starts, append=2 * starts[-1] - starts[-2]
+    )  # after rounding, an onset may lie on the last bar line
     pairs = np.arange(bars[0], bars[-1])
     distances = counts[pairs] + counts[pairs + 1] - 2 * shared[pairs]
     return float(1 - np.mean(distances / np.maximum(lengths[pairs], lengths[pairs + 1])))
 
 
 def empty_beat_rate(score: ScoreTick) -> float:
-    """Share of the quarter notes in which nothing sounds, from that of the first onset to that of the last end.
+    """The share of the quarter notes in which nothing sounds, from the first onset to the last end.
 
-    After MuseGAN's rate of empty bars (arXiv 1709.06298), by beats as in MusPy (arXiv 2008.01951).
+    After MuseGAN's rate of empty bars (arXiv 1709.06298), per beat as in MusPy (arXiv 2008.01951).
     """
     notes = Notes.of(score)
     if not len(notes):
@@ -175,14 +177,16 @@ def empty_beat_rate(score: ScoreTick) -> float:
 
 def bar_self_similarity(score: ScoreTick, lag: int) -> float:
     """
-    Mean cosine similarity of bars that are `lag` bars apart, each bar being its notes by position and pitch class.
+    Mean cosine similarity of bars that are `lag` bars apart, each described by the positions and pitch classes of its
+    notes.
 
-    A cheap relative of the structureness indicator of Wu & Yang (arXiv 2008.01307), which takes the best repetition
-    in a fitness scape plot of audio; this one only asks for repetition at one distance, and needs no audio. Pairs of
-    silent bars are left out; a silent bar is unlike any other. NaN for pieces of `lag` bars and fewer.
+    It is a cheap relative of the structureness indicator of Wu & Yang (arXiv 2008.01307), which takes the best
+    repetition in a fitness scape plot of audio. This one measures repetition at one distance only, and needs no audio.
+    Pairs of silent bars are left out; a silent bar and any other bar have similarity 0. NaN for pieces of at most
+    `lag` bars.
     """
     notes = Notes.of(score, pitched=True)
-    bars, positions = _located(score, notes)
+    bars, positions = _bars_and_positions(score, notes)
     if not len(bars) or bars[-1] - bars[0] < lag:
         return np.nan
     width = (positions.max() + 1) * 12
@@ -193,23 +197,23 @@ def bar_self_similarity(score: ScoreTick, lag: int) -> float:
     products = np.where(cells[later] == cells + lag * width, counts * counts[later], 0)
     products = np.bincount(cells // width, products, minlength=size)[: size - lag]
     before, after = norms[:-lag], norms[lag:]
-    heard = before + after > 0
-    if not heard.any():
+    audible = before + after > 0
+    if not audible.any():
         return np.nan
     scale = np.where(before * after > 0, before * after, 1)
-    return float(np.mean((products / scale)[heard]))
+    return float(np.mean((products / scale)[audible]))
 
 
 def key_stability(score: ScoreTick) -> float:
     """
-    Share of the windows of 4 bars whose key is that of the whole piece.
+    The share of the windows of 4 bars that have the key of the whole piece.
 
-    The key is that of the Krumhansl-Kessler profiles that correlates best with the pitch classes by duration.
-    Windows begin at every bar; those without a key (silent, or all pitch classes alike) are left out. NaN for pieces
-    of fewer than 4 bars, or without a key.
+    The key is the one whose Krumhansl-Kessler profile correlates best with the durations of the pitch classes. A
+    window starts at every bar; windows without a key (silent, or with all pitch classes equal) are left out. NaN for
+    pieces of fewer than 4 bars, or without a key.
     """
     notes = Notes.of(score, pitched=True)
-    bars, _ = _located(score, notes)
+    bars, _ = _bars_and_positions(score, notes)
     if not len(bars) or bars[-1] - bars[0] + 1 < WINDOW:
         return np.nan
     chroma = np.zeros((bars[-1] - bars[0] + 1, 12))
@@ -220,7 +224,7 @@ def key_stability(score: ScoreTick) -> float:
 
 
 def meter_stability(score: ScoreTick) -> float:
-    """Share of the time, in quarter notes up to the end of the last note, in the most frequent meter."""
+    """The share of the time, in quarter notes up to the end of the last note, in the most frequent meter."""
     end = score.end() if score.note_num() else 0
     if not end:
         return np.nan
@@ -260,15 +264,15 @@ def measure(scores: Sequence[ScoreTick]) -> dict[str, Vector]:
     }
 
 
-def _located(score: ScoreTick, notes: Notes) -> tuple[Indices, Indices]:
-    """The bar of every note, in order, and its position there, in sixteenths; the nearest, also if in the next bar."""
+def _bars_and_positions(score: ScoreTick, notes: Notes) -> tuple[Indices, Indices]:
+    """The bar of every note, in order, and its nearest position in sixteenths, which may be in the next bar."""
     starts = bar_starts(score) / score.ticks_per_quarter
     onsets = notes.onsets + 0.5 / POSITIONS
     bars = np.searchsorted(starts, onsets, side="right") - 1
     return bars, np.floor((onsets - starts[bars]) * POSITIONS + 1e-9).astype(np.int64)
 
 
-def _shares(counts: NDArray) -> Vector:
+def _shares(counts: Indices) -> Vector:
     total = counts.sum()
     return counts / total if total else np.full(len(counts), np.nan)
 

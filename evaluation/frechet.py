@@ -1,12 +1,12 @@
 """Fréchet distance between sets of pieces, on the musical features as the embedding.
 
-The embedding of a piece is the numbers of [`~midimamba.evaluation.features.NUMBERS`], standardised by the reference.
-It needs no network and no download, it is the same for every model, and one knows what it hears. It hears nothing
-else: two sets may be at distance 0 and differ in what no feature measures.
+The embedding of a piece consists of the numbers of [`~midimamba.evaluation.features.NUMBERS`], standardised by the
+reference. It needs no network and no download, it is the same for every model, and its meaning is known. It
+measures nothing else: two sets may be at distance 0 and still differ in what no feature measures.
 
-The distance of two small sets of the same music is not 0 but grows with dimensions by pieces: covariances are
-estimated from as many pieces as there are, without shrinkage. So compare only sets of equal size, and read it beside
-that of real music to itself.
+The distance between two small sets of the same music is not 0. It grows with the number of dimensions over the number
+of pieces, because covariances are estimated without shrinkage. So compare only sets of equal size, and read the
+distance beside that of real music to itself.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from midimamba.evaluation.distances import Estimate, bootstrap
+from midimamba.evaluation.estimates import Estimate, bootstrap
 from midimamba.evaluation.features import NUMBERS
 
 Matrix = NDArray[np.float64]
@@ -24,16 +24,16 @@ _FAR = 5.0  # standard deviations
 
 def embed(features: Mapping[str, Matrix], reference: Mapping[str, Matrix], names: Iterable[str] = NUMBERS) -> Matrix:
     """
-    Features as points in which 1 is a standard deviation of the reference.
+    Features as points whose unit is a standard deviation of the reference.
 
-    A number that a piece does not have is put at the reference's mean, and a column more says that it is missing, so
-    that missing numbers are no way to be near. A column that does not vary in the reference keeps its own unit. Beyond
-    5 standard deviations a number is put at 5: one stray piece must not outweigh all others.
+    A number that a piece does not have is set to the mean of the reference, and an extra column says that it is
+    missing, so that missing numbers do not bring sets closer. A column that does not vary in the reference keeps its
+    own unit. Numbers are clipped at 5 standard deviations: one stray piece must not outweigh all others.
 
     Args:
-        features (`Mapping[str, array]`): what [`~midimamba.evaluation.features.measure`] returned.
-        reference (`Mapping[str, array]`): the same of real music.
-        names (`Iterable[str]`, *optional*): of the numbers; all of them by default.
+        features (`Mapping[str, array]`): as [`~midimamba.evaluation.features.measure`] returns them.
+        reference (`Mapping[str, array]`): the same features of real music.
+        names (`Iterable[str]`, *optional*): the numbers to use; all of them by default.
 
     Returns:
         `array` of shape `(pieces, dimensions)`, in the same space for the same reference.
@@ -53,7 +53,8 @@ def gaussian_frechet(mean: Matrix, covariance: Matrix, other_mean: Matrix, other
     """
     Squared Fréchet distance of two Gaussians (Dowson & Landau 1982): |μ₁-μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½).
 
-    The trace of the root is the sum of the roots of the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½. All in float64.
+    The trace of the root is the sum of the square roots of the eigenvalues of the symmetric matrix Σ₁^½ Σ₂ Σ₁^½.
+    Everything is computed in float64.
     """
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -64,19 +65,19 @@ def gaussian_frechet(mean: Matrix, covariance: Matrix, other_mean: Matrix, other
 
 def frechet_distance(samples: Matrix, reference: Matrix, seed: int = 0, replicates: int = 200) -> Estimate:
     """
-    Squared Fréchet distance of two sets of points, each taken for a Gaussian.
+    Squared Fréchet distance between two sets of points, each treated as a Gaussian.
 
     Args:
-        samples (`array` of shape `(n, d)`): from [`embed`].
-        reference (`array` of shape `(m, d)`): likewise.
-        seed (`int`, *optional*, defaults to 0): of the interval.
-        replicates (`int`, *optional*, defaults to 200): resamples of both sets.
+        samples (`array` of shape `(n, d)`): as [`embed`] returns them.
+        reference (`array` of shape `(m, d)`): the same for real music.
+        seed (`int`, *optional*, defaults to 0): for the interval.
+        replicates (`int`, *optional*, defaults to 200): the number of resamples of both sets.
 
     Raises:
-        ValueError: if one of them has fewer than 2 points.
+        ValueError: if one of the sets has fewer than 2 points.
     """
     if min(len(samples), len(reference)) < 2:
-        raise ValueError("a Fréchet distance compares sets of at least two points")
+        raise ValueError("a Fréchet distance needs sets of at least two points")
 
     def distance(weights: list[Matrix]) -> float:
         return gaussian_frechet(*_moments(samples, weights[0]), *_moments(reference, weights[1]))

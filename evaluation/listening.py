@@ -1,7 +1,7 @@
-"""A blind listening test: music of several arms under names that say nothing, and what listeners thought of it.
+"""A blind listening test: music of several arms under random file names, and the listeners' answers.
 
-An arm is a source of music, such as a model or a human composer. Pieces of all arms are cut to the same number of bars
-and played by the same instrument, equally loud.
+An arm is a source of music, such as a model or a human composer. The pieces of all arms are cut to the same number of
+bars and played by the same instrument at the same loudness.
 """
 
 import hashlib
@@ -19,23 +19,24 @@ from symusic.core import ScoreTick
 from tqdm.auto import tqdm
 
 from midimamba.errors import InputError
-from midimamba.evaluation.distances import UNDEFINED, Estimate, Vector, bootstrap
+from midimamba.evaluation.estimates import UNDEFINED, Estimate, Vector, bootstrap
 from midimamba.evaluation.features import opening
 from midimamba.evaluation.listening_page import listening_page
 from midimamba.evaluation.rendering import render_wave
-from midimamba.evaluation.validity import midi_files
+from midimamba.evaluation.samples import midi_files
 from midimamba.files import whole_folder
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 
 WORST, BEST = 1, 5
 EXPLANATION = (
-    "Figures are means over pieces, and intervals are bootstrapped over pieces: the answers to a piece are averaged "
-    "first, so that more listeners do not pass for more music. What other listeners would say is not in them."
+    "Figures are means over pieces, and intervals are bootstrapped over pieces. The answers to a piece are averaged "
+    "first, so that more listeners do not count as more music. The intervals do not cover what other listeners would "
+    "say."
 )
 
 
 class Answer(NamedTuple):
-    """What a listener thinks of a piece: how good it is, from 1 to 5, and whether a person wrote it."""
+    """A listener's answer about a piece: a rating from 1 to 5, and whether a person wrote it."""
 
     rating: int
     person: bool
@@ -49,14 +50,14 @@ class Key(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Pieces of an arm by their file, and the files that could not be drawn: unreadable, or nothing to hear."""
+    """The pieces of an arm by file, and the files that could not be drawn: unreadable, or with nothing to play."""
 
     pieces: dict[str, ScoreTick]
     passed_over: list[str]
 
 
 class ArmScore(NamedTuple):
-    """Answers given, answers asked for, mean rating from 1 to 5, share from 0 to 1 taken for a person's."""
+    """Answers given and asked for, mean rating from 1 to 5, share judged to be by a person."""
 
     answers: int
     asked: int
@@ -65,7 +66,7 @@ class ArmScore(NamedTuple):
 
 
 class ListeningScores(NamedTuple):
-    """Listeners, arms by name, and for every two arms the mean rating of the first less that of the second."""
+    """The number of listeners, arms by name, and the mean rating of the first minus that of the second of two arms."""
 
     listeners: int
     arms: dict[str, ArmScore]
@@ -74,24 +75,26 @@ class ListeningScores(NamedTuple):
 
 def draw_arms(folders: Sequence[Path], num: int, bars: int, seed: int = 0) -> dict[str, Draw]:
     """
-    Draw pieces of every folder of MIDI files, of those that can be heard in their first bars.
+    Draw pieces from every folder of MIDI files.
 
     Args:
-        folders (`Sequence[Path]`): one an arm, named like the folder; searched recursively.
-        num (`int`): pieces of each.
-        bars (`int`): the first bars of a piece, in which something but drums, which are not rendered, has to sound.
+        folders (`Sequence[Path]`): one folder per arm, which is named after it; searched recursively.
+        num (`int`): pieces per arm.
+        bars (`int`): the number of bars to play. A piece is drawn only if a pitched note starts in them, because drums
+            are not rendered.
         seed (`int`, *optional*, defaults to 0): the same seed draws the same pieces.
 
     Raises:
-        InputError: if there are fewer than two folders, two of one name, or one that is missing or has too few pieces.
+        InputError: if there are fewer than two folders, if two have the same name, or if one is missing or has too few
+            pieces.
     """
     if len(folders) < 2:
-        raise InputError("a listening test compares at least two folders of MIDI files, one an arm")
+        raise InputError("a listening test compares at least two folders of MIDI files, one per arm; name another one")
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise InputError(f"{missing[0]} is no folder")
+        raise InputError(f"{missing[0]} is not a folder; name folders of MIDI files")
     names = [folder.name or folder.resolve().name for folder in folders]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"two folders are named {repeated[0]!r}, which is the name of their arm: rename one")
+        raise InputError(f"two folders are named {repeated[0]!r}, and arms are named after folders; rename one")
     return {name: _draw(folder, num, bars, seed) for name, folder in zip(names, folders, strict=True)}
 
 
@@ -103,23 +106,24 @@ def write_listening_test(
     sources: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """
-    Write WAV files, the page `index.html` that asks about them, and `key.json`, which says whose they are.
+    Write WAV files, the page `index.html` that asks about them, and `key.json`, which names the arm of each.
 
     Args:
-        folder (`Path`): what to make, as a whole or not at all.
+        folder (`Path`): the folder to write, as a whole or not at all.
         arms (`Mapping[str, Sequence[symusic.Score]]`): the pieces of every arm; times in ticks.
-        seed (`int`, *optional*, defaults to 0): of the files' names and order. The same seed gives the same test.
-        bars (`int`, *optional*, defaults to 16): pieces are cut to their first so many.
-        sources (`Mapping[str, Sequence[str]]`, *optional*): where each piece is from, for the key; by default its
-            place in its arm.
+        seed (`int`, *optional*, defaults to 0): for the names and the order of the files. The same seed gives the
+            same test.
+        bars (`int`, *optional*, defaults to 16): pieces are cut to this many bars.
+        sources (`Mapping[str, Sequence[str]]`, *optional*): where each piece comes from, for the key; by default
+            its index in its arm.
 
     Raises:
-        FileExistsError: if the folder is there already and not empty.
+        FileExistsError: if the folder exists and is not empty.
         InputError: if pretty_midi is not installed.
     """
     chance = random.Random(seed)
     pieces = [(arm, index) for arm, scores in arms.items() for index in range(len(scores))]
-    chance.shuffle(pieces)  # files are written in this order too: that of their times groups no arms
+    chance.shuffle(pieces)  # files are also written in this order, so that their times do not group them by arm
     names = [f"{number:06x}.wav" for number in chance.sample(range(16**6), len(pieces))]
     found = dict(zip(names, pieces, strict=True))
     digest = hashlib.sha256()
@@ -127,7 +131,7 @@ def write_listening_test(
         for name, (arm, index) in tqdm(found.items(), desc="rendering", leave=False, disable=None):
             render_wave(opening(arms[arm][index], bars), scratch / name)
             digest.update(name.encode() + (scratch / name).read_bytes())
-        test = digest.hexdigest()[:16]  # of what is heard: two tests of one seed are still two
+        test = digest.hexdigest()[:16]  # of the audio: two tests with the same seed are still two tests
         key = {
             name: {"arm": arm, "source": sources[arm][index] if sources else str(index)}
             for name, (arm, index) in found.items()
@@ -139,55 +143,63 @@ def write_listening_test(
 
 def read_key(folder: Path) -> Key:
     """
-    The key of a test.
+    Read the key of a test.
 
     Raises:
-        InputError: if there is none in the folder, or it is broken.
+        InputError: if the folder has no key, or a broken one.
     """
     path = folder / "key.json"
     content = _read_json(path)
     try:
         return Key(str(content["test"]), {name: str(piece["arm"]) for name, piece in content["pieces"].items()})
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no key of a listening test: {folder} is none, or the key was changed") from error
+        raise InputError(
+            f"{path} is not the key of a listening test; name the folder of a test, with its key unchanged"
+        ) from error
 
 
 def read_answers(path: Path, key: Key) -> dict[str, Answer]:
     """
-    A listener's answers, by file. Pieces may be left out.
+    Read the answers of a listener, by file. Pieces may be left out.
 
     Raises:
-        InputError: if the answers belong to another test, name a piece that is not in it, or are no answers.
+        InputError: if the file has no answers, or if they belong to another test or to a piece that is not in it.
     """
     content = _read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
-        raise InputError(f"{path} holds no answers: give the file that the test's page offers at its end")
+        raise InputError(
+            f"{path} has no answers; give the file that the page of the test offers for download at its end"
+        )
     if content.get("test") != key.test:
-        raise InputError(f"{path} answers another test: its id is {content.get('test')!r} and not {key.test!r}")
+        raise InputError(
+            f"{path} answers another test: its id is {content.get('test')!r} and not {key.test!r}; name the folder of "
+            "that test"
+        )
     answers = {}
     for name, answer in content["answers"].items():
         if name not in key.arms:
-            raise InputError(f"{path}: {name!r} is no piece of this test")
+            raise InputError(f"{path}: {name!r} is not a piece of this test; give the file as the page has written it")
         rating, person = (answer.get(field) if isinstance(answer, dict) else None for field in Answer._fields)
         if type(rating) is not int or not WORST <= rating <= BEST:  # `true` is an int as well
-            raise InputError(f"{path}: {name!r} needs a whole `rating` from {WORST} to {BEST} and has {rating!r}")
+            raise InputError(f"{path}: {name!r} needs a whole `rating` from {WORST} to {BEST}, but has {rating!r}")
         if not isinstance(person, bool):
-            raise InputError(f"{path}: {name!r} needs a `person` that is true or false and has {person!r}")
+            raise InputError(f"{path}: {name!r} needs a `person` that is true or false, but has {person!r}")
         answers[name] = Answer(rating, person)
     return answers
 
 
 def score_answers(key: Key, answers: Sequence[Mapping[str, Answer]], seed: int = 0) -> ListeningScores:
     """
-    What listeners thought of every arm, and by how much more they liked one than another.
+    The scores of every arm, and the difference of the mean ratings of every two arms.
 
-    A piece's answers are averaged over its listeners first, and the bootstrap draws pieces: two listeners who agree
-    about a piece are no two pieces. With a single piece there is no interval; without answers all is NaN.
+    The answers to a piece are averaged over its listeners first, and the bootstrap draws pieces: two listeners who
+    agree about a piece do not count as two pieces. With a single piece there is no interval; without answers all
+    figures are NaN.
 
     Args:
-        key (`Key`): of the test.
-        answers (`Sequence[Mapping[str, Answer]]`): by file, one a listener.
-        seed (`int`, *optional*, defaults to 0): of the intervals.
+        key (`Key`): the key of the test.
+        answers (`Sequence[Mapping[str, Answer]]`): the answers of every listener, by file.
+        seed (`int`, *optional*, defaults to 0): for the intervals.
     """
     ratings: dict[str, Vector] = {}
     arms = {}
@@ -209,9 +221,9 @@ def score_answers(key: Key, answers: Sequence[Mapping[str, Answer]], seed: int =
 
 
 def scores_table(scores: ListeningScores) -> str:
-    """The outcome as Markdown: a table of the arms, one of their differences, and how to read them."""
+    """The scores as Markdown: a table of the arms, a table of their differences, and how to read them."""
     rows = [
-        f"| arm | answers | mean rating, {WORST} to {BEST} ↑ | 95 % interval | taken for a person's | 95 % interval |",
+        f"| arm | answers | mean rating, {WORST} to {BEST} ↑ | 95 % interval | judged human | 95 % interval |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for arm, score in scores.arms.items():
@@ -239,14 +251,14 @@ def _draw(folder: Path, num: int, bars: int, seed: int) -> Draw:
         draw.passed_over.append(str(file))
     if len(draw.pieces) < num:
         raise InputError(
-            f"{folder} holds {len(draw.pieces)} pieces to listen to, of {len(files)} MIDI files, and not the {num} "
-            "that --num asks for"
+            f"{folder} has {len(draw.pieces)} pieces to listen to in {len(files)} MIDI files, but --num asks for "
+            f"{num}; give a smaller --num or more files"
         )
     return draw
 
 
 def _mean_difference(sets: Sequence[Vector], bounds: tuple[float, float], seed: int) -> Estimate:
-    """The mean of the first set of pieces, less that of the second where there is one, with its interval."""
+    """The mean of the first set of pieces, minus that of the second if there is one, with its interval."""
     if not all(map(len, sets)):
         return UNDEFINED
 
@@ -255,7 +267,7 @@ def _mean_difference(sets: Sequence[Vector], bounds: tuple[float, float], seed: 
         return means[0] - sum(means[1:])
 
     estimate = bootstrap(statistic, [len(values) for values in sets], seed, bounds=bounds)
-    # Resamples of a single piece are all the same, which would pass for certainty.
+    # All resamples of a single piece are the same, which would look like certainty.
     return replace(estimate, low=np.nan, high=np.nan) if min(map(len, sets)) < 2 else estimate
 
 

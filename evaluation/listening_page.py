@@ -1,4 +1,4 @@
-"""The page of a listening test: one file that plays the pieces and keeps the answers, without a server."""
+"""The page of a listening test: one HTML file that plays the pieces and keeps the answers, without a server."""
 
 from collections.abc import Sequence
 from html import escape
@@ -20,7 +20,7 @@ _CHOICE = '<label><input type="radio" name="{group}" value="{value}" autocomplet
 _RATINGS = {"1": "1, not at all", "2": "2", "3": "3", "4": "4", "5": "5, very much"}
 _AUTHORS = {"true": "a person", "false": "a machine"}
 
-# Placeholders in braces would make all those of the style and the script double.
+# With placeholders in braces, all braces of the style and the script would have to be doubled.
 _PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -46,19 +46,19 @@ nav { display: flex; justify-content: space-between; }
 <body data-test="@TEST@">
 <main>
 <h1>Listening test</h1>
-<p>Listen to each piece and answer two questions about it. There is no right order and no hurry; you may go back, leave
-a piece out, or close the page and go on later in the same browser. All pieces are played by the same plain sound:
-judge the music.</p>
-<noscript><p>This page needs JavaScript to keep your answers.</p></noscript>
-<p id="unsaved" role="alert" hidden>This browser keeps nothing once the page is closed: finish in one go.</p>
+<p>Listen to each piece and answer two questions about it. Take your time. You may go back, skip a piece, or close the
+page and continue later in the same browser. All pieces are played with the same plain sound: please judge the music
+alone.</p>
+<noscript><p>This page needs JavaScript to save your answers.</p></noscript>
+<p id="unsaved" role="alert" hidden>This browser cannot save your answers. Please finish before you close the page.</p>
 <h2 id="place" tabindex="-1">Pieces</h2>
 <progress id="progress" aria-label="Pieces answered" value="0" max="@COUNT@"></progress>
 <p id="count" aria-live="polite"></p>
 @PIECES@
 <section id="end" hidden>
-<p>Thank you. Download your answers and send the file to whoever asked you.</p>
+<p>Thank you. Download your answers and send the file to the person who asked you to take part.</p>
 <p><button type="button" id="download">Download answers.json</button></p>
-<p><button type="button" id="clear">Delete all answers, for another listener</button></p>
+<p><button type="button" id="clear">Delete all answers and start over for another listener</button></p>
 </section>
 <nav aria-label="Pieces">
 <button type="button" id="back">Back</button>
@@ -73,9 +73,9 @@ const sections = [...document.querySelectorAll(".piece")];
 const element = (id) => document.getElementById(id);
 
 let state = null;
-try { state = JSON.parse(localStorage.getItem(storage)); } catch { /* told when it is saved */ }
+try { state = JSON.parse(localStorage.getItem(storage)); } catch { /* the page says so when it saves */ }
 if (!state) {
-  // Every listener hears another order: what tires the ear falls on no piece in particular.
+  // Every listener hears a different order, so that fatigue does not affect the same pieces.
   const order = sections.map((section) => section.dataset.file);
   for (let last = order.length - 1; last > 0; last--) {
     const other = Math.floor(Math.random() * (last + 1));
@@ -133,8 +133,8 @@ for (const piece of pieces) {
 element("back").addEventListener("click", () => move(-1));
 element("next").addEventListener("click", () => move(1));
 element("clear").addEventListener("click", () => {
-  if (!confirm("Delete all answers that this browser keeps?")) return;
-  try { localStorage.removeItem(storage); } catch { /* nothing was kept */ }
+  if (!confirm("Delete all answers saved in this browser?")) return;
+  try { localStorage.removeItem(storage); } catch { /* nothing was saved */ }
   location.reload();
 });
 element("download").addEventListener("click", () => {
@@ -156,15 +156,15 @@ show();
 
 def listening_page(test: str, files: Sequence[str]) -> str:
     """
-    The page as HTML: static, without anything from elsewhere, and without a word about whose a piece is.
+    The page as HTML: static, with no external resources, and with no hint of which arm a piece belongs to.
 
-    It keeps the answers in the browser's local storage under the test's id, and offers them as `answers.json`:
-    `{"test": id, "answers": {file: {"rating": 1 to 5, "person": true or false}}}`. Pieces of which a question is left
-    open are not in it.
+    It keeps the answers in the local storage of the browser under the id of the test, and offers them for download as
+    `answers.json`: `{"test": id, "answers": {file: {"rating": 1 to 5, "person": true or false}}}`. Pieces with an
+    unanswered question are left out.
 
     Args:
-        test (`str`): its id.
-        files (`Sequence[str]`): sound files beside the page.
+        test (`str`): the id of the test.
+        files (`Sequence[str]`): the names of the sound files beside the page.
     """
     pieces = "".join(
         _PIECE.format(

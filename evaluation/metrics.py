@@ -1,38 +1,40 @@
-"""Measures of a generator: how well it predicts held-out music, and how varied and how convincing its samples are.
+"""Metrics of a generator: how well it predicts held-out music, and how varied and how convincing its samples are.
 
-Distinct-n and self-BLEU depend on how many sequences there are and on their length: compare only sets of equal size.
+Distinct-n and self-BLEU depend on the number of sequences and on their length: compare only sets of equal size.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from midimamba.corpus.packing import IGNORED, BlockCollator
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.recurrent_cache import RecurrentCache
 from midimamba.modeling.sampling import inference
+from midimamba.modeling.scoring import score
 
 Sequences = Tensor | Sequence[Sequence[int]]
 NGram = tuple[int, ...]
 
 
-def held_out_nll(model: Any, blocks: Tensor, collator: BlockCollator, batch_size: int = 16) -> float:
+def held_out_nll(model: PreTrainedModel, blocks: Tensor, collator: BlockCollator, batch_size: int = 16) -> float:
     """
     Negative log-likelihood of held-out music, teacher-forced, in evaluation mode.
 
     Args:
-        model (`MidiMambaForCausalLM`): any causal language model; its mode is the same afterwards.
+        model (`PreTrainedModel`): any causal language model; its mode is the same afterwards.
         blocks (`LongTensor` of shape `(n, time)`): packed blocks without padding.
-        collator (`BlockCollator`): knows where pieces begin, and which tokens are no targets.
-        batch_size (`int`, *optional*, defaults to 16): blocks a forward pass.
+        collator (`BlockCollator`): knows where pieces begin, and which tokens are not targets.
+        batch_size (`int`, *optional*, defaults to 16): blocks per forward pass.
 
     Returns:
-        `float`: nats per predicted token. A block of `time` tokens has `time - 1` of them at most.
+        `float`: nats per predicted token. A block of `time` tokens has at most `time - 1` of them.
 
     Raises:
         ValueError: if there is no token to predict.
@@ -41,7 +43,7 @@ def held_out_nll(model: Any, blocks: Tensor, collator: BlockCollator, batch_size
         raise ValueError(f"blocks of shape {tuple(blocks.shape)} hold no token to predict")
     total, targets = 0.0, 0
     with inference(model):
-        for rows in _batches(blocks, batch_size, "held-out likelihood"):
+        for rows in tqdm(blocks.split(batch_size), desc="held-out likelihood", leave=False, disable=None):
             batch = collator.separate(rows.to(model.device))
             labels = batch.pop("labels")[:, 1:].flatten()
             logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -51,23 +53,23 @@ def held_out_nll(model: Any, blocks: Tensor, collator: BlockCollator, batch_size
 
 
 def piece_nlls(
-    model: Any, pieces: Sequence[Sequence[int]], collator: BlockCollator, window: int = 1024
+    model: MidiMambaForCausalLM, pieces: Sequence[Sequence[int]], collator: BlockCollator, window: int = 1024
 ) -> tuple[list[float], list[int]]:
     """
-    Negative log-likelihood of whole pieces, each read from its begin to its end with all its past.
+    Negative log-likelihood of whole pieces, each read from its start to its end with its whole past.
 
-    By a piece's notes or seconds instead of its tokens, it is comparable between tokenizers: a large vocabulary writes
-    the same music with fewer and costlier tokens.
+    Divided by the notes or seconds of a piece instead of its tokens, it can be compared between tokenizers: a large
+    vocabulary writes the same music with fewer and costlier tokens.
 
     Args:
         model (`MidiMambaForCausalLM`): its mode is the same afterwards.
-        pieces (`Sequence[Sequence[int]]`): ids of one piece each, from begin- to end-of-sequence.
-        collator (`BlockCollator`): knows which tokens are no targets.
-        window (`int`, *optional*, defaults to 1024): tokens a forward pass, which bounds memory and changes nothing:
-            the state is carried on.
+        pieces (`Sequence[Sequence[int]]`): the ids of each piece, from begin-of-sequence to end-of-sequence.
+        collator (`BlockCollator`): knows which tokens are not targets.
+        window (`int`, *optional*, defaults to 1024): tokens per forward pass. It bounds memory and does not change
+            the result, because the state is carried on.
 
     Returns:
-        `tuple[list[float], list[int]]`: nats and predicted tokens of every piece.
+        `tuple[list[float], list[int]]`: the nats and the number of predicted tokens of every piece.
     """
     nats, targets = [], []
     with inference(model):
@@ -87,40 +89,35 @@ def piece_nlls(
 
 
 def discriminator_accuracy(
-    discriminator: Any,
+    discriminator: PreTrainedModel,
     real: Tensor,
     fake: Tensor,
     batch_size: int = 64,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """
-    How often a discriminator is right at the threshold 0.5. At an `accuracy` of 0.5 it cannot tell the two apart.
+    The accuracy of a discriminator at the threshold 0.5. At an `accuracy` of 0.5 it cannot tell the two apart.
 
     Args:
         discriminator (`MidiDiscriminator`): its mode is the same afterwards.
         real (`LongTensor` of shape `(n, time)`): held-out music.
         fake (`LongTensor` of shape `(m, time)`): generated sequences.
-        batch_size (`int`, *optional*, defaults to 64): sequences a forward pass.
-        masks (`tuple` of two `LongTensor`s, *optional*): 0 on padding of `real` and of `fake`, 1 elsewhere.
+        batch_size (`int`, *optional*, defaults to 64): sequences per forward pass.
+        masks (`tuple` of two `LongTensor`s, *optional*): 0 on the padding of `real` and of `fake`, 1 elsewhere.
 
     Returns:
         `dict[str, float]`: `accuracy_real`, `accuracy_fake`, and `accuracy`, the mean of the two, so that it does not
-        depend on how many sequences of each kind there are.
+        depend on the number of sequences of each kind.
     """
     of_real, of_fake = masks or (torch.ones_like(real), torch.ones_like(fake))
-    right_real = called_real(discriminator, real, of_real, batch_size)
-    right_fake = 1.0 - called_real(discriminator, fake, of_fake, batch_size)
+    right_real = share_judged_real(discriminator, real, of_real, batch_size)
+    right_fake = 1.0 - share_judged_real(discriminator, fake, of_fake, batch_size)
     return {"accuracy": (right_real + right_fake) / 2, "accuracy_real": right_real, "accuracy_fake": right_fake}
 
 
-def called_real(discriminator: Any, sequences: Tensor, mask: Tensor, batch_size: int = 64) -> float:
-    """The share of sequences `(n, time)`, whose padding the mask tells, that are more likely real than generated."""
-    called, device = [], discriminator.device
-    batches = zip(_batches(sequences, batch_size, "discriminator"), mask.split(batch_size), strict=True)
-    with inference(discriminator):
-        for rows, valid in batches:
-            called.append(discriminator(rows.to(device), attention_mask=valid.to(device)).logits[:, 0] > 0)
-    return torch.cat(called).float().mean().item()
+def share_judged_real(discriminator: PreTrainedModel, sequences: Tensor, mask: Tensor, batch_size: int = 64) -> float:
+    """The share of sequences `(n, time)`, with 0 in the mask on padding, that are more likely real than generated."""
+    return (score(discriminator, sequences, mask, batch_size) > 0).float().mean().item()
 
 
 def distinct_n(sequences: Sequences, n: int) -> float:
@@ -129,7 +126,7 @@ def distinct_n(sequences: Sequences, n: int) -> float:
 
     Args:
         sequences (`LongTensor` of shape `(count, time)`, or a list of lists of `int`): token ids.
-        n (`int`): tokens an n-gram.
+        n (`int`): tokens per n-gram.
 
     Raises:
         ValueError: if every sequence is shorter than `n`.
@@ -144,9 +141,9 @@ def self_bleu(sequences: Sequences, n: int = 4) -> float:
     """
     Mean BLEU-n of each sequence against all the others (Zhu et al. 2018, Texygen, arXiv 1802.01886).
 
-    1 means that the sequences are copies of one another, so lower is more diverse. BLEU (Papineni et al. 2002) has
-    uniform weights, clipped counts and the brevity penalty of the closest reference length here, and no smoothing: it
-    is 0 for a sequence that shares no n-gram of some order with any other.
+    1 means that the sequences are copies of one another, so lower is more diverse. BLEU (Papineni et al. 2002) is used
+    here with uniform weights, clipped counts, the brevity penalty of the closest reference length, and no smoothing:
+    it is 0 for a sequence that shares no n-gram of some order with any other.
 
     Args:
         sequences (`LongTensor` of shape `(count, time)`, or a list of lists of `int`): token ids.
@@ -168,10 +165,10 @@ def self_bleu(sequences: Sequences, n: int = 4) -> float:
 
 
 def _clipped_precisions(rows: list[list[int]], order: int) -> list[float]:
-    """For every sequence: the share of its n-grams that another sequence holds, each counted as often as there."""
+    """For every sequence: the share of its n-grams that another sequence contains, with clipped counts."""
     counts = [Counter(_ngrams(row, order)) for row in rows]
-    # The largest count among the *others* is the largest of all, or the second largest for whoever holds the largest.
-    # So two numbers an n-gram suffice, and the work is linear in the number of sequences.
+    # The largest count among the *others* is the largest of all or, for the sequence that has the largest, the second
+    # largest. So two numbers per n-gram are enough, and the work is linear in the number of sequences.
     top_two: dict[NGram, tuple[int, int]] = {}
     for count in counts:
         for gram, times in count.items():
@@ -207,7 +204,3 @@ def _rows(sequences: Sequences) -> list[list[int]]:
 
 def _ngrams(row: list[int], n: int) -> Iterator[NGram]:
     return zip(*(row[start:] for start in range(n)), strict=False)
-
-
-def _batches(sequences: Tensor, batch_size: int, description: str) -> Iterator[Tensor]:
-    yield from tqdm(sequences.split(batch_size), desc=description, leave=False, disable=None)

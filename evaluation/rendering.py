@@ -1,4 +1,4 @@
-"""Pictures and sound of a score: what a model card shows and plays."""
+"""Pictures and sound of a score, as a model card shows and plays them."""
 
 import io
 import wave
@@ -19,17 +19,18 @@ Audio = NDArray[np.float64]
 PITCH_CLASSES = ("C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B")
 BLACK_KEYS = frozenset({1, 3, 6, 8, 10})
 INK, FAINT = "#2b2f36", "#dde1e6"
-PEAK = 0.9  # of full scale: a resampling or lossy encoder overshoots a little, and would clip at 1
+PEAK = 0.9  # of full scale: a resampler or lossy encoder overshoots a little, and would clip at 1
 
 
 def draw_piano_roll(score: ScoreTick, path: Path, title: str = "") -> None:
     """
-    Draw a score as a PNG of 1200 × 400 pixels: bars to the right, pitches upwards, a colour a track, loud notes dark.
+    Draw a score as a PNG of 1200 × 400 pixels: bars to the right, pitches upwards, a colour for each track,
+    loud notes dark.
 
     Args:
-        score (`symusic.Score`): times in ticks. Without notes, the picture says so.
-        path (`Path`): the PNG file, replaced as a whole.
-        title (`str`, *optional*, defaults to none): written above.
+        score (`symusic.Score`): times in ticks. If it has no notes, the picture says so.
+        path (`Path`): the PNG file, replaced atomically.
+        title (`str`, *optional*, defaults to none): written above the picture.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -54,11 +55,12 @@ def render_wave(score: ScoreTick, path: Path, sample_rate: int = 22050) -> None:
     """
     Play a score into a mono WAV file (16-bit PCM) whose loudest sample is at 90 % of full scale.
 
-    Every pitched instrument sounds like a plucked string; percussion is silent, since it has no pitch to synthesise.
+    Every pitched instrument sounds like a plucked string. Percussion is silent, since it has no pitch to synthesise.
 
     Args:
-        score (`symusic.Score`): times in ticks. Without a sounding note, the file is silent.
-        path (`Path`): the WAV file, replaced as a whole. It is one second longer than the score, for the last note.
+        score (`symusic.Score`): times in ticks. If it has no pitched note, the file is silent.
+        path (`Path`): the WAV file, replaced atomically. It is one second longer than the score, for the last note to
+            fade.
         sample_rate (`int`, *optional*, defaults to 22050): in hertz.
 
     Raises:
@@ -82,26 +84,26 @@ def render_wave(score: ScoreTick, path: Path, sample_rate: int = 22050) -> None:
 
 def plucked_string(phase: Audio) -> Audio:
     """
-    A tone of six harmonics with a soft attack, of which the higher ones fade first.
+    A tone of six harmonics with a soft attack. The higher harmonics fade first.
 
     Args:
-        phase (`ndarray` of shape `(samples,)`): angle of the fundamental in radians, 0 at the note's start. As it
-            grows with frequency times time, high notes fade sooner than low ones, as they do on strings.
+        phase (`ndarray` of shape `(samples,)`): the phase of the fundamental in radians, 0 at the start of the note.
+            Because it grows with frequency times time, high notes fade sooner than low ones, as they do on strings.
     """
-    attack = 1 - np.exp(-phase / (4 * np.pi))  # two periods: an abrupt start would click
+    attack = 1 - np.exp(-phase / (4 * np.pi))  # over two periods: an abrupt start would click
     partials = [np.sin(k * phase) * np.exp(-0.0004 * k * phase) / k**1.4 for k in range(1, 7)]
     tone: Audio = attack * np.sum(partials, axis=0)
     return tone
 
 
 def new_figure(width: int, height: int) -> Any:
-    """An empty matplotlib `Figure` of so many pixels, without pyplot and its global state."""
+    """An empty matplotlib `Figure` of this size in pixels, without pyplot and its global state."""
     figure = import_demo("matplotlib.figure").Figure
     return figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, as a whole."""
+    """Write a figure as a PNG file, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_whole(path, buffer.getvalue())
@@ -109,7 +111,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def import_demo(name: str) -> Any:
     """
-    Import a module of the optional `demo` packages.
+    Import a module of the optional `demo` dependencies.
 
     Raises:
         InputError: if it is not installed.
@@ -133,12 +135,12 @@ def _draw_track(axes: Any, track: Any, starts: NDArray[np.float64], colour: str)
     right = np.interp(notes["time"] + notes["duration"], starts, bars)
     axes.barh(
         notes["pitch"],
-        np.maximum(right - left - 0.01, 0.02),  # a hair of space, so that repeated notes stay apart
+        np.maximum(right - left - 0.01, 0.02),  # a hair's breadth of space keeps repeated notes apart
         left=left,
         height=0.82,
         color=[(colour, alpha) for alpha in 0.3 + 0.7 * notes["velocity"] / 127],
     )
-    axes.plot([], [], color=colour, linewidth=6, label=_track_name(track))  # for the legend: the full colour
+    axes.plot([], [], color=colour, linewidth=6, label=_track_name(track))  # gives the legend the full colour
 
 
 def _style(axes: Any, tracks: list[Any], last_bar: int) -> None:
@@ -158,7 +160,7 @@ def _style(axes: Any, tracks: list[Any], last_bar: int) -> None:
 
 
 def quiet(axes: Any) -> None:
-    """Leave of a plot's frame only what is read: no box, faint ticks, everything behind the data."""
+    """Strip the frame of a plot to what is read: no box, no tick marks, and the grid behind the data."""
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelcolor=INK, labelsize=9)
@@ -169,7 +171,7 @@ def _track_name(track: Any) -> str:
 
 
 def _literal(text: str) -> str:
-    """Matplotlib reads what stands between two dollar signs as a formula, and raises if it is none."""
+    """Escape dollar signs: Matplotlib reads text between two of them as a formula, and raises if it is not one."""
     return text.replace("$", r"\$")
 
 

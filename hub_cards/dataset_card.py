@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from midimamba.corpus.load import SPLITS
-from midimamba.evaluation.report import bullet_list
+from midimamba.evaluation.report_page import bullet_list
 
 TAGS = ["midi", "music", "midimamba", "symbolic-music"]
-# How a corpus' tokenizer was made. These arguments do nothing where one was given.
+# How the tokenizer of a corpus was made. These arguments have no effect if a tokenizer was given.
 _OF_NEW_TOKENIZERS = ("tokenization", "tokenizer_options", "subword_model", "training_tokens")
 _MAX_REASONS = 10
 _MAX_REASON_LENGTH = 120
@@ -24,13 +24,13 @@ _NUMBER = re.compile(r"\b(?:0x[0-9a-f]+|\d[\d,]*)\b")
 
 def dataset_card(repo_id: str, report: Mapping[str, Any], quarantine: Path, license: str | None = None) -> DatasetCard:
     """
-    Describe a corpus, with metadata by which the Hub and `datasets` find its splits.
+    Describe a corpus, with metadata that tells the Hub and `datasets` where its splits are.
 
     Args:
         repo_id (`str`): `"owner/name"`.
-        report (`dict`): what its `corpus.json` holds.
+        report (`dict`): the content of its `corpus.json`.
         quarantine (`Path`): its `quarantine.jsonl`.
-        license (`str`, *optional*): the Hub's identifier; without one the card says that none was stated.
+        license (`str`, *optional*): the identifier of the Hub; without one the card says that none was stated.
 
     Returns:
         `DatasetCard`: the card.
@@ -62,7 +62,7 @@ def dataset_card(repo_id: str, report: Mapping[str, Any], quarantine: Path, lice
 
 
 def size_category(rows: int) -> str:
-    """The Hub's name of a data set's size: `size_category(823)` is `"n<1K"`, and of 1,029 rows `"1K<n<10K"`."""
+    """The name that the Hub has for the size of a data set: `"n<1K"` for 823 rows, `"1K<n<10K"` for 1,029 rows."""
     bounds = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
     # Every bound is ten times the one before.
     place = len(str(rows // 1000)) if rows >= 1000 else 0
@@ -82,7 +82,7 @@ def _split_table(splits: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _settings(report: Mapping[str, Any]) -> dict[str, str]:
-    """What decided the rows: the arguments that had an effect, the tokenizer and the versions."""
+    """What determined the rows: the arguments that had an effect, the tokenizer and the versions."""
     arguments = {name: value for name, value in report["arguments"].items() if value not in (None, [], {})}
     if "tokenizer" in arguments:
         arguments = {name: value for name, value in arguments.items() if name not in _OF_NEW_TOKENIZERS}
@@ -108,16 +108,16 @@ def _plain(value: Any) -> str:
 def _splitting(report: Mapping[str, Any]) -> str:
     given, hashed = report["split_by"]["given"], report["split_by"]["hash"]
     parts = [
-        f"The source says in which split {given:,} of the pieces are." * bool(given),
-        f"The splits of {hashed:,} pieces were decided by a hash of their names and the seed." * bool(hashed),
+        f"The source assigns {given:,} of the pieces to splits." * bool(given),
+        f"The splits of {hashed:,} pieces were chosen by a hash of their names and the seed." * bool(hashed),
     ]
     if report["arguments"]["vocab_size"] is not None and report["arguments"]["tokenizer"] is None:
-        parts.append("The subword model was learned from the train split alone.")
+        parts.append("The subword model was trained on the train split alone.")
     return " ".join(filter(None, parts))
 
 
 def _count_refusals(rows: Iterable[Mapping[str, str]]) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    """How many files were refused at each stage, and there for each reason, whatever its numbers."""
+    """The number of files refused at each stage, and at each stage for each reason, with its numbers replaced."""
     stages, reasons = Counter[str](), Counter[tuple[str, str]]()
     for row in rows:
         stages[row["stage"]] += 1
@@ -130,8 +130,8 @@ def _left_out(report: Mapping[str, Any], stages: Counter[str]) -> str:
     return " ".join(
         [
             f"{stages.total():,} files were refused: {counts}." if stages else "No file was refused.",
-            f"{report['duplicates']:,} files have the notes of another one and were dropped.",
-            f"{report['sanitized']:,} could be read only with impossible bytes clamped, and were kept.",
+            f"{report['duplicates']:,} files have the same notes as another file and were dropped.",
+            f"{report['sanitized']:,} files could be read only after invalid bytes were clamped, and were kept.",
         ]
     )
 
@@ -145,4 +145,4 @@ def _reason_table(reasons: Counter[tuple[str, str]]) -> str:
         text = textwrap.shorten(reason, _MAX_REASON_LENGTH, placeholder=" …").replace("|", "\\|")
         rows.append(f"| {count:,} | {stage} | {text} |")
     others = reasons.total() - sum(count for _, count in reasons.most_common(_MAX_REASONS))
-    return "\n".join([*rows, f"\nOther reasons refused {others:,} files."] if others else rows)
+    return "\n".join([*rows, f"\nOther reasons account for {others:,} refused files."] if others else rows)

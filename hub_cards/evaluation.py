@@ -1,4 +1,4 @@
-"""What a report puts into a card, and which files it brings along: of a run, or of `midimamba evaluate`."""
+"""The evaluation section of a card and its files, from the report of a run or of `midimamba evaluate`."""
 
 import json
 from pathlib import Path
@@ -7,24 +7,27 @@ from typing import Any, NamedTuple
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import features_from_json, figures_from_json
 from midimamba.evaluation.comparison_page import EXPLANATION, features_table, figures_table
-from midimamba.evaluation.report import evaluation_table, reading, sample_gallery
+from midimamba.evaluation.report_page import evaluation_table, interpretation, sample_gallery
 
+_WRITE_ONE = "write one with `midimamba evaluate` or `python -m midimamba.evaluation.report RUN`"
 PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
 
 
 class Evaluation(NamedTuple):
     """
+    What a report adds to a card and to a repository.
+
     Args:
         table (`str`): the figures, as Markdown.
-        reading (`str`): how to read them.
-        pictures (`str`): of the figures, as Markdown, with paths of the repository.
-        gallery (`str`): the samples, likewise.
-        files (`dict[str, Path]`): what goes along, by its path in the repository.
-        of_discriminator (`dict`, *optional*): its `accuracy_real` and `accuracy_fake`.
+        interpretation (`str`): what the figures say, and how to read them.
+        pictures (`str`): pictures of the figures, as Markdown with paths of the repository.
+        gallery (`str`): pictures of samples, as Markdown with paths of the repository.
+        files (`dict[str, Path]`): the files to upload, by their path in the repository.
+        of_discriminator (`dict`, *optional*): the `accuracy_real` and `accuracy_fake` of the discriminator.
     """
 
     table: str
-    reading: str
+    interpretation: str
     pictures: str
     gallery: str
     files: dict[str, Path]
@@ -33,7 +36,7 @@ class Evaluation(NamedTuple):
 
 def read_evaluation(file: Path) -> Evaluation:
     """
-    Read the report of a run (`python -m midimamba.evaluation.report`), or of a comparison (`midimamba evaluate`).
+    Read the report of a run (`python -m midimamba.evaluation.report`) or of a comparison (`midimamba evaluate`).
 
     Raises:
         InputError: if it is neither.
@@ -41,15 +44,16 @@ def read_evaluation(file: Path) -> Evaluation:
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no report: {error}") from error
+        raise InputError(f"{file} is not a report: {error}; {_WRITE_ONE}") from error
     keys = set(report) if isinstance(report, dict) else set()
-    if {"before", "after", "real", "settings"} <= keys:
-        return _of_run(file, report)
-    if {"features", "figures", "settings"} <= keys:
-        return _of_comparison(file, report)
-    raise InputError(
-        f"{file} is no report; write one with `midimamba evaluate`, or `python -m midimamba.evaluation.report RUN`"
-    )
+    try:
+        if {"before", "after", "real", "settings"} <= keys:
+            return _of_run(file, report)
+        if {"features", "figures", "settings"} <= keys:
+            return _of_comparison(file, report)
+    except KeyError as error:
+        raise InputError(f"{file} is a report of another version, without {error}; {_WRITE_ONE}") from error
+    raise InputError(f"{file} is not a report; {_WRITE_ONE}")
 
 
 def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
@@ -57,7 +61,7 @@ def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
     found = {path.relative_to(run).as_posix(): path for pattern in PUBLISHED_OF_RUN for path in run.glob(pattern)}
     return Evaluation(
         evaluation_table(report),
-        reading(report),
+        interpretation(report),
         "![Curves of both training phases](curves.png)" if "curves.png" in found else "",
         sample_gallery(run),
         {**found, "evaluation.json": file},
@@ -69,8 +73,8 @@ def _of_comparison(file: Path, report: dict[str, Any]) -> Evaluation:
     pictures = {path.name: path for path in sorted(file.parent.glob(f"{file.stem}-*.png"))}
     features, settings = f"{file.stem}-features.png", report["settings"]
     measured = (
-        f"{settings['samples']} samples beside {settings['reference_pieces']} pieces of held-out music, of which the "
-        f"first {settings['bars_a_piece']} bars are compared."
+        f"{settings['samples']} samples are compared with {settings['reference_pieces']} pieces of held-out music, by "
+        f"the first {settings['bars_per_piece']} bars of each."
     )
     rolls = [name for name in pictures if name.startswith(f"{file.stem}-sample-")]
     return Evaluation(

@@ -1,4 +1,4 @@
-"""Publish on the Hub: networks as two repositories with cards, of each folder only the files that a user loads."""
+"""Publish networks on the Hub: two repositories with cards, and of each folder only the files that a user loads."""
 
 import json
 import math
@@ -13,18 +13,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from safetensors import safe_open
 
 from midimamba.errors import InputError
-from midimamba.evaluation.report import bullet_list, training_settings
+from midimamba.evaluation.report_page import bullet_list, training_settings
 from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
 
 from .evaluation import Evaluation, read_evaluation
 from .publish_corpus import publish_corpus
 
-# What a user loads or reads. All else stays here: optimizer states and checkpoints are large, pickles run code.
+# The files that a user loads or reads. No other file is uploaded: optimizer states and checkpoints are large, and
+# pickles run code.
 PUBLISHED = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "miditok.json", "processor_config.json"),
     *("training_args.json", "evaluation.json", "README.md"),
-    # The processor's own code, for those who have transformers but not midimamba.
+    # The code of the processor, for users who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
     *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
     # The generator's own code, of layouts that transformers has no class for.
@@ -57,38 +58,37 @@ def publish(
     """
     Upload a generator to `repo_id`, and its discriminator to `<repo_id>-discriminator`, each in one commit.
 
-    A folder with a `corpus.json` is a corpus, and goes to the data set repository `repo_id`, see
+    A folder with a `corpus.json` is a corpus, and is uploaded to the data set repository `repo_id`; see
     [`~midimamba.hub_cards.publish_corpus.publish_corpus`].
 
-    A card is written into the upload, unless the folder has a `README.md`: what its owner wrote goes up as it is.
+    A card is added to the upload, unless the folder has a `README.md`, which is uploaded unchanged.
 
     Args:
         folder (`Path`): written by `save_pretrained` of the model and of its processor, or by `midimamba tokenize`.
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
         discriminator (`Path`, *optional*): folder of a `MidiDiscriminator`.
-        report (`Path`, *optional*): `report.json` of the run, or what `midimamba evaluate` has written. It becomes the
-            cards' evaluation and `evaluation.json`; its pictures, and the samples of a run, go along.
-        license (`str`, *optional*): the Hub's identifier, such as `"cc-by-4.0"`; left out of the card by default.
-        private (`bool`, *optional*, defaults to `False`): of repositories that are created.
-        token (`str`, *optional*): of the Hub; the one of `hf auth login` by default.
+        report (`Path`, *optional*): `report.json` of the run, or the report of `midimamba evaluate`. It becomes the
+            evaluation section of the cards and `evaluation.json`; its pictures, and the samples of a run, are uploaded
+            as well.
+        license (`str`, *optional*): the identifier of the Hub, such as `"cc-by-4.0"`; left out of the card by default.
+        private (`bool`, *optional*, defaults to `False`): whether repositories that are created are private.
+        token (`str`, *optional*): the token for the Hub; that of `hf auth login` by default.
 
     Returns:
         `dict[str, str]`: the addresses of `generator` and, if there is one, `discriminator`; or of `corpus`.
 
     Raises:
-        InputError: if a folder is neither checkpoint nor corpus, the report cannot be read, or the Hub refuses.
+        InputError: if a folder is neither a checkpoint nor a corpus, the report cannot be read, or the Hub refuses.
     """
     api = HfApi(token=token)
     if (folder / "corpus.json").is_file():
         if discriminator is not None or report is not None:
-            raise InputError(f"{folder} is a corpus: --discriminator and --report go with a generator")
+            raise InputError(
+                f"{folder} is a corpus; leave out --discriminator and --report, which belong to a generator"
+            )
         with _naming_refusals(repo_id):
             return publish_corpus(api, folder, repo_id, license=license, private=private)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no checkpoint to publish, and no corpus: no config.json, no corpus.json")
-    _require(folder, "*.safetensors", "miditok.json")
-    if discriminator is not None:
-        _require(discriminator, "config.json", "*.safetensors")
+    _check_checkpoints(folder, discriminator)
     evaluation = None if report is None else read_evaluation(report)
     with _naming_refusals(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -105,7 +105,7 @@ def publish(
 
 @contextmanager
 def _naming_refusals(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub refuses into an [`InputError`]."""
+    """Turn a refusal of the Hub into an [`InputError`]."""
     try:
         yield
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
@@ -113,23 +113,35 @@ def _naming_refusals(repo_id: str) -> Iterator[None]:
         raise InputError(f"the Hub refused {repo_id!r}: {reason}; check the name, and `hf auth login`") from error
 
 
+def _check_checkpoints(generator: Path, discriminator: Path | None) -> None:
+    """Check before anything is sent whether the folders are complete."""
+    if not (generator / "config.json").is_file():
+        raise InputError(
+            f"{generator} is neither a checkpoint to publish nor a corpus; "
+            "name a folder with a config.json or a corpus.json"
+        )
+    _require(generator, "*.safetensors", "miditok.json")
+    if discriminator is not None:
+        _require(discriminator, "config.json", "*.safetensors")
+
+
 def _require(folder: Path, *patterns: str) -> None:
     for pattern in patterns:
         if not any(folder.glob(pattern)):
             raise InputError(
-                f"{folder} is no checkpoint to publish: it has no {pattern}; write it with save_pretrained"
+                f"{folder} is not a checkpoint to publish: it has no {pattern}; write it with save_pretrained"
             )
 
 
 def _generator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
-    # The Hub has no task for symbolic music; text generation is what loads the model and names its output: tokens.
+    # The Hub has no task for symbolic music. Text generation loads the model and describes its output: tokens.
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, license=license)
     fields = _architecture(folder)
     return _render("generator_card.md", data, folder, repo_id=repo_id, evaluation=evaluation, **fields)
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
-    """What kind of language model it is, and how transformers alone loads it."""
+    """The kind of language model, and how transformers alone loads it."""
     config = json.loads((folder / "config.json").read_text())
     model_type = config["model_type"]
     if model_type == MidiMambaConfig.model_type:
@@ -164,7 +176,7 @@ def _render(template: str, data: ModelCardData, folder: Path, **fields: Any) -> 
 
 
 def _count_parameters(folder: Path) -> int:
-    """Read from the headers alone: tied weights are stored, and so counted, once."""
+    """Read the count from the headers alone: tied weights are stored once, and so counted once."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="np") as weights:

@@ -1,4 +1,4 @@
-"""Publish a corpus as a data set: its rows as Parquet files, its tokenizer and a card, in one commit."""
+"""Publish a corpus as a data set: rows as Parquet files, the tokenizer and a card, in one commit."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from midimamba.errors import InputError
 
 from .dataset_card import dataset_card
 
-# Of Arrow, the form on the disk; as Parquet they are smaller.
+# In Arrow, the format on disk; the Parquet files are smaller.
 MAX_SHARD_BYTES = 500_000_000
-# What a card is written of.
+# The keys of `corpus.json` that a card needs.
 _REPORTED = {"splits", "split_by", "sanitized", "duplicates", "vocab_size", "fingerprint", "arguments", "versions"}
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -31,25 +31,25 @@ def publish_corpus(
     """
     Upload a corpus to the data set repository `repo_id`, in one commit.
 
-    Rows that an earlier corpus left there go away with it. A card is written into the upload, unless the folder has a
-    `README.md`. Paths of this machine are not told.
+    The rows of an earlier corpus in the repository are deleted. A card is added to the upload, unless the folder has a
+    `README.md`. Paths of this machine are not published.
 
     Args:
-        api (`HfApi`): the Hub's client.
+        api (`HfApi`): the client of the Hub.
         folder (`Path`): written by `midimamba tokenize`, or downloaded from a data set repository.
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
-        license (`str`, *optional*): the Hub's identifier; left out of the card by default.
-        private (`bool`, *optional*, defaults to `False`): of a repository that is created.
+        license (`str`, *optional*): the identifier of the Hub; left out of the card by default.
+        private (`bool`, *optional*, defaults to `False`): whether a repository that is created is private.
 
     Returns:
         `dict[str, str]`: the address of the `corpus`.
 
     Raises:
-        InputError: if the folder is no whole corpus.
+        InputError: if the folder is not a complete corpus.
     """
     report, dataset = _read_corpus(folder)
     url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    # Where a corpus is, there is room for another; the system's temporary folder may be small, or in memory.
+    # The disk of the corpus has room for a second one; the temporary folder of the system may be small, or in memory.
     room = folder.resolve().parent
     with tempfile.TemporaryDirectory(dir=room if os.access(room, os.W_OK) else None, prefix=".publish-") as scratch:
         upload = Path(scratch)
@@ -79,12 +79,14 @@ def _read_corpus(folder: Path) -> tuple[dict[str, Any], DatasetDict]:
             raise LookupError(f"it has no split {min(missing)}")
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{folder} is no whole corpus: {reason}; make it again with `midimamba tokenize`") from error
+        raise InputError(
+            f"{folder} is not a complete corpus: {reason}; write it again with `midimamba tokenize`"
+        ) from error
     return {**report, "arguments": without_paths(report["arguments"])}, dataset
 
 
 def without_paths(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A corpus' arguments, with the last parts of paths for whole ones: `/home/me/songs.zip` is `songs.zip`."""
+    """The arguments of a corpus, with paths cut to their last part: `/home/me/songs.zip` becomes `songs.zip`."""
     named = {name: arguments[name] for name in ("source", "tokenizer") if arguments.get(name) is not None}
     return {**arguments, **{name: _without_path(value) for name, value in named.items()}}
 
@@ -93,13 +95,13 @@ def _without_path(name: str) -> str:
     path = Path(name)
     if path.exists():
         return (path.resolve() if path.name in ("", "..") else path).name
-    # What can be a repository on the Hub is one, or `chorales`. Else the path may be of another system than this one,
+    # A name that can be a repository on the Hub is one, or `chorales`. Any other is a path, maybe from another system,
     # and this class knows both kinds of slashes.
     return name if _REPOSITORY.fullmatch(name) else PureWindowsPath(name).name
 
 
 def _collect(folder: Path, report: Mapping[str, Any], dataset: DatasetDict, upload: Path) -> None:
-    """Fill the folder `upload` with what goes to the Hub: known names only, whatever else lies in the corpus."""
+    """Fill the folder `upload` with the files for the Hub: only known names, whatever else the corpus folder has."""
     for pattern in ("README.md", "quarantine.jsonl", "tokenizer/*.json", "tokenizer/*.py"):
         for file in folder.glob(pattern):
             target = upload / file.relative_to(folder)
@@ -112,14 +114,14 @@ def _collect(folder: Path, report: Mapping[str, Any], dataset: DatasetDict, uplo
 
 def write_parquet(dataset: Dataset, folder: Path, split: str) -> None:
     """
-    Write `{split}-{index}-of-{count}.parquet`, as many as keep each below [`MAX_SHARD_BYTES`] of Arrow.
+    Write `{split}-{index}-of-{count}.parquet`, in enough files to keep each below [`MAX_SHARD_BYTES`] of Arrow.
 
-    Rows are never all in memory. A split without rows becomes one file that has only the columns.
+    The rows are never all in memory at once. A split without rows becomes one file with the columns only.
 
     Args:
         dataset (`Dataset`): the rows.
-        folder (`Path`): where to write.
-        split (`str`): the files' first name.
+        folder (`Path`): the folder to write to.
+        split (`str`): the first part of the file names.
     """
     folder.mkdir(exist_ok=True)
     count = max(1, min(len(dataset), math.ceil(dataset.data.nbytes / MAX_SHARD_BYTES)))

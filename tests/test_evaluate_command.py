@@ -68,7 +68,7 @@ def test_a_folder_of_midi_gets_its_report(
     report = json.loads(out.read_text())
     assert report["figures"]["usable_samples"]["estimate"]["value"] == pytest.approx(8 / 9)
     assert "held_out_nll_per_note" not in report["figures"]
-    assert report["settings"]["bars_a_piece"] == 6
+    assert report["settings"]["bars_per_piece"] == 6
     assert report["settings"]["split"] == "test"
     page = out.with_suffix(".md").read_text()
     for name in ("features", "sample-0", "sample-1", "real-0", "real-1"):
@@ -143,7 +143,7 @@ def test_a_report_that_is_there_is_not_replaced(
 ) -> None:
     (tmp_path / "report.md").write_text("mine")
     assert command(monkeypatch, songs, "--reference", corpus, "--out", tmp_path / "report.json") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
 
 

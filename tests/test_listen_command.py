@@ -67,14 +67,14 @@ def test_files_that_are_passed_over_are_reported(
     [
         (("composer", "--out", "out"), "at least two folders"),
         (("composer", "other/composer", "--out", "out"), "two folders are named 'composer'"),
-        (("composer", "nowhere", "--out", "out"), "nowhere is no folder"),
+        (("composer", "nowhere", "--out", "out"), "nowhere is not a folder"),
         (
             ("composer", "machine", "--out", "out", "--num", "4"),
-            "composer holds 3 pieces to listen to, of 3 MIDI files",
+            "composer has 3 pieces to listen to in 3 MIDI files",
         ),
         (("composer", "machine", "--out", "out", "--num", "0"), "must be positive"),
         (("composer", "machine", "--out", "out", "--bars", "0"), "must be positive"),
-        (("empty", "composer", "--out", "out"), "empty holds 0 pieces to listen to, of 0 MIDI files"),
+        (("empty", "composer", "--out", "out"), "empty has 0 pieces to listen to in 0 MIDI files"),
         (("composer", "machine"), "name a folder with --out"),
         (("composer", "machine", "--out", "machine"), "machine is there already"),
         (("--score", "machine", "answers.json"), "machine/key.json cannot be read as JSON"),
@@ -135,18 +135,21 @@ def test_answers_become_tables(
     [
         (None, "No such file"),
         ("{", "cannot be read as JSON"),
-        ("[1]", "holds no answers"),
-        ('{"test": "TEST"}', "holds no answers"),
+        ("[1]", "has no answers"),
+        ('{"test": "TEST"}', "has no answers"),
         ('{"test": "0123", "answers": {}}', "answers another test: its id is '0123' and not 'TEST'"),
         ('{"answers": {}}', "answers another test: its id is None"),
-        ('{"test": "TEST", "answers": {"x.wav": {"rating": 3, "person": true}}}', "'x.wav' is no piece of this test"),
+        (
+            '{"test": "TEST", "answers": {"x.wav": {"rating": 3, "person": true}}}',
+            "'x.wav' is not a piece of this test",
+        ),
         ('{"test": "TEST", "answers": {"FILE": {"person": true}}}', "'FILE' needs a whole `rating` from 1 to 5"),
         ('{"test": "TEST", "answers": {"FILE": {"rating": 6, "person": true}}}', "'FILE' needs a whole `rating`"),
-        ('{"test": "TEST", "answers": {"FILE": {"rating": 0, "person": true}}}', "and has 0"),
-        ('{"test": "TEST", "answers": {"FILE": {"rating": 2.5, "person": true}}}', "and has 2.5"),
-        ('{"test": "TEST", "answers": {"FILE": {"rating": true, "person": true}}}', "and has True"),
+        ('{"test": "TEST", "answers": {"FILE": {"rating": 0, "person": true}}}', "but has 0"),
+        ('{"test": "TEST", "answers": {"FILE": {"rating": 2.5, "person": true}}}', "but has 2.5"),
+        ('{"test": "TEST", "answers": {"FILE": {"rating": true, "person": true}}}', "but has True"),
         ('{"test": "TEST", "answers": {"FILE": {"rating": 3}}}', "'FILE' needs a `person` that is true or false"),
-        ('{"test": "TEST", "answers": {"FILE": {"rating": 3, "person": 1}}}', "and has 1"),
+        ('{"test": "TEST", "answers": {"FILE": {"rating": 3, "person": 1}}}', "but has 1"),
         ('{"test": "TEST", "answers": {"FILE": 3}}', "'FILE' needs a whole `rating`"),
     ],
 )
@@ -180,7 +183,7 @@ def test_a_changed_key_is_refused_in_a_line(
 ) -> None:
     (tmp_path / "key.json").write_text(content)
     assert command(monkeypatch, "--score", tmp_path, "answers.json") == 2
-    assert "key.json is no key of a listening test" in capsys.readouterr().err
+    assert "key.json is not the key of a listening test" in capsys.readouterr().err
 
 
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """`midimamba evaluate`: generated music beside held-out music."""
     from midimamba.evaluation.comparison import compare, model_figures, read_reference
     from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
-    from midimamba.evaluation.validity import Samples, read_folder
+    from midimamba.evaluation.samples import Samples, read_folder
     from midimamba.generation import generate_scores, load_pair
 
     check_target(options.out)

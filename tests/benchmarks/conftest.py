@@ -1,4 +1,4 @@
-"""Benchmarks are scripts: they import their neighbours by their bare names."""
+"""Benchmarks are scripts: they import each other by their bare names."""
 
 from collections.abc import Iterator
 from pathlib import Path

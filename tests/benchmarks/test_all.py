@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark is in the table, and its scripts understand their commands, as they are and quick."""
+"""`make bench`: every benchmark is in the table, and scripts understand their commands, also the quick ones."""
 
 import argparse
 import importlib
@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ELSEWHERE = {"all.py", "scan_gpu.py"}  # the table itself, and what needs a GPU
+ELSEWHERE = {"all.py", "scan_gpu.py"}  # the table itself, and a script that needs a GPU
 
 
 class ParsedError(Exception):
-    """Raised in place of what a script would do next."""
+    """Raised instead of the work that a script would do next."""
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +28,19 @@ def test_every_script_is_in_the_table(table: ModuleType) -> None:
     assert scripts - run == ELSEWHERE
 
 
-def test_every_kept_result_is_of_the_table(table: ModuleType) -> None:
+def test_every_committed_result_belongs_to_the_table(table: ModuleType) -> None:
     names = {step.name for step in table.STEPS}
     assert {file.stem for file in (BENCHMARKS / "results").glob("*.json")} <= names
     assert len(names) == len(table.STEPS)
 
 
-def test_the_table_of_stabilisers_is_what_was_measured() -> None:
+def test_the_table_of_stabilisers_has_the_measured_figures() -> None:
     arms = json.loads((BENCHMARKS / "results" / "ablation-chorales.json").read_text())["arms"]
     page = (BENCHMARKS / "README.md").read_text()
     for arm, measured in arms.items():
         cells = [("nll_percent", "+.2f"), ("self_bleu_4", "+.3f"), ("d_accuracy", "+.2f")]
-        told = [f"{measured[name][0]:{form}} ± {measured[name][1]:{form[1:]}}" for name, form in cells]
-        row = [arm, *told, f"{measured['rollbacks']:.0f}", f"{measured['seconds']:.0f}"]
+        shown = [f"{measured[name][0]:{form}} ± {measured[name][1]:{form[1:]}}" for name, form in cells]
+        row = [arm, *shown, f"{measured['rollbacks']:.0f}", f"{measured['seconds']:.0f}"]
         assert f"| {' | '.join(row)} |" in page
 
 
@@ -65,7 +65,7 @@ def test_scripts_understand_their_commands(
         assert parsed.value.args[0].out == tmp_path / f"{step.name}.json"
 
 
-def test_what_lacks_its_files_is_left_out_and_named(
+def test_a_step_without_its_files_is_skipped_and_named(
     table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(table, "ROOT", tmp_path)
@@ -73,10 +73,10 @@ def test_what_lacks_its_files_is_left_out_and_named(
     with pytest.raises(SystemExit) as end:
         table.main()
     assert end.value.code == 0
-    assert "| packing | left out | --corpora lacks pop909.tar.gz |" in capsys.readouterr().out
+    assert "| packing | skipped | --corpora has no pop909.tar.gz |" in capsys.readouterr().out
 
 
-def test_a_failure_is_told_at_the_end(
+def test_a_failure_is_reported_at_the_end(
     table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = (

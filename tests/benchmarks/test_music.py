@@ -1,4 +1,4 @@
-"""The benchmark of adversarial training on music: its statistics by hand, and all of it on a tiny corpus."""
+"""The benchmark of adversarial training on music: its statistics by hand, and the whole of it on a tiny corpus."""
 
 import importlib
 import json
@@ -58,7 +58,7 @@ def row(arm: str, seed: int, **figures: float | None) -> dict[str, Any]:
     }
 
 
-def test_a_difference_is_paired_and_has_students_interval(music: ModuleType) -> None:
+def test_a_difference_is_paired_and_has_an_interval_by_students_t(music: ModuleType) -> None:
     found = music.difference([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])  # 2, 3, 1: mean 2, deviation 1
     half = 4.303 / math.sqrt(3)
     assert found["mean"] == 2.0
@@ -88,19 +88,19 @@ def test_targets_are_measured_against_maximum_likelihood(music: ModuleType, monk
         "floor": 0.5,
         "minus_mle": {"mean": -0.06, "interval": [-0.06, -0.06]},
     }
-    assert "self_bleu_4" not in found["stable"]  # a missing figure is no zero
+    assert "self_bleu_4" not in found["stable"]  # a missing figure is not 0
     assert all(music.targets(found["stable"], found["mle"]).values())
     worse = arms(0.86, 0.51, 1.04, 0.11, 0.3)
     assert not any(music.targets(worse["stable"], worse["mle"]).values())
     # A classifier that is wrong more often than chance can tell the two apart as well.
     assert not music.targets(arms(0.1, 0.53, 1.0, 0.0, 0.3)["stable"], found["mle"])[
-        "classifier at least 5 points nearer to chance"
+        "classifier at least 5 points closer to chance"
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_comparison")
-def test_all_arms_are_trained_measured_and_gone_on_from(
+def test_all_arms_are_trained_and_measured_and_a_second_start_continues(
     music: ModuleType,
     corpus: Path,
     model: Path,
@@ -123,7 +123,7 @@ def test_all_arms_are_trained_measured_and_gone_on_from(
     assert set(found["arms"]) == {"mle", "more", "stable"}
     assert set(found["targets"].values()) <= {True, False}
     rows = {each["arm"]: each for each in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
-    # As long as adversarial training took, and one step more.
+    # It takes as long as adversarial training took, plus at most one step.
     assert rows["more"]["cpu_seconds"] == pytest.approx(rows["stable"]["cpu_seconds"], rel=0.5)
     assert rows["stable"]["test"]["held_out_nll_per_token"] != rows["mle"]["test"]["held_out_nll_per_token"]
     best = min(rows["mle"]["tried"], key=lambda tried: runs.distance(rows["mle"]["tried"][tried]))
@@ -133,7 +133,7 @@ def test_all_arms_are_trained_measured_and_gone_on_from(
     left = [file.name for file in (tmp_path / "rows").glob("*/*")]
     assert sorted(left) == ["mle-0", "more-0", "stable-0"]
 
-    # A trial finds `mle` done, and sees the validation split alone.
+    # A trial finds `mle` done, and uses the validation split only.
     monkeypatch.setattr(runs, "adversarial", lambda arm, settings, seed, output: _copied(model, output))
     options = ["--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl"]
     assert main(*options)["split"] == "validation"

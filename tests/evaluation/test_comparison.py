@@ -1,4 +1,4 @@
-"""A comparison as a whole: what is done to music moves the figures that are about it, and no others."""
+"""A whole comparison: a change to the music moves the figures that measure it, and no others."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from midimamba.evaluation.comparison import (
     Comparison,
     Reference,
     compare,
-    hear,
+    first_bars,
     model_figures,
     read_reference,
     to_json,
 )
+from midimamba.evaluation.comparison_halves import Figure
 from midimamba.evaluation.comparison_page import LABELS
-from midimamba.evaluation.distances import Estimate
+from midimamba.evaluation.estimates import Estimate
 from midimamba.evaluation.features import opening
-from midimamba.evaluation.halving import Figure
-from midimamba.evaluation.validity import Samples
+from midimamba.evaluation.samples import Samples
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_generator
 
@@ -81,12 +81,12 @@ def run(reference: Reference, scores: list[ScoreTick]) -> Comparison:
 
 @pytest.fixture(scope="module")
 def fresh(reference: Reference) -> Comparison:
-    """Songs of the same kind that nobody has seen."""
+    """Songs of the same kind that are not in the corpus."""
     return run(reference, [song(seed) for seed in range(100, 115)])
 
 
 @pytest.mark.slow
-def test_music_of_the_same_kind_is_as_near_as_the_floor(fresh: Comparison) -> None:
+def test_music_of_the_same_kind_is_close_to_the_floor(fresh: Comparison) -> None:
     for name, figures in fresh.features.items():
         area = figures.overlapping_area
         assert abs(area.estimate.value - area.floor) < 0.25, name
@@ -96,7 +96,7 @@ def test_music_of_the_same_kind_is_as_near_as_the_floor(fresh: Comparison) -> No
     assert fresh.figures["classifier_features_p_value"].estimate.value > 0.05
     assert fresh.figures["classifier_tokens_p_value"].estimate.value > 0.05
     assert fresh.figures["copied_runs_12"].estimate.value < 0.05
-    assert fresh.sizes["pieces_a_set"] == 15
+    assert fresh.sizes["pieces_per_set"] == 15
 
 
 def test_every_figure_has_a_label_and_json(fresh: Comparison) -> None:
@@ -118,13 +118,13 @@ def test_the_same_seed_is_the_same_comparison(reference: Reference, fresh: Compa
 
 
 @pytest.mark.slow
-def test_shuffled_bars_lose_their_structure_and_keep_their_sound(reference: Reference, fresh: Comparison) -> None:
+def test_shuffled_bars_lose_only_their_structure(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [shuffled_bars(song(seed), seed) for seed in range(100, 115)])
     for lag in (4, 8, 16):
         name = f"bar_self_similarity_{lag}"
         assert found.features[name].samples.high < fresh.features[name].samples.low
         assert found.features[name].overlapping_area.estimate.value < 0.6
-        # Heard alone, it tells them from music; what shuffling keeps does not.
+        # A classifier on this feature alone finds them; one on a feature that shuffling keeps does not.
         assert found.features[name].classifier.estimate.low > 0.75 > found.features[name].classifier.floor
     for name in ("scale_consistency", "polyphony", "notes_per_bar", "groove_consistency"):
         assert found.features[name].samples.value == pytest.approx(fresh.features[name].samples.value, abs=0.01)
@@ -134,7 +134,7 @@ def test_shuffled_bars_lose_their_structure_and_keep_their_sound(reference: Refe
 
 
 @pytest.mark.slow
-def test_copies_in_another_key_are_found_and_are_no_better_music(reference: Reference, fresh: Comparison) -> None:
+def test_copies_in_another_key_are_found_as_copies(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [song(seed).shift_pitch(1) for seed in range(14)])
     for notes in (8, 12, 16):
         assert found.figures[f"copied_runs_{notes}"].estimate.value == 1
@@ -146,7 +146,7 @@ def test_copies_in_another_key_are_found_and_are_no_better_music(reference: Refe
 
 
 @pytest.mark.slow
-def test_one_song_for_all_is_found_out_by_its_diversity(reference: Reference, fresh: Comparison) -> None:
+def test_a_single_repeated_song_is_found_by_its_diversity(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [song(100)] * 15)
     assert found.figures["self_bleu_4"].estimate.value == pytest.approx(1)
     assert fresh.figures["self_bleu_4"].estimate.value < 0.97
@@ -162,7 +162,7 @@ def test_unusable_samples_are_counted(reference: Reference) -> None:
     found = compare(samples, reference, LENGTH)
     assert found.figures["usable_samples"].estimate.value == pytest.approx(6 / 9)
     assert found.figures["empty_samples"].estimate.value == pytest.approx(2 / 9)
-    assert found.sizes["pieces_a_set"] == 6
+    assert found.sizes["pieces_per_set"] == 6
 
 
 @pytest.mark.slow
@@ -181,19 +181,19 @@ def test_a_feature_that_no_sample_has_is_undefined(reference: Reference) -> None
     assert 0 <= there.classifier.estimate.value <= 1
 
 
-def test_both_sides_are_heard_on_one_grid(reference: Reference) -> None:
+def test_both_sides_are_compared_on_one_grid(reference: Reference) -> None:
     ragged = song(3)
     for note in ragged.tracks[0].notes:
         note.time, note.velocity = note.time + 7, 61
-    heard, exact = (hear(reference.processor, score, 20) for score in (ragged, song(3)))
-    assert heard is not None
+    written, exact = (first_bars(reference.processor, score, 20) for score in (ragged, song(3)))
+    assert written is not None
     assert exact is not None
-    assert heard.ids == exact.ids
-    assert heard.score.note_num() == 20 * 8
+    assert written.ids == exact.ids
+    assert written.score.note_num() == 20 * 8
     late = Score(480)
     late.tracks.append(Track())
     late.tracks[0].notes.append(Note(50 * 1920, 240, 60, 64))
-    assert hear(reference.processor, late, 20) is None
+    assert first_bars(reference.processor, late, 20) is None
 
 
 def test_too_few_pieces_are_refused(reference: Reference, corpus: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_untrained_model_breaks_the_grammar_and_real_music_does_not(
     assert set(found) <= set(LABELS)
 
 
-def test_a_model_with_a_tokenizer_of_its_own_is_asked_in_its_own_tokens(reference: Reference) -> None:
+def test_a_model_with_another_tokenizer_is_measured_in_its_own_tokens(reference: Reference) -> None:
     processor = MidiProcessor(build_tokenizer("TSD"))
     found = model_figures(make_generator(vocab_size=processor.vocab_size, pad_token_id=0), processor, reference, 2, 24)
     per_token, per_note = (found[f"held_out_nll_per_{unit}"].estimate.value for unit in ("token", "note"))

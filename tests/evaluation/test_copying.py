@@ -1,14 +1,15 @@
-"""Copies are found whatever their key, tempo and place; what is found is what brute force finds."""
+"""Copies are found whatever their key, tempo and place, and they are those that brute force finds."""
 
 import random
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from symusic import Note, Score, Track
 from symusic.core import ScoreTick
 
-from midimamba.evaluation.copying import Melodies, copied_share, longest_copies
+from midimamba.evaluation.copying import CopyRate, Melodies, RunIndex, copied_share, longest_copies
 from support import make_score
 
 QUARTER = 480
@@ -26,7 +27,7 @@ def random_melody(notes: int, seed: int, pitches: int = 5, program: int = 0) -> 
 
 
 def steps(score: ScoreTick) -> list[tuple[int, int]]:
-    """The melody of a score of one voice."""
+    """The melody of a score with one voice."""
     notes = sorted((note.time, note.pitch) for track in score.tracks for note in track.notes)
     return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(notes)]
 
@@ -37,7 +38,7 @@ def runs(score: ScoreTick, notes: int) -> list[tuple[tuple[int, int], ...]]:
 
 
 def share(sample: ScoreTick, training: list[ScoreTick], notes: int) -> float:
-    return copied_share(Melodies([sample]), np.unique(Melodies(training).runs(notes)), notes)
+    return copied_share(Melodies([sample]).runs(notes), np.unique(Melodies(training).runs(notes)))
 
 
 @pytest.mark.parametrize("notes", [2, 3, 4, 5, 8, 9])
@@ -56,7 +57,7 @@ def test_shares_and_longest_runs_are_those_of_brute_force(notes: int) -> None:
     assert longest_copies([Melodies([sample]) for sample in samples], Melodies(training)) == longest
 
 
-def test_a_copy_is_one_in_any_key_at_any_tempo_and_from_any_bar() -> None:
+def test_copies_are_found_in_any_key_at_any_tempo_and_from_any_bar() -> None:
     training = [random_melody(60, seed, pitches=40) for seed in range(4)]
     training[2].tracks.append(random_melody(30, 9, program=40).tracks[0])
     copy = Score(960)
@@ -73,7 +74,7 @@ def test_a_copy_is_one_in_any_key_at_any_tempo_and_from_any_bar() -> None:
     assert share(random_melody(60, 99, pitches=40), training, 8) == 0
 
 
-def test_an_excerpt_is_copied_for_its_length() -> None:
+def test_an_excerpt_is_a_copy_of_its_own_length() -> None:
     training, stranger = random_melody(100, 1, pitches=40), random_melody(50, 2, pitches=40)
     sample = stranger.copy()
     end = sample.end() + 7 * QUARTER
@@ -93,7 +94,7 @@ def test_duplicating_the_training_set_changes_nothing_and_shuffling_notes_does()
     assert share(shuffled, training, 8) < 0.1
 
 
-def test_no_run_goes_from_one_melody_into_the_next() -> None:
+def test_no_run_extends_from_one_melody_into_the_next() -> None:
     first, second = random_melody(10, 1, pitches=40), random_melody(10, 2, pitches=40)
     joined = first.copy()
     offset = first.end() + QUARTER
@@ -106,11 +107,52 @@ def test_no_run_goes_from_one_melody_into_the_next() -> None:
     assert len(Melodies([first, second]).runs(10)) == 2
 
 
-def test_what_is_too_short_or_silent_has_no_share() -> None:
+def test_music_that_is_too_short_or_silent_has_no_share() -> None:
     training = Melodies([random_melody(30, 0)])
     drums = make_score(0, programs=())
     for score, longest in ((Score(QUARTER), 0), (drums, 0), (random_melody(1, 0), 1)):
-        assert np.isnan(copied_share(Melodies([score]), np.unique(training.runs(8)), 8))
+        assert np.isnan(copied_share(Melodies([score]).runs(8), np.unique(training.runs(8))))
         assert longest_copies([Melodies([score])], training) == [longest]
     assert longest_copies([training], Melodies([])) == [0]
     assert longest_copies([], training) == []
+
+
+def test_the_copy_rate_is_the_share_of_ngrams_that_the_training_music_contains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(3, (20, 12), generator=generator).tolist()
+    samples = [*torch.randint(3, (30, 10), generator=generator).tolist(), blocks[3]]
+    known = {tuple(row[i : i + 4]) for row in blocks for i in range(9)}
+    grams = [tuple(row[i : i + 4]) for row in samples for i in range(len(row) - 3)]
+    rate = CopyRate([{"input_ids": row} for row in blocks], n=4)
+    assert rate(samples) == pytest.approx(sum(gram in known for gram in grams) / len(grams))
+    assert rate(blocks) == 1.0
+    assert rate([[1, 2]]) == 0.0
+
+
+def test_at_most_the_allowed_number_of_ngrams_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midimamba.evaluation.copying.MAX_NGRAMS", 20)
+    blocks = [{"input_ids": list(range(10 * i, 10 * i + 10))} for i in range(100)]
+    rate = CopyRate(blocks, n=6)
+    assert 0 < len(rate.known) <= 20
+    assert rate([blocks[0]["input_ids"]]) == 1.0
+    assert rate([blocks[1]["input_ids"]]) == 0.0
+
+
+def test_the_longest_copy_of_tokens_is_that_of_brute_force() -> None:
+    chance = random.Random(0)
+    training = [[chance.randrange(3) for _ in range(40)] for _ in range(4)]
+    samples = [[chance.randrange(3) for _ in range(30)] for _ in range(6)]
+
+    def runs_of(rows: list[list[int]], length: int) -> set[tuple[int, ...]]:
+        return {tuple(row[i : i + length]) for row in rows for i in range(len(row) - length + 1)}
+
+    expected = [
+        max(length for length in range(1, 31) if runs_of([row], length) & runs_of(training, length)) for row in samples
+    ]
+    assert max(expected) > 3
+    assert longest_copies([RunIndex([row]) for row in samples], RunIndex(training)) == expected
+
+
+def test_token_zero_does_not_end_a_sequence() -> None:
+    assert len(RunIndex([[0, 0, 0, 0]]).runs(3)) == 2
+    assert len(RunIndex([[0, 0], [0, 0]]).runs(3)) == 0

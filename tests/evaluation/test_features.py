@@ -1,7 +1,9 @@
-"""Features of music whose values one can work out, and of what is hardly music at all."""
+"""Features of music whose values can be worked out by hand, and of edge cases."""
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ BAR = 4 * QUARTER
 
 
 def piece(*notes: tuple[float, float, int], meter: tuple[int, int] = (4, 4), drums: bool = False) -> ScoreTick:
-    """Notes of onset and duration in quarters and of a pitch, at 120 quarters a minute."""
+    """Notes with onset and duration in quarters, and a pitch, at 120 quarters per minute."""
     score = Score(QUARTER)
     score.tempos.append(Tempo(0, 120.0))
     score.time_signatures.append(TimeSignature(0, *meter))
@@ -29,7 +31,7 @@ def piece(*notes: tuple[float, float, int], meter: tuple[int, int] = (4, 4), dru
 
 
 def melody(bars: list[list[int]]) -> ScoreTick:
-    """Four quarter notes a bar."""
+    """Four quarter notes per bar."""
     return piece(*((4 * bar + beat, 1, pitch) for bar, line in enumerate(bars) for beat, pitch in enumerate(line)))
 
 
@@ -64,7 +66,7 @@ def test_polyphony_counts_only_the_time_in_which_something_sounds() -> None:
     assert features.polyphony(piece((0, 4, 60), (1, 1, 64), (2, 1, 64))) == pytest.approx(6 / 4)
 
 
-def test_polyphony_is_that_of_counting_on_a_fine_grid() -> None:
+def test_polyphony_agrees_with_counting_on_a_fine_grid() -> None:
     score = make_score(3, drums=False)
     counts = np.zeros(score.end())
     for track in score.tracks:
@@ -73,7 +75,7 @@ def test_polyphony_is_that_of_counting_on_a_fine_grid() -> None:
     assert features.polyphony(score) == pytest.approx(counts.sum() / (counts > 0).sum())
 
 
-def test_density_is_by_second_and_by_bar() -> None:
+def test_density_is_per_second_and_per_bar() -> None:
     score = piece(*((i / 2, 0.5, 60) for i in range(16)))  # two bars of quavers in four seconds
     assert features.notes_per_second(score) == pytest.approx(4)
     assert features.notes_per_bar(score) == pytest.approx(8)
@@ -83,7 +85,7 @@ def test_density_is_by_second_and_by_bar() -> None:
     assert features.notes_per_bar(waltz) == pytest.approx(6)
 
 
-def test_lengths_go_to_the_nearest() -> None:
+def test_lengths_are_rounded_to_the_closest_one() -> None:
     score = piece((0, 1, 60), (1, 0.97, 60), (2, 0.5, 60), (2.5, 30, 60))
     durations = dict(zip(LENGTHS.tolist(), features.duration_histogram(score), strict=True))
     assert (durations[1], durations[0.5], durations[8]) == pytest.approx((1 / 2, 1 / 4, 1 / 4))
@@ -94,16 +96,16 @@ def test_lengths_go_to_the_nearest() -> None:
 def test_groove_is_one_minus_the_hamming_distance_of_adjacent_bars() -> None:
     four = [(beat, 0.25, 60) for beat in range(4)]
     assert features.groove_consistency(piece(*four, *((4 + b, d, p) for b, d, p in four))) == pytest.approx(1)
-    # The second bar has none of the four onsets and one of its own: 5 of 16 positions differ.
+    # The second bar has none of the four onsets and one other: 5 of 16 positions differ.
     assert features.groove_consistency(piece(*four, (4.5, 1, 60))) == pytest.approx(11 / 16)
-    # A sixteenth note late is another position, a little late is not, and early in the next bar is in the next.
+    # An onset that is a sixteenth late is at another position, one that is a little late is not.
     assert features.groove_consistency(piece((0, 1, 60), (4.1, 1, 60))) == pytest.approx(1)
     assert features.groove_consistency(piece((0, 1, 60), (3.95, 1, 60))) == pytest.approx(1)
     assert features.groove_consistency(piece((0, 1, 60), (4.25, 1, 60))) == pytest.approx(14 / 16)
     assert features.groove_consistency(piece((0, 1, 60), (3.25, 1, 60), meter=(3, 4))) == pytest.approx(10 / 12)
 
 
-def test_groove_is_that_of_the_definition() -> None:
+def test_groove_agrees_with_its_definition() -> None:
     score = make_score(5)
     starts = features.bar_starts(score)
     grids = [np.zeros(20, bool) for _ in starts]
@@ -134,7 +136,7 @@ def test_bars_are_similar_where_they_repeat() -> None:
     assert bar_self_similarity(score, 1) == pytest.approx((1 + 1 / 4 + 0 + 0) / 4)
 
 
-def test_self_similarity_is_that_of_the_whole_matrix() -> None:
+def test_self_similarity_agrees_with_the_whole_matrix() -> None:
     score = make_score(2, bars=14)
     starts = features.bar_starts(score)
     grid = np.zeros((len(starts), 20, 12))
@@ -143,8 +145,8 @@ def test_self_similarity_is_that_of_the_whole_matrix() -> None:
             bar = int(np.searchsorted(starts, note.time + 60, side="right")) - 1
             grid[bar, int((note.time + 60 - starts[bar]) // 120), note.pitch % 12] += 1
     rows = grid.reshape(len(grid), -1)
-    heard = rows.any(axis=1).nonzero()[0]
-    rows = rows[heard[0] : heard[-1] + 1]
+    audible = np.flatnonzero(rows.any(axis=1))
+    rows = rows[audible[0] : audible[-1] + 1]
     cosines = [
         a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-9)
         for a, b in zip(rows[:-4], rows[4:], strict=True)
@@ -161,7 +163,7 @@ def test_key_is_stable_until_the_music_modulates() -> None:
     assert math.isnan(features.key_stability(melody(c_major[:3])))
 
 
-def test_meter_is_stable_by_time() -> None:
+def test_meter_stability_is_weighted_by_time() -> None:
     score = piece((0, 1, 60), (9, 1, 60))
     score.time_signatures.append(TimeSignature(8 * QUARTER, 3, 4))
     assert features.meter_stability(score) == pytest.approx(0.8)
@@ -169,8 +171,9 @@ def test_meter_is_stable_by_time() -> None:
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *HISTOGRAMS])
-def test_nothing_is_undefined_and_one_note_is_no_error(name: str) -> None:
-    function = {**NUMBERS, **HISTOGRAMS}[name]
+def test_an_empty_score_is_undefined_and_one_note_is_not_an_error(name: str) -> None:
+    functions: dict[str, Callable[[ScoreTick], Any]] = {**NUMBERS, **HISTOGRAMS}
+    function = functions[name]
     empty_track = Score(QUARTER)
     empty_track.tracks.append(Track())
     for score in (Score(QUARTER), empty_track):
@@ -189,13 +192,13 @@ def test_drums_have_rhythm_but_no_pitch() -> None:
     assert changed(both, with_drums) == {"notes_per_second", "notes_per_bar", "onset_interval_histogram"}
 
 
-def test_transposing_moves_the_pitch_classes_only() -> None:
+def test_transposing_changes_only_the_pitch_classes() -> None:
     score = melody(tune(20))
     assert changed(score, score.shift_pitch(1)) == {"pitch_class_histogram"}
     assert changed(score, score.shift_pitch(12)) == set()
 
 
-def test_shuffling_bars_moves_structure_only() -> None:
+def test_shuffling_bars_changes_only_structure() -> None:
     bars = tune(4, 1) * 3 + tune(4, 2) * 3
     shuffled = random.Random(0).sample(bars, len(bars))
     moved = changed(melody(bars), melody(shuffled))
@@ -218,7 +221,7 @@ def test_truncating_keeps_density_and_loses_long_range_structure() -> None:
     assert math.isnan(bar_self_similarity(opening(score, 12), 16))
 
 
-def test_an_opening_is_its_bars_with_notes_as_long_as_they_were() -> None:
+def test_an_opening_has_the_notes_of_its_bars_at_their_full_length() -> None:
     score = piece((0, 1, 60), (2.5, 9, 64), (3, 1, 67), meter=(3, 4))
     (track,) = opening(score, 1).tracks
     assert [(note.time, note.duration, note.pitch) for note in track.notes] == [
@@ -230,7 +233,7 @@ def test_an_opening_is_its_bars_with_notes_as_long_as_they_were() -> None:
 
 def test_features_do_not_depend_on_the_order_of_notes_and_tracks() -> None:
     score = make_score(4, bars=12)
-    other = score.copy()
+    other: Any = score.copy()
     other.tracks = list(reversed(other.tracks))
     for track in other.tracks:
         track.notes = random.Random(0).sample(list(track.notes), len(track.notes))

@@ -1,4 +1,4 @@
-"""A listening test is blind, leads back to its music, and is scored over pieces."""
+"""A listening test is blind, its key leads back to its music, and it is scored over pieces."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from midimamba.evaluation.rendering import render_wave
 
 
 def make_piece(pitch: int, bars: int = 3, velocity: int = 64, is_drum: bool = False) -> ScoreTick:
-    """Two notes a bar of 4/4, the second at its end: with the same bars, pieces last equally long."""
+    """Two notes per bar of 4/4, the second at its end: pieces of the same number of bars have the same length."""
     score, track = Score(480), Track(is_drum=is_drum)
     for bar in range(bars):
         for start in (bar * 1920, bar * 1920 + 1440):
@@ -39,8 +39,8 @@ def make_piece(pitch: int, bars: int = 3, velocity: int = 64, is_drum: bool = Fa
     return score
 
 
-PIECES = 6  # each: that chance groups six and six is as good as impossible
-# Arms that differ in everything a file could tell: loudness, length and register.
+PIECES = 6  # per arm: it is next to impossible that chance groups six and six
+# Arms that differ in everything a file could reveal: loudness, length and register.
 ARMS = {
     "quietsource": [make_piece(40 + index, bars=3, velocity=20) for index in range(PIECES)],
     "loudsource": [make_piece(60 + index, bars=9, velocity=120) for index in range(PIECES)],
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Page(HTMLParser):
-    """What of a page matters here: its files with their players, questions and choices."""
+    """The parts of a page that matter here: its files with their players, questions and choices."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -93,7 +93,7 @@ class Page(HTMLParser):
             self.labelled = False
 
 
-def test_every_piece_of_every_arm_is_there_once(folder: Path) -> None:
+def test_every_piece_of_every_arm_occurs_once(folder: Path) -> None:
     key = json.loads((folder / "key.json").read_text())
     assert set(contents(folder)) == {*key["pieces"], "key.json", "index.html"}
     assert (key["seed"], key["bars"]) == (3, 2)
@@ -108,7 +108,7 @@ def test_the_key_leads_back_to_the_music(folder: Path, tmp_path: Path) -> None:
     assert len({content for name, content in contents(folder).items() if name.endswith(".wav")}) == 2 * PIECES
 
 
-def test_listeners_see_nothing_of_the_arms(folder: Path) -> None:
+def test_listeners_see_no_trace_of_the_arms(folder: Path) -> None:
     page = (folder / "index.html").read_text()
     for arm in ARMS:
         assert arm not in page
@@ -122,7 +122,7 @@ def test_listeners_see_nothing_of_the_arms(folder: Path) -> None:
         assert 1 < changes < len(order) - 1  # neither grouped nor in turn
 
 
-def test_neither_loudness_nor_length_tells_arms_apart(folder: Path) -> None:
+def test_neither_loudness_nor_length_distinguishes_the_arms(folder: Path) -> None:
     sizes, peaks = set(), set()
     for sound in folder.glob("*.wav"):
         with wave.open(str(sound)) as file:
@@ -134,7 +134,7 @@ def test_neither_loudness_nor_length_tells_arms_apart(folder: Path) -> None:
     assert min(peaks) > 29000
 
 
-def test_the_seed_decides(folder: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_test(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("same", 3), ("other", 4)):
         write_listening_test(tmp_path / name, ARMS, seed=seed, bars=2)
     assert contents(tmp_path / "same") == contents(folder)
@@ -155,7 +155,9 @@ def test_the_page_asks_two_questions_about_every_file(folder: Path) -> None:
     assert set(page.players) == files == set(page.choices)
     assert len(page.players) == 2 * PIECES
     groups = [group for choices in page.choices.values() for group in choices]
-    assert len(groups) == len(set(groups)) == 4 * PIECES  # radio buttons of one name would switch each other off
+    assert (
+        len(groups) == len(set(groups)) == 4 * PIECES
+    )  # radio buttons with the same name would switch each other off
     for choices in page.choices.values():
         assert list(choices.values()) == [["1", "2", "3", "4", "5"], ["true", "false"]]
         assert [group.split("-")[0] for group in choices] == list(Answer._fields)
@@ -164,7 +166,7 @@ def test_the_page_asks_two_questions_about_every_file(folder: Path) -> None:
     assert read_key(folder).test in {value for name, value in page.attributes if name == "data-test"}
 
 
-def test_the_page_needs_nothing_from_elsewhere(folder: Path) -> None:
+def test_the_page_needs_no_external_resources(folder: Path) -> None:
     text = (folder / "index.html").read_text()
     page = Page(text)
     references = {value for name, value in page.attributes if name in {"src", "href", "action", "srcset"}}
@@ -185,14 +187,14 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_is_not_replaced(folder: Path) -> None:
+def test_an_existing_folder_is_not_replaced(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(FileExistsError):
         write_listening_test(folder, ARMS)
     assert contents(folder) == before
 
 
-def test_only_pieces_that_can_be_heard_are_drawn(tmp_path: Path) -> None:
+def test_only_pieces_with_something_to_play_are_drawn(tmp_path: Path) -> None:
     for arm in ("one", "two"):
         (tmp_path / arm / "deep").mkdir(parents=True)
         for index in range(3):
@@ -205,10 +207,10 @@ def test_only_pieces_that_can_be_heard_are_drawn(tmp_path: Path) -> None:
     drawn = draw_arms(folders, num=3, bars=2)
     assert {Path(file).name for file in drawn["one"].pieces} == {"0.mid", "1.mid", "2.mid"}
     assert drawn["two"].passed_over == []
-    with pytest.raises(InputError, match="one holds 3 pieces to listen to, of 6 MIDI files, and not the 4"):
+    with pytest.raises(InputError, match="one has 3 pieces to listen to in 6 MIDI files, but --num asks for 4"):
         draw_arms(folders, num=4, bars=2)
     assert len(draw_arms([tmp_path / "one", tmp_path / "one" / "deep"], num=3, bars=3)) == 2
-    for seed in range(9):  # another seed sooner or later draws another piece
+    for seed in range(9):  # sooner or later, another seed draws another piece
         if set(draw_arms(folders, 1, 2, seed)["two"].pieces) != set(draw_arms(folders, 1, 2)["two"].pieces):
             return
     pytest.fail("the seed does not matter")
@@ -225,7 +227,7 @@ def test_scores_are_means_over_pieces() -> None:
     assert (mle.answers, mle.asked, real.answers, real.asked) == (3, 4, 4, 6)
     assert mle.rating.value == pytest.approx((1.5 + 2) / 2)  # and not 5 / 3, the mean of the answers
     assert mle.person.value == pytest.approx((0.5 + 0) / 2)
-    assert real.rating.value == pytest.approx(4)  # piece e was judged by nobody
+    assert real.rating.value == pytest.approx(4)  # nobody answered about piece e
     assert real.person.value == pytest.approx((1 + 0.5) / 2)
     assert {pair: found.value for pair, found in scores.differences.items()} == {("mle", "real"): 1.75 - 4}
     table = scores_table(scores)
@@ -242,7 +244,7 @@ def test_more_listeners_are_not_more_pieces() -> None:
     assert many.arms["real"].answers == 60
 
 
-def test_intervals_are_those_of_all_resamples() -> None:
+def test_intervals_agree_with_all_resamples() -> None:
     """Of the pieces 1 and 5, a quarter of the resamples are 1 and 1 and a quarter 5 and 5; 3 and 3 do not vary."""
     key = Key("id", {"a": "wide", "b": "wide", "c": "flat", "d": "flat"})
     ratings = {"a": Answer(1, False), "b": Answer(5, True), "c": Answer(3, False), "d": Answer(3, False)}
@@ -256,7 +258,7 @@ def test_intervals_are_those_of_all_resamples() -> None:
     assert 0 <= wide.person.low < 0.1 < 0.9 < wide.person.high <= 1
 
 
-def test_a_single_piece_has_no_interval_and_no_answer_no_mean() -> None:
+def test_a_single_piece_has_no_interval_and_missing_answers_have_no_mean() -> None:
     scores = score_answers(Key("id", {"a": "one", "b": "two", "c": "two"}), [{"a": Answer(4, True)}])
     assert scores.arms["one"].rating.value == 4
     assert np.isnan(scores.arms["one"].rating.low)

@@ -1,9 +1,10 @@
-"""Measures against brute force and known answers."""
+"""Metrics against brute force and known answers."""
 
 import math
 import random
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,14 +44,14 @@ def test_self_bleu_is_the_mean_of_brute_force_bleu(n: int) -> None:
     assert self_bleu(rows, n) == pytest.approx(expected)
 
 
-def test_self_bleu_of_copies_is_one_and_of_strangers_zero() -> None:
+def test_self_bleu_is_one_for_copies_and_zero_for_unrelated_sequences() -> None:
     row = torch.arange(20)
     assert self_bleu(row.repeat(3, 1)) == pytest.approx(1)
     assert self_bleu(torch.stack([row, row + 20, row + 40])) == 0
 
 
-def test_self_bleu_punishes_a_short_sequence() -> None:
-    # [1 2 3 4 5] is found whole in the other: precision 1, penalty exp(1 - 6/5); the other way precisions fall.
+def test_self_bleu_penalises_a_short_sequence() -> None:
+    # The other sequence contains all of [1 2 3 4 5]: precision 1, penalty exp(1 - 6/5). The reverse lowers precisions.
     forward = math.exp(1 - 6 / 5)
     backward = (5 / 6 * 4 / 5) ** 0.5
     assert self_bleu([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]], n=2) == pytest.approx((forward + backward) / 2)
@@ -77,7 +78,7 @@ def test_distinct_n_counts_over_all_sequences() -> None:
         distinct_n(rows, 5)
 
 
-def test_held_out_nll_is_the_mean_over_tokens_one_by_one(generator: MidiMambaForCausalLM) -> None:
+def test_held_out_nll_is_the_mean_over_single_tokens(generator: MidiMambaForCausalLM) -> None:
     blocks = torch.randint(11, (5, 7))
     nats = [
         -generator(row[None, :t]).logits[0, -1].log_softmax(-1)[row[t]].item() for row in blocks for t in range(1, 7)
@@ -113,7 +114,7 @@ def test_held_out_nll_refuses_blocks_without_a_token_to_predict(
 
 
 class FirstTokenJudge(nn.Module):
-    """Calls real whatever starts with a positive token."""
+    """Judges every sequence real that starts with a positive token."""
 
     device = torch.device("cpu")
 
@@ -122,10 +123,10 @@ class FirstTokenJudge(nn.Module):
         return SimpleNamespace(logits=input_ids[:, :1].float() - 0.5)
 
 
-def test_discriminator_accuracy_weighs_both_kinds_alike() -> None:
+def test_discriminator_accuracy_weighs_both_kinds_equally() -> None:
     real = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 0]])
     fake = torch.tensor([[0, 1], [1, 1], [1, 1], [1, 1], [0, 1]])
-    judge = FirstTokenJudge().train()
+    judge: Any = FirstTokenJudge().train()
     assert discriminator_accuracy(judge, real, fake, batch_size=3) == {
         "accuracy": pytest.approx(0.575),
         "accuracy_real": pytest.approx(0.75),

@@ -15,7 +15,7 @@ from midimamba.evaluation.rendering import draw_piano_roll, plucked_string, rend
 
 
 def make_score(*notes: tuple[int, int, int, int]) -> ScoreTick:
-    """One track of (start, duration, pitch, velocity) at 480 ticks a quarter and 120 quarters a minute."""
+    """One track of (start, duration, pitch, velocity) at 480 ticks per quarter and 120 quarters per minute."""
     score = Score(480)
     track = Track(name="Piano")
     for note in notes:
@@ -60,7 +60,7 @@ def test_loud_notes_are_darker(tmp_path: Path) -> None:
     assert ink[1] > 1.2 * ink[0]
 
 
-def test_every_track_has_its_colour(tmp_path: Path) -> None:
+def test_every_track_has_its_own_colour(tmp_path: Path) -> None:
     score = make_score((0, 1920, 60, 127))
     second = Track(program=40, name="$\\x$")  # no formula
     second.notes.append(Note(0, 1920, 72, 127))
@@ -108,7 +108,7 @@ def test_sound_has_the_pitch_of_the_note(tmp_path: Path) -> None:
     assert loudest == pytest.approx(440, abs=1)
 
 
-def test_percussion_alone_is_silent_and_no_error(tmp_path: Path) -> None:
+def test_percussion_alone_is_silent_and_not_an_error(tmp_path: Path) -> None:
     score = make_score((0, 480, 38, 100))
     score.tracks[0].is_drum = True
     render_wave(score, tmp_path / "sound.wav")
@@ -126,8 +126,8 @@ def test_a_missing_package_is_named_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, render: object, package: str
 ) -> None:
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package} is not installed.*midimamba\[demo\]"):
         render(make_score((0, 480, 60, 100)), tmp_path / "out")  # type: ignore[operator]
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator, PackedBlocks
 from midimamba.errors import InputError
 from midimamba.evaluation.report import main, write_report
+from midimamba.evaluation.report_page import Report
 from midimamba.training.adversarial_config import AdversarialConfig
 from support import make_discriminator, make_generator
 
@@ -64,13 +65,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(finished_run: Path) -> dict:
+def report(finished_run: Path) -> Report:
     return write_report(finished_run, num_samples=8)
 
 
-def test_likelihood_is_that_of_each_model_on_the_test_split(finished_run: Path, report: dict) -> None:
+def test_likelihood_is_that_of_each_model_on_the_test_split(finished_run: Path, report: Report) -> None:
     splits, processor = load_corpus(finished_run / "data")
-    batch = BlockCollator.for_processor(processor)(list(PackedBlocks(splits["test"], LENGTH)))
+    test = PackedBlocks(splits["test"], LENGTH)
+    blocks = [test[index] for index in range(len(test))]
+    batch = BlockCollator.for_processor(processor)(blocks)
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
         model = MidiMambaForCausalLM.from_pretrained(finished_run / folder)
         with torch.no_grad():
@@ -79,7 +82,7 @@ def test_likelihood_is_that_of_each_model_on_the_test_split(finished_run: Path, 
     assert report["before"]["held_out_nll"] != report["after"]["held_out_nll"]
 
 
-def test_samples_and_music_are_compared_in_sets_of_equal_size(finished_run: Path, report: dict) -> None:
+def test_samples_and_music_are_compared_in_sets_of_equal_size(finished_run: Path, report: Report) -> None:
     assert report["settings"]["fresh_samples"] == 8
     tokens = 8 * LENGTH
     for column in ("before", "after", "real"):
@@ -90,7 +93,7 @@ def test_samples_and_music_are_compared_in_sets_of_equal_size(finished_run: Path
 
 
 def test_the_same_seed_gives_the_same_report_and_leaves_the_global_random_state(
-    finished_run: Path, report: dict
+    finished_run: Path, report: Report
 ) -> None:
     state = torch.get_rng_state()
     assert write_report(finished_run, num_samples=8) == report
@@ -112,7 +115,9 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
     assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
 
 
-def test_an_unfinished_run_is_refused_with_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_refused_and_the_missing_part_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(InputError, match=r"no pretrained/config\.json"):
         write_report(tmp_path)

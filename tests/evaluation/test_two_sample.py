@@ -1,4 +1,4 @@
-"""A fresh classifier finds what is different, and nothing where nothing is."""
+"""A fresh classifier finds a difference if and only if there is one."""
 
 from itertools import product
 
@@ -12,7 +12,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def markov(count: int, stay: float, seed: int) -> torch.Tensor:
-    """Sequences of 64 tokens that are the one before with the probability `stay`, and else any of 20."""
+    """Sequences of 64 tokens: each repeats the token before with probability `stay`, else it is any of 20."""
     chance = np.random.default_rng(seed)
     rows = chance.integers(20, size=(count, 64))
     for step in range(1, 64):
@@ -21,7 +21,7 @@ def markov(count: int, stay: float, seed: int) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def test_p_values_are_those_of_counting_throws() -> None:
+def test_p_values_agree_with_counting_all_tosses() -> None:
     throws = [sum(sides) for sides in product((0, 1), repeat=9)]
     for right in (0, 3, 7, 9):
         assert binomial_p_value(right, 9) == pytest.approx(np.mean([heads >= right for heads in throws]))
@@ -47,11 +47,12 @@ def test_points_of_two_kinds_are_told_apart() -> None:
 
 
 def test_under_the_null_hypothesis_few_p_values_are_small() -> None:
-    values = [feature_test(*RANDOM.normal(size=(2, 40, 5)), seed=seed).p_value for seed in range(100)]
+    pairs = RANDOM.normal(size=(100, 2, 40, 5))
+    values = [feature_test(real, samples, seed=seed).p_value for seed, (real, samples) in enumerate(pairs)]
     assert np.mean(np.array(values) < 0.1) < 0.2
 
 
-def test_the_same_seed_is_the_same_test_and_the_global_random_state_stays() -> None:
+def test_the_same_seed_gives_the_same_test_and_keeps_the_global_random_state() -> None:
     real, samples = markov(10, 0.2, 1), markov(12, 0.5, 2)
     state = torch.get_rng_state()
     assert token_test(real, samples, 20, seed=3) == token_test(real, samples, 20, seed=3)
@@ -59,7 +60,7 @@ def test_the_same_seed_is_the_same_test_and_the_global_random_state_stays() -> N
 
 
 def test_sets_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ValueError, match="give themselves away"):
+    with pytest.raises(ValueError, match="differ in length"):
         token_test(markov(6, 0, 0), markov(6, 0, 0)[:, :50], 20)
     with pytest.raises(ValueError, match="too few"):
         feature_test(np.zeros((4, 2)), np.zeros((9, 2)))

@@ -1,4 +1,4 @@
-"""A Hub of one process: what huggingface_hub and datasets ask for to create, fill and read repositories, in memory."""
+"""A Hub in one process and in memory: the requests by which huggingface_hub and datasets create, fill and read it."""
 
 import base64
 import hashlib
@@ -19,8 +19,8 @@ OWNER = "you"
 COMMIT = "0" * 40
 
 Repositories = dict[str, dict[str, bytes]]
-"""Repository name, with `datasets/` before a data set's, to path to content."""
-# What comes after `/api/` for a repository: its kind and its name.
+"""By repository name, with `datasets/` before that of a data set, the content of every path."""
+# The path of a repository: after `/api/`, its kind and its name.
 _REPOSITORY = r"/api/(models|datasets)/([^/]+/[^/]+)"
 
 
@@ -30,7 +30,7 @@ class FakeHub(ThreadingHTTPServer):
 
     Args:
         repositories (`dict`): everything that was committed, by repository and path.
-        private (`set`): the repositories that were created private.
+        private (`set`): the repositories that were created as private.
         commits (`list`): the repository of every commit.
     """
 
@@ -53,7 +53,7 @@ def serving() -> Iterator[FakeHub]:
 
 
 def client(hub: FakeHub, desk: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user of `hub`, in a process of its own and with a cache of its own."""
+    """Run a script as a user of `hub`, in a separate process with a separate cache."""
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "token", "HF_HOME": str(desk / "cache")}
     quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
     return subprocess.run(
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are no news."""
+        """Requests are not logged."""
 
 
 def _key(kind: str, name: str) -> str:

@@ -1,9 +1,8 @@
-"""A round trip through a Hub: publish, then load from there what was published."""
+"""A round trip through a Hub: publish, then load what was published."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from midimamba.hub_cards.publish import _generator_card, publish
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator
 
-from .fake_hub import FakeHub, client, serving
+from .fake_hub import FakeHub, client
 
-# huggingface_hub reads its endpoint when it is imported, so each client is a process of its own.
+# huggingface_hub reads its endpoint when it is imported, so each client is a separate process.
 PUBLISH = """
 import json, sys
 from pathlib import Path
@@ -93,7 +92,7 @@ NOT_FOR_THE_HUB = ("optimizer.pt", "training_args.bin", "trainer_state.json", "c
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Networks, tokenizer, report and samples as a run leaves them, and beside them what must stay here."""
+    """Networks, tokenizer, report and samples as a run leaves them, and files that must not be uploaded."""
     folder = tmp_path_factory.mktemp("run")
     processor = MidiProcessor(build_tokenizer())
     generator = make_generator(vocab_size=processor.vocab_size)
@@ -110,7 +109,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(name.encode())
     diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
     measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.91, "accuracy_fake": 0.59}
-    settings = {"fresh_samples": 9, "tokens_a_sequence": 77}
+    settings = {"fresh_samples": 9, "tokens_per_sequence": 77}
     report = {"before": measures, "after": {**measures, "held_out_nll": 2.5}, "real": diversity, "settings": settings}
     (folder / "report.json").write_text(json.dumps(report))
     return folder
@@ -126,12 +125,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     score.tracks.append(track)
     score.dump_midi(folder / "prompt.mid")
     return folder
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[FakeHub]:
-    with serving() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +166,7 @@ def test_what_was_published_loads_by_name(hub: FakeHub, run: Path, desk: Path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("urls")
-def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: Path) -> None:
+def test_the_published_processor_comes_with_its_code(hub: FakeHub, run: Path, desk: Path) -> None:
     done = client(hub, desk, ABROAD)
     assert done.returncode == 0, done.stderr
     expected = MidiProcessor.from_pretrained(run / "generator").encode(desk / "prompt.mid")
@@ -182,7 +175,7 @@ def test_the_published_processor_brings_its_code(hub: FakeHub, run: Path, desk: 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("urls")
-def test_the_snippets_of_the_cards_run_as_they_stand(hub: FakeHub, desk: Path) -> None:
+def test_the_snippets_of_the_cards_run_unchanged(hub: FakeHub, desk: Path) -> None:
     cards = [hub.repositories[name]["README.md"].decode() for name in ("you/bach", "you/bach-discriminator")]
     snippets = [snippet for card in cards for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
     assert len(snippets) == 3
@@ -217,7 +210,7 @@ def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
         ("moe-mamba", "A moe-mamba language model", "with its own code", True),
     ],
 )
-def test_a_card_tells_how_its_layout_loads(layout: str, kind: str, loads_as: str, trust: bool, tmp_path: Path) -> None:
+def test_a_card_says_how_its_layout_loads(layout: str, kind: str, loads_as: str, trust: bool, tmp_path: Path) -> None:
     make_generator(layout=layout).save_pretrained(tmp_path)
     card = str(_generator_card(tmp_path, "you/bach", None, None))
     assert kind in card
@@ -226,7 +219,7 @@ def test_a_card_tells_how_its_layout_loads(layout: str, kind: str, loads_as: str
 
 
 @pytest.mark.slow
-def test_an_own_card_stays_and_what_the_hub_refuses_is_one_line(
+def test_a_card_of_the_owner_is_kept_and_a_refusal_of_the_hub_is_one_line(
     hub: FakeHub, run: Path, desk: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(run / "generator", tmp_path / "own")
@@ -246,25 +239,33 @@ def test_an_impossible_name_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "miditok.json"])
-def test_a_folder_that_is_no_generator_is_refused_before_anything_is_sent(
+def test_a_folder_that_is_not_a_generator_is_refused_before_anything_is_sent(
     run: Path, tmp_path: Path, missing: str
 ) -> None:
     for name in {"config.json", "model.safetensors", "miditok.json"} - {missing}:
         (tmp_path / name).symlink_to(run / "generator" / name)
-    with pytest.raises(InputError, match="is no checkpoint to publish"):
+    with pytest.raises(InputError, match="a checkpoint to publish"):
         publish(tmp_path, "you/bach")
-    with pytest.raises(InputError, match="is no checkpoint to publish"):
+    with pytest.raises(InputError, match="a checkpoint to publish"):
         publish(run / "generator", "you/bach", discriminator=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}"])
-def test_what_is_no_report_is_refused(run: Path, tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_report_is_refused(run: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(InputError, match="is no report"):
+    with pytest.raises(InputError, match="is not a report"):
         publish(run / "generator", "you/bach", report=tmp_path / "report.json")
 
 
-def test_what_evaluate_writes_becomes_the_card(run: Path, tmp_path: Path) -> None:
+def test_a_report_of_another_version_is_refused(run: Path, tmp_path: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    del report["settings"]["tokens_per_sequence"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="of another version, without 'tokens_per_sequence'"):
+        publish(run / "generator", "you/bach", report=tmp_path / "report.json")
+
+
+def test_the_report_of_evaluate_becomes_the_card(run: Path, tmp_path: Path) -> None:
     estimate = {"value": 0.512, "low": 0.4, "high": 0.6}
     unknown = dict.fromkeys(estimate)
     overlap = {"estimate": estimate, "floor": 0.987}
@@ -273,7 +274,7 @@ def test_what_evaluate_writes_becomes_the_card(run: Path, tmp_path: Path) -> Non
     report = {
         "figures": {"classifier_tokens": {"estimate": {**estimate, "value": 0.731}, "floor": None}},
         "features": {"pitch_class_histogram": feature},
-        "settings": {"samples": 8, "reference_pieces": 30, "bars_a_piece": 16},
+        "settings": {"samples": 8, "reference_pieces": 30, "bars_per_piece": 16},
     }
     (tmp_path / "tuned.json").write_text(json.dumps(report))
     for name in ("tuned-features.png", "tuned-sample-0.png", "tuned-real-0.png", "other-features.png"):
@@ -282,7 +283,7 @@ def test_what_evaluate_writes_becomes_the_card(run: Path, tmp_path: Path) -> Non
     card = str(_generator_card(run / "generator", "you/bach", evaluation, None))
     assert "| 0.731 | 0.4 … 0.6 | – |" in card  # noqa: RUF001
     assert "| 0.512 | 0.4 … 0.6 | 0.987 |" in card
-    assert "8 samples beside 30 pieces" in card
+    assert "8 samples are compared with 30 pieces" in card
     pictures = {"tuned-features.png", "tuned-sample-0.png", "tuned-real-0.png"}
     assert evaluation.files == {name: tmp_path / name for name in pictures} | {
         "evaluation.json": tmp_path / "tuned.json"

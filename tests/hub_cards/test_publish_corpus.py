@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ from midimamba.hub_cards.publish import publish
 from midimamba.hub_cards.publish_corpus import without_paths
 from support import make_score
 
-from .fake_hub import FakeHub, client, serving
+from .fake_hub import FakeHub, client
 
 # With shards so small that the train split has several, of several rows each.
 PUBLISH = """
@@ -69,13 +68,13 @@ print(json.dumps({split: rows["name"][:] for split, rows in load_dataset("you/ag
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, whose name nobody else should learn."""
+    """The folder of a user, whose name must not be published."""
     return tmp_path_factory.mktemp("secret-home")
 
 
 @pytest.fixture(scope="module")
 def corpus(home: Path) -> Path:
-    """A corpus of 30 pieces, with what is refused, what is dropped, and beside it what must stay here."""
+    """A corpus of 30 pieces, with refused and dropped files, and with files beside it that must not be uploaded."""
     music = home / "my-music"
     music.mkdir()
     for seed in range(30):
@@ -83,7 +82,7 @@ def corpus(home: Path) -> Path:
     shutil.copyfile(music / "00.mid", music / "copy.mid")
     for name in ("silent", "quiet", "mute"):
         Score(480).dump_midi(music / f"{name}.mid")
-    # Three reasons that differ in numbers alone.
+    # Three reasons that differ only in their numbers.
     for size in (30, 40, 50):
         (music / f"cut-{size}.mid").write_bytes((music / "01.mid").read_bytes()[:size])
     folder = home / "corpus"
@@ -98,14 +97,8 @@ def corpus(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[FakeHub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def files(hub: FakeHub, home: Path, corpus: Path) -> dict[str, bytes]:
-    """What the command published of the corpus."""
+    """The files of the corpus that the command has published."""
     done = client(hub, home, PUBLISH, corpus, "--repo", "you/data", "--private", "--license", "cc0-1.0")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"corpus: {hub.url}/datasets/you/data\n"
@@ -154,13 +147,13 @@ def test_no_path_of_the_user_leaves_the_machine(files: dict[str, bytes], home: P
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("files")
-def test_what_was_published_loads_as_it_was(hub: FakeHub, home: Path, corpus: Path) -> None:
+def test_a_published_corpus_loads_unchanged(hub: FakeHub, home: Path, corpus: Path) -> None:
     done = client(hub, home, LOAD, corpus, "you/data")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_the_snippets_of_the_card_run_as_they_stand(
+def test_the_snippets_of_the_card_run_unchanged(
     files: dict[str, bytes], hub: FakeHub, home: Path, corpus: Path
 ) -> None:
     snippets = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
@@ -172,7 +165,7 @@ def test_the_snippets_of_the_card_run_as_they_stand(
     assert Score(home / "piece.mid").note_num() == first["num_notes"]
 
 
-def test_the_card_says_what_is_in_it_and_how_it_was_made(files: dict[str, bytes], corpus: Path) -> None:
+def test_the_card_describes_the_content_and_how_it_was_made(files: dict[str, bytes], corpus: Path) -> None:
     card = files["README.md"].decode()
     report = json.loads((corpus / "corpus.json").read_text())
     assert yaml.safe_load(card.split("---")[1]) == {
@@ -195,11 +188,11 @@ def test_the_card_says_what_is_in_it_and_how_it_was_made(files: dict[str, bytes]
     assert f"\n- `vocab_size`: {report['vocab_size']}\n" in card
     assert f"`fingerprint`: {report['fingerprint']}" in card
     assert f"miditok {report['versions']['miditok']}" in card
-    assert "The splits of 30 pieces were decided by a hash" in card
+    assert "The splits of 30 pieces were chosen by a hash" in card
     assert "--data you/data" in card
 
 
-def test_the_card_sums_up_what_was_left_out(files: dict[str, bytes]) -> None:
+def test_the_card_summarizes_what_was_left_out(files: dict[str, bytes]) -> None:
     card = files["README.md"].decode()
     assert "6 files were refused: " in card
     assert "3 at the stage `check`" in card
@@ -207,11 +200,11 @@ def test_the_card_sums_up_what_was_left_out(files: dict[str, bytes]) -> None:
     assert "| 3 | check | it holds no notes |" in card
     (broken,) = re.findall(r"^\| 3 \| read \| .*", card, re.MULTILINE)
     assert not re.search(r"\d", broken.removeprefix("| 3 |"))
-    assert "1 files have the notes of another one" in card
+    assert "1 files have the same notes as another file" in card
 
 
 @pytest.mark.slow
-def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
+def test_a_smaller_corpus_replaces_a_larger_one(
     files: dict[str, bytes], hub: FakeHub, home: Path, corpus: Path, tmp_path: Path
 ) -> None:
     hub.repositories["datasets/you/again"] = dict(files) | {"notes.md": b"mine"}
@@ -237,12 +230,12 @@ def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
     card = again["README.md"].decode()
     assert "No licence was stated" in card
     assert "license" not in yaml.safe_load(card.split("---")[1])
-    # What was asked of a new tokenizer had no effect on the given one.
+    # The options of a new tokenizer had no effect on the given one.
     assert "- `tokenizer`: tokenizer\n" in card
     assert "subword" not in card
     assert "No file was refused" in card
 
-    # `datasets` cannot load a split without rows: the file is there, but the card does not point it there.
+    # `datasets` cannot load a split without rows: the file exists, but the card does not point to it.
     test = pq.read_table(io.BytesIO(again["data/test-00000-of-00001.parquet"]))
     assert (test.num_rows, test.column_names) == (0, ["name", "input_ids", "num_notes", "seconds"])
     loaded = client(hub, tmp_path, LOAD_ROWS)
@@ -254,7 +247,7 @@ def test_a_smaller_corpus_takes_the_place_of_a_larger_one(
 
 
 @pytest.mark.slow
-def test_an_own_card_stays(hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
+def test_a_card_of_the_owner_is_kept(hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "own")
     (tmp_path / "own" / "README.md").write_text("---\ntags: [mine]\n---\nMy own words.\n")
     done = client(hub, tmp_path, PUBLISH, tmp_path / "own", "--repo", "you/own")
@@ -262,7 +255,7 @@ def test_an_own_card_stays(hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
     assert hub.repositories["datasets/you/own"]["README.md"].endswith(b"My own words.\n")
 
 
-def test_of_many_reasons_a_card_lists_the_most_frequent(corpus: Path, tmp_path: Path) -> None:
+def test_a_card_lists_the_most_frequent_of_many_reasons(corpus: Path, tmp_path: Path) -> None:
     reasons = [letter * 3 for letter in "abcdefghijkl"]
     rows = [{"stage": "read", "reason": reason} for place, reason in enumerate(reasons) for _ in range(20 - place)]
     rows += [{"stage": "check", "reason": f"a | of 0x{n}f and {n},000 " + "long " * 100} for n in range(50)]
@@ -274,11 +267,11 @@ def test_of_many_reasons_a_card_lists_the_most_frequent(corpus: Path, tmp_path: 
     assert lines[0][1].startswith(r"a \| of N and N long")
     assert len(lines[0][1]) < 130
     assert [reason for _, reason in lines[1:]] == reasons[:9]
-    assert f"Other reasons refused {11 + 10 + 9} files." in card
+    assert f"Other reasons account for {11 + 10 + 9} refused files." in card
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "published"),
     [
         ("/home/me/songs.zip", "songs.zip"),
         ("C:\\Users\\me\\Music", "Music"),
@@ -292,15 +285,15 @@ def test_of_many_reasons_a_card_lists_the_most_frequent(corpus: Path, tmp_path: 
         (None, None),
     ],
 )
-def test_of_paths_only_the_last_part_is_told(
-    name: str | None, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_the_last_part_of_a_path_is_published(
+    name: str | None, published: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here" / "kept" / "songs").mkdir(parents=True)
     (tmp_path / "here" / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path / "here")
     assert without_paths({"source": name, "tokenizer": name, "seed": 1}) == {
-        "source": told,
-        "tokenizer": told,
+        "source": published,
+        "tokenizer": published,
         "seed": 1,
     }
 
@@ -323,17 +316,18 @@ def test_sizes_have_the_names_of_the_hub(rows: int, name: str) -> None:
 
 
 def test_options_of_generators_are_refused(corpus: Path, tmp_path: Path) -> None:
-    for option in ("discriminator", "report"):
-        with pytest.raises(InputError, match=f"--{option}"):
-            publish(corpus, "you/data", **{option: tmp_path})
+    with pytest.raises(InputError, match="--discriminator"):
+        publish(corpus, "you/data", discriminator=tmp_path)
+    with pytest.raises(InputError, match="--report"):
+        publish(corpus, "you/data", report=tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "train", "quarantine.jsonl", "dataset_dict.json"])
-def test_half_a_corpus_is_refused_before_anything_is_sent(corpus: Path, tmp_path: Path, missing: str) -> None:
+def test_an_incomplete_corpus_is_refused_before_anything_is_sent(corpus: Path, tmp_path: Path, missing: str) -> None:
     for file in corpus.iterdir():
         if file.name != missing:
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(InputError, match="is no whole corpus") as refusal:
+    with pytest.raises(InputError, match="is not a complete corpus") as refusal:
         publish(tmp_path, "you/data")
     assert "\n" not in str(refusal.value)
 
@@ -341,12 +335,12 @@ def test_half_a_corpus_is_refused_before_anything_is_sent(corpus: Path, tmp_path
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"splits": {}}'])
 def test_a_foreign_corpus_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "corpus.json").write_text(content)
-    with pytest.raises(InputError, match="is no whole corpus"):
+    with pytest.raises(InputError, match="is not a complete corpus"):
         publish(tmp_path, "you/data")
 
 
-def test_what_is_neither_generator_nor_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no checkpoint to publish, and no corpus"):
+def test_a_folder_that_is_neither_generator_nor_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is neither a checkpoint to publish nor a corpus"):
         publish(tmp_path, "you/data")
-    with pytest.raises(InputError, match="is no checkpoint to publish, and no corpus"):
+    with pytest.raises(InputError, match="is neither a checkpoint to publish nor a corpus"):
         publish(tmp_path / "nowhere", "you/data")

@@ -1,8 +1,9 @@
-"""Figures of samples beside one half of the reference, and of the other half beside it: their floor.
+"""Compare samples with one half of the reference, and the other half with it: the second comparison is the floor.
 
-Both halves and the samples that meet them are of one size, because overlaps, Fréchet distances and classifiers depend
-on it. Which pieces meet is chance, and with a dozen a set it decides much: the reference is halved several times, with
-other samples each time, and figures are means. Intervals are the mean ones of a single halving, which are wider.
+Both halves and the samples have the same size, because overlaps, Fréchet distances and classifiers depend on it. Which
+pieces are compared is a matter of chance, which decides much if a set has only a dozen pieces. So the reference is
+halved several times, with other samples each time, and figures are means over the halvings. Intervals are the mean
+intervals of a single halving, which are wider.
 """
 
 import math
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from midimamba.evaluation.distances import UNDEFINED, Estimate, compare_sets, jackknife
+from midimamba.evaluation.distances import compare_sets
+from midimamba.evaluation.estimates import UNDEFINED, Estimate, jackknife
 from midimamba.evaluation.features import Vector
 from midimamba.evaluation.frechet import embed, frechet_distance
 from midimamba.evaluation.metrics import distinct_n, self_bleu
@@ -31,7 +33,7 @@ class Figure:
 
     Args:
         estimate (`Estimate`): of the samples, or of the model.
-        floor (`float`, *optional*, defaults to NaN): the same of real music; NaN where that means nothing.
+        floor (`float`, *optional*, defaults to NaN): the same figure of real music; NaN if it has no meaning there.
     """
 
     estimate: Estimate
@@ -40,11 +42,11 @@ class Figure:
 
 class Music(NamedTuple):
     """
-    Pieces.
+    The features and the tokens of some pieces.
 
     Args:
         features (`Mapping[str, array]`): as [`~midimamba.evaluation.features.measure`] returns them.
-        ids (`Sequence[list[int]]`): their tokens.
+        ids (`Sequence[list[int]]`): the tokens of every piece.
     """
 
     features: Mapping[str, Vector]
@@ -63,14 +65,14 @@ def compare_halves(
     Compare samples with halves of the reference.
 
     Args:
-        samples, reference (`Music`): at least 5 and 10 pieces.
+        samples, reference (`Music`): at least 5 samples and at least 10 pieces of real music.
         vocab_size (`int`): number of token ids.
-        length (`int`): tokens a sequence, where sequences of equal length are compared.
-        seed (`int`, *optional*, defaults to 0): of halves, intervals and classifiers.
+        length (`int`): tokens per sequence, for the figures that compare sequences of equal length.
+        seed (`int`, *optional*, defaults to 0): for halves, intervals and classifiers.
 
     Returns:
-        `tuple`: figures of every feature by name, `overlapping_area`, `kl_divergence` and `classifier`; and figures of
-        whole pieces by name.
+        `tuple`: for every feature by name, the figures `overlapping_area`, `kl_divergence` and `classifier`; and the
+        figures of whole pieces by name.
     """
     size = min(len(samples.ids), len(reference.ids) // 2)
     random = np.random.default_rng(seed)
@@ -92,33 +94,33 @@ def compare_halves(
 
 
 def _means(halvings: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
-    """Of every figure, over the halvings in which it is defined."""
+    """The mean of every figure over the halvings in which it is defined."""
     means = {}
     for name in halvings[0]:
         known = [figures[name] for figures in halvings if not math.isnan(figures[name].estimate.value)]
         rows = [(row.estimate.value, row.estimate.low, row.estimate.high, row.floor) for row in known]
         value, low, high, floor = map(fmean, zip(*rows, strict=True)) if rows else (math.nan,) * 4
         if name.endswith("_p_value"):
-            # Twice the mean of p-values is one, however they depend on each other (Vovk & Wang, arXiv 1212.4966).
+            # Twice the mean of p-values is a p-value, however they depend on each other (arXiv 1212.4966).
             value, floor = min(1.0, 2 * value), min(1.0, 2 * floor)
         means[name] = Figure(Estimate(value, low, high), floor)
     return means
 
 
 def _feature_figures(name: str, ours: Vector, base: Vector, other: Vector, seed: int) -> dict[str, Figure]:
-    """Of one feature of samples and of both halves."""
+    """The figures of one feature."""
     found, floors = compare_sets(ours, base, seed), compare_sets(other, base, seed, replicates=0)
     overlap, divergence = (Figure(a, b.value) for a, b in zip(found, floors, strict=True))
-    told = Figure(UNDEFINED)
+    classifier = Figure(UNDEFINED)
     if ours.shape[1] == 1 and not math.isnan(overlap.estimate.value):
         points, *others = (embed({name: values}, {name: base}, [name]) for values in (base, ours, other))
         tests = [feature_test(points, each, seed).accuracy for each in others]
-        told = Figure(tests[0], tests[1].value)
-    return {"overlapping_area": overlap, "kl_divergence": divergence, "classifier": told}
+        classifier = Figure(tests[0], tests[1].value)
+    return {"overlapping_area": overlap, "kl_divergence": divergence, "classifier": classifier}
 
 
 def _piece_figures(samples: Music, first: Music, second: Music, seed: int) -> dict[str, Figure]:
-    """Figures of all numbers of a piece together."""
+    """The figures that use all numeric features together."""
     ours, base, floor = (embed(music.features, first.features) for music in (samples, first, second))
     distance = frechet_distance(floor, base, seed, replicates=0).value
     return {
@@ -130,7 +132,7 @@ def _piece_figures(samples: Music, first: Music, second: Music, seed: int) -> di
 def _token_figures(
     samples: Music, first: Music, second: Music, vocab_size: int, length: int, seed: int
 ) -> dict[str, Figure]:
-    """Figures of sequences of equal length: those long enough, as many of each set."""
+    """The figures of sequences of equal length: of the pieces that are long enough, the same number from each set."""
     sets = [[ids[:length] for ids in music.ids if len(ids) >= length] for music in (samples, first, second)]
     count = min(map(len, sets))
     names = ("classifier_tokens", "classifier_tokens_p_value", "distinct_4", "self_bleu_4")
@@ -139,8 +141,8 @@ def _token_figures(
     ours, base, floor = (torch.tensor(group[:count]) for group in sets)
     tests = [token_test(base, other, vocab_size, seed) for other in (ours, floor)]
     rows = ours.tolist()
-    distinct = jackknife(lambda there: distinct_n([rows[index] for index in there], 4), count)
-    repeated = jackknife(lambda there: self_bleu([rows[index] for index in there]), count)
+    distinct = jackknife(lambda present: distinct_n([rows[index] for index in present], 4), count)
+    repeated = jackknife(lambda present: self_bleu([rows[index] for index in present]), count)
     return _test_figures("tokens", *tests) | {
         "distinct_4": Figure(distinct, distinct_n(base, 4)),
         "self_bleu_4": Figure(repeated, self_bleu(base)),

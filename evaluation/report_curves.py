@@ -1,4 +1,4 @@
-"""The curves of a run, from what transformers' Trainer logged: four small multiples in one picture."""
+"""The curves of a run, from the log of transformers' Trainer: four small plots in one picture."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ DISCRIMINATOR = {
     "eval_d_accuracy_real": "accuracy, held-out",
     "eval_d_accuracy_fake": "accuracy, samples",
 }
-REWARD = {"reward": "mean of a batch"}
+REWARD = {"reward": "mean over a batch"}
 DIVERSITY = {f"eval_distinct_{n}": f"distinct-{n}" for n in (1, 2, 3, 4)} | {"eval_self_bleu_4": "self-BLEU-4"}
 
 
@@ -24,8 +24,8 @@ def draw_curves(pretrained: Path, generator: Path, path: Path) -> None:
 
     Args:
         pretrained (`Path`): folder of the maximum-likelihood phase, with `trainer_state.json`.
-        generator (`Path`): folder of the adversarial phase, likewise.
-        path (`Path`): the PNG file, replaced as a whole.
+        generator (`Path`): folder of the adversarial phase, with `trainer_state.json`.
+        path (`Path`): the PNG file, replaced atomically.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -49,7 +49,7 @@ def draw_curves(pretrained: Path, generator: Path, path: Path) -> None:
 
 
 def _draw_likelihood(axes: Any, first: Log, second: Log) -> None:
-    """Both phases side by side at equal width, whatever their numbers of steps."""
+    """Draw both phases side by side at equal width, whatever their numbers of steps."""
     before, after = (max((row["step"] for row in log), default=1) for log in (first, second))
     steps, values = _series(first, "eval_loss")
     more_steps, more_values = _series(second, "eval_loss")
@@ -62,7 +62,7 @@ def _draw_likelihood(axes: Any, first: Log, second: Log) -> None:
     axes.set_xlim(0, 2.02)
     axes.set_xticks([0, 0.5, 1, 1.5, 2], ["0", "maximum likelihood", f"{before:,}", "adversarial", f"{after:,}"])
     if values:
-        # An untrained model's first values would flatten everything of interest.
+        # The first values of an untrained model would flatten everything of interest.
         axes.set_ylim(0.9 * min(values + entropies), min(max(values + entropies), 1.6 * min(values)))
         axes.annotate(f"{values[-1]:.3f}", (positions[-1], values[-1]), (0, 6), textcoords="offset points", ha="right")
     _title(axes, "Likelihood and entropy, in nats per token")
@@ -86,7 +86,7 @@ def _line(values: list[float]) -> dict[str, Any]:
 
 
 def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the entries that have `key`."""
+    """Steps and values of the log entries that have `key`."""
     found = [(row["step"], row[key]) for row in log if key in row]
     return [step for step, _ in found], [value for _, value in found]
 
