@@ -340,6 +340,24 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             dropped_tokens=None if dropped is None else dropped.detach(),
         )
 
+    def make_state(self, batch_size: int, max_length: int | None = None, room: int | None = None) -> RecurrentCache:
+        """The state before the first token; see [`RecurrentCache.for_model`]."""
+        return RecurrentCache.for_model(self, batch_size, max_length, room)
+
+    def next_logits(self, tokens: Tensor, state: RecurrentCache) -> Tensor:
+        """
+        Read tokens onto a state, in place.
+
+        Args:
+            tokens (`LongTensor` of shape `(n, time)`): what comes next in each of the `n` sequences of the state.
+            state (`RecurrentCache`): from [`~MidiMambaForCausalLM.make_state`].
+
+        Returns:
+            `Tensor` of shape `(n, vocab)`: logits of what follows the last of the tokens, in float32 or wider.
+        """
+        logits: Tensor = self(input_ids=tokens, past_key_values=state, logits_to_keep=1).logits[:, -1]
+        return logits
+
     def _router_loss(self, router: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         loss = self.config.router_aux_loss_coef * router[0] + self.config.router_z_loss_coef * router[1]
         if num_items_in_batch is None:

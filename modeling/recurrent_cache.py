@@ -90,6 +90,7 @@ class RecurrentCache:
         self.documents = documents
         self._clock = _Clock(seen_tokens)
         self._whole: int | None = None  # of a view: how many rows the cache has that it is part of
+        self._reserve: RecurrentCache | None = None  # memory for more rows; this cache is its first ones
 
     @classmethod
     def empty(
@@ -131,9 +132,24 @@ class RecurrentCache:
         )
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, batch_size: int, max_length: int | None = None) -> "RecurrentCache":
-        """The state before the first token, in the model's type and on its device. See [`~RecurrentCache.empty`]."""
-        return cls.empty(model.config, batch_size, model.dtype, model.device, max_length)
+    def for_model(
+        cls, model: PreTrainedModel, batch_size: int, max_length: int | None = None, room: int | None = None
+    ) -> "RecurrentCache":
+        """
+        The state before the first token, in the model's type and on its device. See [`~RecurrentCache.empty`].
+
+        Args:
+            model (`PreTrainedModel`): a generator, or the network inside one.
+            batch_size (`int`): number of sequences; may be 0 if others are [`~RecurrentCache.append`]ed.
+            max_length (`int`, *optional*): see [`~RecurrentCache.empty`].
+            room (`int`, *optional*): reserves memory for this many sequences, which `append` fills.
+        """
+        cache = cls.empty(model.config, max(batch_size, room or 0), model.dtype, model.device, max_length)
+        if not room or room <= batch_size:
+            return cache
+        whole, cache = cache, cache._map(lambda tensor: tensor[:batch_size])
+        cache._reserve = whole
+        return cache
 
     @property
     def batch_size(self) -> int:
@@ -223,6 +239,44 @@ class RecurrentCache:
         self._clock.plain = other.plain and not self._is_part
         return self
 
+    def append(self, other: "RecurrentCache") -> "RecurrentCache":
+        """Add the sequences of `other` behind those here: in place where memory is reserved, else by concatenation.
+
+        Args:
+            other (`RecurrentCache`): of the same model. It has read the same number of tokens, or this cache holds no
+                sequence yet.
+
+        Raises:
+            CacheMismatchError: if the caches do not fit together, or this one is a view of rows.
+        """
+        mine, theirs = self.batch_size, other.batch_size
+        if (
+            other._shape() != self._shape()
+            or self._whole is not None
+            or (mine and self.seen_tokens != other.seen_tokens)
+        ):
+            raise CacheMismatchError(
+                f"cannot append {theirs} sequences of {other._shape()} that read {other.seen_tokens} tokens "
+                f"to {mine} of {self._shape()} that read {self.seen_tokens}"
+            )
+        whole = self._reserve
+        plain = other.plain and (self.plain or not mine)
+        self._clock.tokens = other.seen_tokens
+        if whole is None or whole.batch_size < mine + theirs:
+            more = max(0, mine + theirs - (mine if whole is None else whole.batch_size))
+            whole = (whole or self)._map(lambda tensor: torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])]))
+        whole._clock = self._clock
+        if self.documents is not None:
+            whole._make_room(other.seen_tokens)
+        part = whole._map(lambda tensor: tensor[mine : mine + theirs])
+        part.copy_(other)
+        rows = whole._map(lambda tensor: tensor[: mine + theirs])
+        self.conv_states, self.scan_states = rows.conv_states, rows.scan_states
+        self.keys, self.values, self.documents = rows.keys, rows.values, rows.documents
+        self._clock.plain = plain
+        self._reserve = whole
+        return self
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue with the sequences at `beam_idx`, in place: the hook of beam search."""
         self.copy_(self.select(beam_idx))
@@ -300,6 +354,7 @@ class RecurrentCache:
                 "give max_length to the cache that it is a part of"
             )
         more = max(length, 2 * room) - room
+        self._reserve = None
         self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
         self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
         self.documents = F.pad(self.documents, (0, more), value=PADDING)
