@@ -142,7 +142,7 @@ class _LSTMBackbone(nn.Module):
         if cache is None and use_cache:
             cache = RecurrentCache.empty(self.config, len(input_ids))
         if cache is not None:
-            parts = cache.conv_states[0], cache.scan_states[0]
+            parts = cache.layers[0].tensors
             state = tuple(part.transpose(0, 1).clone() for part in parts)
         hidden, state = self.lstm(self.embeddings(input_ids), state)
         if cache is not None:

@@ -152,6 +152,11 @@ class MidiMambaConfig(MambaConfig):
         return LAYOUTS[self.layout][0]
 
     @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer."""
+        return (self.mixer,) * self.num_hidden_layers
+
+    @property
     def feed_forward(self) -> str:
         """What follows a mixer: `"none"`, `"mlp"` or `"moe"`."""
         return LAYOUTS[self.layout][1]

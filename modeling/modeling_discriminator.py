@@ -15,6 +15,7 @@ from .configuration_discriminator import MidiDiscriminatorConfig
 from .configuration_midimamba import MidiMambaConfig
 from .modeling_midimamba import MidiMambaForCausalLM, MidiMambaModel
 from .recurrent_cache import RecurrentCache
+from .stock_names import stock_names_for_loading, write_stock_names
 
 # What a discriminator of kind mamba takes over from a generator, and what it cannot choose.
 _SHAPE = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel")
@@ -79,7 +80,7 @@ class MidiDiscriminator(PreTrainedModel):
 
     def __init__(self, config: MidiDiscriminatorConfig):
         super().__init__(config)
-        self.encoder: nn.Module
+        self.encoder: ConvolutionEncoder | MidiMambaModel
         if config.kind == "cnn":
             self.encoder = ConvolutionEncoder(config)
             num_features = self.encoder.num_features
@@ -90,6 +91,7 @@ class MidiDiscriminator(PreTrainedModel):
                     **{name: getattr(config, name) for name in _SHAPE},
                 )
             )
+            write_stock_names(self, self.encoder.config)
             num_features = config.hidden_size
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(num_features, 1)
@@ -98,6 +100,15 @@ class MidiDiscriminator(PreTrainedModel):
             for module in list(self.modules()):
                 if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == 1):
                     spectral_norm(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """As transformers does it, from a checkpoint with the names of a stock Mamba for kind `mamba`."""
+        loaded = stock_names_for_loading(super().from_pretrained, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.encoder, MidiMambaModel):
+            write_stock_names(model, model.encoder.config)
+        return loaded
 
     @classmethod
     def from_generator(cls, generator: MidiMambaForCausalLM, dropout: float = 0.25) -> Self:
@@ -138,7 +149,8 @@ class MidiDiscriminator(PreTrainedModel):
             init.constant_(module.bias, 0.1)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_submodule("embeddings")
+        embeddings: nn.Module = self.encoder.embeddings
+        return embeddings
 
     def make_cache(self, batch_size: int) -> RecurrentCache:
         """The state before the first token of so many sequences, for kind `mamba`.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from midimamba.files import whole_file
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.stock_names import plain_name
 
 
 def frozen_copy(policy: MidiMambaForCausalLM) -> MidiMambaForCausalLM:
@@ -57,7 +58,7 @@ def save_policy(policy: MidiMambaForCausalLM, file: Path) -> None:
 def load_policy(policy: MidiMambaForCausalLM, file: Path) -> None:
     """Read what [`save_policy`] wrote."""
     for name, tensor in load_file(file).items():
-        policy.get_parameter(name).data.copy_(tensor)
+        policy.get_parameter(plain_name(name)).data.copy_(tensor)
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -61,8 +61,9 @@ def test_a_step_by_kernels_equals_a_step_by_torch(
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(cache._tensors(), expected_cache._tensors(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for mine, expected_state in zip(cache.layers, expected_cache.layers, strict=True):
+        for ours, theirs in zip(mine.tensors, expected_state.tensors, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "silu"])
