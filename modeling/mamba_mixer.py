@@ -63,7 +63,7 @@ class MidiMambaMixer(MambaMixer):
         return self.out_proj(outputs.to(hidden_states.dtype))
 
     def _step_by_kernels(self, projected: Tensor, state: MambaState) -> Tensor:
-        """The same by kernels, from channels and gate `(batch, 2 * channels)` on."""
+        """The same with compiled kernels, from channels and gate `(batch, 2 * channels)` on."""
         from .step_numba import convolve_step_, scan_step_
 
         channels = convolve_step_(state.conv, projected, self.conv1d.weight, self.conv1d.bias)

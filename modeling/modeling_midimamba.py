@@ -46,14 +46,14 @@ class MidiMambaModelOutput(BaseModelOutputWithPast):
 @dataclass
 class MidiMambaOutput(CausalLMOutputWithPast):
     """
-    The last three are there for layouts with experts, and are means over the layers.
+    The last three are for layouts with experts, and are means over the layers.
 
     Args:
         aux_loss (`Tensor`, *optional*): load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
-            without its coefficient; 1 if tokens are even over the experts.
+            without its coefficient; 1 if the tokens are spread evenly over the experts.
         z_loss (`Tensor`, *optional*): the router's z-loss (ST-MoE, arXiv 2202.08906, equation 5), without its
             coefficient.
-        dropped_tokens (`Tensor`, *optional*): share of tokens that found their expert full.
+        dropped_tokens (`Tensor`, *optional*): the share of tokens whose expert was full.
     """
 
     aux_loss: Tensor | None = None
@@ -252,8 +252,8 @@ def _always() -> bool:
 class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     """The generator: [`MidiMambaModel`] with a language-modelling head, tied to the embeddings by default.
 
-    Reads any `MambaForCausalLM` checkpoint and any plain `LlamaForCausalLM`; saves one in layout `mamba` or
-    `transformer`, and a checkpoint with its code, for `trust_remote_code=True`, in the other three.
+    Reads any `MambaForCausalLM` checkpoint and any plain `LlamaForCausalLM` checkpoint. In layouts `mamba` and
+    `transformer` it saves one; in the other three, a checkpoint with its code, for `trust_remote_code=True`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 (transformers' interface)
@@ -261,7 +261,8 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
         if config.layout not in STOCK:
-            # Both are asked by `save_pretrained`: export the code. Of this model, not of the class: others need none.
+            # `save_pretrained` asks both whether to export the code. They are set on the model, not on the class,
+            # because other layouts need no code.
             self._auto_class = "AutoModelForCausalLM"
             self.is_remote_code = _always
         self.backbone = MidiMambaModel(config)
@@ -296,15 +297,15 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
                 `snapshot()` to keep it.
             labels (`LongTensor` of shape `(batch, time)`, *optional*): targets, shifted inside; -100 is ignored.
             use_cache (`bool`, *optional*): return the state. On by default in evaluation mode.
-            logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): only the last so many positions, or
-                these; 0 keeps all.
+            logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): how many of the last positions to
+                keep, or which positions; 0 keeps all.
             seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
-                changes, state, convolution, attention and positions begin anew, so packed documents do not see each
+                changes, state, convolution, attention and positions start again, so packed documents do not see each
                 other. The first token goes on from `past_key_values`, whatever its number.
 
         Returns:
-            [`MidiMambaOutput`] with `logits` of shape `(batch, time, vocab)`. In training the `loss` of a layout with
-            experts has the router's two losses in it, with their coefficients.
+            [`MidiMambaOutput`] with `logits` of shape `(batch, time, vocab)`. In training, the `loss` of a layout with
+            experts includes the router's two losses, with their coefficients.
 
         Raises:
             CacheMismatchError: if `past_key_values` belongs to another model, batch or device.
@@ -362,7 +363,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         loss = self.config.router_aux_loss_coef * router[0] + self.config.router_z_loss_coef * router[1]
         if num_items_in_batch is None:
             return loss
-        # `Trainer` adds up the losses of the micro-batches of a step: each brings its share of the tokens.
+        # `Trainer` adds up the losses of the micro-batches of a step, so each is weighted by its share of the tokens.
         return loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
     def prepare_inputs_for_generation(
@@ -372,7 +373,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            # Padding on the left and earlier documents lie behind, in the cache.
+            # Padding on the left and earlier documents are in the cache already.
             inputs["attention_mask"] = inputs["seq_idx"] = None
         return inputs
 
