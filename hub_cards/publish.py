@@ -32,6 +32,9 @@ PUBLISHED = (
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(
         "recurrent_cache.py",
+        "layer_states.py",
+        "frame.py",
+        "stock_names.py",
         "selective_scan.py",
         "scan_backends.py",
         "scan_chunked.py",

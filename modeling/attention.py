@@ -1,7 +1,5 @@
 """Causal self-attention with rotary positions and grouped queries, on padded and on packed sequences."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,24 +8,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_midimamba import MidiMambaConfig
-from .recurrent_cache import PADDING, RecurrentCache
-
-
-@dataclass
-class AttentionFrame:
-    """
-    What all attention layers of one forward pass share.
-
-    Args:
-        angles (`tuple[Tensor, Tensor]`): cosine and sine of every position, each `(batch or 1, 1, time, head)`.
-        mask (`Tensor`, *optional*): which key a query sees, `(batch, 1, time, keys)`; for flash attention
-            `(batch, keys)`. `None`: every one up to its own.
-        packing (`Mapping[str, Any]`, *optional*, defaults to `{}`): flash attention's bounds of packed documents.
-    """
-
-    angles: tuple[Tensor, Tensor]
-    mask: Tensor | None
-    packing: Mapping[str, Any]
+from .frame import AttentionFrame, Frame
+from .layer_states import PADDING, AttentionState
+from .recurrent_cache import RecurrentCache
 
 
 class MidiMambaAttention(nn.Module):
@@ -48,26 +31,30 @@ class MidiMambaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, shared * width, bias=False)
         self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, cache: RecurrentCache | None, frame: AttentionFrame) -> Tensor:
+    def forward(self, hidden_states: Tensor, state: AttentionState | None, frame: Frame) -> Tensor:
         """
         Args:
             hidden_states (`Tensor` of shape `(batch, time, hidden)`): the normalised residual stream.
-            cache (`RecurrentCache` or `None`): earlier keys and values, extended in place.
-            frame (`AttentionFrame`): positions, and who sees whom.
+            state (`AttentionState` or `None`): earlier keys and values, extended in place.
+            frame (`Frame`): positions, and which keys a query sees.
 
         Returns:
             `Tensor` of shape `(batch, time, hidden)`.
         """
+        shared = frame.attention
+        assert shared is not None  # made by the model if any of its layers attends
         batch, time, _ = hidden_states.shape
         queries, keys, values = (
             projection(hidden_states).view(batch, time, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        queries, keys = rotate(queries, *frame.angles), rotate(keys, *frame.angles)
-        if cache is not None:
-            keys, values = cache.extend(self.layer_idx, keys, values)
+        queries, keys = rotate(queries, *shared.angles), rotate(keys, *shared.angles)
+        if state is not None:
+            keys, values = state.extend(keys, values, frame.past)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mixed, _ = attend(self, queries, keys, values, frame.mask, dropout=0.0, scaling=self.scaling, **frame.packing)
+        mixed, _ = attend(
+            self, queries, keys, values, shared.visible, dropout=0.0, scaling=self.scaling, **shared.packing
+        )
         outputs: Tensor = self.o_proj(mixed.reshape(batch, time, -1))
         return outputs
 
@@ -116,7 +103,7 @@ def frame_attention(
         cache (`RecurrentCache`, *optional*): what was read before.
 
     Raises:
-        ValueError: if flash attention is to read the begin of a document behind earlier tokens.
+        ValueError: if flash attention is to read the start of a document behind earlier tokens.
         CacheMismatchError: if the cache is a view that has no room.
     """
     time, device = hidden_states.shape[1], hidden_states.device
@@ -129,12 +116,12 @@ def frame_attention(
         if past and time > 1 and not _is_flash(config):
             # Torch's own causal mask would count queries and keys from the same start.
             visible = torch.ones(time, past + time, dtype=torch.bool, device=device).tril(past)[None, None]
-        return AttentionFrame(rotary(torch.arange(past, past + time, device=device)[None], config, wide), visible, {})
+        return AttentionFrame(rotary(torch.arange(past, past + time, device=device)[None], config, wide), visible)
     real = hidden_states.new_ones(hidden_states.shape[:2]).bool() if mask is None else mask.squeeze(-1).bool()
     begins = torch.zeros_like(real) if begins is None else begins
     earlier = real.new_empty(len(real), 0, dtype=torch.long)
-    if cache is not None and cache.documents is not None:
-        earlier = cache.documents[:, :past]
+    if cache is not None:
+        earlier = cache.documents.numbers[:, :past]
     documents, positions = number_tokens(real, begins, earlier)
     if cache is not None:
         cache.begin(documents, time)
@@ -148,12 +135,13 @@ def frame_attention(
 
 def number_tokens(real: Tensor, begins: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Which document a token belongs to, and where it stands in it. Attention is within a document; padding is one, too.
+    Which document each token belongs to, and its place there. Attention stays within a document; padding is its own.
 
     Args:
         real (`BoolTensor` of shape `(batch, time)`): `False` on padding.
         begins (`BoolTensor` of shape `(batch, time)`): tokens with which a document begins.
-        earlier (`LongTensor` of shape `(batch, past)`): document numbers of what was read before; the last goes on.
+        earlier (`LongTensor` of shape `(batch, past)`): document numbers of what was read before. The last
+            document goes on.
 
     Returns:
         Document numbers, [`PADDING`] on padding, and positions, both `LongTensor` of shape `(batch, time)`.
@@ -180,7 +168,7 @@ def _is_flash(config: MidiMambaConfig) -> bool:
 
 
 def _flash_arguments(documents: Tensor, known: Tensor, begins: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-    """Flash attention takes no mask of pairs: documents are told by their bounds or, behind a cache, by their keys."""
+    """Flash attention takes no mask of pairs: it knows documents by their bounds or, behind a cache, by their keys."""
     if known.shape[1] > documents.shape[1]:
         if begins.any():
             raise ValueError(
@@ -199,4 +187,4 @@ def _flash_arguments(documents: Tensor, known: Tensor, begins: Tensor) -> tuple[
     }
 
 
-__all__ = ["AttentionFrame", "MidiMambaAttention", "eager_attention", "frame_attention", "number_tokens", "rotary"]
+__all__ = ["MidiMambaAttention", "eager_attention", "frame_attention", "number_tokens", "rotary"]

@@ -12,9 +12,9 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     Args:
         kind (`str`, *optional*, defaults to `"cnn"`):
             `"cnn"`: SeqGAN's convolutions of several widths, max-over-time and a highway layer (arXiv 1609.05473,
-            appendix); one value a sequence. `"mamba"`: a causal Mamba with a value at every position.
+            appendix), with one value per sequence. `"mamba"`: a causal Mamba with a value at every position.
         vocab_size (`int`, *optional*, defaults to 1000):
-            Number of token ids, the generator's.
+            Number of token ids: that of the generator.
         hidden_size (`int`, *optional*, defaults to 64):
             Size of the token embedding (`cnn`), width of the residual stream (`mamba`).
         dropout (`float`, *optional*, defaults to 0.25):
@@ -51,7 +51,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:
-        # One logit: the log-odds that a sequence is real, as a reward model of TRL has it.
+        # One logit, the log-odds that a sequence is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)
         super().__post_init__(**kwargs)
 

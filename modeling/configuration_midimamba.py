@@ -15,7 +15,7 @@ LAYOUTS = {
     "transformer": ("attention", "mlp"),
     "transformer-moe": ("attention", "moe"),
 }
-# Those that transformers has a class for: its configuration, and the name of the class.
+# The layouts that transformers has a class for: the model type of its configuration, and the name of the class.
 STOCK = {
     "mamba": (MambaConfig.model_type, "MambaForCausalLM"),
     "transformer": (LlamaConfig.model_type, "LlamaForCausalLM"),
@@ -35,11 +35,11 @@ _SIZES = {
 class MidiMambaConfig(MambaConfig):
     r"""
     Configuration of a [`MidiMambaForCausalLM`]: every field of [`~transformers.MambaConfig`], with defaults for MIDI,
-    and those of the other layouts.
+    and the fields of the other layouts.
 
     Two layouts compute what a class of transformers computes, and are *written* as its configuration: `mamba` as a
     `MambaConfig`, `transformer` as a `LlamaConfig`. Such a checkpoint loads anywhere, without this package. They are
-    read from one, too. The other three are written with the code that reads them.
+    read from one as well. The other three are written together with the code that reads them.
 
     Args:
         layout (`str`, *optional*, defaults to `"mamba"`):
@@ -69,7 +69,7 @@ class MidiMambaConfig(MambaConfig):
             Width inside an MLP; 8/3 of `hidden_size` by default, rounded up to a multiple of 16. (`intermediate_size`
             is the number of a Mamba mixer's channels.)
         num_experts (`int`, *optional*, defaults to 8):
-            Experts a layer; every token is sent to one.
+            Experts per layer; every token is sent to one of them.
         moe_intermediate_size (`int`, *optional*, defaults to `mlp_intermediate_size`):
             Width inside an expert.
         capacity_factor (`float`, *optional*, defaults to 1.25):
@@ -124,12 +124,12 @@ class MidiMambaConfig(MambaConfig):
     def of_size(cls, size: str, layout: str = "mamba", **overrides: Any) -> Self:
         """
         A configuration of a named size. At one size the layouts have the same number of *active* parameters (those
-        that a token meets, embeddings aside) within 3 %, so that they may be compared.
+        that one token passes through, embeddings aside) within 3 %, so that they may be compared.
 
         Args:
             size (`str`): `"tiny"`, `"small"`, `"medium"` or `"large"`: 0.5, 2.6, 20 or 160 million active parameters.
             layout (`str`, *optional*, defaults to `"mamba"`): one of the five.
-            overrides: other fields, such as `vocab_size`; they win over those of the size.
+            overrides: other fields, such as `vocab_size`. They take precedence over those of the size.
 
         Raises:
             ValueError: if there is no such size.
@@ -152,6 +152,11 @@ class MidiMambaConfig(MambaConfig):
         return LAYOUTS[self.layout][0]
 
     @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer."""
+        return (self.mixer,) * self.num_hidden_layers
+
+    @property
     def feed_forward(self) -> str:
         """What follows a mixer: `"none"`, `"mlp"` or `"moe"`."""
         return LAYOUTS[self.layout][1]
@@ -163,7 +168,7 @@ class MidiMambaConfig(MambaConfig):
         return heads, self.num_key_value_heads or heads, self.head_dim or self.hidden_size // heads
 
     def validate_layout(self) -> None:
-        """One of the five, of a shape that it can have."""
+        """The layout is one of the five, and its shape is possible."""
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
         if self.mixer == "attention":
@@ -190,8 +195,8 @@ class MidiMambaConfig(MambaConfig):
         """Read the configuration of a generator, or of a stock Mamba or Llama language model.
 
         Raises:
-            ValueError: if it is one of another model, whose weights would be dropped without a word, or of a Llama
-                with parts that the `transformer` layout lacks.
+            ValueError: if it belongs to another kind of model, whose weights would be dropped silently, or to a
+                Llama with parts that the `transformer` layout lacks.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = config.get("model_type")
@@ -217,7 +222,7 @@ class MidiMambaConfig(MambaConfig):
 
 
 def _to_llama(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `transformer` layout as `LlamaConfig` names them. What is neither's own stays as it is."""
+    """The fields of a `transformer` layout as `LlamaConfig` names them. Fields of neither class stay as they are."""
     theirs = {field.name for field in fields(LlamaConfig)}
     ours = {field.name for field in fields(MidiMambaConfig)}
     return {
@@ -230,10 +235,10 @@ def _to_llama(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_llama(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The reverse, with `LlamaConfig`'s defaults for what is not said.
+    """The reverse, with `LlamaConfig`'s defaults for what is missing.
 
     Raises:
-        ValueError: if the model is not the plain Llama that the `transformer` layout is.
+        ValueError: if the model is not a plain Llama, which is all that the `transformer` layout computes.
     """
     llama = LlamaConfig.from_dict(dict(config))
     rope = llama.rope_parameters

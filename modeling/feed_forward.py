@@ -1,4 +1,4 @@
-"""What works on each token after a mixer: a SwiGLU MLP, or one of several such, chosen for each token."""
+"""What works on each token after a mixer: a SwiGLU MLP, or one of several, chosen for each token."""
 
 import math
 
@@ -30,9 +30,9 @@ class SwitchExperts(nn.Module):
     """
     Mixture of SwiGLU experts with top-1 routing, as in the Switch Transformer (Fedus et al., arXiv 2101.03961).
 
-    In training an expert takes its first `capacity_factor * tokens / num_experts` tokens; the others pass by and keep
-    their residual stream only. In evaluation none is dropped, so decoding one by one equals the full pass. Padding is
-    no token: it has no part in capacity, losses or shares, and its output is zero.
+    In training an expert takes its first `capacity_factor * tokens / num_experts` tokens; the others skip it and
+    keep their residual stream only. In evaluation no token is dropped, so decoding one by one equals the full pass.
+    Padding does not count as a token: it takes no part in capacity, losses or shares, and its output is zero.
     """
 
     def __init__(self, config: MidiMambaConfig):
@@ -84,13 +84,13 @@ class SwitchExperts(nn.Module):
         return outputs * gate[:, None].to(outputs.dtype), torch.stack(statistics)
 
     def _router_logits(self, tokens: Tensor) -> Tensor:
-        """In float32 or wider, whatever the model's type: with rounded logits training is unstable (section 2.4)."""
+        """In float32 or wider, whatever the model's type: with rounded logits, training is unstable (section 2.4)."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             return F.linear(tokens.to(wide), self.router.weight.to(wide))
 
     def _run_chosen_experts(self, tokens: Tensor, expert: Tensor, place: Tensor, capacity: int) -> Tensor:
-        """Only those that any token chose: decoding reads the weights of one expert a sequence, not of all."""
+        """Run only the experts that some token chose: decoding then reads the weights of one expert per sequence."""
         used, expert = expert.unique(return_inverse=True)
         if len(used) == len(self.down_proj):
             return self._run_experts(tokens, expert, place, capacity, self.gate_up_proj, self.down_proj)
@@ -117,7 +117,7 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
         chosen (`Tensor` of shape `(tokens, experts)`): 1 for the expert that a token was sent to, 0 for others.
 
     Returns:
-        A scalar: 1 if both are even over the experts, the number of experts if all goes to one.
+        A scalar: 1 if both are even over the experts; the number of experts if every token goes to one of them.
     """
     share = chosen.to(probabilities.dtype).mean(0)
     return probabilities.shape[1] * (share * probabilities.mean(0)).sum()

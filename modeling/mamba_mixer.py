@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from .configuration_midimamba import MidiMambaConfig
-from .recurrent_cache import RecurrentCache
+from .frame import Frame
+from .layer_states import MambaState, Scratch
 from .selective_scan import choose_backend, selective_scan, selective_step_
 
 
@@ -16,46 +17,39 @@ class MidiMambaMixer(MambaMixer):
     def __init__(self, config: MidiMambaConfig, layer_idx: int):
         super().__init__(config, layer_idx, initialize_mixer_weights=False)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: RecurrentCache | None = None,
-        mask: Tensor | None = None,
-        begins: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, state: MambaState | None, frame: Frame) -> Tensor:
         """
         Args:
             hidden_states (`Tensor` of shape `(batch, time, hidden)`): the normalised residual stream.
-            cache (`RecurrentCache`, *optional*): the state to start from, updated in place.
-            mask (`Tensor` of shape `(batch, time, 1)`, *optional*): 0 where a token is padding. A padding token enters
-                neither convolution nor state, so padding on the left is exact.
-            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins, which
-                neither convolution nor state looks across. Never the first, which goes on from the cache.
+            state (`MambaState` or `None`): the state to start from, updated in place.
+            frame (`Frame`): padding and the starts of documents. A padding token enters neither convolution nor
+                state, so padding on the left is exact. Neither of them looks across the start of a document.
 
         Returns:
             `Tensor` of shape `(batch, time, hidden)`.
         """
-        if cache is not None and hidden_states.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
-            return self._step(hidden_states[:, 0], cache)[:, None]
+        mask, begins = frame.mask, frame.begins
+        if state is not None and hidden_states.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
+            return self._step(hidden_states[:, 0], state, frame.scratch)[:, None]
         channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         if mask is not None:  # here, because the projection's bias would enter the convolution
             channels = channels * mask
-        channels = self.act(self._convolve(channels, cache, begins))
+        channels = self.act(self._convolve(channels, state, begins))
         if mask is not None:
             channels = channels * mask
         inputs, dt, A, B, C = self._discretize(channels)
-        outputs = self._scan(inputs, dt, A, B, C, cache, begins)
+        outputs = self._scan(inputs, dt, A, B, C, state, begins)
         outputs = torch.addcmul(outputs, inputs, self.D.to(inputs.dtype)) * self.act(gate)
         return self.out_proj(outputs.to(hidden_states.dtype))
 
-    def _step(self, hidden_states: Tensor, cache: RecurrentCache) -> Tensor:
+    def _step(self, hidden_states: Tensor, state: MambaState, scratch: Scratch) -> Tensor:
         """One token `(batch, hidden)` onto the state, in place and without a graph: what `forward` computes."""
         projected = self.in_proj(hidden_states)
         fits_kernels = projected.dtype == self.A_log.dtype == torch.float32 and self.config.hidden_act == "silu"
         if fits_kernels and choose_backend(projected.device) == "numba":
-            return self._step_by_kernels(projected, cache)
+            return self._step_by_kernels(projected, state)
         channels, gate = projected.chunk(2, dim=-1)
-        past, weight = cache.conv_states[self.layer_idx], self.conv1d.weight[:, 0].T.contiguous()
+        past, weight = state.conv, self.conv1d.weight[:, 0].T.contiguous()
         mixed = channels * weight[-1]
         for tap, kernel in enumerate(weight[:-1]):
             mixed.addcmul_(past[:, tap].to(mixed.dtype), kernel)
@@ -64,25 +58,24 @@ class MidiMambaMixer(MambaMixer):
         if self.conv1d.bias is not None:
             mixed += self.conv1d.bias
         inputs, dt, A, B, C = self._discretize(self.act(mixed))
-        outputs = selective_step_(cache.scan_states[self.layer_idx], inputs, dt, A, B, C, cache.scratch)
+        outputs = selective_step_(state.scan, inputs, dt, A, B, C, scratch.like(state.scan))
         outputs = outputs.addcmul_(inputs, self.D.to(inputs.dtype)) * self.act(gate)
         return self.out_proj(outputs.to(hidden_states.dtype))
 
-    def _step_by_kernels(self, projected: Tensor, cache: RecurrentCache) -> Tensor:
-        """The same by kernels, from channels and gate `(batch, 2 * channels)` on."""
+    def _step_by_kernels(self, projected: Tensor, state: MambaState) -> Tensor:
+        """The same with compiled kernels, from channels and gate `(batch, 2 * channels)` on."""
         from .step_numba import convolve_step_, scan_step_
 
-        past, state = cache.conv_states[self.layer_idx], cache.scan_states[self.layer_idx]
-        channels = convolve_step_(past, projected, self.conv1d.weight, self.conv1d.bias)
+        channels = convolve_step_(state.conv, projected, self.conv1d.weight, self.conv1d.bias)
         selected = self.x_proj(channels)
         steps = F.linear(selected[:, : self.time_step_rank], self.dt_proj.weight)
-        outputs = scan_step_(state, channels, steps, self.dt_proj.bias, self.A_log, selected, self.D, projected)
+        outputs = scan_step_(state.scan, channels, steps, self.dt_proj.bias, self.A_log, selected, self.D, projected)
         return self.out_proj(outputs)
 
     def _discretize(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the scan needs of the convolved channels `(…, channels)`: itself, dt, A, B and C, in float32 or wider.
+        """What the scan needs: the convolved channels `(…, channels)` themselves, dt, A, B and C, in float32 or wider.
 
-        The recurrence runs in that, whatever the model's own type: its products decay towards zero.
+        The recurrence runs in that type, whatever the model's own: its products decay towards zero.
         """
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = torch.split(self.x_proj(channels), sizes, dim=-1)
@@ -97,27 +90,26 @@ class MidiMambaMixer(MambaMixer):
         A: Tensor,
         B: Tensor,
         C: Tensor,
-        cache: RecurrentCache | None,
+        state: MambaState | None,
         begins: Tensor | None,
     ) -> Tensor:
-        if cache is None:
+        if state is None:
             return selective_scan(inputs, dt, A, B, C, reset=begins)[0]
-        state = cache.scan_states[self.layer_idx]
         # A copy, because the scan keeps its initial state for the backward pass and the cache moves on.
-        outputs, last = selective_scan(inputs, dt, A, B, C, state.clone(), begins)
-        state.copy_(last.detach())
+        outputs, last = selective_scan(inputs, dt, A, B, C, state.scan.clone(), begins)
+        state.scan.copy_(last.detach())
         return outputs
 
-    def _convolve(self, channels: Tensor, cache: RecurrentCache | None, begins: Tensor | None) -> Tensor:
+    def _convolve(self, channels: Tensor, state: MambaState | None, begins: Tensor | None) -> Tensor:
         """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length."""
         time, kernel = channels.shape[1], self.conv_kernel_size
         document = None
         if begins is not None:  # numbers over the whole window; what lies before this call belongs to the first, 0
             document = F.pad(begins.cumsum(1)[..., None], (0, 0, kernel - 1, 0))
-        if cache is None:
+        if state is None:
             window = F.pad(channels, (0, 0, kernel - 1, 0))
         else:
-            past = cache.conv_states[self.layer_idx]
+            past = state.conv
             window = torch.cat([past.to(channels.dtype), channels], dim=1)
             past.copy_(window[:, time:].detach())
             if document is not None:
@@ -129,7 +121,7 @@ class MidiMambaMixer(MambaMixer):
             if document is None:
                 outputs = torch.addcmul(outputs, earlier, weight[:, tap])
             else:
-                # The product is masked, not the factor: autograd then keeps the window once, not once a tap.
+                # The product is masked, not the factor: autograd then keeps the window once, not once per tap.
                 other = document[:, tap : tap + time] != document[:, kernel - 1 :]
                 outputs = outputs + (earlier * weight[:, tap]).masked_fill(other, 0)
         return outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype)

@@ -15,6 +15,7 @@ from .configuration_discriminator import MidiDiscriminatorConfig
 from .configuration_midimamba import MidiMambaConfig
 from .modeling_midimamba import MidiMambaForCausalLM, MidiMambaModel
 from .recurrent_cache import RecurrentCache
+from .stock_names import stock_names_for_loading, write_stock_names
 
 # What a discriminator of kind mamba takes over from a generator, and what it cannot choose.
 _SHAPE = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel")
@@ -29,14 +30,15 @@ class DiscriminatorOutput(SequenceClassifierOutput):
     """
     Args:
         logits (`Tensor` of shape `(batch, 1)`): log-odds that the whole sequence is real.
-        position_logits (`Tensor` of shape `(batch, time)`, *optional*): `mamba` only: the same for every prefix.
+        position_logits (`Tensor` of shape `(batch, time)`, *optional*): the same for every prefix. Kind `mamba`
+            only.
     """
 
     position_logits: Tensor | None = None
 
 
 class ConvolutionEncoder(nn.Module):
-    """SeqGAN's features: convolutions of several widths, the maximum over time of each filter, one highway layer."""
+    """SeqGAN's features: convolutions of several widths, each filter's maximum over time, and one highway layer."""
 
     def __init__(self, config: MidiDiscriminatorConfig):
         super().__init__()
@@ -58,12 +60,12 @@ class ConvolutionEncoder(nn.Module):
         for width, convolution in zip(self.widths, self.convolutions, strict=True):
             # Only windows without padding count; rectified activations are at least 0, so 0 means "not there".
             is_padded = mask.unfold(1, width, 1).amin(-1)[:, None] == 0
-            # `max` keeps indices for the backward pass where `amax` would keep the activations of every window, and
-            # rectifies but one a filter: in training, memory is that of one width instead of all of them.
+            # For the backward pass `max` keeps indices, where `amax` would keep the activations of every window. Only
+            # the maxima are rectified. So training takes the memory of one width instead of all of them.
             pooled.append(convolution(embedded).masked_fill_(is_padded, 0).max(-1).values)
         features = F.relu(torch.cat(pooled, dim=1))
         candidate, gate = self.highway(features).chunk(2, dim=-1)
-        carry = torch.sigmoid(gate - 2.0)  # SeqGAN's bias: begin by passing features through
+        carry = torch.sigmoid(gate - 2.0)  # SeqGAN's bias: at first, pass features through
         return carry * F.relu(candidate) + (1 - carry) * features
 
 
@@ -79,7 +81,7 @@ class MidiDiscriminator(PreTrainedModel):
 
     def __init__(self, config: MidiDiscriminatorConfig):
         super().__init__(config)
-        self.encoder: nn.Module
+        self.encoder: ConvolutionEncoder | MidiMambaModel
         if config.kind == "cnn":
             self.encoder = ConvolutionEncoder(config)
             num_features = self.encoder.num_features
@@ -90,6 +92,7 @@ class MidiDiscriminator(PreTrainedModel):
                     **{name: getattr(config, name) for name in _SHAPE},
                 )
             )
+            write_stock_names(self, self.encoder.config)
             num_features = config.hidden_size
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(num_features, 1)
@@ -100,13 +103,22 @@ class MidiDiscriminator(PreTrainedModel):
                     spectral_norm(module)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """As transformers does it, from a checkpoint with the names of a stock Mamba for kind `mamba`."""
+        loaded = stock_names_for_loading(super().from_pretrained, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.encoder, MidiMambaModel):
+            write_stock_names(model, model.encoder.config)
+        return loaded
+
+    @classmethod
     def from_generator(cls, generator: MidiMambaForCausalLM, dropout: float = 0.25) -> Self:
         """
-        A discriminator of kind `mamba` that begins with a copy of what the generator has learned to hear, and a new
-        last layer, as reward models begin as the policy (Ziegler et al., arXiv 1909.08593).
+        A discriminator of kind `mamba` that starts as a copy of the generator's network with a new last layer, as
+        reward models start as the policy (Ziegler et al., arXiv 1909.08593).
 
         Args:
-            generator (`MidiMambaForCausalLM`): of layout `mamba`. It is left as it is.
+            generator (`MidiMambaForCausalLM`): of layout `mamba`. It does not change.
             dropout (`float`, *optional*, defaults to 0.25): before the last layer.
 
         Raises:
@@ -138,10 +150,11 @@ class MidiDiscriminator(PreTrainedModel):
             init.constant_(module.bias, 0.1)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_submodule("embeddings")
+        embeddings: nn.Module = self.encoder.embeddings
+        return embeddings
 
     def make_cache(self, batch_size: int) -> RecurrentCache:
-        """The state before the first token of so many sequences, for kind `mamba`.
+        """The state before the first token of `batch_size` sequences, for kind `mamba`.
 
         Raises:
             ValueError: for kind `cnn`, which keeps no state.
@@ -166,7 +179,7 @@ class MidiDiscriminator(PreTrainedModel):
                 labels). The loss is the cross-entropy; for `mamba` its mean over every prefix of a sequence.
             past_key_values (`RecurrentCache`, *optional*): `mamba` only: the state to continue from, made by
                 [`~MidiDiscriminator.make_cache`] and **updated in place**. `logits` then value the sequences from
-                their start to the last of the new tokens that is no padding; a row of padding alone has none.
+                their start to the last new token that is not padding; in a row of padding alone they mean nothing.
 
         Raises:
             ValueError: if `past_key_values` is given to a discriminator of kind `cnn`.

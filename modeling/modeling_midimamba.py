@@ -1,13 +1,14 @@
 """The generator: a Mamba (arXiv 2312.00752), a MoE-Mamba (arXiv 2401.04081), a transformer, or what lies between.
 
-Parameters of the `mamba` layout carry the names of transformers' `MambaForCausalLM`, those of `transformer` the names
-of its `LlamaForCausalLM`, and the mathematics is the same, so checkpoints go both ways. What is different: training a
-Mamba is linear in the sequence length without compiled packages, several tokens may be fed onto a state, and states
-are updated in place.
+On disk, the weights of the `mamba` layout have the names of transformers' `MambaForCausalLM`, those of `transformer`
+the names of its `LlamaForCausalLM`. The mathematics is the same as theirs, so checkpoints go both ways. What is
+different: training a Mamba is linear in the sequence length without compiled packages, several tokens may be fed onto
+a state, and states are updated in place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +19,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
-from .attention import AttentionFrame, MidiMambaAttention, frame_attention
+from .attention import MidiMambaAttention, frame_attention
 from .configuration_midimamba import STOCK, MidiMambaConfig
 from .feed_forward import SwiGLU, SwitchExperts
+from .frame import Frame
+from .layer_states import CacheMismatchError, LayerState
 from .mamba_mixer import MidiMambaMixer
-from .recurrent_cache import CacheMismatchError, RecurrentCache
+from .recurrent_cache import RecurrentCache
+from .stock_names import read_stock_names, stock_names_for_loading, write_stock_names
 
-
-class _Names(NamedTuple):
-    """What modules are called. Each stock class has its own words, and a checkpoint's words are the modules' names."""
-
-    backbone: str
-    embeddings: str
-    last_norm: str
-    mixer_norm: str
-    mixer: str
-    feed_forward_norm: str
-    feed_forward: str
-
-
-_NAMES = {
-    "mamba": _Names("backbone", "embeddings", "norm_f", "norm", "mixer", "feed_forward_norm", "feed_forward"),
-    "attention": _Names(
-        "model", "embed_tokens", "norm", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"
-    ),
-}
+_MIXERS = {"mamba": MidiMambaMixer, "attention": MidiMambaAttention}
+_FEED_FORWARDS = {"mlp": SwiGLU, "moe": SwitchExperts}
 
 
 @dataclass
@@ -59,14 +46,14 @@ class MidiMambaModelOutput(BaseModelOutputWithPast):
 @dataclass
 class MidiMambaOutput(CausalLMOutputWithPast):
     """
-    The last three are there for layouts with experts, and are means over the layers.
+    The last three are for layouts with experts, and are means over the layers.
 
     Args:
         aux_loss (`Tensor`, *optional*): load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
-            without its coefficient; 1 if tokens are even over the experts.
+            without its coefficient; 1 if the tokens are spread evenly over the experts.
         z_loss (`Tensor`, *optional*): the router's z-loss (ST-MoE, arXiv 2202.08906, equation 5), without its
             coefficient.
-        dropped_tokens (`Tensor`, *optional*): share of tokens that found their expert full.
+        dropped_tokens (`Tensor`, *optional*): the share of tokens whose expert was full.
     """
 
     aux_loss: Tensor | None = None
@@ -79,53 +66,33 @@ class MidiMambaBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MidiMambaConfig, layer_idx: int):
         super().__init__()
-        self.names = names = _NAMES[config.mixer]
-        mixer = MidiMambaMixer if config.mixer == "mamba" else MidiMambaAttention
-        self.add_module(names.mixer_norm, MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon))
-        self.add_module(names.mixer, mixer(config, layer_idx))
-        self.has_feed_forward = config.feed_forward != "none"
-        if self.has_feed_forward:
-            feed_forward = SwiGLU if config.feed_forward == "mlp" else SwitchExperts
-            self.add_module(names.feed_forward_norm, MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon))
-            self.add_module(names.feed_forward, feed_forward(config))
+        self.mixer_norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = _MIXERS[config.mixers[layer_idx]](config, layer_idx)
+        self.feed_forward: nn.Module | None = None
+        if config.feed_forward != "none":
+            self.feed_forward_norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+            self.feed_forward = _FEED_FORWARDS[config.feed_forward](config)
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: RecurrentCache | None = None,
-        mask: Tensor | None = None,
-        begins: Tensor | None = None,
-        frame: AttentionFrame | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, state: LayerState | None, frame: Frame) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             hidden_states (`Tensor` of shape `(batch, time, hidden)`): the residual stream.
-            cache (`RecurrentCache`, *optional*): the state to start from, updated in place.
-            mask (`Tensor` of shape `(batch, time, 1)`, *optional*): 0 where a token is padding.
-            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins.
-            frame (`AttentionFrame`, *optional*): for attention, what the layers share.
+            state (`LayerState` or `None`): the state to start from, updated in place.
+            frame (`Frame`): what the layers share.
 
         Returns:
             The residual stream, and of a router its two losses and the share of tokens that it dropped.
         """
-        normed = self._norm(self.names.mixer_norm, hidden_states)
-        mixer = self.get_submodule(self.names.mixer)
-        mixed = mixer(normed, cache, mask, begins) if frame is None else mixer(normed, cache, frame)
+        mixed = self.mixer(_apply_norm(self.mixer_norm, hidden_states), state, frame)
         hidden_states = self._add(hidden_states, mixed)
-        if not self.has_feed_forward:
+        if self.feed_forward is None:
             return hidden_states, None
-        normed = self._norm(self.names.feed_forward_norm, hidden_states)
-        feed_forward = self.get_submodule(self.names.feed_forward)
-        if isinstance(feed_forward, SwitchExperts):
-            outputs, router = feed_forward(normed, mask)
+        normed = _apply_norm(self.feed_forward_norm, hidden_states)
+        if isinstance(self.feed_forward, SwitchExperts):
+            outputs, router = self.feed_forward(normed, frame.mask)
             return self._add(hidden_states, outputs), router
-        return self._add(hidden_states, feed_forward(normed)), None
-
-    def _norm(self, name: str, hidden_states: Tensor) -> Tensor:
-        norm: Any = self.get_submodule(name)
-        normed: Tensor = norm(hidden_states.to(norm.weight.dtype))
-        return normed
+        return self._add(hidden_states, self.feed_forward(normed)), None
 
     def _add(self, hidden_states: Tensor, outputs: Tensor) -> Tensor:
         # Promoted rather than cast, so that a float64 model stays float64.
@@ -133,14 +100,36 @@ class MidiMambaBlock(GradientCheckpointingLayer):
         return hidden_states.to(dtype) + outputs
 
 
+def _apply_norm(norm: MambaRMSNorm, hidden_states: Tensor) -> Tensor:
+    """In the type of the norm's own weight, whatever the type of the residual stream."""
+    normed: Tensor = norm(hidden_states.to(norm.weight.dtype))
+    return normed
+
+
 class MidiMambaPreTrainedModel(MambaPreTrainedModel):
-    """Loading, saving and initialisation, as transformers does them for its Mamba."""
+    """Loading, saving and initialisation, as transformers does them for its Mamba.
+
+    On disk, weights have the names of the stock classes, see [`~midimamba.modeling.stock_names`].
+    """
 
     config_class = MidiMambaConfig
     config: MidiMambaConfig
     _no_split_modules = ["MidiMambaBlock"]  # noqa: RUF012 (transformers' interface)
     _supports_sdpa = True
     _supports_flash_attn = True
+
+    def __init__(self, config: MidiMambaConfig):
+        super().__init__(config)
+        write_stock_names(self, config)
+        self.register_load_state_dict_pre_hook(read_stock_names)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """As transformers does it, from a checkpoint with stock names."""
+        loaded = stock_names_for_loading(super().from_pretrained, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        write_stock_names(model, model.config)
+        return loaded
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -159,19 +148,27 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
-        self.names = names = _NAMES[config.mixer]
-        self.base_model_prefix = names.backbone
-        self.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MidiMambaBlock(config, index) for index in range(config.num_hidden_layers))
-        self.add_module(names.last_norm, MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon))
+        final_norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        # `Trainer` chooses by name which weights decay: a Mamba's `norm_f` does, a Llama's `norm` does not.
+        if config.mixer == "mamba":
+            self.norm_f = final_norm
+        else:
+            self.norm = final_norm
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the residual stream passes last."""
+        return self.norm_f if self.config.mixer == "mamba" else self.norm
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.get_submodule(self.names.embeddings)
+        return self.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.add_module(self.names.embeddings, value)
+        self.embeddings = value
 
     def forward(
         self,
@@ -187,7 +184,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         """See [`MidiMambaForCausalLM.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, time, _ = hidden_states.shape
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
@@ -200,25 +197,29 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
             if seq_idx.shape != (batch, time):
                 raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the input {(batch, time)}")
             begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        frame = None
-        if self.config.mixer == "attention":
-            frame = frame_attention(self.config, hidden_states, mask, begins, cache)
-        all_hidden_states = [hidden_states]
-        routers = []
-        for layer in self.layers:
-            hidden_states, router = layer(hidden_states, cache, mask, begins, frame)
-            all_hidden_states.append(hidden_states)
-            routers.append(router)
-        hidden_states = self.get_submodule(self.names.last_norm)(hidden_states)
+        frame = Frame(mask=mask, begins=begins)
+        states: Sequence[LayerState | None] = [None] * len(self.layers)
         if cache is not None:
-            cache.advance(time)
+            states, frame.past, frame.scratch = cache.layers, cache.seen_tokens, cache.scratch
+        if "attention" in self.config.mixers:
+            frame.attention = frame_attention(self.config, hidden_states, mask, begins, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        all_hidden_states, routers = [], []
+        for layer, state in zip(self.layers, states, strict=True):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states, router = layer(hidden_states, state, frame)
+            if router is not None:
+                routers.append(router)
+        hidden_states = self.final_norm(hidden_states)
+        if cache is not None:
+            cache.advance(time)
         return MidiMambaModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
-            router=torch.stack(routers).mean(0) if self.config.feed_forward == "moe" else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            router=torch.stack(routers).mean(0) if routers else None,
         )
 
     def _prepare_cache(
@@ -251,28 +252,28 @@ def _always() -> bool:
 class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     """The generator: [`MidiMambaModel`] with a language-modelling head, tied to the embeddings by default.
 
-    Reads any `MambaForCausalLM` checkpoint and any plain `LlamaForCausalLM`; saves one in layout `mamba` or
-    `transformer`, and a checkpoint with its code, for `trust_remote_code=True`, in the other three.
+    Reads any `MambaForCausalLM` checkpoint and any plain `LlamaForCausalLM` checkpoint. In layouts `mamba` and
+    `transformer` it saves one; in the other three, a checkpoint with its code, for `trust_remote_code=True`.
     """
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 (transformers' interface)
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
-        self.base_model_prefix = _NAMES[config.mixer].backbone
-        embeddings = f"{self.base_model_prefix}.{_NAMES[config.mixer].embeddings}"
-        self._tied_weights_keys = {"lm_head.weight": f"{embeddings}.weight"}
         if config.layout not in STOCK:
-            # Both are asked by `save_pretrained`: export the code. Of this model, not of the class: others need none.
+            # `save_pretrained` asks both whether to export the code. They are set on the model, not on the class,
+            # because other layouts need no code.
             self._auto_class = "AutoModelForCausalLM"
             self.is_remote_code = _always
-        self.add_module(self.base_model_prefix, MidiMambaModel(config))
+        self.backbone = MidiMambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.get_input_embeddings()
+        return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base_model.set_input_embeddings(value)
+        self.backbone.set_input_embeddings(value)
 
     def forward(
         self,
@@ -296,22 +297,22 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
                 `snapshot()` to keep it.
             labels (`LongTensor` of shape `(batch, time)`, *optional*): targets, shifted inside; -100 is ignored.
             use_cache (`bool`, *optional*): return the state. On by default in evaluation mode.
-            logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): only the last so many positions, or
-                these; 0 keeps all.
+            logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): how many of the last positions to
+                keep, or which positions; 0 keeps all.
             seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
-                changes, state, convolution, attention and positions begin anew, so packed documents do not see each
+                changes, state, convolution, attention and positions start again, so packed documents do not see each
                 other. The first token goes on from `past_key_values`, whatever its number.
 
         Returns:
-            [`MidiMambaOutput`] with `logits` of shape `(batch, time, vocab)`. In training the `loss` of a layout with
-            experts has the router's two losses in it, with their coefficients.
+            [`MidiMambaOutput`] with `logits` of shape `(batch, time, vocab)`. In training, the `loss` of a layout with
+            experts includes the router's two losses, with their coefficients.
 
         Raises:
             CacheMismatchError: if `past_key_values` belongs to another model, batch or device.
             ValueError: if the input is ambiguous, `seq_idx` has another shape, or gradient checkpointing is on and
                 there is a cache.
         """
-        outputs = self.base_model(
+        outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -362,7 +363,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         loss = self.config.router_aux_loss_coef * router[0] + self.config.router_z_loss_coef * router[1]
         if num_items_in_batch is None:
             return loss
-        # `Trainer` adds up the losses of the micro-batches of a step: each brings its share of the tokens.
+        # `Trainer` adds up the losses of the micro-batches of a step, so each is weighted by its share of the tokens.
         return loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
     def prepare_inputs_for_generation(
@@ -372,7 +373,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            # Padding on the left and earlier documents lie behind, in the cache.
+            # Padding on the left and earlier documents are in the cache already.
             inputs["attention_mask"] = inputs["seq_idx"] = None
         return inputs
 

@@ -16,7 +16,7 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-try:  # transformers reads the imports of published code, and insists on all that are not within a `try`
+try:  # transformers reads the imports of published code, and requires all that are not within a `try`
     from llvmlite import ir
     from numba import njit, types
     from numba.extending import intrinsic
@@ -82,20 +82,20 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="midimamba")
 
 
-# Threads do not survive a fork, and a pool without them would wait for ever.
+# Threads do not survive a fork, and a pool without them would wait forever.
 os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def in_parallel(
-    function: Callable[..., None], tensors: tuple[Tensor, ...], tasks: int, tasks_a_thread: int = 1
+    function: Callable[..., None], tensors: tuple[Tensor, ...], tasks: int, tasks_per_thread: int = 1
 ) -> None:
     """Call `function(*arrays, first, last)` so that all of `tasks` are done, by as many threads as torch uses.
 
-    A thread gets `tasks_a_thread` at least. What a task computes must not depend on which thread does it: then results
-    are the same for any number of threads.
+    A thread gets at least `tasks_per_thread` tasks. What a task computes must not depend on the thread that does it:
+    then results are the same for any number of threads.
     """
     arrays = [tensor.detach().numpy() for tensor in tensors]
-    threads = max(1, min(torch.get_num_threads(), tasks // tasks_a_thread))
+    threads = max(1, min(torch.get_num_threads(), tasks // tasks_per_thread))
     cuts = [tasks * index // threads for index in range(threads + 1)]
     others = []
     if threads > 1:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, Pipeline
 
 class MidiGenerationPipeline(Pipeline):
     """
-    Continues music, or makes some from nothing, and guarantees that it is valid.
+    Continues music, or makes new music, and guarantees that it is valid.
 
     ```python
     compose = pipeline("midi-generation", model="you/bach")
@@ -17,7 +17,7 @@ class MidiGenerationPipeline(Pipeline):
     ```
 
     A call takes a prompt, which is a path, the bytes of a file, a `symusic.Score` or `None` for no music, and returns
-    a list of `symusic.Score`; of a list of prompts, a list of such lists. It takes by name
+    a list of `symusic.Score`; for a list of prompts, a list of such lists. Its options are
 
     - controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
       `{"key": "C-major"}`; `pipeline.processor.controls` has the names and their values;
@@ -25,7 +25,7 @@ class MidiGenerationPipeline(Pipeline):
 
     Raises:
         MidiRefusedError: if a prompt cannot be used.
-        InputError: if there is no such control or value, or valid music cannot be guaranteed for the tokenization.
+        InputError: if a control or its value is unknown, or valid music cannot be guaranteed for the tokenization.
     """
 
     _load_processor = True
@@ -42,7 +42,7 @@ class MidiGenerationPipeline(Pipeline):
         return ({} if controls is None else {"controls": controls}), generate_options, {}
 
     def __call__(self, inputs: Any = None, **options: Any) -> Any:
-        # `Pipeline` takes no input for a mistake; here it is a piece from nothing.
+        # `Pipeline` refuses a call without input; here it means a new piece.
         return super().__call__([inputs], **options)[0] if inputs is None else super().__call__(inputs, **options)
 
     def preprocess(self, inputs: Any, controls: Mapping[str, str | Sequence[str]] | None = None) -> dict[str, Tensor]:

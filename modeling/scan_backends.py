@@ -1,4 +1,4 @@
-"""Which backend computes a scan: by name, by the environment, or the fastest that can."""
+"""Which backend computes a scan: the one asked for by name or by the environment, or the fastest that can."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from .scan_common import refuse_gradient, working_dtype
 # The fastest first.
 BACKENDS = ("mamba_ssm", "triton", "numba", "chunked", "reference")
 VARIABLE = "MIDIMAMBA_SCAN"
-# A program of the Triton kernels holds the states in registers; mamba_ssm states its own limit.
+# A program of the Triton kernels holds the states in registers; mamba_ssm documents its own limit.
 _MAX_TRITON_STATE, _MAX_MAMBA_SSM_STATE = 64, 256
 _INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 
@@ -56,7 +56,7 @@ def choose_backend(
     Args:
         device (`torch.device` or `str`): where the tensors are.
         backend (`str`, *optional*): the backend asked for. By default the one that the environment variable
-            `MIDIMAMBA_SCAN` names and, where it is unset or empty, the fastest that is installed and able: of
+            `MIDIMAMBA_SCAN` names or, where it is unset or empty, the fastest that is installed and can do it: of
             `mamba_ssm`, `triton` and `chunked` on CUDA, of `numba` and `chunked` elsewhere.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): the type of the recurrent state.
         state_size (`int`, *optional*, defaults to 16): the size of the state of a channel.
@@ -75,7 +75,9 @@ def choose_backend(
         candidates = BACKENDS if call.device.type == "cuda" else ("numba", "chunked")
         return next(name for name in candidates if _obstacle(name, call) is None)
     if asked not in BACKENDS:
-        raise ValueError(f"{source}={asked!r} is no backend of the scan: choose one of {', '.join(sorted(BACKENDS))}")
+        raise ValueError(
+            f"{source}={asked!r} is not a backend of the scan: choose one of {', '.join(sorted(BACKENDS))}"
+        )
     obstacle = _obstacle(asked, call)
     if obstacle is not None:
         able = " or ".join(name for name in BACKENDS if _obstacle(name, call) is None)
@@ -100,7 +102,7 @@ def _triton_obstacle(call: _Call) -> str | None:
     if not _importable("triton"):
         return "Triton cannot be imported (pip install triton)"
     if call.state_size > _MAX_TRITON_STATE:
-        return f"it takes at most {_MAX_TRITON_STATE} state values a channel, and here are {call.state_size}"
+        return f"it takes at most {_MAX_TRITON_STATE} state values per channel, but here there are {call.state_size}"
     return None
 
 
@@ -128,13 +130,15 @@ def _mamba_ssm_obstacle(call: _Call) -> str | None:
     if call.dtype == torch.float64:
         return "it has no float64"
     if call.state_size > _MAX_MAMBA_SSM_STATE:
-        return f"it takes at most {_MAX_MAMBA_SSM_STATE} state values a channel, and here are {call.state_size}"
+        return (
+            f"it takes at most {_MAX_MAMBA_SSM_STATE} state values per channel, but here there are {call.state_size}"
+        )
     return None
 
 
 @cache
 def _importable(module: str) -> bool:
-    """Imported rather than looked up, because a compiled package for another torch is there and does not load."""
+    """Import it rather than look it up: a package that was compiled for another torch is found, but does not load."""
     try:
         importlib.import_module(module)
     except ImportError:

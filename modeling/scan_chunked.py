@@ -1,4 +1,4 @@
-"""The selective scan in plain torch, on any device: a chunk of steps at a time, whole chunks in vector operations."""
+"""The selective scan in plain torch, on any device: chunk by chunk, each in vector operations."""
 
 import math
 from typing import Any

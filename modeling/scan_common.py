@@ -1,4 +1,4 @@
-"""What the backends of the scan share: the type they compute in, and gradients that are refused in words."""
+"""What the backends of the scan share: the type they compute in, and refusals of gradients."""
 
 from collections.abc import Callable
 from functools import reduce, wraps
@@ -14,7 +14,7 @@ _NO_SECOND_DERIVATIVE = (
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type of the recurrence: float32, or float64 where an input has it. In less, products of decays vanish."""
+    """The type of the recurrence: float32, or float64 where an input has it. In less, products of decays underflow."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
@@ -32,7 +32,7 @@ class _Refusal(torch.autograd.Function):
 
 
 def refuse_gradient(tensor: Tensor, message: str) -> Tensor:
-    """The same values; a gradient that is asked to pass through them raises `RuntimeError(message)`."""
+    """The same values, but a gradient through them raises `RuntimeError(message)`."""
     anchor = torch.ones((), device=tensor.device, requires_grad=True)  # so that there is a gradient to refuse
     refused: Tensor = _Refusal.apply(tensor.detach(), anchor, message)
     return refused

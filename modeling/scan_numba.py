@@ -2,7 +2,7 @@
 
 A task owns a block of channels of one sequence and walks through time with its states in the cache nearest to the
 core. As in the chunked scan, forward stores the state at the start of every chunk, and backward rescans a chunk before
-it runs the adjoint through it. One pass over the states replaces the ten and more that vector operations take.
+it runs the adjoint through it. One pass over the states replaces the ten or more that vector operations take.
 """
 
 import math
@@ -16,7 +16,7 @@ from .numba_common import LOG2_E, exp2, in_parallel, kernel
 from .scan_common import first_derivative_only
 
 # Steps between two stored states, and channels of a task. The scratch memory of the backward pass, 2 x CHUNK states of
-# WIDTH channels, is 1 MB for a state of 16. On one core a token took 2.4 + 6.6, 2.2 + 6.1, 1.9 + 4.5 and 1.9 + 4.6 µs,
+# WIDTH channels, is 1 MB for a state of 16. One token took 2.4 + 6.6, 2.2 + 6.1, 1.9 + 4.5 and 1.9 + 4.6 µs on one core,
 # forward and backward, with widths of 64, 128, 256 and 512 (512 channels, state 16).
 CHUNK = 32
 WIDTH = 256
@@ -95,8 +95,8 @@ def _backward(
 ) -> None:
     """Tasks `first … last - 1`. `grad_state` goes from that of the final to that of the initial state.
 
-    `grad_A` has a row a sequence, `grad_B` and `grad_C` a slice a block of channels, and `grad_A` is that of `A` in
-    natural units, which it is given in.
+    `grad_A` has a row per sequence, `grad_B` and `grad_C` have a slice per block of channels. `A` and `grad_A` are in
+    natural units.
     """
     time, channels, size = x.shape[1], x.shape[2], A.shape[0]
     blocks = (channels + WIDTH - 1) // WIDTH

@@ -1,4 +1,4 @@
-"""The selective scan as two Triton kernels, for CUDA (and, to test them without, for Triton's CPU interpreter).
+"""The selective scan as two Triton kernels, for CUDA, and for tests without it in Triton's CPU interpreter.
 
 A program owns a block of channels of one sequence and walks through time with its states, `(state, channels)`, in
 registers. As in the chunked scan, forward stores the state at the start of every chunk, and backward rescans a chunk
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # transformers reads the imports of published code, and insists on all that are not within a `try`
+try:  # transformers reads the imports of published code, and requires all that are not within a `try`
     import triton
     import triton.language as tl
 except ImportError as error:
@@ -18,11 +18,11 @@ except ImportError as error:
 
 from .scan_common import first_derivative_only, working_dtype
 
-# Steps between two stored states: a state costs `state / CHUNK` values a step and channel, and the scratch memory of
+# Steps between two stored states: a state costs `state / CHUNK` values per step and channel, and the scratch memory of
 # the backward pass, `CHUNK` states for every program that runs, should stay within the GPU's L2 cache.
 CHUNK = 16
-# Channels of a program: with a state of 16 one warp holds them, 16 values a thread, and no two warps have to wait for
-# each other; fewer would make more partial gradients of B and C.
+# Channels of a program: with a state of 16 one warp holds them, 16 values per thread, and no two warps wait for each
+# other; fewer would make more partial gradients of B and C.
 BLOCK_C = 32
 
 
@@ -32,7 +32,7 @@ def scan_triton(
     """See [`selective_scan`].
 
     Memory kept for the backward pass: the inputs, plus `time / CHUNK` states. The backward pass itself takes
-    `channels / 32` gradients of `B` and `C` each, one a block of channels, which are added up at the end.
+    `channels / 32` gradients of `B` and `C` each, one per block of channels, which are added up at the end.
     """
     output, state = _TritonScan.apply(x, dt, A, B, C, initial_state, reset)
     return output, state
@@ -140,7 +140,7 @@ def _backward_kernel(
 def _launch_options(batch: int, channels: int, states: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and what the kernels are compiled for."""
     block_n = triton.next_power_of_2(states)
-    # A thread holds 16 values of the state, so that a large state stays in registers too.
+    # A thread holds 16 values of the state, so that a large state stays in registers as well.
     options = {"CHUNK": CHUNK, "BLOCK_N": block_n, "BLOCK_C": BLOCK_C, "num_warps": max(1, block_n // 16)}
     return (batch, triton.cdiv(channels, BLOCK_C)), options
 

@@ -2,9 +2,9 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t
 
-[`selective_scan`] is the one to use, [`selective_scan_reference`] the obvious loop that every backend is tested
-against, and [`selective_step_`] a single step for decoding. The recurrent state has shape `(batch, state, channels)`:
-channels are innermost because every product of the recurrence broadcasts over them, which keeps the vector units on
+[`selective_scan`] is the one to use. [`selective_scan_reference`] is the obvious loop that every backend is tested
+against, and [`selective_step_`] is a single step for decoding. The recurrent state has shape
+`(batch, state, channels)`: channels are innermost because every product of the recurrence broadcasts over them, which keeps the vector units on
 contiguous memory.
 """
 
@@ -49,8 +49,8 @@ def selective_scan(
     Returns:
         `tuple[Tensor, Tensor]`: the output of shape `(batch, time, channels)` in the type of `x`, and the state after
         the last step, of shape `(batch, state, channels)`, in float32 (float64 where an input has it), in which the
-        recurrence runs whatever the inputs' type. Both carry gradients to the first six inputs, but for the state
-        of `mamba_ssm`. Only `reference` has a second derivative.
+        recurrence runs whatever the inputs' type. Both carry gradients to the first six inputs, except for the
+        state of `mamba_ssm`. Only `reference` has a second derivative.
 
     Raises:
         `ValueError`: a shape does not fit, tensors are on different devices, or the backend is unknown or unable.
@@ -115,8 +115,8 @@ def selective_step_(
     Args:
         state (`Tensor` of shape `(batch, state, channels)`): in the working type.
         x, dt, A, B, C (`Tensor`): as for [`selective_scan`], without the time dimension.
-        scratch (`Tensor` of the shape of `state`, *optional*): is overwritten. A loop that brings its own allocates
-            nothing of this size: fresh pages took up to three quarters of a step.
+        scratch (`Tensor` of the shape of `state`, *optional*): is overwritten. A loop that passes its own allocates
+            nothing of this size: fresh pages took up to three quarters of the time of a step.
 
     Returns:
         `Tensor` of shape `(batch, channels)`.
@@ -130,9 +130,9 @@ def selective_step_(
 def _check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, reset: Tensor | None
 ) -> None:
-    """Refuse what would otherwise broadcast, read past the end, or fail without naming an argument."""
+    """Refuse what would otherwise broadcast, read past the end, or fail without naming the argument."""
     if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, time, channels) with a step at least")
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, time, channels) with at least one step")
     batch, time, channels = x.shape
     if A.dim() != 2:
         raise ValueError(f"A has shape {tuple(A.shape)}, expected ({channels}, state), the channels of x first")

@@ -1,7 +1,7 @@
 """One token onto the state of a Mamba mixer, as two kernels for the processor, compiled by Numba.
 
-Between them lie the matrix products, which are torch's. The kernels are all the rest of a mixer, so that a state is
-read and written once a token.
+The matrix products between them are torch's. The kernels do all the rest of a mixer, so that a state is read and
+written once per token.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .numba_common import LOG2_E, exp2, in_parallel, kernel, silu, softplus
 
-# 64 sequences take 110 µs on one thread (512 channels, state 16), and to hand half of them over takes 50 to 100.
-_ROWS_A_THREAD = 64
+# 64 sequences take 110 µs on one thread (512 channels, state 16), and handing half of them over takes 50 to 100 µs.
+_ROWS_PER_THREAD = 64
 
 
 @kernel
@@ -84,7 +84,7 @@ def convolve_step_(past: Tensor, projected: Tensor, weight: Tensor, bias: Tensor
     output = projected.new_empty(len(projected), past.shape[2])
     bias = torch.zeros(past.shape[2]) if bias is None else bias
     in_parallel(
-        _convolve, (projected, past, weight[:, 0].T.contiguous(), bias, output), len(projected), _ROWS_A_THREAD
+        _convolve, (projected, past, weight[:, 0].T.contiguous(), bias, output), len(projected), _ROWS_PER_THREAD
     )
     return output
 
@@ -116,7 +116,7 @@ def scan_step_(
     """
     output = torch.empty_like(channels)
     tensors = (channels, steps, bias, A_log, selected, D, projected, state, output)
-    in_parallel(_scan, tensors, len(channels), _ROWS_A_THREAD)
+    in_parallel(_scan, tensors, len(channels), _ROWS_PER_THREAD)
     return output
 
 

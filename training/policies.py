@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midimamba.files import whole_file
+from midimamba.modeling.stock_names import plain_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,8 +60,9 @@ def save_policy(policy: nn.Module, file: Path) -> None:
 
 def load_policy(policy: nn.Module, file: Path) -> None:
     """Read what [`save_policy`] wrote."""
+    own = dict(policy.named_parameters())
     for name, tensor in load_file(file).items():
-        policy.get_parameter(name).data.copy_(tensor)
+        own[name if name in own else plain_name(name)].data.copy_(tensor)  # older files have the stock names
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -25,6 +25,7 @@ from midimamba.errors import InputError, loading_generator
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.stock_names import plain_name
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.guard import is_complete, last_complete_checkpoint
@@ -252,7 +253,7 @@ def check_resumes(checkpoint: str | None, networks: Mapping[str, PreTrainedModel
         if checkpoint is None or not path.exists():
             continue
         with safe_open(path, "pt") as saved:
-            theirs = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+            theirs = {plain_name(name): list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
         ours = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
         other = next((name for name in sorted(theirs) if theirs[name] != ours.get(name)), None)
         if other is not None:

@@ -26,7 +26,7 @@ def read(model: MidiMambaForCausalLM, ids: Tensor, max_length: int | None = None
 
 
 def memory(state: RecurrentCache) -> list[int]:
-    return [tensor.data_ptr() for tensor in state._tensors()]
+    return [tensor.data_ptr() for layer in state.layers for tensor in layer.tensors]
 
 
 @pytest.mark.parametrize("room", [None, 3, 5, 8])
@@ -81,11 +81,11 @@ def test_views_of_rows_take_part(model: MidiMambaForCausalLM) -> None:
         ours = model.next_logits(ids[:2, 4:5], state.rows(2, 4))
         theirs = model.next_logits(ids[:2, 4:5], read(model, ids[:2, :4]))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    with pytest.raises(CacheMismatchError, match="cannot append"):
+    with pytest.raises(CacheMismatchError, match="cannot append to a view of rows; append to the cache"):
         state.rows(0, 2).append(whole)
 
 
 def test_rows_of_another_length_cannot_be_appended(model: MidiMambaForCausalLM) -> None:
     state = read(model, tokens(2, 4))
-    with pytest.raises(CacheMismatchError, match=r"that read 3 tokens to 2 of .* that read 4"):
+    with pytest.raises(CacheMismatchError, match="sequences that read 3 tokens to sequences that read 4"):
         state.append(read(model, tokens(2, 3)))

@@ -93,7 +93,7 @@ def test_flash_attention_cannot_begin_a_document_behind_others(
 
 
 def test_eager_attention_is_the_softmax_over_earlier_keys(model: MidiMambaForCausalLM) -> None:
-    attention = model.base_model.layers[0].self_attn
+    attention = model.backbone.layers[0].mixer
     queries, keys, values = (torch.randn(1, heads, 4, 4) for heads in (4, 2, 2))
     outputs, _ = eager_attention(attention, queries, keys, values, None, 0.5)
     for head in range(4):

@@ -165,8 +165,8 @@ def test_padding_has_no_part_in_the_losses_of_a_model(layout: str) -> None:
 def test_losses_are_means_over_layers() -> None:
     model = make_generator(layout="transformer-moe", num_hidden_layers=3)
     seen = []
-    for layer in model.base_model.layers:
-        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
+    for layer in model.backbone.layers:
+        layer.feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     output = model(torch.randint(0, 11, (3, 20), generator=torch.Generator().manual_seed(1)))
     mean = torch.stack(seen).mean(0)
     torch.testing.assert_close(torch.stack([output.aux_loss, output.z_loss, output.dropped_tokens]), mean)
@@ -192,6 +192,6 @@ def test_micro_batches_add_up_to_a_weighted_mean_of_their_losses() -> None:
 def test_experts_begin_like_the_projections_around_them() -> None:
     torch.manual_seed(0)
     model = MidiMambaForCausalLM(MidiMambaConfig(layout="transformer-moe", num_hidden_layers=1, hidden_size=64))
-    experts = model.base_model.layers[0].mlp
+    experts = model.backbone.layers[0].feed_forward
     for weights in (experts.gate_up_proj, experts.down_proj, experts.router.weight):
         assert weights.std().item() == pytest.approx(0.02, rel=0.1)

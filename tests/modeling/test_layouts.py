@@ -113,7 +113,7 @@ def test_a_continuation_has_the_gradients_of_its_own_tokens(model: MidiMambaForC
     model(inputs_embeds=embeddings, use_cache=False).logits[:, 8:].square().sum().backward()
     torch.testing.assert_close(ours, embeddings.grad[:, 8:], atol=1e-4, rtol=1e-3)
     model(ids[:, 8:], past_key_values=cache)  # with a graph, which must not reach the state
-    assert not any(tensor.requires_grad for tensor in cache._tensors())
+    assert not any(tensor.requires_grad for layer in cache.layers for tensor in layer.tensors)
 
 
 def test_gradients_equal_those_of_float64(model: MidiMambaForCausalLM) -> None:

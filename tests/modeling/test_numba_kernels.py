@@ -7,7 +7,7 @@ import torch
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling import numba_common
 from midimamba.modeling.sampling import inference
-from midimamba.modeling.step_numba import _ROWS_A_THREAD
+from midimamba.modeling.step_numba import _ROWS_PER_THREAD
 from support import make_generator
 
 
@@ -44,7 +44,7 @@ def logits_step_by_step(model: MidiMambaForCausalLM, ids: torch.Tensor) -> tuple
     return torch.stack(steps, 1), cache
 
 
-@pytest.mark.parametrize("rows", [1, 3, 2 * _ROWS_A_THREAD + 1])
+@pytest.mark.parametrize("rows", [1, 3, 2 * _ROWS_PER_THREAD + 1])
 @pytest.mark.parametrize("use_conv_bias", [True, False])
 def test_a_step_by_kernels_equals_a_step_by_torch(
     rows: int, use_conv_bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -61,8 +61,9 @@ def test_a_step_by_kernels_equals_a_step_by_torch(
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(cache._tensors(), expected_cache._tensors(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for mine, expected_state in zip(cache.layers, expected_cache.layers, strict=True):
+        for ours, theirs in zip(mine.tensors, expected_state.tensors, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "silu"])

@@ -15,6 +15,12 @@ def logits_after(model: MidiMambaForCausalLM, cache: RecurrentCache, tokens: tor
         return model(tokens, past_key_values=cache).logits[:, -1]
 
 
+def assert_equal(ours: RecurrentCache, theirs: RecurrentCache) -> None:
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        for tensor, expected in zip(mine.tensors, other.tensors, strict=True):
+            assert torch.equal(tensor, expected)
+
+
 def test_a_fork_continues_like_a_fresh_pass(generator: MidiMambaForCausalLM) -> None:
     prefixes = [[1, 4, 5, 6], [2, 3, 3, 9]]
     forks = read(generator, prefixes).fork(3)
@@ -29,10 +35,7 @@ def test_a_fork_leaves_its_origin_as_it_was(generator: MidiMambaForCausalLM) -> 
     cache = read(generator, [[1, 4, 5, 6]])
     before = cache.snapshot()
     read(generator, [[7], [8]], cache.fork(2))
-    for mine, theirs in zip(
-        cache.scan_states + cache.conv_states, before.scan_states + before.conv_states, strict=True
-    ):
-        assert torch.equal(mine, theirs)
+    assert_equal(cache, before)
 
 
 def test_select_and_reorder_take_sequences_by_index(generator: MidiMambaForCausalLM) -> None:
@@ -40,19 +43,18 @@ def test_select_and_reorder_take_sequences_by_index(generator: MidiMambaForCausa
     indices = torch.tensor([2, 0, 2])
     selected = cache.select(indices)
     cache.reorder_cache(indices)
-    for mine, theirs in zip(selected.scan_states, cache.scan_states, strict=True):
-        assert torch.equal(mine, theirs)
+    assert_equal(selected, cache)
     expected = read(generator, [[5, 6], [1, 4], [5, 6]])
-    torch.testing.assert_close(selected.scan_states[1], expected.scan_states[1])
+    torch.testing.assert_close(selected.layers[1].scan, expected.layers[1].scan)
 
 
 def test_rows_are_a_view(generator: MidiMambaForCausalLM) -> None:
     cache = RecurrentCache.for_model(generator, 3)
     read(generator, [[4, 5]], cache.rows(1, 2))
     alone = read(generator, [[4, 5]])
-    torch.testing.assert_close(cache.scan_states[0][1:2], alone.scan_states[0])
-    assert not cache.scan_states[0][0].any()
-    assert not cache.scan_states[0][2].any()
+    torch.testing.assert_close(cache.layers[0].scan[1:2], alone.layers[0].scan)
+    assert not cache.layers[0].scan[0].any()
+    assert not cache.layers[0].scan[2].any()
 
 
 def test_the_size_of_a_state_does_not_grow(generator: MidiMambaForCausalLM) -> None:
