@@ -41,7 +41,8 @@ class LayerState:
     def __init__(self, *tensors: Tensor):
         self._memory = tensors
         self.is_view = False
-        self.show(len(tensors[0]))
+        for name, tensor in zip(self.names, tensors, strict=True):
+            setattr(self, name, tensor)
 
     @classmethod
     def empty(
@@ -68,7 +69,7 @@ class LayerState:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the sequences, in the order of `names`."""
-        return tuple(getattr(self, name) for name in self.names)
+        return tuple([getattr(self, name) for name in self.names])  # a list is faster to make than a generator
 
     @property
     def batch_size(self) -> int:
@@ -137,7 +138,7 @@ class LayerState:
         return F.pad(memory, (0, 0) * (memory.dim() - 1 - dim) + (0, more), value=self.fill)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(*(function(tensor) for tensor in self.tensors))
+        return type(self)(*map(function, self.tensors))
 
 
 class MambaState(LayerState):

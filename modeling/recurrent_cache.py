@@ -1,6 +1,7 @@
 """The state of a generator between two tokens: exact to fork, and for Mamba constant in size."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -217,8 +218,9 @@ class RecurrentCache:
         Raises:
             CacheMismatchError: if this is not the state of `batch_size` sequences of such a model, on that device.
         """
-        sizes = {mixer: (STATES[mixer].kind, STATES[mixer].sizes_of(config)) for mixer in set(config.mixers)}
-        expected = [sizes[mixer] for mixer in config.mixers]
+        mixers = config.mixers
+        sizes = {mixer: (STATES[mixer].kind, STATES[mixer].sizes_of(config)) for mixer in set(mixers)}
+        expected = [sizes[mixer] for mixer in mixers]
         if self._layout != expected:
             raise CacheMismatchError(
                 f"the cache is of another model: it has {_describe(self._layout)}, this model {_describe(expected)}; "
@@ -256,7 +258,7 @@ class RecurrentCache:
     def _is_part(self) -> bool:
         return self._shared.rows > self.batch_size
 
-    @property
+    @cached_property
     def _layout(self) -> list[tuple[str, tuple[int, ...]]]:
         return [(state.kind, state.sizes) for state in self.layers]
 
@@ -267,7 +269,9 @@ class RecurrentCache:
     def _map(self, function: Callable[[LayerState], LayerState]) -> "RecurrentCache":
         documents = function(self.documents)
         assert isinstance(documents, DocumentState)
-        return RecurrentCache([function(state) for state in self.layers], documents, self.seen_tokens, self.plain)
+        mapped = RecurrentCache([function(state) for state in self.layers], documents, self.seen_tokens, self.plain)
+        mapped._layout = self._layout  # asked for at every forward pass
+        return mapped
 
 
 def _describe(layout: Sequence[tuple[str, tuple[int, ...]]]) -> str:

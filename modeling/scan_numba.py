@@ -16,8 +16,8 @@ from .numba_common import LOG2_E, exp2, in_parallel, kernel
 from .scan_common import first_derivative_only
 
 # Steps between two stored states, and channels of a task. The scratch memory of the backward pass, 2 x CHUNK states of
-# WIDTH channels, is 1 MB for a state of 16. One token took 2.4 + 6.6, 2.2 + 6.1, 1.9 + 4.5 and 1.9 + 4.6 µs on one core,
-# forward and backward, with widths of 64, 128, 256 and 512 (512 channels, state 16).
+# WIDTH channels, is 1 MB for a state of 16. With widths of 64, 128, 256 and 512, one core took 2.4 + 6.6,
+# 2.2 + 6.1, 1.9 + 4.5 and 1.9 + 4.6 µs per token, forward and backward (512 channels, state 16).
 CHUNK = 32
 WIDTH = 256
 

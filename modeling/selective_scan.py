@@ -4,8 +4,8 @@
 
 [`selective_scan`] is the one to use. [`selective_scan_reference`] is the obvious loop that every backend is tested
 against, and [`selective_step_`] is a single step for decoding. The recurrent state has shape
-`(batch, state, channels)`: channels are innermost because every product of the recurrence broadcasts over them, which keeps the vector units on
-contiguous memory.
+`(batch, state, channels)`: channels are innermost because every product of the recurrence broadcasts over them, which
+keeps the vector units on contiguous memory.
 """
 
 import math
