@@ -12,7 +12,7 @@ ORDERS = (1, 2, 3, 4)
 SETTINGS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "d_learning_rate", "seed"),
     *("sequence_length", "prompt_length", "estimator", "num_rollouts", "rollout_positions"),
-    *("reward", "baseline", "mle_weight", "g_steps", "d_steps", "d_epochs", "d_warmup_steps"),
+    *("reward", "baseline", "mle_weight", "d_steps", "d_epochs", "d_warmup_steps"),
 )
 
 ONE_RUN = (
@@ -76,7 +76,7 @@ def training_settings(folder: Path) -> dict[str, Any]:
 
 
 def bullet_list(settings: dict[str, Any]) -> str:
-    """`{"g_steps": 1}` -> ``- `g_steps`: 1``, one per line."""
+    """`{"d_steps": 1}` -> ``- `d_steps`: 1``, one per line."""
     return "\n".join(f"- `{name}`: {value}" for name, value in settings.items())
 
 
