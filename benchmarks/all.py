@@ -89,8 +89,8 @@ _LONG = "--max_steps 1000 --eval_steps 100 --save_steps 100"
 _TINY_MODEL = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
 _TINY_TUNING = "--steps 1 --length 32 --seeds 1"
 _NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
-_MEMORY = "benchmarks/memory.py --rollout-rows 256 --limit-gb 12"
-_SMALL_MEMORY = "--length 16 --rollouts 2 --positions 2 --micro-batch 2 --batch 4 --rollout-rows 8 --naive-length 8 "
+_MEMORY = "benchmarks/memory.py --rollout-mb 320 --limit-gb 12"
+_SMALL_MEMORY = "--length 16 --rollouts 2 --positions 2 --micro-batch 2 --batch 4 --rollout-mb 8 --naive-length 8 "
 
 STEPS = (
     Step("scan-512", "benchmarks/scan.py --seq-len 512", "--seq-len 64 --layers 1 --repeats 1"),

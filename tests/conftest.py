@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
-from midimamba.evaluation import halving, two_sample
+from midimamba.evaluation import comparison_halves, two_sample
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
 
@@ -79,7 +79,7 @@ def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     For tests of what is done with a comparison, not of its figures: one halving of the reference and one epoch of the
     classifier take a tenth of the time.
     """
-    monkeypatch.setattr(halving, "HALVINGS", 1)
+    monkeypatch.setattr(comparison_halves, "HALVINGS", 1)
     monkeypatch.setattr(two_sample, "_EPOCHS", 1)
 
 
