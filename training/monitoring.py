@@ -5,17 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.trainer_callback import CallbackHandler
 
 from midimamba.corpus.packing import stack_blocks
 from midimamba.errors import InputError
+from midimamba.evaluation.copying import COPIED_TOKENS, CopyRate
 from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu
 from midimamba.evaluation.rendering import draw_piano_roll, import_demo
 from midimamba.files import write_whole
@@ -24,13 +22,6 @@ from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.modeling.scoring import score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.adversarial_config import AdversarialConfig
-
-COPIED_TOKENS = 8
-"""An n-gram of so many tokens that the training music holds as well counts as copied: two to four notes of REMI,
-where shorter ones are idiom and much longer ones are rare in any sample."""
-
-MAX_NGRAMS = 2**22
-"""So many n-grams of the training music are remembered (32 MB of hashes); of more blocks, evenly spread ones are."""
 
 LOGGED_SAMPLES = 4
 """Samples of an evaluation that are written as MIDI and as piano rolls."""
@@ -52,44 +43,6 @@ def spread_blocks(dataset: Any, count: int) -> Tensor:
     """`count` blocks, evenly spread over a data set, `(count, time)`; all if there are fewer."""
     count = min(count, len(dataset))
     return stack_blocks([dataset[index * len(dataset) // count] for index in range(count)])
-
-
-class CopyRate:
-    """
-    How much of some sequences is copied from the training music: the share of their n-grams that it holds.
-
-    N-grams are compared by 64-bit hashes: about one of 10^12 that are new is taken for a copy.
-
-    Args:
-        dataset (`Dataset`): training blocks.
-        n (`int`, *optional*, defaults to 8): tokens an n-gram.
-    """
-
-    def __init__(self, dataset: Any, n: int = COPIED_TOKENS):
-        # Odd multipliers keep every bit of a token's own.
-        self._multipliers = np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64) * 2 + 1
-        per_block = max(1, len(dataset[0]["input_ids"]) - n + 1)
-        count = min(len(dataset), max(1, MAX_NGRAMS // per_block))
-        rows = (dataset[index * len(dataset) // count]["input_ids"] for index in range(count))
-        progress = tqdm(rows, total=count, desc="n-grams of the training music", leave=False, disable=None)
-        self._known = np.unique(np.concatenate([self._hashes(row) for row in progress]))
-
-    def __call__(self, sequences: list[list[int]]) -> float:
-        """The share of all n-grams of sequences; 0 if they are too short to have any."""
-        hashes = np.concatenate([self._hashes(row) for row in sequences])
-        return float(np.isin(hashes, self._known).mean()) if len(hashes) else 0.0
-
-    def _hashes(self, row: list[int]) -> NDArray[np.uint64]:
-        n = len(self._multipliers)
-        if len(row) < n:
-            return np.empty(0, dtype=np.uint64)
-        tokens = np.lib.stride_tricks.sliding_window_view(np.array(row, dtype=np.uint64) + 1, n)
-        # Mixed token by token: a plain weighted sum of small numbers collides as soon as two weights are related.
-        hashes = np.zeros(len(tokens), dtype=np.uint64)
-        for column, multiplier in zip(tokens.T, self._multipliers, strict=True):
-            hashes = (hashes ^ column) * multiplier
-            hashes ^= hashes >> np.uint64(29)
-        return hashes
 
 
 class Monitor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from midimamba.training.guarded_trainer import GuardedTrainer
 from midimamba.training.metrics import Metrics, weighted_mean
 from trainer_support import ALL_STABILISERS, LENGTH, make_blocks, make_trainer
 
@@ -55,6 +56,7 @@ def test_all_figures_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_figures_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
     """Four sequences in micro-batches of three are one of three and one of one: their means have to be weighted."""
     averages = []
+    torch.manual_seed(5)
     blocks = torch.randint(3, 11, (4, LENGTH))  # each a part of one piece: all have the same number of targets
     for size in (3, 4):
         options = ALL_STABILISERS | {"estimator": "terminal", "replay_fraction": 0.0, "learning_rate": 1e-3}
@@ -83,8 +85,30 @@ def test_a_generators_step_waits_for_no_figure(tmp_path: Path, monkeypatch: pyte
     blocks = torch.tensor(make_blocks(4)["input_ids"])
     fetched: list[torch.dtype] = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a figure was fetched within the step"))
-    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: pytest.fail("a figure was fetched within the step"))
+    for name in ("item", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("a figure was fetched within the step"))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (fetched.append(tensor.dtype), tolist(tensor))[1])
     trainer._train_generator(trainer.model, blocks)
     assert set(fetched) <= {torch.int64, torch.bool}
+
+
+def test_a_finished_step_is_judged_by_one_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, **ALL_STABILISERS)
+    finish, tolist, item = GuardedTrainer.finish_step, torch.Tensor.tolist, torch.Tensor.item
+    fetches: list[list[int]] = []
+
+    def watched(trainer: GuardedTrainer, started: float, drawn: int) -> None:
+        fetches.append([])
+        with monkeypatch.context() as patch:
+            for name, fetch in (("tolist", tolist), ("item", item)):
+                patch.setattr(
+                    torch.Tensor,
+                    name,
+                    lambda tensor, fetch=fetch: (fetches[-1].append(tensor.numel()), fetch(tensor))[1],
+                )
+            finish(trainer, started, drawn)
+
+    monkeypatch.setattr(GuardedTrainer, "finish_step", watched)
+    trainer.train()
+    assert [len(counts) for counts in fetches] == [1] * 3
+    assert min(counts[0] for counts in fetches) > 20

@@ -13,30 +13,9 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation import rendering
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
-from midimamba.training.monitoring import LOGGED_SAMPLES, CopyRate, peak_memory_mb
+from midimamba.training.monitoring import LOGGED_SAMPLES, peak_memory_mb
 from support import make_discriminator, make_generator, make_score
 from trainer_support import LENGTH, PLAIN, make_trainer
-
-
-def test_the_copy_rate_is_the_share_of_ngrams_that_the_training_music_holds() -> None:
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.randint(3, (20, 12), generator=generator).tolist()
-    samples = [*torch.randint(3, (30, 10), generator=generator).tolist(), blocks[3]]
-    known = {tuple(row[i : i + 4]) for row in blocks for i in range(9)}
-    grams = [tuple(row[i : i + 4]) for row in samples for i in range(len(row) - 3)]
-    rate = CopyRate([{"input_ids": row} for row in blocks], n=4)
-    assert rate(samples) == pytest.approx(sum(gram in known for gram in grams) / len(grams))
-    assert rate(blocks) == 1.0
-    assert rate([[1, 2]]) == 0.0
-
-
-def test_no_more_ngrams_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("midimamba.training.monitoring.MAX_NGRAMS", 20)
-    blocks = [{"input_ids": list(range(10 * i, 10 * i + 10))} for i in range(100)]
-    rate = CopyRate(blocks, n=6)
-    assert len(rate._known) <= 20
-    assert rate([blocks[0]["input_ids"]]) == 1.0
-    assert rate([blocks[1]["input_ids"]]) == 0.0
 
 
 def test_the_peak_of_memory_is_in_megabytes() -> None:
