@@ -28,8 +28,8 @@ from .mamba_mixer import MidiMambaMixer
 from .recurrent_cache import RecurrentCache
 from .stock_names import read_stock_names, stock_names_for_loading, write_stock_names
 
-_MIXERS = {"mamba": MidiMambaMixer, "attention": MidiMambaAttention}
-_FEED_FORWARDS = {"mlp": SwiGLU, "moe": SwitchExperts}
+_MIXERS: dict[str, type[nn.Module]] = {"mamba": MidiMambaMixer, "attention": MidiMambaAttention}
+_FEED_FORWARDS: dict[str, type[nn.Module]] = {"mlp": SwiGLU, "moe": SwitchExperts}
 
 
 @dataclass
@@ -148,7 +148,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MidiMambaBlock(config, index) for index in range(config.num_hidden_layers))
         final_norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         # `Trainer` chooses by name which weights decay: a Mamba's `norm_f` does, a Llama's `norm` does not.
