@@ -56,6 +56,11 @@ def generator(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folders(songs: Path, generator: Path, corpus: Path) -> dict[str, Path]:
+    return {"songs": songs, "generator": generator, "corpus": corpus}
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return support.command(monkeypatch, "evaluate", *arguments)
 
@@ -119,9 +124,7 @@ def test_bad_input_is_refused_in_a_line_and_nothing_is_written(
     music: str,
     options: tuple[str, ...],
     reason: str,
-    songs: Path,
-    generator: Path,
-    corpus: Path,
+    folders: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -131,8 +134,19 @@ def test_bad_input_is_refused_in_a_line_and_nothing_is_written(
         (tmp_path / name).mkdir()
         for seed in range(count):
             make_score(seed).dump_midi(tmp_path / name / f"{seed}.mid")
-    folder = {"songs": songs, "generator": generator}.get(music, tmp_path / music)
-    arguments = (folder, "--reference", corpus, "--out", "out/report.json", "--length", 32, "--bars", 6, *options)
+    folder = folders.get(music, tmp_path / music)
+    arguments = (
+        folder,
+        "--reference",
+        folders["corpus"],
+        "--out",
+        "out/report.json",
+        "--length",
+        32,
+        "--bars",
+        6,
+        *options,
+    )
     assert command(monkeypatch, *arguments) == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
     assert {file.name for file in tmp_path.iterdir()} == {"empty", "two"}
