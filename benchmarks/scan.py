@@ -9,6 +9,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from measure import add_model_size, finish, make_parser, median_seconds
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.modeling.stock_names import plain_name
 
 
 def forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> float:
@@ -21,7 +22,8 @@ def forward_backward(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 def largest_gradient_difference(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
     """The largest difference, relative to the largest gradient of each parameter."""
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    named = theirs.named_parameters()
+    expected = {plain_name(name): parameter.grad for name, parameter in named if parameter.grad is not None}
     found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
     return max(
         float((gradient - expected[name]).abs().max() / (expected[name].abs().max() + 1e-12))

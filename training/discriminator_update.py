@@ -76,10 +76,10 @@ class DiscriminatorUpdate:
         self.discriminator.train()
         limit = self.args.d_max_accuracy
         before: Measures = {}
-        passes = []
+        passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []
         for epoch in range(self.args.d_epochs):
             logits, measures = self._accumulate(sequences, labels, len(real))
-            passes.append((measures, 1.0))
+            passes.append((measures, {}))
             if epoch == 0:
                 before = self._measure(*logits.split([len(real), len(fake), len(old)]))
                 if limit is not None:

@@ -59,12 +59,14 @@ class LossTerms(NamedTuple):
     Args:
         loss (`Tensor`): a scalar, with a graph.
         log_probabilities (`Tensor` of shape `(batch, actions)`): of the sampled actions, without a graph.
-        measures (`Measures`): figures of the batch.
+        measures (`dict[str, Tensor]`): figures of the batch, means but for those in `_max`.
+        counts (`dict[str, Tensor]`): how many sequences, actions or tokens each is a mean over.
     """
 
     loss: Tensor
     log_probabilities: Tensor
-    measures: Measures
+    measures: dict[str, Tensor]
+    counts: dict[str, Tensor]
 
 
 class GeneratorLoss:
@@ -105,10 +107,13 @@ class GeneratorLoss:
             divergences = self._divergences(self.reference, policy, batch).masked_fill(~batch.valid, 0)
             loss = loss + self.kl_coef * divergences.sum(1).mean()
             measures["kl"] = _mean(divergences.detach(), batch.valid)
+        counts = dict.fromkeys(measures, batch.valid.sum())
+        counts["policy_loss"] = torch.full_like(counts["policy_loss"], len(batch.real))
         if labels is not None:
-            likelihood, measures["mle_loss"] = _negative_likelihood(of_real, labels[:, 1:])
+            likelihood, counts["mle_loss"] = _negative_likelihood(of_real, labels[:, 1:])
+            measures["mle_loss"] = likelihood.detach() * len(batch.real) / counts["mle_loss"]
             loss = loss + self.args.mle_weight * likelihood
-        return LossTerms(loss, chosen.detach(), measures)
+        return LossTerms(loss, chosen.detach(), measures, counts)
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the model says of samples and of music, each `(batch, time - 1, vocab)`, and the music's labels."""
@@ -125,13 +130,13 @@ class GeneratorLoss:
         of_fake, of_real = logits.float().log_softmax(-1).split([rows, len(sequences) - rows])
         return of_fake, of_real, labels
 
-    def _policy_loss(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, Measures]:
+    def _policy_loss(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         clip, old, valid = self.args.ppo_clip, batch.old, batch.valid
         if clip is None:
             loss = losses.reinforce_loss(chosen, batch.advantages)
         else:
             loss = losses.clipped_policy_loss(chosen, chosen.detach() if old is None else old, batch.advantages, clip)
-        measures: Measures = {"policy_loss": loss.detach()}
+        measures = {"policy_loss": loss.detach()}
         if old is not None and clip is not None:  # in the first pass over a batch all ratios are 1
             log_ratio = (chosen.detach() - old).masked_fill(~valid, 0)
             ratio = log_ratio.exp()
@@ -192,7 +197,7 @@ class GeneratorUpdate:
             again = self._accumulate(model, batch._replace(old=first.log_probabilities))
             loss = loss + again.loss
             passes.append(again.measures)
-        measures = weighted_mean([(part, 1.0) for part in passes])
+        measures: Measures = dict(weighted_mean([(part, {}) for part in passes]))
         if "kl" in first.measures:
             # Of the policy that sampled, and of all processes: they must agree on the next coefficient.
             measures["kl"] = self.accelerator.reduce(torch.as_tensor(first.measures["kl"]), "mean")
@@ -202,20 +207,21 @@ class GeneratorUpdate:
     def _accumulate(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Add up the gradient of one teacher-forced pass over a batch, in micro-batches."""
         chunks = batch.split(self.args.micro_batch_size)
-        parts, total = [], []
+        parts, losses = [], []
         for index, chunk in enumerate(chunks):
             is_last = index == len(chunks) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 terms = self.loss(model, chunk)
                 share = len(chunk.real) / len(batch.real)
                 self.accelerator.backward(terms.loss * share)
-            parts.append((terms, share))
-            total.append(terms.loss.detach() * share)
-        self.watch("the loss", torch.stack(total))
+            parts.append(terms)
+            losses.append(terms.loss.detach() * share)
+        self.watch("the loss", torch.stack(losses))
         return LossTerms(
-            torch.stack(total).sum(),
-            torch.cat([terms.log_probabilities for terms, _ in parts]),
-            weighted_mean([(terms.measures, share) for terms, share in parts]),
+            torch.stack(losses).sum(),
+            torch.cat([terms.log_probabilities for terms in parts]),
+            weighted_mean([(terms.measures, terms.counts) for terms in parts]),
+            {name: torch.stack([terms.counts[name] for terms in parts]).sum() for name in parts[0].counts},
         )
 
 
@@ -231,10 +237,10 @@ def _chosen(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _negative_likelihood(of_real: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed over time and averaged over blocks, with a graph; and per token, without."""
+    """Summed over time and averaged over blocks; and the number of tokens."""
     is_target = targets != IGNORED
     loss = -_chosen(of_real, targets.clamp(min=0)).masked_fill(~is_target, 0).sum()
-    return loss / len(of_real), (loss / is_target.sum()).detach()
+    return loss / len(of_real), is_target.sum()
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

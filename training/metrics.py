@@ -13,8 +13,8 @@ class Metrics:
     """
     Collects figures and averages them by their weights; of a name that ends in `_max` it keeps the largest.
 
-    Figures stay on their device until [`~Metrics.fetch`] brings them over together, so that a training step waits for
-    the device once.
+    Figures stay on their device until [`~Metrics.fetch`] brings them over together, so that all of them cost a
+    training step one wait for the device.
     """
 
     def __init__(self) -> None:
@@ -62,16 +62,22 @@ class Metrics:
         self._totals[name] = (total, weights + weight)
 
 
-def weighted_mean(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """The figures of a batch from those of its parts, each with its share; the largest of a name in `_max`."""
+def weighted_mean(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor | float]]]) -> dict[str, Tensor]:
+    """The figures of a batch from those of its parts; the largest of a name in `_max`.
+
+    Args:
+        parts (`Sequence[tuple[Mapping, Mapping]]`): figures by name, and what each is a mean over: a number of
+            sequences or of tokens. A figure without a number counts once per part.
+    """
     names = {name: None for measures, _ in parts for name in measures}
     return {
-        name: _combine(name, [(measures[name], share) for measures, share in parts if name in measures])
+        name: _combine(name, [(measures[name], counts.get(name, 1)) for measures, counts in parts if name in measures])
         for name in names
     }
 
 
-def _combine(name: str, figures: list[tuple[Tensor, float]]) -> Tensor:
+def _combine(name: str, figures: list[tuple[Tensor, Tensor | float]]) -> Tensor:
     if name.endswith("_max"):
         return torch.stack([value for value, _ in figures]).max()
-    return torch.stack([value * share for value, share in figures]).sum() / sum(share for _, share in figures)
+    total = sum(count for _, count in figures)
+    return torch.stack([value * (count / total) for value, count in figures]).sum()

@@ -346,13 +346,13 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are(monkeypatch: pyt
     [
         ("cpu", "triton", {}, "tensors on CUDA and these are on cpu. Choose chunked or reference"),
         ("cpu", "mamba_ssm", {}, "tensors on CUDA and these are on cpu. Choose chunked or reference"),
-        ("cuda", "triton", {"state_size": 65}, "at most 64 .* here are 65. Choose mamba_ssm or chunked"),
+        ("cuda", "triton", {"state_size": 65}, "at most 64 .* here there are 65. Choose mamba_ssm or chunked"),
         ("cuda", "mamba_ssm", {"has_initial_state": True}, "no initial state. Choose triton or chunked"),
         ("cuda", "mamba_ssm", {"has_reset": True}, "no reset. Choose triton or chunked"),
         ("cuda", "mamba_ssm", {"dtype": torch.float64}, "no float64. Choose triton or chunked"),
         ("cuda", "numba", {}, "tensors on the processor and these are on cuda. Choose mamba_ssm or triton or chunked"),
         ("cpu", "numba", {"dtype": torch.float64}, "its state is float32, and here it is float64. Choose chunked"),
-        ("cuda", "mamba_ssm", {"state_size": 257}, "at most 256 .* here are 257. Choose chunked or reference"),
+        ("cuda", "mamba_ssm", {"state_size": 257}, "at most 256 .* here there are 257. Choose chunked or reference"),
     ],
 )
 def test_a_backend_asked_for_says_why_it_cannot(

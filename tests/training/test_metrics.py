@@ -7,6 +7,7 @@ import torch
 
 from midimamba.training.guarded_trainer import GuardedTrainer
 from midimamba.training.metrics import Metrics, weighted_mean
+from support import make_generator
 from trainer_support import ALL_STABILISERS, LENGTH, make_blocks, make_trainer
 
 
@@ -29,13 +30,15 @@ def test_a_largest_figure_may_be_negative() -> None:
     metrics.add({"log_ratio_max": torch.tensor(-3.0)})
     metrics.add({"log_ratio_max": -2.0})
     assert metrics.averages() == {"log_ratio_max": -2.0}
-    parts = [({"log_ratio_max": torch.tensor(value)}, 0.5) for value in (-3.0, -2.0)]
+    parts = [({"log_ratio_max": torch.tensor(value)}, {}) for value in (-3.0, -2.0)]
     assert weighted_mean(parts)["log_ratio_max"] == -2.0
 
 
-def test_parts_count_by_their_share_and_those_without_a_figure_do_not() -> None:
-    parts = [({"a": torch.tensor(1.0)}, 0.75), ({"a": torch.tensor(5.0), "b": torch.tensor(4.0)}, 0.25)]
-    assert weighted_mean(parts) == {"a": torch.tensor(2.0), "b": torch.tensor(4.0)}
+def test_each_figure_counts_by_what_it_is_a_mean_over() -> None:
+    first = {"a": torch.tensor(1.0), "c": torch.tensor(1.0)}, {"a": torch.tensor(6)}
+    second = {"a": torch.tensor(5.0), "b": torch.tensor(4.0), "c": torch.tensor(2.0)}, {"a": torch.tensor(2)}
+    expected = {"a": torch.tensor(2.0), "b": torch.tensor(4.0), "c": torch.tensor(1.5)}
+    assert weighted_mean([first, second]) == expected
 
 
 def test_all_figures_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,13 +57,16 @@ def test_all_figures_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_figures_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
-    """Four sequences in micro-batches of three are one of three and one of one: their means have to be weighted."""
+    """Four sequences in micro-batches of three are one of three and one of one: their means have to be weighted, by
+    sequences, by actions where sequences end early, and by targets where pieces begin inside blocks."""
     averages = []
     torch.manual_seed(5)
-    blocks = torch.randint(3, 11, (4, LENGTH))  # each a part of one piece: all have the same number of targets
+    blocks = torch.randint(3, 11, (4, LENGTH))
+    blocks[0, 3] = blocks[1, 5] = 1
     for size in (3, 4):
         options = ALL_STABILISERS | {"estimator": "terminal", "replay_fraction": 0.0, "learning_rate": 1e-3}
-        trainer = make_trainer(tmp_path, micro_batch_size=size, **options)
+        ending = make_generator(eos_token_id=4)
+        trainer = make_trainer(tmp_path, micro_batch_size=size, generator=ending, **options)
         trainer.create_optimizer()
         # Dropout would draw other numbers for other micro-batches.
         for module in trainer.discriminator.modules():
