@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,7 +19,7 @@ from support import make_discriminator, make_generator
 LENGTH = 8
 
 # Algorithm 1 with a baseline, and no guard that would want evaluations.
-PLAIN: dict[str, object] = {
+PLAIN: dict[str, Any] = {
     "advantage_clip": None,
     "ppo_epochs": 1,
     "ppo_clip": None,
@@ -41,7 +42,7 @@ PLAIN: dict[str, object] = {
     "save_total_limit": None,
 }
 
-ALL_STABILISERS: dict[str, object] = {
+ALL_STABILISERS: dict[str, Any] = {
     "baseline": "running",
     "advantage_clip": 1.5,
     "ppo_epochs": 2,
@@ -69,10 +70,10 @@ def make_trainer(
     kind: str = "cnn",
     peft_config: LoraConfig | None = None,
     generator: PreTrainedModel | None = None,
-    **overrides: object,
+    **overrides: Any,
 ) -> AdversarialTrainer:
     """A trainer of tiny networks. Without a generator of your own, its sequences have no end: all have one length."""
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "output_dir": str(folder),
         "sequence_length": LENGTH,
         "prompt_length": 2,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError, exit_on_input_error
@@ -118,9 +117,10 @@ def tune(
 def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:
     """Write the two networks, and publish them if asked."""
     from midimamba.hub_cards.publish import publish
+    from midimamba.training.guard import output_folder
     from midimamba.training.scripts import announce, save_model
 
-    output = Path(trainer.args.output_dir)
+    output = output_folder(trainer.args)
     d_output = output.with_name(f"{output.name}-discriminator")
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)

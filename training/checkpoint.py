@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from midimamba.errors import InputError
 from midimamba.files import whole_file, write_whole
@@ -29,7 +29,7 @@ class AdversarialState:
     All that a run has beside the generator and its optimizer.
 
     Args:
-        policies (`dict[str, nn.Module]`): the copies of the generator, by the files they are saved in.
+        policies (`dict[str, PreTrainedModel]`): the copies of the generator, by the files they are saved in.
         discriminator_update (`DiscriminatorUpdate`): the discriminator, its optimizer, and the old negatives.
         generator_loss (`GeneratorLoss`): has the adaptive weight.
         credit (`Credit`): has a running mean.
@@ -38,7 +38,7 @@ class AdversarialState:
 
     def __init__(
         self,
-        policies: dict[str, nn.Module],
+        policies: dict[str, PreTrainedModel],
         discriminator_update: DiscriminatorUpdate,
         generator_loss: GeneratorLoss,
         credit: Credit,

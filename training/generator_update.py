@@ -227,7 +227,7 @@ class GeneratorUpdate:
 
 def _separates_documents(model: nn.Module) -> bool:
     """Whether a model can keep packed pieces apart. One that cannot reads a block as a single piece."""
-    inner = getattr(model, "module", model)  # inside the wrapper of distributed training
+    inner: Any = getattr(model, "module", model)  # inside the wrapper of distributed training
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return "seq_idx" in inspect.signature(inner.forward).parameters
 

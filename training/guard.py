@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,6 +22,11 @@ ROLLBACKS_FILE = "rollbacks.json"
 
 MAX_ROLLBACKS = 3
 """How often a run goes back before it ends with its last good checkpoint."""
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """Where a run writes. `TrainingArguments` fills `output_dir` in, although its type allows `None`."""
+    return Path(str(args.output_dir))
 
 
 class DivergedError(Exception):
@@ -47,7 +53,7 @@ class Guard:
         self.accelerator = accelerator
         bounds = (("eval_loss", args.max_nll_drift), ("eval_self_bleu_4", args.max_self_bleu_increase))
         self._bounds = {name: bound for name, bound in bounds if bound is not None}
-        self._file = Path(args.output_dir) / ROLLBACKS_FILE
+        self._file = output_folder(args) / ROLLBACKS_FILE
         self._watched: list[tuple[str, Tensor]] = []
         self.reference: dict[str, float] = {}
         self.rollbacks = 0

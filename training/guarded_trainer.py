@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
@@ -35,6 +36,7 @@ from midimamba.training.guard import (
     DivergedError,
     Guard,
     last_complete_checkpoint,
+    output_folder,
     scale_learning_rates,
 )
 from midimamba.training.lora import merged
@@ -62,6 +64,14 @@ class GuardedTrainer(Trainer):
     rollout_policy: PreTrainedModel
     reference_policy: PreTrainedModel | None
     discriminator: nn.Module
+    # Narrower than Trainer declares them: `AdversarialTrainer` takes nothing else, and makes the rest before a step.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    data_collator: BlockCollator
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    processing_class: ProcessorMixin | None
 
     def check_is_whole(self) -> None:
         """Refuse to shard the generator over processes.
@@ -75,7 +85,7 @@ class GuardedTrainer(Trainer):
                 "parallelism (training/accelerate_configs/gpu-2.yaml), and a smaller micro_batch_size or --use_peft"
             )
 
-    def prepare_run(self, discriminator: nn.Module) -> None:
+    def prepare_run(self, discriminator: MidiDiscriminator) -> None:
         """Make what watches, saves and evaluates a run, once the parts of the algorithm are there."""
         self.metrics = Metrics()
         self.averaged_policy = frozen_copy(self.generator) if self.args.ema_decay else None
@@ -89,9 +99,9 @@ class GuardedTrainer(Trainer):
             kept, self.discriminator_update, self.generator_loss, self.credit, self.guard
         )
         self.monitor = Monitor(self.args, discriminator, self.train_dataset, self.eval_dataset, self.ending)
-        folder = Path(self.args.output_dir) / "samples"
+        folder = output_folder(self.args) / "samples"
         self.sample_log = SampleLog(folder, self.processing_class, self.callback_handler)
-        self.divergence: Tensor | None = None
+        self.divergence: Tensor | float | None = None
         self._num_sampled = 0
         self._resumed_from: str | None = None
         self.add_callback(_Hooks(self))
@@ -135,7 +145,7 @@ class GuardedTrainer(Trainer):
         """
         checkpoint: str | bool | None = resume_from_checkpoint
         if checkpoint is True:
-            checkpoint = last_complete_checkpoint(Path(self.args.output_dir)) or True  # Trainer says there is none
+            checkpoint = last_complete_checkpoint(output_folder(self.args)) or True  # Trainer says there is none
         self.guard.begin(checkpoint if isinstance(checkpoint, str) else None)
         while True:
             self._resumed_from = checkpoint if isinstance(checkpoint, str) else None
@@ -204,7 +214,7 @@ class GuardedTrainer(Trainer):
         if self.averaged_policy is not None:
             follow(self.averaged_policy, self.generator, self.args.ema_decay)
             self.metrics.add({"ema_distance": distance(self.generator, self.averaged_policy)})
-        divergence = self.divergence if self.divergence is not None else torch.zeros((), device=self.args.device)
+        divergence = torch.as_tensor(0.0 if self.divergence is None else self.divergence, device=self.args.device)
         flags = self.guard.flags()
         divergence_now, *numbers = self.metrics.fetch(divergence, *flags.unbind())
         self.guard.check_flags(numbers)
@@ -266,7 +276,7 @@ class GuardedTrainer(Trainer):
     @property
     def checkpoint_folder(self) -> Path:
         """Where a checkpoint of this step is."""
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        return output_folder(self.args) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; a checkpoint gets the rest of the run's state as well."""

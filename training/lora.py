@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from midimamba.errors import InputError
 
@@ -83,7 +83,7 @@ def add_adapters(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     if config.modules_to_save or config.target_parameters:
         raise InputError("modules_to_save and target_parameters are not supported: adapt projections alone")
     config = copy.deepcopy(config)
-    config.target_modules = set(targets)
+    config.target_modules = sorted(targets)
     return get_peft_model(model, config)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.integrations import TensorBoardCallback, TrackioCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 from transformers.trainer_callback import CallbackHandler
 
 from midimamba.corpus.packing import stack_blocks

@@ -1,7 +1,6 @@
 """Maximum-likelihood training of a generator on a tokenized corpus, with `transformers.Trainer`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError, exit_on_input_error
@@ -108,6 +107,7 @@ def train(
 
     from midimamba.corpus.packing import BlockCollator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.training.guard import output_folder
     from midimamba.training.lora import add_adapters, lora_config, merged
     from midimamba.training.scripts import (
         announce,
@@ -142,7 +142,7 @@ def train(
         announce(f"{model.num_parameters():,} parameters, {len(blocks):,} blocks of {length} tokens")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        output = Path(training_args.output_dir)
+        output = output_folder(training_args)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         save_model(output, merged(model), processor, arguments=(training_args, augmentation, lora_args, script_args))
         announce(f"the generator is in {output}")

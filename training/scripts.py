@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
+from trl.scripts.utils import TrlParser
 
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.load import load_corpus
@@ -28,7 +28,7 @@ from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.stock_names import plain_name
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.training.guard import is_complete, last_complete_checkpoint
+from midimamba.training.guard import is_complete, last_complete_checkpoint, output_folder
 
 if TYPE_CHECKING:
     from midimamba.training.adversarial import AdversarialArguments
@@ -51,13 +51,14 @@ class RecipeParser(TrlParser):
     ):
         usage = "%(prog)s [--config RECIPE.yaml] [--OPTION VALUE ...]"  # of 150 options; the sections show them all
         layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(dataclass_types, usage=usage, formatter_class=layout, **kwargs)
-        fields = {kind: [field.name for field in dataclasses.fields(kind)] for kind in dataclass_types}
+        kinds: list[Any] = list(dataclass_types)  # TRL has a name of its own for their type
+        super().__init__(kinds, usage=usage, formatter_class=layout, **kwargs)
+        fields = {kind: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
         optional = {field.name for kind in fields for field in dataclasses.fields(kind) if "None" in str(field.type)}
         for action in self._actions:
             if action.dest in optional and action.type is not None:
                 action.type = functools.partial(_value_or_none, action.type)
-        own = [(_title_of(kind), fields[kind]) for kind in dataclass_types[:-1]]
+        own = [(_title_of(kind), fields[kind]) for kind in kinds[:-1]]
         # argparse has no public way to move a flag, and TRL's parser none to place one.
         for title, names in [*own, *(groups or {}).items()]:
             section = self.add_argument_group(title)
@@ -173,6 +174,8 @@ def load_discriminator(
     if arguments.discriminator == "generator":
         if arguments.d_spectral_norm:
             raise InputError("d_spectral_norm would change what the generator has learned: use cnn or mamba with it")
+        if not isinstance(generator, MidiMambaForCausalLM):
+            raise InputError(f"a discriminator cannot start as a {type(generator).__name__}: use cnn or mamba")
         try:
             return MidiDiscriminator.from_generator(generator, arguments.d_dropout)
         except ValueError as error:
@@ -184,7 +187,7 @@ def load_discriminator(
             raise InputError(
                 f"{arguments.discriminator!r} is neither cnn nor mamba nor generator nor a discriminator"
             ) from error
-    filters = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
+    filters: dict[str, Any] = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
     try:
         config = MidiDiscriminatorConfig(
             kind=arguments.discriminator,
@@ -220,7 +223,7 @@ def find_resume_point(args: TrainingArguments) -> str | None:
         InputError: if the output folder holds an earlier run that was not asked to be resumed, or the checkpoint is
             missing.
     """
-    output = Path(args.output_dir)
+    output = output_folder(args)
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
     if (output / "config.json").exists():
         raise InputError(f"{output} holds a finished run; choose another --output_dir or delete it")

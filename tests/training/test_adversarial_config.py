@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
@@ -13,12 +14,17 @@ from trainer_support import PLAIN
 LENGTH = 8
 
 
-def make_config(folder: Path, **overrides: object) -> AdversarialConfig:
-    options = {"sequence_length": LENGTH, "prompt_length": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+def make_config(folder: Path, **overrides: Any) -> AdversarialConfig:
+    options: dict[str, Any] = {
+        "sequence_length": LENGTH,
+        "prompt_length": 2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+    }
     return AdversarialConfig(**PLAIN | options | {"output_dir": str(folder)} | overrides)
 
 
-def own_options() -> list[dataclasses.Field]:
+def own_options() -> list[dataclasses.Field[Any]]:
     """Those that `TrainingArguments` does not have."""
     inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
     return [option for option in dataclasses.fields(AdversarialConfig) if option.name not in inherited]
@@ -90,6 +96,6 @@ def test_a_target_without_a_weight_is_left_out(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_impossible_options_are_refused(tmp_path: Path, overrides: dict[str, object], message: str) -> None:
+def test_impossible_options_are_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **overrides)

@@ -1,6 +1,7 @@
 """The trainer's samples and their values: roll-outs, and sequences that end."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from midimamba.modeling.sampling import Sequences
 from midimamba.training import action_values
 from midimamba.training.generator_update import Batch, LossTerms
-from midimamba.training.rollout import rows_for_budget
+from midimamba.training.rewards import Reward
+from midimamba.training.rollout import Rollouts, rows_for_budget
 from support import make_generator
 from trainer_support import LENGTH, all_valid, make_blocks, make_trainer
 
@@ -18,7 +20,7 @@ def test_a_memory_budget_sets_the_number_of_completions_and_changes_no_value(tmp
     for kind in ("cnn", "mamba"):
         small, large = (make_trainer(tmp_path, kind, rollout_memory_mb=budget) for budget in (0.5, 100.0))
         assert 0 < small.rollouts.max_rows < large.rollouts.max_rows
-        assert large.rollouts.max_rows == rows_for_budget(large.generator, LENGTH, 100.0, large.discriminator)
+        assert large.rollouts.max_rows == rows_for_budget(large.generator, LENGTH, 100.0, large.monitor.discriminator)
         small.rollouts.max_rows = large.rollouts.max_rows
         values = []
         for trainer in (large, small):
@@ -36,7 +38,7 @@ def test_rollouts_value_bar_lines_first(tmp_path: Path, monkeypatch: pytest.Monk
     valued: list[list[list[int]]] = []
     estimate = action_values.monte_carlo_values
 
-    def watched(rollouts: object, reward: object, sequences: Sequences, positions: torch.Tensor) -> torch.Tensor:
+    def watched(rollouts: Rollouts, reward: Reward, sequences: Sequences, positions: torch.Tensor) -> torch.Tensor:
         valued.append(positions.tolist())
         return estimate(rollouts, reward, sequences, positions)
 
@@ -64,11 +66,12 @@ def test_samples_end_where_the_generator_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"ppo_clip": 0.2, "kl_coef": 0.1, "entropy_coef": 0.1}], ids=["plain", "all"])
 def test_the_loss_of_sequences_that_ended_is_that_of_the_sequences_without_padding(
-    tmp_path: Path, options: dict[str, object]
+    tmp_path: Path, options: dict[str, Any]
 ) -> None:
     trainer = make_trainer(tmp_path, generator=make_generator(), mle_weight=0.0, **options)
     if trainer.reference_policy is not None:
-        trainer.reference_policy.get_input_embeddings().weight.mul_(1.1)  # else there is no divergence
+        (embeddings,) = trainer.reference_policy.get_input_embeddings().parameters()
+        embeddings.mul_(1.1)  # else there is no divergence
     eos, pad = trainer.ending
     fake = torch.tensor([[1, 3, 4, 5, eos, pad, pad, pad], [1, eos, 6, eos, pad, pad, pad, pad], [3] * LENGTH])
     mask = trainer.ending.mask(fake, 2)
@@ -100,6 +103,7 @@ def test_what_follows_an_end_changes_nothing(tmp_path: Path, estimator: str, kin
     """Real blocks run on past their end, samples are padded: neither values, judge nor evaluation look there."""
     trainer = make_trainer(tmp_path, kind, generator=make_generator(), estimator=estimator)
     eos = trainer.ending.eos_token_id
+    assert eos is not None
     blocks = torch.tensor(make_blocks(4)["input_ids"])
     blocks[blocks == eos] = 3
     blocks[:, 4] = eos

@@ -1,13 +1,16 @@
 """The trainer on tiny networks: what must move, what must not, and that a resumed run is the same run."""
 
 import shutil
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from midimamba.errors import InputError
+from midimamba.modeling.policy import as_policy
 from midimamba.modeling.sampling import Sequences
 from midimamba.training import adversarial_trainer, credit, losses
 from midimamba.training.action_values import DISCOUNT, ActionValues
@@ -34,7 +37,7 @@ TIMES = dict.fromkeys(
 )
 
 
-def likelihoods_alone(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
+def likelihoods_alone(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     """Log-likelihoods of all tokens that follow another of their piece, every piece in a pass of its own."""
     likelihoods = []
     for block in blocks:
@@ -44,6 +47,14 @@ def likelihoods_alone(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Ten
                 chosen = model(piece[None]).logits[0, :-1].log_softmax(-1).gather(-1, piece[1:, None])
                 likelihoods.append(chosen.flatten())
     return torch.cat(likelihoods)
+
+
+def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of all parameters, each of which must have one."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    found = [gradient.clone() for gradient in gradients if gradient is not None]
+    assert len(found) == len(gradients)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -69,7 +80,7 @@ def test_every_estimator_trains_both_networks(tmp_path: Path, estimator: str, ki
 def test_a_constant_reward_moves_nothing_when_a_baseline_is_on(
     tmp_path: Path, estimator: str, baseline: str, group_size: int | None
 ) -> None:
-    options = {"estimator": estimator, "baseline": baseline, "group_size": group_size, "ppo_epochs": 2}
+    options: dict[str, Any] = {"estimator": estimator, "baseline": baseline, "group_size": group_size, "ppo_epochs": 2}
     trainer = make_trainer(tmp_path, "mamba", reward="constant", mle_weight=0.0, ppo_clip=0.2, **options)
     before = parameters(trainer.model)
     trainer.train()
@@ -92,13 +103,13 @@ def test_a_random_reward_is_a_reward_like_any_other(tmp_path: Path) -> None:
 
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
-    gradients = []
+    gradients: list[list[torch.Tensor]] = []
     for size in (1, 3, 4):
         trainer = make_trainer(tmp_path, estimator="terminal", micro_batch_size=size)
         trainer.model.zero_grad()
         torch.manual_seed(0)
         trainer._train_generator(trainer.model, torch.tensor(make_blocks(4)["input_ids"]))
-        gradients.append([parameter.grad.clone() for parameter in trainer.model.parameters()])
+        gradients.append(gradients_of(trainer.model))
     for others in gradients[1:]:
         for gradient, other in zip(gradients[0], others, strict=True):
             torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
@@ -108,18 +119,19 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
 def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path: Path, mle_weight: float) -> None:
     trainer = make_trainer(tmp_path, mle_weight=mle_weight)
     blocks = torch.tensor(make_blocks(10)["input_ids"])
-    blocks[:, 1] = blocks[5:, 4] = trainer.model.config.bos_token_id
+    blocks[:, 1] = blocks[5:, 4] = trainer.generator.config.bos_token_id
     fake, real = blocks.split(5)
     advantages = torch.linspace(-1, 1, 5 * (LENGTH - 2)).view(5, LENGTH - 2)
-    state = trainer.model.make_state(len(fake))
+    policy = as_policy(trainer.generator)
+    state = policy.make_state(len(fake))
     with torch.no_grad():
         terms = trainer.generator_loss(trainer.model, Batch(all_valid(fake), real, advantages))
         chosen = []
         for t in range(LENGTH - 1):
-            drawn_from = trainer.model.next_logits(fake[:, t : t + 1], state).log_softmax(-1)
+            drawn_from = policy.next_logits(fake[:, t : t + 1], state).log_softmax(-1)
             chosen.append(drawn_from.gather(-1, fake[:, t + 1 : t + 2]))
         policy_loss = losses.reinforce_loss(torch.cat(chosen, 1)[:, 1:], advantages)
-        likelihoods = likelihoods_alone(trainer.model, real)
+        likelihoods = likelihoods_alone(trainer.generator, real)
     torch.testing.assert_close(terms.loss, policy_loss - mle_weight * likelihoods.sum() / len(real))
     if mle_weight:
         assert float(terms.measures["mle_loss"]) == pytest.approx(-likelihoods.mean().item())
@@ -199,7 +211,12 @@ def test_the_discriminator_is_pretrained_and_learns_first_in_every_round(
 
     def watch(owner: object, name: str) -> None:
         function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *arguments: (calls.append(name), function(*arguments))[1])
+
+        def called(*arguments: object) -> object:
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, called)
 
     watch(trainer, "_train_discriminator")
     watch(trainer, "_train_generator")
@@ -212,9 +229,9 @@ def test_the_discriminator_is_pretrained_and_learns_first_in_every_round(
 @pytest.mark.parametrize(
     "options", [{}, ALL_STABILISERS, ALL_STABILISERS | {"reward": "random"}], ids=["plain", "all", "random reward"]
 )
-def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, object]) -> None:
+def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
     # Five steps and two evaluations; resumed between them.
-    common = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
+    common: dict[str, Any] = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"}
     straight = make_trainer(tmp_path / "straight", eval_steps=2, **common, **options)
     straight.train()
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
@@ -223,7 +240,8 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, ob
         for parameter in resumed.model.parameters():
             parameter.add_(1.0)  # nothing may be left of the model that the trainer was made with
         for policy in resumed.adversarial_state.policies.values():
-            policy.get_input_embeddings().weight.add_(1.0)
+            for parameter in policy.get_input_embeddings().parameters():
+                parameter.add_(1.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-3"))
     for name in ("model", "discriminator", "generator_for_saving"):
         assert moved(parameters(getattr(straight, name)), parameters(getattr(resumed, name))) == 0.0
@@ -236,8 +254,9 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, ob
     assert [log | TIMES for log in logs[0]] == [log | TIMES for log in logs[1]]
     assert sum("loss" in log for log in logs[0]) == 5
     if options:
-        assert torch.equal(*(run.discriminator_update.replay.sequences for run in (straight, resumed)))
-        assert torch.equal(*(run.credit.mean for run in (straight, resumed)))
+        for remembered in ("discriminator_update.replay.sequences", "credit.mean"):
+            ours, theirs = map(attrgetter(remembered), (straight, resumed))
+            assert torch.equal(ours, theirs)
         assert straight.generator_loss.kl_coef == resumed.generator_loss.kl_coef != 0.1
 
 
@@ -271,7 +290,7 @@ def test_an_evaluation_does_not_change_the_run(tmp_path: Path) -> None:
 def test_evaluation_measures_likelihood_accuracy_and_diversity(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     metrics = trainer.evaluate()
-    likelihoods = likelihoods_alone(trainer.model, torch.tensor(make_blocks(8)["input_ids"]))
+    likelihoods = likelihoods_alone(trainer.generator, torch.tensor(make_blocks(8)["input_ids"]))
     assert metrics["eval_loss"] == pytest.approx(-likelihoods.mean().item(), abs=1e-5)
     assert metrics["eval_d_accuracy"] == pytest.approx(
         (metrics["eval_d_accuracy_real"] + metrics["eval_d_accuracy_fake"]) / 2
@@ -320,14 +339,19 @@ def test_every_ppo_epoch_has_a_gradient_of_its_own_clipped_to_the_norm(
 ) -> None:
     # Where nothing moves, all passes have the same gradient: none may be left of the pass before.
     limit = 0.01 if learning_rate else 0.0
-    options = {"ppo_epochs": 3, "ppo_clip": 0.2, "max_grad_norm": limit, "learning_rate": learning_rate}
+    options: dict[str, Any] = {
+        "ppo_epochs": 3,
+        "ppo_clip": 0.2,
+        "max_grad_norm": limit,
+        "learning_rate": learning_rate,
+    }
     trainer = make_trainer(tmp_path, max_steps=1, **options)
     norms = []
     trainer.create_optimizer()
     step = trainer.optimizer.step
 
-    def watched(*arguments: object) -> None:
-        gradients = [parameter.grad.norm() for parameter in trainer.model.parameters()]
+    def watched(*arguments: Any) -> None:
+        gradients = [gradient.norm() for gradient in gradients_of(trainer.model)]
         norms.append(torch.linalg.vector_norm(torch.stack(gradients)).item())
         step(*arguments)
 
@@ -364,7 +388,7 @@ def test_a_group_shares_its_prompt_and_the_likelihood_keeps_the_whole_batch(
     trainer._train_generator(trainer.model, blocks)
     assert torch.equal(sampled[0][:, :2], blocks[[0, 0, 2, 2, 4, 4], :2])
     assert len(sampled[0].unique(dim=0)) > 3
-    expected = -likelihoods_alone(trainer.model, blocks).mean().item()
+    expected = -likelihoods_alone(trainer.generator, blocks).mean().item()
     assert trainer.metrics.averages()["mle_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -374,6 +398,7 @@ def test_the_reference_is_the_pretrained_policy_and_holds_the_generator_back(tmp
         trainer = make_trainer(tmp_path, reward="random", mle_weight=0.0, max_steps=6, kl_coef=coefficient)
         start = parameters(trainer.model)
         trainer.train()
+        assert trainer.reference_policy is not None
         assert moved(start, parameters(trainer.reference_policy)) == 0.0
         divergences.append(trainer.state.log_history[-2]["kl"])
     assert divergences[1] < divergences[0] / 2
@@ -399,6 +424,7 @@ def test_the_average_is_evaluated_and_saved_and_does_not_touch_the_run(tmp_path:
         expected = {name: (expected[name] + step[name]) / 2 for name in expected}
     assert moved(expected, parameters(averaged.generator_for_saving)) < 1e-6
     assert plain.generator_for_saving is plain.generator
+    assert averaged.averaged_policy is not None
     plain.model.load_state_dict(averaged.averaged_policy.state_dict())
     plain.discriminator.load_state_dict(averaged.discriminator.state_dict())
     ours, theirs = plain.evaluate(), averaged.evaluate()
@@ -407,8 +433,8 @@ def test_the_average_is_evaluated_and_saved_and_does_not_touch_the_run(tmp_path:
 
 def test_the_best_average_is_loaded_at_the_end(tmp_path: Path) -> None:
     # The greatest loss counts as the best here: it is that of the first step, and not what the run ends with.
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, ema_decay=0.5, **best, **steps)
     trainer.train()
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
@@ -444,7 +470,7 @@ def test_only_as_many_negatives_are_sampled_as_are_not_replayed(
 
 
 @pytest.mark.parametrize("option", [{"estimator": "dense"}, {"r1_weight": 1.0}], ids=str)
-def test_what_a_discriminator_cannot_do_is_refused(tmp_path: Path, option: dict[str, object]) -> None:
+def test_what_a_discriminator_cannot_do_is_refused(tmp_path: Path, option: dict[str, Any]) -> None:
     kind = "cnn" if "estimator" in option else "mamba"
     with pytest.raises(ValueError, match="needs a discriminator of kind"):
         make_trainer(tmp_path, kind, **option)
@@ -469,7 +495,7 @@ def test_experts_drop_no_token_of_a_sample(tmp_path: Path) -> None:
     assert scored.dropped_tokens == 0
     torch.testing.assert_close(scored.logits, trainer.model.eval()(ids).logits)
     trainer.train()
-    assert trainer.model.config.capacity_factor == 0.1
+    assert trainer.generator.config.capacity_factor == 0.1
 
 
 def test_networks_of_different_vocabularies_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ def test_the_running_mean_is_the_bias_corrected_moving_average() -> None:
         torch.testing.assert_close(mean, moment / (1 - 0.7**count))
 
 
-def make_credit(folder: Path, baseline: str, **options: object) -> Credit:
-    common = {"per_device_train_batch_size": 4, "normalize_advantages": False, "use_cpu": True}
+def make_credit(folder: Path, baseline: str, **options: Any) -> Credit:
+    common: dict[str, Any] = {"per_device_train_batch_size": 4, "normalize_advantages": False, "use_cpu": True}
     args = AdversarialConfig(**PLAIN | common | {"output_dir": str(folder), "baseline": baseline} | options)
     return Credit(args, Accelerator(cpu=True))
 
@@ -198,7 +199,8 @@ def test_a_ratio_beyond_the_clip_earns_nothing_more() -> None:
     log_probabilities = torch.tensor([[1.0, -1.0, 1.0, -1.0]], requires_grad=True)
     advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
     losses.clipped_policy_loss(log_probabilities, torch.zeros(1, 4), advantages, 0.2).backward()
-    assert (log_probabilities.grad != 0).tolist() == [[False, False, True, True]]
+    assert log_probabilities.grad is not None
+    assert log_probabilities.grad.ne(0).tolist() == [[False, False, True, True]]
 
 
 def test_divergence_and_entropy_are_those_of_the_distributions() -> None:

@@ -1,6 +1,7 @@
 """The discriminator's steps: what each stabiliser changes, on sequences that are easy to tell apart."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from trainer_support import PLAIN
 COUNT, LENGTH = 8, 6
 
 
-def make_update(folder: Path, kind: str = "cnn", ending: Ending = NEVER, **options: object) -> DiscriminatorUpdate:
-    common = {"sequence_length": LENGTH, "per_device_train_batch_size": COUNT, "d_learning_rate": 1e-2}
+def make_update(folder: Path, kind: str = "cnn", ending: Ending = NEVER, **options: Any) -> DiscriminatorUpdate:
+    common: dict[str, Any] = {"sequence_length": LENGTH, "per_device_train_batch_size": COUNT, "d_learning_rate": 1e-2}
     args = AdversarialConfig(**PLAIN | common | {"output_dir": str(folder), "use_cpu": True} | options)
     torch.manual_seed(0)
     return DiscriminatorUpdate(make_discriminator(kind, dropout=0.0), args, Accelerator(cpu=True), ending)
@@ -69,12 +70,12 @@ def test_steps_teach_the_discriminator_and_report_the_accuracy_before(tmp_path: 
 )
 @pytest.mark.parametrize("size", [1, 3])
 def test_micro_batches_do_not_change_the_update(
-    tmp_path: Path, kind: str, options: dict[str, object], ending: Ending, size: int
+    tmp_path: Path, kind: str, options: dict[str, Any], ending: Ending, size: int
 ) -> None:
     sequences = real(), fake()
     gradients, metrics = [], []
     for micro_batch_size in (COUNT, size):
-        common = {"micro_batch_size": micro_batch_size, "label_smoothing": 0.1}
+        common: dict[str, Any] = {"micro_batch_size": micro_batch_size, "label_smoothing": 0.1}
         update = make_update(tmp_path, kind, ending, **common | options)
         update.discriminator.double()  # so that what is not rounding shows
         rows: list[int] = []

@@ -8,7 +8,9 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -31,7 +33,7 @@ LENGTH = 8
 GLOBAL_BATCH = 8
 
 # Every statistic over a batch that a process could take over its own part by mistake.
-CASES: dict[str, dict[str, object]] = {
+CASES: dict[str, dict[str, Any]] = {
     "leave-one-out": {"estimator": "terminal", "d_epochs": 2, "r1_weight": 0.1, "label_smoothing": 0.1},
     "group": {"estimator": "terminal", "group_size": 2, "advantage_clip": 0.5},
     "running": {"baseline": "running", "num_rollouts": 2, "rollout_positions": 2, "rollout_momentum": 0.5},
@@ -58,9 +60,9 @@ def make_trainer(
     kind: str = "cnn",
     peft_config: LoraConfig | None = None,
     ends: bool = False,
-    **options: object,
+    **options: Any,
 ) -> AdversarialTrainer:
-    common: dict[str, object] = {
+    common: dict[str, Any] = {
         "output_dir": str(folder),
         "sequence_length": LENGTH,
         "prompt_length": 2,
@@ -123,8 +125,8 @@ def work(out: Path, rows: int) -> None:
                 state |= {f"log.{step}.{key}": torch.tensor(float(value)) for key, value in log.items()}
             save_file(state, out / f"{name}.safetensors")
     # Random draws of their own: other data on each process, whose accuracies disagree.
-    options = {"replay_fraction": 0.5, "save_strategy": "steps", "save_steps": 6, "max_steps": 12}
-    trainer = make_trainer(out / "own", rows, **CASES["skipping"] | options)
+    saving: dict[str, Any] = {"replay_fraction": 0.5, "save_strategy": "steps", "save_steps": 6, "max_steps": 12}
+    trainer = make_trainer(out / "own", rows, **CASES["skipping"] | saving)
     trainer.train()
     logged = [log["d_skipped"] for log in trainer.state.log_history if "d_skipped" in log]
     skipped = logged[1:]  # the first is an average over the warm-up as well
@@ -179,15 +181,12 @@ def test_two_processes_give_the_update_of_one(case: str, runs: tuple[Path, Path]
     for network, before in (("g", start.generator), ("d", start.discriminator)):
         apart = [(one[f"{network}.{name}"] - parameter).abs().max() for name, parameter in before.named_parameters()]
         assert max(apart) > 1e-3
+    exact = ("reward", "advantage_std", "d_accuracy", "d_loss", "kl", "kl_coef", "loss")
     for key in one:
         if not key.startswith("log."):
-            torch.testing.assert_close(
-                one[key], two[key], atol=1e-6, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
-            )
-        elif key.rpartition(".")[2] in ("reward", "advantage_std", "d_accuracy", "d_loss", "kl", "kl_coef", "loss"):
-            torch.testing.assert_close(
-                one[key], two[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-            )
+            torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=partial("{}: {}".format, key))
+        elif key.rpartition(".")[2] in exact:
+            torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-5, msg=partial("{}: {}".format, key))
 
 
 def test_processes_agree_on_what_to_skip_although_their_music_differs(runs: tuple[Path, Path]) -> None:

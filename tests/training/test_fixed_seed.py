@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from support import make_generator
 from trainer_support import ALL_STABILISERS, make_blocks, make_trainer
 
 COMMITTED = Path(__file__).with_name("fixed_seed_losses.json")
-ADVERSARIAL: dict[str, dict[str, object]] = {
+ADVERSARIAL: dict[str, dict[str, Any]] = {
     "all stabilisers": ALL_STABILISERS,
     "mamba judge": {"kind": "mamba", "kl_coef": 0.1, "kl_target": 0.01, "ppo_epochs": 2, "ppo_clip": 0.2},
     "sequences that end": {"kind": "mamba", "generator": {"eos_token_id": 2}, "label_smoothing": 0.1},
@@ -70,7 +71,13 @@ def adversarial(arm: str, folder: Path) -> list[str]:
 
 
 def pretraining(layout: str, folder: Path) -> list[str]:
-    shape = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "seed": 3}
+    shape: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "seed": 3,
+    }
     args = TrainingArguments(str(folder), **shape, save_strategy="no", disable_tqdm=True, use_cpu=True)
     model = make_generator(layout=layout)
     return logged(Trainer(model, args, BlockCollator(model.config.bos_token_id), make_blocks()))

@@ -38,12 +38,19 @@ class State(NamedTuple):
         self.parts[:] = [torch.cat(pair, dim=1) for pair in zip(self.parts, other.parts, strict=True)]
 
 
+class LSTMConfig(PreTrainedConfig):
+    vocab_size: int = VOCAB
+    hidden_size: int = 16
+    bos_token_id: int = 1
+    pad_token_id: int = 0
+    eos_token_id: int = 2
+
+
 class LSTM(PreTrainedModel):
-    config_class = PreTrainedConfig
+    config_class = LSTMConfig
 
     def __init__(self) -> None:
-        super().__init__(PreTrainedConfig(bos_token_id=1, pad_token_id=0, eos_token_id=2))
-        self.config.vocab_size, self.config.hidden_size = VOCAB, 16
+        super().__init__(LSTMConfig())
         self.embeddings, self.head = nn.Embedding(VOCAB, 16), nn.Linear(16, VOCAB)
         self.lstm = nn.LSTM(16, 16, batch_first=True)
 
@@ -64,18 +71,23 @@ class LSTM(PreTrainedModel):
 
 
 def make_gpt2() -> GPT2LMHeadModel:
-    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **shape, **dropout))
 
 
 def make_llama() -> LlamaForCausalLM:
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **shape))
 
 
-def tune(model: PreTrainedModel, folder: Path, **overrides: object) -> AdversarialTrainer:
-    options: dict[str, object] = {
+def tune(model: PreTrainedModel, folder: Path, **overrides: Any) -> AdversarialTrainer:
+    options: dict[str, Any] = {
         "output_dir": str(folder),
         "sequence_length": LENGTH,
         "num_rollouts": 2,
@@ -96,7 +108,7 @@ def tune(model: PreTrainedModel, folder: Path, **overrides: object) -> Adversari
 @pytest.mark.parametrize("make", [make_gpt2, make_llama, LSTM])
 def test_somebody_elses_policy_is_tuned(make: type, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = tune(make(), tmp_path, **ALL_STABILISERS | saving | {"max_nll_drift": 10.0})
     before = parameters(trainer.generator)
     trainer.train()
@@ -112,7 +124,12 @@ def test_somebody_elses_policy_is_tuned(make: type, tmp_path: Path) -> None:
 def test_a_known_reward_rises(make: type, tmp_path: Path) -> None:
     """The reward is the share of token 7: whoever the policy is, its samples must hold more of it."""
     torch.manual_seed(0)
-    options = {"mle_weight": 0.0, "max_steps": 25, "per_device_train_batch_size": 16, "d_warmup_steps": 0}
+    options: dict[str, Any] = {
+        "mle_weight": 0.0,
+        "max_steps": 25,
+        "per_device_train_batch_size": 16,
+        "d_warmup_steps": 0,
+    }
     trainer = tune(make(), tmp_path, **options)
     trainer.action_values.reward.control = lambda rows: (rows == 7).float().mean(1)
     trainer.train()

@@ -1,6 +1,7 @@
 """The generator's loss against its terms, added up by hand from one pass over the samples and one over the music."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from trainer_support import PLAIN, all_valid
 BATCH, LENGTH, PROMPT = 3, 7, 2
 
 
-def make_loss(folder: Path, model: MidiMambaForCausalLM, **options: object) -> GeneratorLoss:
-    common = {"sequence_length": LENGTH, "prompt_length": PROMPT, "mle_weight": 0.0, "use_cpu": True}
+def make_loss(folder: Path, model: MidiMambaForCausalLM, **options: Any) -> GeneratorLoss:
+    common: dict[str, Any] = {"sequence_length": LENGTH, "prompt_length": PROMPT, "mle_weight": 0.0, "use_cpu": True}
     args = AdversarialConfig(**PLAIN | common | {"output_dir": str(folder)} | options)
     reference = frozen_copy(make_other(model)) if args.kl_coef else None
     return GeneratorLoss(args, BlockCollator(), reference)
@@ -42,7 +43,7 @@ def make_batch(old: Tensor | None = None) -> Batch:
 
 def test_every_term_is_a_sum_over_time_and_a_mean_over_sequences(tmp_path: Path) -> None:
     model = make_generator()
-    options = {"ppo_clip": 0.2, "kl_coef": 0.3, "entropy_coef": 0.7, "mle_weight": 0.5}
+    options: dict[str, Any] = {"ppo_clip": 0.2, "kl_coef": 0.3, "entropy_coef": 0.7, "mle_weight": 0.5}
     loss = make_loss(tmp_path, model, **options)
     batch = make_batch()
     fake, real, advantages = batch.fake.ids, batch.real, batch.advantages

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from midimamba.training.guard import MAX_ROLLBACKS, DivergedError, Guard, is_com
 from midimamba.training.monitoring import Monitor
 from trainer_support import ALL_STABILISERS, PLAIN, make_trainer, moved, parameters
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
 
 
 class Poison(TrainerCallback):
@@ -30,6 +31,7 @@ class Poison(TrainerCallback):
     def __init__(self, trainer: AdversarialTrainer, what: str, step: int):
         self.trainer, self.what, self.step = trainer, what, step
         self.is_used = False
+        self.score = trainer.monitor.discriminator.score
 
     def _strikes(self, state: TrainerState, what: str) -> bool:
         strikes = state.global_step == self.step and self.what == what and not self.is_used
@@ -37,15 +39,15 @@ class Poison(TrainerCallback):
         return strikes
 
     def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        embeddings = self.trainer.generator.get_input_embeddings().weight
+        (embeddings,) = self.trainer.generator.get_input_embeddings().parameters()
         if self._strikes(state, "loss"):
-            self.trainer.discriminator.score.bias.data.fill_(torch.nan)
+            self.score.bias.data.fill_(torch.nan)
         elif self._strikes(state, "gradient"):
             self.handle = embeddings.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self._strikes(state, "weight"):
-            self.trainer.discriminator.score.weight.data[0, 0] = torch.inf
+            self.score.weight.data[0, 0] = torch.inf
 
     def on_train_begin(self, *_: object, **__: object) -> None:
         if self.is_used and self.what == "gradient":
@@ -99,13 +101,13 @@ def test_a_bound_that_is_always_broken_ends_the_run_with_what_was_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bound: str
 ) -> None:
     evaluate, measure = Trainer.evaluate, Monitor.measure
-    options = {"max_steps": 5, bound: 0.0}
+    options: dict[str, Any] = {"max_steps": 5, bound: 0.0}
     trainer = make_trainer(tmp_path, **ALL_STABILISERS, **SAVING | EVALUATING | options)
 
     def value() -> float:
         return 1.0 + 0.01 * (trainer.state.global_step > 3)
 
-    def evaluated(run: Trainer, *arguments: object) -> dict[str, float]:
+    def evaluated(run: Trainer, *arguments: Any) -> dict[str, float]:
         return evaluate(run, *arguments) | {"eval_loss": value()}
 
     def measured(monitor: Monitor, real: Tensor, fake: Tensor) -> tuple[dict[str, float], list[list[int]]]:
@@ -198,8 +200,8 @@ class OtherProcess:
         return tensor + 1.0
 
 
-def make_guard(folder: Path, accelerator: object, **options: object) -> Guard:
-    saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+def make_guard(folder: Path, accelerator: Any, **options: Any) -> Guard:
+    saving: dict[str, Any] = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     return Guard(
         AdversarialConfig(**PLAIN | saving | {"output_dir": str(folder), "use_cpu": True} | options), accelerator
     )

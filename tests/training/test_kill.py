@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,18 @@ def run(folder: Path) -> None:
     from midimamba.training.scripts import find_resume_point
     from trainer_support import ALL_STABILISERS, make_trainer
 
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "eval_strategy": "steps"}
-    options = saving | {"max_steps": STEPS, "eval_steps": 1, "max_nll_drift": 100.0, "resume_from_checkpoint": "true"}
+    saving: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+    }
+    options: dict[str, Any] = saving | {
+        "max_steps": STEPS,
+        "eval_steps": 1,
+        "max_nll_drift": 100.0,
+        "resume_from_checkpoint": "true",
+    }
     trainer = make_trainer(folder / "run", **ALL_STABILISERS, **options)
     trainer.train(resume_from_checkpoint=find_resume_point(trainer.args))
     networks = {"generator": trainer.generator, "discriminator": trainer.discriminator}

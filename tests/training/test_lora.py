@@ -5,6 +5,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,12 @@ from support import make_generator
 from trainer_support import make_blocks, parameters
 
 
-def make_trainer(folder: Path, **options: object) -> AdversarialTrainer:
+def make_trainer(folder: Path, **options: Any) -> AdversarialTrainer:
     config = LoraConfig(task_type="CAUSAL_LM", r=4)
     return trainer_support.make_trainer(folder, peft_config=config, **{"estimator": "terminal"} | options)
 
 
-def with_trained_adapters(**layout: object) -> MidiMambaForCausalLM:
+def with_trained_adapters(**layout: Any) -> MidiMambaForCausalLM:
     """Adapters begin with no effect; these have one."""
     model = make_generator(**layout)
     torch.manual_seed(2)
@@ -94,8 +95,14 @@ def test_training_moves_the_adapters_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "monte-carlo", "kl_coef": 0.1, "ema_decay": 0.5}])
-def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, object]) -> None:
-    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rollouts": 2, "rollout_positions": 2}
+def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    common: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "num_rollouts": 2,
+        "rollout_positions": 2,
+    }
     straight = make_trainer(tmp_path / "straight", **common, **options)
     straight.train()
     assert (tmp_path / "straight" / "checkpoint-2" / "adapter_model.safetensors").exists()
@@ -123,20 +130,25 @@ def test_adapters_without_an_effect_are_refused(target: str) -> None:
         ({"target_parameters": ["mixer.A_log"]}, "not supported"),
     ],
 )
-def test_what_would_not_be_merged_is_refused(options: dict[str, object], message: str) -> None:
+def test_what_would_not_be_merged_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_adapters(make_generator(), LoraConfig(**options))
 
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "pretrain.py": {"eval_strategy": "no", "save_strategy": "no"},
     "adversarial.py": {"estimator": "terminal", "d_warmup_steps": 1, "d_filter_sizes": 2, "d_num_filters": 4},
 }
 
 
-def run(script: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> int:
+def run(script: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
     """The exit code of a training script with adapters, in this process."""
-    common = {"sequence_length": 16, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1}
+    common: dict[str, Any] = {
+        "sequence_length": 16,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+    }
     common |= {"use_cpu": True, "use_peft": True, "disable_tqdm": True} | SMALL[script]
     flags = [f"--{name}={value}" for name, value in (common | options).items()]
     monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -160,7 +172,8 @@ def test_scripts_save_a_plain_generator(
     assert before.keys() == after.keys()
     assert json.loads((out / "training_args.json").read_text())["lora_r"] == 2
     assert not any(file.name.startswith("adapter") for file in out.iterdir())
-    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)  # declared as a model alone
+    model, loading = loaded
     assert isinstance(model, MambaForCausalLM)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
@@ -177,7 +190,7 @@ def test_scripts_save_a_plain_generator(
 )
 def test_scripts_refuse_with_one_line(
     script: str,
-    options: dict[str, object],
+    options: dict[str, Any],
     message: str,
     corpus: Path,
     pretrained: Path,

@@ -1,6 +1,8 @@
 """Figures between two logs: their averages, and that they are fetched together."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,9 @@ def test_a_largest_figure_may_be_negative() -> None:
     metrics.add({"log_ratio_max": torch.tensor(-3.0)})
     metrics.add({"log_ratio_max": -2.0})
     assert metrics.averages() == {"log_ratio_max": -2.0}
-    parts = [({"log_ratio_max": torch.tensor(value)}, {}) for value in (-3.0, -2.0)]
+    parts: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = [
+        ({"log_ratio_max": torch.tensor(value)}, {}) for value in (-3.0, -2.0)
+    ]
     assert weighted_mean(parts)["log_ratio_max"] == -2.0
 
 
@@ -47,7 +51,12 @@ def test_all_figures_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         metrics.add({"a": torch.tensor(float(value)), "b_max": torch.tensor(float(value))})
     calls: list[torch.Size] = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (calls.append(tensor.shape), tolist(tensor))[1])
+
+    def watched(tensor: torch.Tensor) -> Any:
+        calls.append(tensor.shape)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", watched)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("one figure was fetched alone"))
     assert metrics.fetch(torch.tensor(7), torch.tensor(True)) == [7.0, 1.0]
     assert calls == [(8,)]
@@ -64,7 +73,11 @@ def test_figures_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
     blocks = torch.randint(3, 11, (4, LENGTH))
     blocks[0, 3] = blocks[1, 5] = 1
     for size in (3, 4):
-        options = ALL_STABILISERS | {"estimator": "terminal", "replay_fraction": 0.0, "learning_rate": 1e-3}
+        options: dict[str, Any] = ALL_STABILISERS | {
+            "estimator": "terminal",
+            "replay_fraction": 0.0,
+            "learning_rate": 1e-3,
+        }
         ending = make_generator(eos_token_id=4)
         trainer = make_trainer(tmp_path, micro_batch_size=size, generator=ending, **options)
         trainer.create_optimizer()
@@ -93,7 +106,12 @@ def test_a_generators_step_waits_for_no_figure(tmp_path: Path, monkeypatch: pyte
     tolist = torch.Tensor.tolist
     for name in ("item", "__float__", "__bool__"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("a figure was fetched within the step"))
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (fetched.append(tensor.dtype), tolist(tensor))[1])
+
+    def watched(tensor: torch.Tensor) -> Any:
+        fetched.append(tensor.dtype)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", watched)
     trainer._train_generator(trainer.model, blocks)
     assert set(fetched) <= {torch.int64, torch.bool}
 
@@ -103,15 +121,18 @@ def test_a_finished_step_is_judged_by_one_fetch(tmp_path: Path, monkeypatch: pyt
     finish, tolist, item = GuardedTrainer.finish_step, torch.Tensor.tolist, torch.Tensor.item
     fetches: list[list[int]] = []
 
+    def counting(fetch: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+        def counted(tensor: torch.Tensor) -> Any:
+            fetches[-1].append(tensor.numel())
+            return fetch(tensor)
+
+        return counted
+
     def watched(trainer: GuardedTrainer, started: float, drawn: int) -> None:
         fetches.append([])
         with monkeypatch.context() as patch:
             for name, fetch in (("tolist", tolist), ("item", item)):
-                patch.setattr(
-                    torch.Tensor,
-                    name,
-                    lambda tensor, fetch=fetch: (fetches[-1].append(tensor.numel()), fetch(tensor))[1],
-                )
+                patch.setattr(torch.Tensor, name, counting(fetch))
             finish(trainer, started, drawn)
 
     monkeypatch.setattr(GuardedTrainer, "finish_step", watched)

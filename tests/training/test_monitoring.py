@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation import rendering
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.guard import output_folder
 from midimamba.training.monitoring import LOGGED_SAMPLES, peak_memory_mb
 from support import make_discriminator, make_generator, make_score
 from trainer_support import LENGTH, PLAIN, make_trainer
@@ -57,10 +59,15 @@ def test_the_tokens_drawn_are_counted(tmp_path: Path) -> None:
 def musical(tmp_path: Path, processor: MidiProcessor) -> AdversarialTrainer:
     ids = [token for seed in range(4) for token in processor.encode(make_score(seed))]
     blocks = Dataset.from_dict({"input_ids": [ids[i : i + 24] for i in range(0, len(ids) - 24, 24)]})
-    options = {"estimator": "terminal", "d_warmup_steps": 0, "num_eval_samples": 6}
-    shape = {"sequence_length": 24, "per_device_train_batch_size": 4, "max_steps": 1, "disable_tqdm": True}
-    watching = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "tensorboard"}
-    folder = {"output_dir": str(tmp_path), "use_cpu": True}
+    options: dict[str, Any] = {"estimator": "terminal", "d_warmup_steps": 0, "num_eval_samples": 6}
+    shape: dict[str, Any] = {
+        "sequence_length": 24,
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "disable_tqdm": True,
+    }
+    watching: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "tensorboard"}
+    folder: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True}
     args = AdversarialConfig(**PLAIN | folder | options | shape | watching)
     size = processor.vocab_size
     networks = (make_generator(vocab_size=size), make_discriminator(vocab_size=size))
@@ -71,7 +78,7 @@ def test_samples_of_evaluations_are_written_and_drawn(musical: AdversarialTraine
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     musical.train()
-    folder = Path(musical.args.output_dir)
+    folder = output_folder(musical.args)
     written = sorted(path.name for path in (folder / "samples" / "step-1").iterdir())
     assert written == [f"{index}.{kind}" for index in range(LOGGED_SAMPLES) for kind in ("mid", "png")]
     assert (folder / "samples" / "step-1" / "0.mid").read_bytes()[:4] == b"MThd"
@@ -81,15 +88,16 @@ def test_samples_of_evaluations_are_written_and_drawn(musical: AdversarialTraine
 
 
 def test_trackio_shows_them_too(musical: AdversarialTrainer, tmp_path: Path) -> None:
-    from transformers.integrations import TrackioCallback
+    from transformers.integrations.integration_utils import TrackioCallback
 
     musical.args.project, musical.args.logging_steps = "music", 1
     musical.add_callback(TrackioCallback)
     musical.train()
     import trackio
+    from trackio.sqlite_storage import SQLiteStorage
 
     (run,) = trackio.Api().runs("music")
-    logged = trackio.SQLiteStorage.get_logs("music", run.name)
+    logged = SQLiteStorage.get_logs("music", run.name)
     assert {"samples/0", "samples/1", "train/reward", "eval/self_bleu_4"} <= {name for row in logged for name in row}
     pictures = {path.read_bytes() for path in Path(os.environ["TRACKIO_DIR"]).rglob("*.png")}
     assert pictures == {path.read_bytes() for path in (tmp_path / "samples").rglob("*.png")}
@@ -107,5 +115,5 @@ def test_without_matplotlib_one_line_says_that_there_are_no_pictures(
     lines = [line for line in capsys.readouterr().err.splitlines() if "piano rolls" in line]
     assert len(lines) == 1
     assert "matplotlib is not installed" in lines[0]
-    written = {path.suffix for path in (Path(musical.args.output_dir) / "samples").rglob("*.*")}
+    written = {path.suffix for path in (output_folder(musical.args) / "samples").rglob("*.*")}
     assert written == {".mid"}

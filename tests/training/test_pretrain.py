@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_without_a_named_size_the_sizes_are_as_given(processor: MidiProcessor) -
     ],
 )
 def test_an_impossible_model_is_refused_in_one_line(
-    options: dict[str, object], message: str, processor: MidiProcessor
+    options: dict[str, Any], message: str, processor: MidiProcessor
 ) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         new_config(PretrainArguments("data", **options), processor)

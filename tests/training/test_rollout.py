@@ -273,6 +273,7 @@ def test_a_causal_discriminator_reads_every_token_once(policy: MidiMambaForCausa
 
 def test_nothing_follows_an_end(policy: MidiMambaForCausalLM) -> None:
     end, padding = ENDING
+    assert end is not None
     torch.manual_seed(0)
     sequences = sample(policy, torch.full((4, 1), end), 20, ENDING)
     kept: list[Tensor] = []
@@ -313,7 +314,12 @@ def test_ended_values_agree_with_the_exact_expectation(policy: MidiMambaForCausa
 def test_completions_keep_their_prefix(policy: MidiMambaForCausalLM) -> None:
     sequences = torch.randint(0, VOCAB, (3, 8))
     kept: list[Tensor] = []
-    values_of(policy, lambda rows: kept.append(rows) or rows.float().mean(1), sequences, [2, 5], 4, 1000)
+
+    def keep(rows: Tensor) -> Tensor:
+        kept.append(rows)
+        return rows.float().mean(1)
+
+    values_of(policy, keep, sequences, [2, 5], 4, 1000)
     completions = kept[0].view(2, 3, 4, 8)
     for index, position in enumerate([2, 5]):
         prefix = sequences[:, None, : position + 1].expand(-1, 4, -1)
