@@ -32,7 +32,7 @@ from midimamba.modeling.sampling import draw
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.credit import leave_one_out_advantages
-from midimamba.training.losses import reinforce_loss
+from midimamba.training.generator_update import reinforce_loss
 
 MB = 2**20
 SIDES = ("ours", "naive")

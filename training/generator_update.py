@@ -1,4 +1,7 @@
-"""The generator's step: REINFORCE or PPO on samples, and what keeps the policy near the music it has learned."""
+"""The generator's step: REINFORCE or PPO on samples, and what keeps the policy near the music it has learned.
+
+Notation of SeqGAN (arXiv 1609.05473): the policy gradient is that of equation 6.
+"""
 
 import contextlib
 import inspect
@@ -12,7 +15,6 @@ from torch import Tensor, nn
 
 from midimamba.corpus.packing import IGNORED, BlockCollator
 from midimamba.modeling.sampling import Sequences
-from midimamba.training import losses
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.metrics import Measures, weighted_mean
 
@@ -99,7 +101,7 @@ class GeneratorLoss:
         chosen = _chosen(policy, batch.fake.ids[:, self.args.prompt_length :])
         loss, measures = self._policy_loss(chosen, batch)
         with torch.set_grad_enabled(self.args.entropy_coef > 0):
-            entropy = losses.entropy(policy).masked_fill(~batch.valid, 0)
+            entropy = entropy_of(policy).masked_fill(~batch.valid, 0)
         measures["entropy"] = _mean(entropy.detach(), batch.valid)
         if self.args.entropy_coef:
             loss = loss - self.args.entropy_coef * entropy.sum(1).mean()
@@ -133,9 +135,9 @@ class GeneratorLoss:
     def _policy_loss(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         clip, old, valid = self.args.ppo_clip, batch.old, batch.valid
         if clip is None:
-            loss = losses.reinforce_loss(chosen, batch.advantages)
+            loss = reinforce_loss(chosen, batch.advantages)
         else:
-            loss = losses.clipped_policy_loss(chosen, chosen.detach() if old is None else old, batch.advantages, clip)
+            loss = clipped_policy_loss(chosen, chosen.detach() if old is None else old, batch.advantages, clip)
         measures = {"policy_loss": loss.detach()}
         if old is not None and clip is not None:  # in the first pass over a batch all ratios are 1
             log_ratio = (chosen.detach() - old).masked_fill(~valid, 0)
@@ -150,12 +152,12 @@ class GeneratorLoss:
         """KL at every action, `(batch, actions)`: of whole distributions, without the noise of sampled actions."""
         with torch.no_grad():
             logits = reference(input_ids=batch.fake.ids, use_cache=False).logits[:, self.args.prompt_length - 1 : -1]
-        return losses.kl_divergence(policy, logits.float().log_softmax(-1))
+        return kl_divergence(policy, logits.float().log_softmax(-1))
 
     def adapt(self, divergence: float) -> None:
         """After a step, bring the weight of the divergence nearer to what keeps it at `kl_target`."""
         if self.args.kl_target is not None:
-            self.kl_coef = losses.adapted_kl_coef(self.kl_coef, divergence, self.args.kl_target)
+            self.kl_coef = adapted_kl_coef(self.kl_coef, divergence, self.args.kl_target)
 
 
 class GeneratorUpdate:
@@ -223,6 +225,54 @@ class GeneratorUpdate:
             weighted_mean([(terms.measures, terms.counts) for terms in parts]),
             {name: torch.stack([terms.counts[name] for terms in parts]).sum() for name in parts[0].counts},
         )
+
+
+def reinforce_loss(log_probabilities: Tensor, advantages: Tensor) -> Tensor:
+    """The negative of the objective whose gradient is SeqGAN's equation 6.
+
+    Args:
+        log_probabilities (`Tensor` of shape `(batch, time)`): of the sampled actions, with a graph.
+        advantages (`Tensor` of shape `(batch, time)`): constants.
+
+    Returns:
+        The sum over time, averaged over the batch, as a scalar.
+    """
+    return -(log_probabilities * advantages.detach()).sum(1).mean()
+
+
+def clipped_policy_loss(log_probabilities: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's clipped surrogate (arXiv 1707.06347, equation 7), negative.
+
+    Where the policy is still the one that sampled, the ratio is 1 and the gradient is that of [`reinforce_loss`].
+
+    Args:
+        log_probabilities (`Tensor` of shape `(batch, time)`): of the sampled actions, with a graph.
+        old (`Tensor` of shape `(batch, time)`): the same under the policy that sampled them, a constant.
+        advantages (`Tensor` of shape `(batch, time)`): constants.
+        clip (`float`): a ratio beyond `1 ± clip` earns nothing more.
+
+    Returns:
+        The sum over time, averaged over the batch, as a scalar.
+    """
+    ratio = (log_probabilities - old).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -surrogate.sum(1).mean()
+
+
+def kl_divergence(log_probabilities: Tensor, reference: Tensor) -> Tensor:
+    """`KL(p || q)` over the whole vocabulary, `(…,)`, from normalised log-probabilities `(…, vocab)` of p and q."""
+    return (log_probabilities.exp() * (log_probabilities - reference)).sum(-1)
+
+
+def entropy_of(log_probabilities: Tensor) -> Tensor:
+    """The entropy in nats, `(…,)`, of distributions with normalised log-probabilities `(…, vocab)`."""
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def adapted_kl_coef(coefficient: float, divergence: float, target: float) -> float:
+    """The controller of Ziegler et al. (arXiv 1909.08593, section 2.2): 10 % of the relative error, cut at ±20 %."""
+    error = min(max(divergence / target - 1, -0.2), 0.2)
+    return coefficient * (1 + 0.1 * error)
 
 
 def _separates_documents(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from midimamba.errors import InputError
 from midimamba.modeling.policy import as_policy
 from midimamba.modeling.sampling import Sequences
-from midimamba.training import adversarial_trainer, credit, losses
+from midimamba.training import adversarial_trainer, credit, generator_update
 from midimamba.training.action_values import DISCOUNT, ActionValues
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
@@ -130,7 +130,7 @@ def test_samples_are_valued_as_they_were_drawn_and_music_piece_by_piece(tmp_path
         for t in range(LENGTH - 1):
             drawn_from = policy.next_logits(fake[:, t : t + 1], state).log_softmax(-1)
             chosen.append(drawn_from.gather(-1, fake[:, t + 1 : t + 2]))
-        policy_loss = losses.reinforce_loss(torch.cat(chosen, 1)[:, 1:], advantages)
+        policy_loss = generator_update.reinforce_loss(torch.cat(chosen, 1)[:, 1:], advantages)
         likelihoods = likelihoods_alone(trainer.generator, real)
     torch.testing.assert_close(terms.loss, policy_loss - mle_weight * likelihoods.sum() / len(real))
     if mle_weight:
@@ -314,7 +314,7 @@ def test_every_stabiliser_has_its_metric_in_the_log(tmp_path: Path) -> None:
     coefficients = [log["kl_coef"] for log in logged]
     assert coefficients[0] == ALL_STABILISERS["kl_coef"]
     for log, following in zip(logged, coefficients[1:], strict=False):
-        assert following == pytest.approx(losses.adapted_kl_coef(log["kl_coef"], log["kl"], 0.01))
+        assert following == pytest.approx(generator_update.adapted_kl_coef(log["kl_coef"], log["kl"], 0.01))
 
 
 def test_ppo_steps_once_an_epoch_and_the_schedule_once_a_batch(tmp_path: Path) -> None:

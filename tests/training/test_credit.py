@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from midimamba.training import action_values, credit, losses
+from midimamba.training import action_values, credit, generator_update
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import Credit
 from trainer_support import PLAIN
@@ -166,7 +166,7 @@ def test_normalised_advantages_have_unit_deviation_and_keep_their_signs() -> Non
 def test_the_loss_sums_over_time_and_averages_over_sequences() -> None:
     log_probabilities = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
     advantages = torch.tensor([[1.0, 0.5], [-1.0, 2.0]])
-    loss = losses.reinforce_loss(log_probabilities, advantages)
+    loss = generator_update.reinforce_loss(log_probabilities, advantages)
     loss.backward()
     torch.testing.assert_close(loss.detach(), torch.tensor((1 + 1 - 3 + 8) / 2))
     torch.testing.assert_close(log_probabilities.grad, -advantages / 2)
@@ -179,18 +179,18 @@ def test_the_clipped_loss_is_the_smaller_gain_of_every_action() -> None:
     for new, before, advantage in zip(log_probabilities.flatten(), old.flatten(), advantages.flatten(), strict=True):
         ratio = math.exp(new - before)
         gains += min(ratio * advantage.item(), min(max(ratio, 0.8), 1.2) * advantage.item())
-    loss = losses.clipped_policy_loss(log_probabilities, old, advantages, 0.2)
+    loss = generator_update.clipped_policy_loss(log_probabilities, old, advantages, 0.2)
     assert loss.item() == pytest.approx(-gains / 4)
     assert torch.autograd.gradcheck(
-        lambda new: losses.clipped_policy_loss(new, old, advantages, 0.2), log_probabilities.requires_grad_()
+        lambda new: generator_update.clipped_policy_loss(new, old, advantages, 0.2), log_probabilities.requires_grad_()
     )
 
 
 def test_the_first_gradient_of_the_clipped_loss_is_exactly_that_of_reinforce() -> None:
     log_probabilities = torch.randn(3, 5, requires_grad=True)
     advantages = torch.randn(3, 5)
-    clipped = losses.clipped_policy_loss(log_probabilities, log_probabilities.detach(), advantages, 0.2)
-    plain = losses.reinforce_loss(log_probabilities, advantages)
+    clipped = generator_update.clipped_policy_loss(log_probabilities, log_probabilities.detach(), advantages, 0.2)
+    plain = generator_update.reinforce_loss(log_probabilities, advantages)
     gradients = [torch.autograd.grad(loss, log_probabilities)[0] for loss in (clipped, plain)]
     assert torch.equal(*gradients)
 
@@ -198,7 +198,7 @@ def test_the_first_gradient_of_the_clipped_loss_is_exactly_that_of_reinforce() -
 def test_a_ratio_beyond_the_clip_earns_nothing_more() -> None:
     log_probabilities = torch.tensor([[1.0, -1.0, 1.0, -1.0]], requires_grad=True)
     advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
-    losses.clipped_policy_loss(log_probabilities, torch.zeros(1, 4), advantages, 0.2).backward()
+    generator_update.clipped_policy_loss(log_probabilities, torch.zeros(1, 4), advantages, 0.2).backward()
     assert log_probabilities.grad is not None
     assert log_probabilities.grad.ne(0).tolist() == [[False, False, True, True]]
 
@@ -206,11 +206,14 @@ def test_a_ratio_beyond_the_clip_earns_nothing_more() -> None:
 def test_divergence_and_entropy_are_those_of_the_distributions() -> None:
     logits, reference = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
     p, q = torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=reference)
-    divergence = losses.kl_divergence(logits.log_softmax(-1), reference.log_softmax(-1))
+    divergence = generator_update.kl_divergence(logits.log_softmax(-1), reference.log_softmax(-1))
     torch.testing.assert_close(divergence, torch.distributions.kl_divergence(p, q))
-    torch.testing.assert_close(losses.entropy(logits.log_softmax(-1)), p.entropy())
-    assert not losses.kl_divergence(logits.log_softmax(-1), logits.log_softmax(-1)).any()
-    for function in (lambda x: losses.kl_divergence(x.log_softmax(-1), reference), lambda x: losses.entropy(x)):
+    torch.testing.assert_close(generator_update.entropy_of(logits.log_softmax(-1)), p.entropy())
+    assert not generator_update.kl_divergence(logits.log_softmax(-1), logits.log_softmax(-1)).any()
+    for function in (
+        lambda x: generator_update.kl_divergence(x.log_softmax(-1), reference),
+        lambda x: generator_update.entropy_of(x),
+    ):
         assert torch.autograd.gradcheck(function, logits.clone().requires_grad_())
 
 
@@ -218,4 +221,4 @@ def test_divergence_and_entropy_are_those_of_the_distributions() -> None:
     ("divergence", "factor"), [(0.0, 0.98), (0.9, 0.99), (1.0, 1.0), (1.1, 1.01), (1.2, 1.02), (50.0, 1.02)]
 )
 def test_the_controller_moves_the_coefficient_towards_the_target(divergence: float, factor: float) -> None:
-    assert losses.adapted_kl_coef(3.0, 2 * divergence, target=2.0) == pytest.approx(3.0 * factor)
+    assert generator_update.adapted_kl_coef(3.0, 2 * divergence, target=2.0) == pytest.approx(3.0 * factor)

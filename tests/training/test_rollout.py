@@ -16,7 +16,7 @@ from midimamba import MidiDiscriminator, MidiMambaForCausalLM, MidiProcessor
 from midimamba.modeling.sampling import NEVER, Ending, Sequences, draw, pick, sample
 from midimamba.training.action_values import bar_positions, monte_carlo_values, tokens_that_begin_bars
 from midimamba.training.credit import leave_one_out_advantages
-from midimamba.training.losses import reinforce_loss
+from midimamba.training.generator_update import reinforce_loss
 from midimamba.training.rewards import Reward
 from midimamba.training.rollout import Rollouts, rows_for_budget
 from support import make_discriminator, make_generator
