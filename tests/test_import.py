@@ -96,7 +96,7 @@ ORDERS = {
 # A process that imports what takes longest and knows neither transformers nor us, then forks for every order.
 FORKING = """
 import contextlib, json, os, sys, traceback
-import datasets, symusic, torch, torch._dynamo
+import symusic, torch, torch._dynamo
 assert not {"transformers", "trl", "midimamba"} & set(sys.modules)
 folder = sys.argv[1]
 orders = json.loads(sys.argv[2])
