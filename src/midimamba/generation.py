@@ -41,7 +41,7 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         model = load(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
-            f"{name}: the generator knows {model.config.vocab_size} tokens, its tokenizer {processor.vocab_size}; "
+            f"{name}: the generator has {model.config.vocab_size} tokens, but its tokenizer {processor.vocab_size}; "
             "the folder mixes two models: save the generator and its processor together again"
         )
     network: nn.Module = model  # the types of transformers' own `to` are wrong

@@ -192,7 +192,7 @@ def test_names_and_values_become_one_token(name: str, value: str, token: str) ->
 
 @pytest.mark.parametrize(("name", "value"), [("", "x"), ("key", ""), ("key", " _ "), ("_", "x")])
 def test_a_control_without_name_or_value_is_refused(name: str, value: str) -> None:
-    with pytest.raises(InputError, match="has no name or no value"):
+    with pytest.raises(InputError, match="needs a name and a value"):
         control_token(name, value)
 
 
@@ -227,7 +227,7 @@ def test_refusals_name_the_choices() -> None:
         ({"kye": "C-major"}, r"no control 'kye': choose one of composer, key$"),
         ({"composer": "Bax"}, r"control 'composer' has no value 'Bax': choose one of Bach,-J\.-S\.$"),
         ({"key": "c-MAJ"}, r"control 'key' has no value 'c-MAJ': the nearest of 24 are C-major, [^,]*(, [^,]*){3}$"),
-        ({"key": ["C-major", " "]}, "no name or no value"),
+        ({"key": ["C-major", " "]}, "needs a name and a value"),
     ):
         with pytest.raises(InputError, match=message) as refusal:
             control_ids(tokenizer, values)

@@ -344,7 +344,7 @@ def test_generate_with_a_padded_batch_and_with_beams(scores: list[ScoreTick]) ->
 
 @pytest.mark.parametrize("name", ["MIDILike", "PerTok", "MMM", "BEAT", "CPWord", "Octuple", "MuMIDI"])
 def test_other_tokenizations_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"knows REMI, TSD, Structured, not {name}"):
+    with pytest.raises(InputError, match=f"supports REMI, TSD, Structured, not {name}"):
         MidiProcessor(build_tokenizer(name)).grammar()
 
 
