@@ -197,7 +197,9 @@ def _save(
         why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"
         raise InputError(f"no file of {arguments['source']} can be used: {why}")
     if not counts["train"]:
-        raise InputError(f"the {MANIFEST} leaves no usable piece to train on: give some file the split train")
+        raise InputError(
+            f"the {MANIFEST} leaves no usable piece to train on: put some of its files in the split train"
+        )
     tokenizer = base if options.tokenizer else _train(store, options)
     processor = MidiProcessor(tokenizer)
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)

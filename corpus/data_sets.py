@@ -56,7 +56,7 @@ class DataSetFiles:
             raise InputError(f"the data set {source} holds no rows")
         self._midi_column = self._find_midi_column(first, midi_column)
         if missing := [column for column in columns if column not in first]:
-            raise InputError(f"the data set {source} has no column {missing[0]!r}; there are {', '.join(first)}")
+            raise InputError(f"the data set {source} has no column {missing[0]!r}; its columns are {', '.join(first)}")
 
     def __len__(self) -> int:
         """The number of rows, or 0 if it is unknown."""
@@ -78,7 +78,9 @@ class DataSetFiles:
         holding = [column for column, value in first.items() if isinstance(_bytes_of(value), bytes)]
         if wanted is not None:
             if wanted not in first:
-                raise InputError(f"the data set {self.source} has no column {wanted!r}; there are {', '.join(first)}")
+                raise InputError(
+                    f"the data set {self.source} has no column {wanted!r}; its columns are {', '.join(first)}"
+                )
             return wanted
         if len(holding) != 1:
             found = ", ".join(holding) if holding else "none"

@@ -130,7 +130,7 @@ def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Re
     for entry, content in read_entries(manifests.values()):
         yield from _read_manifest(entry, content, columns, known)
     if missing := [column for column in columns if column not in known]:
-        there = f"there are {', '.join(sorted(known))}" if known else "there is none with a column 'file'"
+        there = f"the columns are {', '.join(sorted(known))}" if known else f"no {MANIFEST} has a column 'file'"
         raise InputError(f"{source}: no {MANIFEST} has a column {missing[0]!r}; {there}")
 
 
@@ -289,7 +289,7 @@ def _read_manifest(
             f"{entry.name}, line {rows.line_num}: split {error} is unknown: write one of {', '.join(_SPLIT_NAMES)}"
         ) from error
     except csv.Error as error:
-        raise InputError(f"{entry.name}, line {rows.line_num}: not a table ({error})") from error
+        raise InputError(f"{entry.name}, line {rows.line_num}: not a CSV table ({error})") from error
 
 
 def split_named(name: str | None) -> str | None:

@@ -9,7 +9,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -56,7 +56,7 @@ def run_bounded(
     *,
     max_seconds: float = MAX_SECONDS,
     max_extra_bytes: int = MAX_EXTRA_BYTES,
-) -> Iterator[tuple[str, Result | Lost]]:
+) -> Generator[tuple[str, Result | Lost], None, None]:
     """Run a function on every task in worker processes.
 
     A worker that exceeds its time is killed; one that dies or runs out of memory is replaced. Its task is lost, all

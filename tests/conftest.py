@@ -28,7 +28,7 @@ from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.evaluation import comparison_halves, two_sample
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
-from support import make_generator, make_score
+from support import Notes, make_generator, make_score
 
 # Tiny tensors gain nothing from a second thread, and lose much when another process keeps that core busy.
 torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def notes_of(score: ScoreTick) -> list[tuple[int, bool, int, int, int]]:
 
 
 @pytest.fixture(scope="session")
-def notes() -> Callable[[ScoreTick], list[tuple[int, bool, int, int, int]]]:
+def notes() -> Notes:
     return notes_of
 
 

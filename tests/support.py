@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from symusic.core import ScoreTick
 
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.cli import main
+
+# What the fixture `notes` is: sorted (program, drums, pitch, onset, duration), times in twelfths of a quarter note.
+Notes = Callable[[ScoreTick], list[tuple[int, bool, int, int, int]]]
 
 TICKS_PER_QUARTER = 480
 GRID = TICKS_PER_QUARTER // 12  # the finest position of the tokenizer in quarter-note meters

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,26 @@ def test_a_model_is_sampled_and_asked_for_its_likelihood(
     assert (first["settings"]["samples"], first["settings"]["temperature"]) == (18, 0.9)
 
 
+@pytest.fixture
+def evaluate(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs `evaluate` on `music` in a folder with too little in it. Returns the exit code and the last line."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("empty", 0), ("two", 2)):
+        (tmp_path / name).mkdir()
+        for seed in range(count):
+            make_score(seed).dump_midi(tmp_path / name / f"{seed}.mid")
+
+    def run(music: str, *options: str) -> tuple[int, str]:
+        folder = folders.get(music, tmp_path / music)
+        usual = ("--reference", folders["corpus"], "--out", "out/report.json", "--length", 32, "--bars", 6)
+        code = command(monkeypatch, folder, *usual, *options)
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("music", "options", "reason"),
     [
@@ -121,34 +142,11 @@ def test_a_model_is_sampled_and_asked_for_its_likelihood(
     ],
 )
 def test_bad_input_is_refused_in_a_line_and_nothing_is_written(
-    music: str,
-    options: tuple[str, ...],
-    reason: str,
-    folders: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    music: str, options: tuple[str, ...], reason: str, evaluate: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, count in (("empty", 0), ("two", 2)):
-        (tmp_path / name).mkdir()
-        for seed in range(count):
-            make_score(seed).dump_midi(tmp_path / name / f"{seed}.mid")
-    folder = folders.get(music, tmp_path / music)
-    arguments = (
-        folder,
-        "--reference",
-        folders["corpus"],
-        "--out",
-        "out/report.json",
-        "--length",
-        32,
-        "--bars",
-        6,
-        *options,
-    )
-    assert command(monkeypatch, *arguments) == 2
-    assert reason in capsys.readouterr().err.splitlines()[-1]
+    code, line = evaluate(music, *options)
+    assert code == 2
+    assert reason in line
     assert {file.name for file in tmp_path.iterdir()} == {"empty", "two"}
 
 

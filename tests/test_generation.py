@@ -1,11 +1,13 @@
 """`midimamba generate`: samples always hold notes, whatever the model, and continue their prompts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from symusic import Score
 from symusic.core import ScoreTick
+from transformers import LogitsProcessorList
 
 import support
 from midimamba import MidiMambaForCausalLM, MidiProcessor, generation
@@ -87,14 +89,17 @@ def test_many_pieces_are_sampled_in_parts_that_differ(
 def test_a_tokenizer_of_another_model_is_refused(processor: MidiProcessor, tmp_path: Path) -> None:
     make_generator(vocab_size=50).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="knows 50 tokens, its tokenizer 760"):
+    with pytest.raises(InputError, match="has 50 tokens, but its tokenizer 760"):
         load_pair(str(tmp_path))
 
 
 def test_the_readme_interface_generates(processor: MidiProcessor, untrained: MidiMambaForCausalLM) -> None:
     inputs = processor([make_score(1), make_score(2, bars=2)], return_tensors="pt")
     torch.manual_seed(0)
-    ids = untrained.generate(**inputs, max_new_tokens=20, do_sample=True, logits_processor=[processor.grammar()])
+    ids = untrained.generate(
+        **inputs, max_new_tokens=20, do_sample=True, logits_processor=LogitsProcessorList([processor.grammar()])
+    )
+    assert isinstance(ids, torch.Tensor)
     assert all(score.note_num() > 0 for score in processor.batch_decode(ids))
 
 
@@ -121,7 +126,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     generate = MidiMambaForCausalLM.generate
 
-    def spy(self: MidiMambaForCausalLM, ids: torch.Tensor, **options: object) -> torch.Tensor:
+    def spy(self: MidiMambaForCausalLM, ids: torch.Tensor, **options: Any) -> Any:
         seen.extend(ids.tolist())
         return generate(self, ids, **options)
 

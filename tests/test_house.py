@@ -6,6 +6,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -117,8 +118,12 @@ def test_a_plain_install_asks_for_nothing_that_compiles() -> None:
 def test_every_key_of_a_recipe_is_an_option(recipe: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
     adversarial = "adversarial" in recipe.stem
-    classes = (AdversarialArguments, AdversarialConfig) if adversarial else (PretrainArguments, TrainingArguments)
-    parsed = HfArgumentParser((*classes, Augmentation)).parse_dict(values)
+    classes: tuple[Any, ...] = (
+        (AdversarialArguments, AdversarialConfig, Augmentation)
+        if adversarial
+        else (PretrainArguments, TrainingArguments, Augmentation)
+    )
+    parsed = HfArgumentParser(classes).parse_dict(values)
     # An option of the wrong type would stay a string, or become another value.
     for key, value in values.items():
         assert any(getattr(part, key, None) == value for part in parsed), key

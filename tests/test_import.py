@@ -1,5 +1,6 @@
 """`import midimamba` is light, changes nothing, and still makes transformers' Auto classes know ours."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,27 +82,59 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("imports", "used"),
-    [
-        (["import midimamba"], ["processor"]),
-        (["import midimamba"], ["pipeline"]),
-        (["import midimamba", "import trl", "from transformers import Trainer"], list(NAMES)),
-        (["import transformers.pipelines", "from transformers import AutoProcessor", "import midimamba"], list(NAMES)),
-        (["from transformers import AutoConfig", "from midimamba import MidiMambaForCausalLM"], list(NAMES)),
-        (["import midimamba.tokenization.processor"], list(NAMES)),
-    ],
-    ids=["one-class", "pipeline-alone", "before", "after", "between", "by-a-module"],
-)
-def test_transformers_knows_our_classes_in_any_order_of_imports(
-    imports: Sequence[str], used: Sequence[str], folders: Path
-) -> None:
+ORDERS = {
+    "one-class": (["import midimamba"], ["processor"]),
+    "pipeline-alone": (["import midimamba"], ["pipeline"]),
+    "before": (["import midimamba", "import trl", "from transformers import Trainer"], list(NAMES)),
+    "after": (
+        ["import transformers.pipelines", "from transformers import AutoProcessor", "import midimamba"],
+        list(NAMES),
+    ),
+    "between": (["from transformers import AutoConfig", "from midimamba import MidiMambaForCausalLM"], list(NAMES)),
+    "by-a-module": (["import midimamba.tokenization.processor"], list(NAMES)),
+}
+# A process that imports what takes longest and knows neither transformers nor us, then forks for every order.
+FORKING = """
+import contextlib, json, os, sys, traceback
+import symusic, torch, torch._dynamo
+assert not {"transformers", "trl", "midimamba"} & set(sys.modules)
+folder = sys.argv[1]
+orders = json.loads(sys.argv[2])
+for name, code in orders.items():
+    if not os.fork():
+        with open(f"{folder}/{name}.txt", "w") as file, contextlib.redirect_stdout(file):
+            try:
+                exec(code, {"folder": folder})
+            except BaseException:
+                traceback.print_exc(file=file)
+        os._exit(0)
+for _ in orders:
+    os.wait()
+"""
+
+
+def code_of(imports: Sequence[str], used: Sequence[str]) -> str:
+    """Import in this order, use some names, and say whose classes they gave and whether we still watch imports."""
     classes = {NAMES[name].partition(".")[0].partition("(")[0] for name in used}
-    code = ["import sys", *imports, f"from transformers import {', '.join(classes)}", "folder = sys.argv[1]"]
+    code = ["import sys", *imports, f"from transformers import {', '.join(classes)}"]
     code += [f"print('{name}', type({NAMES[name]}).__module__)" for name in used]
     code += ["print(any(type(finder).__module__.startswith('midimamba') for finder in sys.meta_path))"]
-    *found, watching = run("\n".join(code), folders).splitlines()
-    assert dict(line.split() for line in found[-len(used) :]) == {name: OURS[name] for name in used}
+    return "\n".join(code)
+
+
+@pytest.fixture(scope="module")
+def printed(folders: Path) -> dict[str, str]:
+    """What each of `ORDERS` prints in a process of its own."""
+    run(FORKING, folders, json.dumps({name: code_of(*order) for name, order in ORDERS.items()}))
+    return {name: (folders / f"{name}.txt").read_text() for name in ORDERS}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can fork")
+@pytest.mark.parametrize("order", ORDERS)
+def test_transformers_knows_our_classes_in_any_order_of_imports(order: str, printed: dict[str, str]) -> None:
+    _, used = ORDERS[order]
+    *found, watching = printed[order].splitlines()
+    assert found[-len(used) :] == [f"{name} {OURS[name]}" for name in used], printed[order]
     assert watching == str("pipeline" not in used)  # the watcher leaves after the last registration
 
 
@@ -109,5 +142,6 @@ def test_public_names_are_there_and_others_are_not() -> None:
     for name in midimamba.__all__:
         assert getattr(midimamba, name).__name__ == name
         assert name in dir(midimamba)
+    misspelt = "MidiMambaForCasualLM"
     with pytest.raises(AttributeError, match="has no attribute 'MidiMambaForCasualLM'"):
-        midimamba.MidiMambaForCasualLM  # noqa: B018
+        getattr(midimamba, misspelt)

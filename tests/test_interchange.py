@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,16 +25,17 @@ from transformers import (
 import midimamba
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
 from midimamba.hub_cards.publish import PUBLISHED
+from midimamba.modeling import modeling_midimamba
 from midimamba.modeling.configuration_midimamba import LAYOUTS
 from midimamba.modeling.stock_names import plain_name
 from support import make_generator
 
 STOCK = {"mamba": MambaForCausalLM, "transformer": LlamaForCausalLM}
 WITH_CODE = [layout for layout in LAYOUTS if layout not in STOCK]
-MODELING = Path(midimamba.modeling.modeling_midimamba.__file__).parent
+MODELING = Path(modeling_midimamba.__file__).parent
 
 
-def make(layout: str, **overrides: object) -> MidiMambaForCausalLM:
+def make(layout: str, **overrides: Any) -> MidiMambaForCausalLM:
     return make_generator(layout=layout, **{"num_key_value_heads": 2, "num_experts": 4} | overrides)
 
 
@@ -52,7 +54,8 @@ def assert_same_logits(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 def test_a_generator_comes_back_as_it_was(layout: str, tied: bool, tmp_path: Path) -> None:
     model = make(layout, tie_word_embeddings=tied, rope_theta=500.0, layer_norm_epsilon=1e-4)
     model.save_pretrained(tmp_path / "first")
-    again, report = MidiMambaForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    loaded: Any = MidiMambaForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    again, report = loaded
     assert not any(report.values())
     assert again.config.layout == layout
     assert again.config.tie_word_embeddings == tied
@@ -87,19 +90,22 @@ def test_a_transformer_is_a_stock_llama(tied: bool, implementation: str, tmp_pat
     model = make("transformer", tie_word_embeddings=tied, mlp_intermediate_size=24, rope_theta=300.0, head_dim=6)
     model.save_pretrained(tmp_path)
     model.set_attn_implementation(implementation)
-    stock, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True, attn_implementation=implementation
     )
+    stock, report = loaded
     assert type(stock) is LlamaForCausalLM
     assert not any(report.values())
     assert {plain_name(name) for name in stock.state_dict()} == set(model.state_dict())
     assert_same_logits(stock, model)
-    options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
     mask = torch.ones_like(tokens())
     mask[0, :6] = 0
-    for strategy in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+    strategies: list[dict[str, Any]] = [{}, {"num_beams": 3, "num_return_sequences": 2}]
+    for strategy in strategies:
         ours, theirs = (
-            generator.generate(tokens(), attention_mask=mask, **options, **strategy) for generator in (model, stock)
+            cast(Tensor, generator.generate(tokens(), attention_mask=mask, **options, **strategy))
+            for generator in (model, stock)
         )
         assert torch.equal(ours, theirs)
     for generator in (model, stock):
@@ -127,9 +133,9 @@ def test_a_transformer_rounds_as_llama_does(tmp_path: Path) -> None:
         {"max_position_embeddings": 64, "rope_parameters": None},
     ],
 )
-def test_any_plain_llama_is_a_generator(fields: dict[str, object], tmp_path: Path) -> None:
+def test_any_plain_llama_is_a_generator(fields: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    shape = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     stock = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, initializer_range=0.3, **fields)).eval()
     stock.save_pretrained(tmp_path / "theirs")
     ours = midimamba.load(str(tmp_path / "theirs"))
@@ -137,7 +143,7 @@ def test_any_plain_llama_is_a_generator(fields: dict[str, object], tmp_path: Pat
     assert ours.config.layout == "transformer"
     assert_same_logits(ours, stock)
     ours.save_pretrained(tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(again) is LlamaForCausalLM
     assert_same_logits(again, stock)
     assert again.config.to_dict() | {"_name_or_path": ""} == {
@@ -168,49 +174,52 @@ def test_a_llama_of_older_transformers_is_a_generator(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_llama_with_other_parts_is_refused(fields: dict[str, object], reason: str, tmp_path: Path) -> None:
+def test_a_llama_with_other_parts_is_refused(fields: dict[str, Any], reason: str, tmp_path: Path) -> None:
     LlamaConfig(**fields).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"is a Llama with {reason}, which the transformer layout cannot compute"):
         MidiMambaConfig.from_pretrained(tmp_path)
 
 
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+STRATEGIES: list[dict[str, Any]] = [{}, {"num_beams": 2}]
+# What a process does in which midimamba is not installed. It is given how to generate, and folders.
 ALONE = """
-import sys, torch
+import json, sys, torch
 sys.modules["midimamba"] = None  # an import now raises
 from transformers import AutoModelForCausalLM
-folder = sys.argv[1]
-ids = torch.load(folder + "/ids.pt", weights_only=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-with torch.no_grad():
-    logits = model(ids).logits
-generated = [model.generate(ids, **options, **more) for more in ({}, {"num_beams": 2})]
-torch.save([logits, *generated], folder + "/results.pt")
-model.save_pretrained(folder + "/again")
+for folder in sys.argv[2:]:
+    ids = torch.load(folder + "/ids.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(ids).logits
+    generated = [model.generate(ids, **options) for options in json.loads(sys.argv[1])]
+    torch.save([logits, *generated], folder + "/results.pt")
+    model.save_pretrained(folder + "/again")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_generator_loads_where_this_package_is_not_installed(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generators_load_where_this_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = make(layout)
-    folder = tmp_path / "generator"
-    model.save_pretrained(folder)
-    torch.save(tokens(), folder / "ids.pt")
-    done = subprocess.run([sys.executable, "-c", ALONE, folder], capture_output=True, text=True, check=False)
+    models = {tmp_path / layout: make(layout) for layout in LAYOUTS}
+    for folder, model in models.items():
+        model.save_pretrained(folder)
+        torch.save(tokens(), folder / "ids.pt")
+    options = json.dumps([GREEDY | strategy for strategy in STRATEGIES])
+    command = [sys.executable, "-c", ALONE, options, *map(str, models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    logits, *generated = torch.load(folder / "results.pt", weights_only=True)
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens()).logits, logits, atol=1e-5, rtol=0)
-    for theirs, more in zip(generated, ({}, {"num_beams": 2}), strict=True):
-        assert torch.equal(theirs, model.generate(tokens(), **options, **more))
-    # What the exported code writes is as good as what it was read from.
-    assert_same_logits(midimamba.load(str(folder / "again")), model)
-    assert {file.name for file in folder.glob("*.py")} == {file.name for file in (folder / "again").glob("*.py")}
+    for folder, model in models.items():
+        logits, *generated = torch.load(folder / "results.pt", weights_only=True)
+        with torch.no_grad():
+            assert (model(tokens()).logits - logits).abs().max() < 1e-5, folder.name
+        for theirs, strategy in zip(generated, STRATEGIES, strict=True):
+            ours = model.generate(tokens(), **GREEDY, **strategy)
+            assert isinstance(ours, Tensor)
+            assert torch.equal(theirs, ours), f"{folder.name} with {strategy}"
+        # What the exported code writes is as good as what it was read from.
+        assert_same_logits(midimamba.load(str(folder / "again")), model)
+        assert {file.name for file in folder.glob("*.py")} == {file.name for file in (folder / "again").glob("*.py")}
 
 
 @pytest.mark.parametrize("layout", WITH_CODE)
@@ -247,7 +256,13 @@ def test_training_resumes_from_a_checkpoint(layout: str, tmp_path: Path) -> None
 
     def train(steps: int, resume: bool) -> MidiMambaForCausalLM:
         model = make(layout)
-        options = {"logging_strategy": "no", "disable_tqdm": True, "use_cpu": True, "save_steps": 2, "seed": 3}
+        options: dict[str, Any] = {
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "save_steps": 2,
+            "seed": 3,
+        }
         arguments = TrainingArguments(str(tmp_path), max_steps=steps, lr_scheduler_type="constant", **options)
         Trainer(model=model, args=arguments, train_dataset=data).train(resume_from_checkpoint=resume)
         return model.eval()

@@ -76,7 +76,7 @@ def test_files_that_are_passed_over_are_reported(
         (("composer", "machine", "--out", "out", "--bars", "0"), "must be positive"),
         (("empty", "composer", "--out", "out"), "empty has 0 pieces to listen to in 0 MIDI files"),
         (("composer", "machine"), "name a folder with --out"),
-        (("composer", "machine", "--out", "machine"), "machine is there already"),
+        (("composer", "machine", "--out", "machine"), "machine already exists"),
         (("--score", "machine", "answers.json"), "machine/key.json cannot be read as JSON"),
         (("--score", "machine", "answers.json", "--out", "out"), "leave out --out"),
         (("--score", "machine", "answers.json", "./answers.json"), "named twice"),

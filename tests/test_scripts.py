@@ -328,5 +328,5 @@ def test_generating_never_overwrites(pretrained: Path, run: Run, tmp_path: Path)
     (tmp_path / "mine.mid").write_text("mine")
     code, errors = run("midimamba", "generate", pretrained, "--out", tmp_path)
     assert code == 2
-    assert "is there already" in errors
+    assert "already exists" in errors
     assert (tmp_path / "mine.mid").read_text() == "mine"

@@ -54,7 +54,7 @@ def control_token(name: str, value: str) -> str:
     """
     slugs = ["-".join(re.findall(r"[^\s_]+", part)) for part in (name, value)]
     if not all(slugs):
-        raise InputError(f"control {name!r} with the value {value!r} has no name or no value")
+        raise InputError(f"a control needs a name and a value, not {name!r} and {value!r}")
     return f"{_PREFIX}{'_'.join(slugs)}"
 
 

@@ -177,13 +177,15 @@ class MidiGrammar(LogitsProcessor):
 def _check_supported(tokenizer: MusicTokenizer) -> None:
     name = type(tokenizer).__name__
     if name not in SUPPORTED:
-        raise InputError(f"the grammar knows {', '.join(SUPPORTED)}, not {name}: generate without it")
+        raise InputError(f"the grammar supports {', '.join(SUPPORTED)}, not {name}: generate without it")
     config = tokenizer.config
     wrong = [option for option in _MUST_BE_OFF if getattr(config, option)]
     wrong += [option for option in _MUST_BE_ON if not getattr(config, option)]
     wrong += [option for option in _MUST_BE_ALL if getattr(config, option) != set(range(-1, 128))]
     if wrong:
-        raise InputError(f"the grammar does not know tokenizers with this {wrong[0]!r}: generate without it")
+        raise InputError(
+            f"the grammar does not support this value of the tokenizer option {wrong[0]!r}: generate without it"
+        )
 
 
 def _tables(tokenizer: MusicTokenizer) -> dict[str, Tensor]:

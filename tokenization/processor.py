@@ -7,6 +7,7 @@ nothing else of midimamba.
 
 import json
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +26,8 @@ from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, base_ids, fast_tokenizer, lo
 Midi = str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond
 Controls = Mapping[str, str | Sequence[str]]
 
-# The arguments of `from_pretrained` that concern the Hub; the rest are for other kinds of processors.
-_HUB_OPTIONS = frozenset(
-    {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "user_agent"}
-)
+# What else `from_pretrained` may be given that concerns the Hub; other keywords are for other kinds of processors.
+_MORE_HUB_OPTIONS = frozenset({"proxies", "subfolder", "user_agent"})
 
 # What every row of MuMIDI has: the event, the numbers of bar and position, the tempo.
 _MUMIDI_COLUMNS = 4
@@ -81,7 +80,7 @@ class MidiProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        midi: Midi | list[Midi] | None = None,
+        midi: Midi | Sequence[Midi] | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
         add_bos: bool = True,
@@ -110,11 +109,12 @@ class MidiProcessor(ProcessorMixin):
             MidiRefusedError: if a piece cannot be used; the message says why.
             InputError: if there is no such control or value; the message names those that exist.
         """
-        if return_tensors is None and not isinstance(midi, list):
-            ids = self.encode(midi, add_bos, controls)
-            return BatchEncoding({"input_ids": ids, "attention_mask": [1] * len(ids)})
-        pieces: Sequence[Midi | None] = midi if isinstance(midi, list) else [midi]
-        batch = [self.encode(piece, add_bos, controls) for piece in pieces]
+        if isinstance(midi, Sequence) and not isinstance(midi, str | bytes):
+            batch = [self.encode(piece, add_bos, controls) for piece in midi]
+        else:
+            batch = [self.encode(midi, add_bos, controls)]
+            if return_tensors is None:
+                return BatchEncoding({"input_ids": batch[0], "attention_mask": [1] * len(batch[0])})
         if self.tokenizer is None:
             return self._pad(batch, padding in (True, "longest"), return_tensors)
         return self.tokenizer.pad({"input_ids": batch}, padding=padding, return_tensors=return_tensors)
@@ -240,17 +240,36 @@ class MidiProcessor(ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        cache_dir: str | PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> Self:
         """Read a processor from a folder or a Hub repository.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
                 A folder that `save_pretrained` wrote, or a Hub id.
+            cache_dir, force_download, local_files_only, token, revision:
+                As in transformers: how a Hub repository is downloaded.
             kwargs:
-                `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder` and the like.
+                `subfolder`, `proxies` and `user_agent`, also as in transformers. Others are ignored.
 
         Raises:
             InputError: if there is no `miditok.json`.
         """
-        hub_options = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS}
-        return cls(load_tokenizer(str(pretrained_model_name_or_path), **hub_options))
+        tokenizer = load_tokenizer(
+            str(pretrained_model_name_or_path),
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+            **{key: value for key, value in kwargs.items() if key in _MORE_HUB_OPTIONS},
+        )
+        return cls(tokenizer)

@@ -233,7 +233,7 @@ def check_vocab_size(tokenizer: MusicTokenizer, vocab_size: int) -> None:
     if vocab_size <= len(tokenizer.vocab):
         raise InputError(
             f"a vocabulary of {vocab_size} leaves nothing to learn: "
-            f"{type(tokenizer).__name__} has {len(tokenizer.vocab)} base tokens, so choose more"
+            f"{type(tokenizer).__name__} has {len(tokenizer.vocab)} base tokens; choose a larger one"
         )
 
 

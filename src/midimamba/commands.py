@@ -56,7 +56,7 @@ def _new_folder(out: Path | None, content: str) -> Path:
     if out is None:
         raise InputError(f"nowhere to write {content}: name a folder with --out")
     if is_taken(out):
-        raise InputError(f"{out} is there already; choose another --out or delete it")
+        raise InputError(f"{out} already exists: choose another --out or delete it")
     return out
 
 
@@ -169,7 +169,7 @@ def _score_answers(test: Path, options: ListenOptions) -> None:
     if options.out is not None:
         raise InputError("--score prints its tables and writes nothing: leave out --out")
     if len({path.resolve() for path in options.paths}) < len(options.paths):
-        raise InputError("a file of answers is named twice, so its listener would count twice")
+        raise InputError("a file of answers is named twice, so its listener would count twice: name it once")
     key = listening.read_key(test)
     answers = [listening.read_answers(path, key) for path in options.paths]
     print(listening.scores_table(listening.score_answers(key, answers)))

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from symusic.core import ScoreTick
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -41,10 +41,12 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         model = load(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
-            f"{name}: the generator knows {model.config.vocab_size} tokens, its tokenizer {processor.vocab_size}; "
+            f"{name}: the generator has {model.config.vocab_size} tokens, but its tokenizer {processor.vocab_size}; "
             "the folder mixes two models: save the generator and its processor together again"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    network: nn.Module = model  # the types of transformers' own `to` are wrong
+    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model, processor
 
 
 def generate_scores(
@@ -101,7 +103,7 @@ def generate_scores(
                 stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
             )
             bar.update((index + 1) * limit - bar.n)  # a part ends early when all of its pieces do
-            scores += processor.batch_decode(sequences)
+            scores += processor.batch_decode(cast(Tensor, sequences))
     return scores
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_the_original_is_unchanged_and_zero_augmentation_changes_nothing() -> No
 @pytest.mark.parametrize(
     "values", [{"transpose": -1}, {"duration_stretch": 1.0}, {"tempo_stretch": -0.1}, {"control_dropout": -0.1}]
 )
-def test_impossible_values_are_refused(values: dict[str, float]) -> None:
+def test_impossible_values_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="is impossible"):
         Augmentation(**values)
 
@@ -183,7 +184,7 @@ def test_nothing_is_dropped_at_0_and_everything_at_1(conditioned: tuple[Dataset,
 def test_controls_are_those_of_the_changed_music(conditioned: tuple[Dataset, MidiProcessor]) -> None:
     split, processor = conditioned
     blocks = EpochBlocks(split, processor, 32, Augmentation(transpose=6, control_dropout=0.0))
-    composers = Counter()
+    composers: Counter[str] = Counter()
     changed = 0
     for piece in pieces_of(blocks):
         tokens = processor.tokenizer.decode(piece[1:4]).split()

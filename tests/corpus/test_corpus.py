@@ -9,10 +9,11 @@ import zipfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from symusic import Score
+from symusic.core import ScoreSecond
 
 from midimamba.corpus import build as corpus
 from midimamba.corpus import reading, store
@@ -22,7 +23,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import describe
-from midimamba.tokenization.ingest import MAX_FILE_BYTES, read_score
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, parse_midi, read_score
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import command, make_score
 
@@ -45,7 +46,7 @@ def test_every_piece_is_saved_whole_with_its_facts(midi_folder: MidiFolder, tmp_
         score = read_score(folder / row["name"])
         assert row["input_ids"] == [*processor.encode(folder / row["name"]), processor.eos_token_id]
         assert row["num_notes"] == score.note_num()
-        assert row["seconds"] == pytest.approx(score.to("second").end(), rel=1e-5)
+        assert row["seconds"] == pytest.approx(cast(ScoreSecond, score.to("second")).end(), rel=1e-5)
     assert json.loads((tmp_path / "out" / "corpus.json").read_text()) == report
     for count, values in {"pieces": [1] * 12, "tokens": [len(row["input_ids"]) for row in rows]}.items():
         assert sum(report["splits"][split][count] for split in SPLITS) == sum(values)
@@ -253,7 +254,7 @@ def test_nothing_usable_is_an_input_error_and_leaves_nothing(content: dict[str, 
     "options", [{"vocab_size": 100}, {"valid_fraction": 0.6, "test_fraction": 0.4}, {"tokenization": "ABC"}]
 )
 def test_senseless_arguments_are_refused_before_any_work(
-    options: dict[str, object], midi_folder: MidiFolder, tmp_path: Path
+    options: dict[str, Any], midi_folder: MidiFolder, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError):
         tokenize_corpus(str(midi_folder(1)), tmp_path / "out", CorpusOptions(**options))
@@ -285,7 +286,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def count_reads(monkeypatch: pytest.MonkeyPatch, log: Path) -> Callable[[], int]:
     """How many files workers parsed since the last call."""
-    original = reading.parse_midi
+    original = parse_midi
 
     def logged(content: bytes) -> object:
         with log.open("a") as file:
@@ -339,7 +340,7 @@ def test_an_interrupted_run_continues_where_it_stopped(
             if (tmp_path / "log").stat().st_size >= 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        PieceStore.add_outcome = add
+        monkeypatch.setattr(PieceStore, "add_outcome", add)
         tokenize_corpus(str(folder), out, CorpusOptions(vocab_size=800, num_workers=1))
         os._exit(0)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL

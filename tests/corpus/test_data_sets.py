@@ -112,8 +112,8 @@ def test_limit_takes_the_first_rows(saved: Any, tmp_path: Path) -> None:
     [
         ({"a": [b"x"], "b": [b"y"]}, {}, "which column .* Found a, b: name it with --midi-column"),
         ({"a": ["x"]}, {}, "Found none"),
-        ({"a": [b"x"]}, {"midi_column": "b"}, "has no column 'b'; there are a"),
-        ({"a": [b"x"]}, {"columns": ["genre"]}, "has no column 'genre'; there are a"),
+        ({"a": [b"x"]}, {"midi_column": "b"}, "has no column 'b'; its columns are a"),
+        ({"a": [b"x"]}, {"columns": ["genre"]}, "has no column 'genre'; its columns are a"),
     ],
 )
 def test_a_column_that_is_not_there_is_named(

@@ -23,7 +23,7 @@ def test_packing_keeps_every_token_but_the_last_incomplete_block(block_size: int
     dataset = concatenate_datasets(chunks)
     tokens = tokens_of(dataset["input_ids"])
     blocks = PackedBlocks(dataset, block_size)
-    rows = [block["input_ids"] for block in blocks]
+    rows = [blocks[index]["input_ids"] for index in range(len(blocks))]
     assert len(rows) == len(blocks) == len(tokens) // block_size
     assert {len(row) for row in rows} == {block_size}
     assert tokens_of(rows) == tokens[: len(blocks) * block_size]
@@ -35,7 +35,10 @@ def test_packing_keeps_every_token_but_the_last_incomplete_block(block_size: int
 
 def test_a_selection_is_packed_in_its_order() -> None:
     blocks = PackedBlocks(Dataset.from_dict({"input_ids": PIECES}).select([5, 3]), 10)
-    assert tokens_of([block["input_ids"] for block in blocks]) == (PIECES[5] + PIECES[3])[: 10 * len(blocks)]
+    assert (
+        tokens_of([blocks[index]["input_ids"] for index in range(len(blocks))])
+        == (PIECES[5] + PIECES[3])[: 10 * len(blocks)]
+    )
 
 
 def test_a_too_short_split_is_named() -> None:

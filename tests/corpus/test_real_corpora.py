@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,10 @@ ARCHIVES = sorted(CORPORA.glob("*.tar.gz"))
 pytestmark = pytest.mark.skipif(not ARCHIVES, reason="MIDIMAMBA_CORPORA names no folder with archives of real music")
 
 
-def run(script: str, *arguments: object) -> dict:
+def run(script: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 

@@ -239,11 +239,13 @@ def test_a_manifest_about_something_else_is_ignored_and_a_senseless_one_refused(
 
 def test_a_label_that_no_manifest_has_is_refused_with_those_it_has(tmp_path: Path) -> None:
     (tmp_path / "a.mid").touch()
-    with pytest.raises(InputError, match=r"no manifest\.csv has a column 'genre'; there is none with a column 'file'"):
+    with pytest.raises(
+        InputError, match=r"no manifest\.csv has a column 'genre'; no manifest\.csv has a column 'file'"
+    ):
         labels_of(tmp_path, "genre")
     (tmp_path / "manifest.csv").write_text("file,composer\na.mid, J. S. Bach \n")
     assert labels_of(tmp_path, "composer") == {"a.mid": (None, {"composer": "J. S. Bach"})}
-    with pytest.raises(InputError, match=r"no manifest\.csv has a column 'genre'; there are composer, file"):
+    with pytest.raises(InputError, match=r"no manifest\.csv has a column 'genre'; the columns are composer, file"):
         labels_of(tmp_path, "genre")
 
 

@@ -167,7 +167,7 @@ def test_two_runs_cannot_share_a_store_and_another_file_is_refused(tmp_path: Pat
 
 
 def test_the_digest_changes_with_files_bytes_splits_and_labels(tmp_path: Path) -> None:
-    digests = []
+    digests: list[str] = []
     for name, sha, split, labels in (
         ("a", "1", None, {}),
         ("b", "1", None, {}),

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(
-    function: Callable[[int, Mark], object], count: int = 8, processes: int = 2, **bounds: float
-) -> dict[str, object]:
+def run(function: Callable[[int, Mark], object], count: int = 8, processes: int = 2, **bounds: Any) -> dict[str, Any]:
     outcomes = list(run_bounded(function, ((str(i), i) for i in range(count)), processes, **bounds))
     assert len(outcomes) == count
     return dict(outcomes)
@@ -121,9 +120,9 @@ def test_the_time_of_a_task_does_not_count_for_the_next_one() -> None:
 
 
 def test_tasks_are_taken_only_as_workers_become_free() -> None:
-    taken = []
+    taken: list[int] = []
 
-    def tasks():
+    def tasks() -> Iterator[tuple[str, int]]:
         for task in range(50):
             taken.append(task)
             yield str(task), task
@@ -141,7 +140,7 @@ def test_a_large_task_and_a_large_result_pass() -> None:
 
 
 def test_an_error_in_the_source_of_tasks_ends_the_workers() -> None:
-    def tasks():
+    def tasks() -> Iterator[tuple[str, int]]:
         yield "0", 0
         raise OSError("the disk is gone")
 

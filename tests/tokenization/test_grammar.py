@@ -1,10 +1,11 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from miditok import MusicTokenizer
 from symusic.core import ScoreTick
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LogitsProcessorList, MambaConfig, MambaForCausalLM
 
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
@@ -15,7 +16,16 @@ from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, expand_i
 PAD, BOS, EOS = 0, 1, 2
 CONTROL_TOKENS = [control_token(*pair) for pair in (("key", "C-major"), ("instruments", "drums"), ("bars", "1-8"))]
 # In REMI: the fewest base tokens from each type to a complete note.
-TO_NOTE = {"Bar": 5, "TimeSig": 4, "Position": 3, "Tempo": 3, "Program": 3, "Pitch": 2, "PitchDrum": 2, "Velocity": 1}
+TO_NOTE = {
+    "Bar": 5,
+    "TimeSig": 4,
+    "Position": 3,
+    "Tempo": 3,
+    "Program": 3,
+    "Pitch": 2,
+    "PitchDrum": 2,
+    "Velocity": 1,
+}
 NEXT = {
     None: {"Bar"},
     "Bar": {"TimeSig"},
@@ -44,6 +54,7 @@ class Reader:
         return all(self._read(*token.split("_")) for token in tokens) and self._in_time()
 
     def _in_time(self) -> bool:
+        assert self.last is not None
         return self.last == "Duration" or self.silence + TO_NOTE[self.last] <= MAX_SILENT_TOKENS
 
     def _read(self, kind: str, value: str) -> bool:
@@ -92,7 +103,7 @@ def expand(tokenizer: MusicTokenizer, index: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["untrained", "BPE", "Unigram"])
-def tokenizer(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
+def tokenizer(request: pytest.FixtureRequest, scores: list[ScoreTick]) -> MusicTokenizer:
     tokenizer = build_tokenizer()
     if request.param != "untrained":
         train_tokenizer(tokenizer, scores, 1000, request.param)
@@ -100,7 +111,7 @@ def tokenizer(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
 
 
 @pytest.fixture(scope="module", params=["untrained", "BPE", "Unigram"])
-def tsd(request: pytest.FixtureRequest, scores) -> MusicTokenizer:
+def tsd(request: pytest.FixtureRequest, scores: list[ScoreTick]) -> MusicTokenizer:
     tokenizer = build_tokenizer("TSD")
     if request.param != "untrained":
         train_tokenizer(tokenizer, scores, 1000, request.param)
@@ -151,7 +162,7 @@ def test_every_id_is_judged_as_if_its_tokens_were_read(tokenizer: MusicTokenizer
             assert bool(allowed[EOS]) == (read(tokenizer, row[:length]).last == "Duration")
 
 
-def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, tsd: MusicTokenizer, scores) -> None:
+def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, tsd: MusicTokenizer, scores: list[ScoreTick]) -> None:
     for score in scores[:4]:
         assert_allowed(tokenizer, score)
         assert_allowed(tsd, score)
@@ -243,7 +254,7 @@ def test_padding_bos_and_order_of_rows_change_nothing(tokenizer: MusicTokenizer)
 
 @pytest.mark.parametrize("name", SUPPORTED)
 @pytest.mark.parametrize("trained", [False, True])
-def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool, scores) -> None:
+def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool, scores: list[ScoreTick]) -> None:
     shift = len(CONTROL_TOKENS)
     tokenizers = [build_tokenizer(name, controls=tokens) for tokens in ([], CONTROL_TOKENS)]
     if trained:
@@ -269,7 +280,7 @@ def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool,
 
 @pytest.mark.parametrize("name", SUPPORTED)
 @pytest.mark.parametrize("model", ["untrained", "BPE", "Unigram"])
-def test_uniform_samples_after_controls_are_valid_music(name: str, model: str, scores) -> None:
+def test_uniform_samples_after_controls_are_valid_music(name: str, model: str, scores: list[ScoreTick]) -> None:
     tokenizer = build_tokenizer(name, controls=CONTROL_TOKENS)
     if model != "untrained":
         train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200, model)
@@ -309,25 +320,31 @@ def test_columns_beyond_the_vocabulary_are_forbidden_and_scores_left_alone(token
     assert torch.equal(judged[kept], scores[kept])
 
 
-def test_generate_with_a_padded_batch_and_with_beams(scores) -> None:
+def test_generate_with_a_padded_batch_and_with_beams(scores: list[ScoreTick]) -> None:
     processor = MidiProcessor(build_tokenizer())
     torch.manual_seed(0)
-    size = processor.vocab_size
+    size = processor.midi_tokenizer.vocab_size
     config = MambaConfig(vocab_size=size, hidden_size=8, num_hidden_layers=1, state_size=4, pad_token_id=PAD)
     model = MambaForCausalLM(config).eval()
     inputs = processor([scores[0], scores[1]], return_tensors="pt")
     prompt = {key: value[:, :30] for key, value in inputs.items()}
-    for options in ({"do_sample": True}, {"num_beams": 3}):
+    strategies: list[dict[str, Any]] = [{"do_sample": True}, {"num_beams": 3}]
+    for options in strategies:
         ids = model.generate(
-            **prompt, **options, max_new_tokens=25, eos_token_id=EOS, logits_processor=[processor.grammar()]
+            **prompt,
+            **options,
+            max_new_tokens=25,
+            eos_token_id=EOS,
+            logits_processor=LogitsProcessorList([processor.grammar()]),
         )
+        assert isinstance(ids, torch.Tensor)
         for row in ids.tolist():
             read(processor.midi_tokenizer, [index for index in row if index > EOS])
 
 
 @pytest.mark.parametrize("name", ["MIDILike", "PerTok", "MMM", "BEAT", "CPWord", "Octuple", "MuMIDI"])
 def test_other_tokenizations_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"knows REMI, TSD, Structured, not {name}"):
+    with pytest.raises(InputError, match=f"supports REMI, TSD, Structured, not {name}"):
         MidiProcessor(build_tokenizer(name)).grammar()
 
 
@@ -345,7 +362,7 @@ def test_other_tokenizations_are_refused(name: str) -> None:
         {"programs": [0, 1]},
     ],
 )
-def test_options_that_break_its_rules_are_refused(options: dict[str, object]) -> None:
+def test_options_that_break_its_rules_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         MidiGrammar(build_tokenizer("TSD", **options))
 
@@ -360,7 +377,9 @@ def test_options_that_break_its_rules_are_refused(options: dict[str, object]) ->
         {"pitch_range": (40, 80), "drums_pitch_range": (50, 60), "log_tempos": False, "encode_ids_split": "no"},
     ],
 )
-def test_options_that_keep_its_rules_are_honoured(model: str, options: dict[str, object], scores) -> None:
+def test_options_that_keep_its_rules_are_honoured(
+    model: str, options: dict[str, Any], scores: list[ScoreTick]
+) -> None:
     for name in SUPPORTED:
         if name == "Structured" and "use_tempos" in options:
             continue  # it has none to turn off
@@ -375,7 +394,7 @@ def test_options_that_keep_its_rules_are_honoured(model: str, options: dict[str,
 
 @pytest.mark.parametrize("model", ["untrained", "BPE", "Unigram"])
 @pytest.mark.parametrize("kind", ["TimeShift", "Program", "Pitch", "PitchDrum", "Velocity", "Duration", "EOS"])
-def test_structured_samples_repeat_the_five_tokens_of_a_note(kind: str, model: str, scores) -> None:
+def test_structured_samples_repeat_the_five_tokens_of_a_note(kind: str, model: str, scores: list[ScoreTick]) -> None:
     tokenizer = build_tokenizer("Structured")
     if model != "untrained":
         train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200, model)

@@ -2,12 +2,14 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from miditok import TokSequence
 from symusic import Note, Score, Tempo, Track
+from symusic.core import ScoreQuarter
 
 from midimamba.tokenization import ingest
 from midimamba.tokenization.ingest import MidiRefusedError, parse_midi, read_score
@@ -72,7 +74,7 @@ def test_a_sound_file_is_read_the_same_from_path_bytes_and_score(tmp_path: Path)
     path.write_bytes(smf(NOTE))
     from_bytes = read_score(smf(NOTE))
     assert from_bytes == read_score(path) == read_score(str(path)) == read_score(from_bytes)
-    assert read_score(from_bytes.to("quarter")).note_num() == 1
+    assert read_score(cast(ScoreQuarter, from_bytes.to("quarter"))).note_num() == 1
 
 
 @pytest.mark.parametrize("note", [Note(-10, 5, 60, 60), Note(10, -20, 60, 60)])

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from miditok import MusicTokenizer, Octuple, TokSequence
 from symusic import Note, Score, Tempo, TimeSignature, Track
-from symusic.core import ScoreTick
+from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList
 from transformers import AutoProcessor
 
 from midimamba.cli import main
@@ -34,10 +35,9 @@ from midimamba.tokenization.tokenizer import (
     train_on_ids,
     train_tokenizer,
 )
-from support import make_score
+from support import Notes, make_score
 
 PAD, BOS, EOS = 0, 1, 2
-Notes = Callable[[ScoreTick], list[tuple[int, bool, int, int, int]]]
 
 
 @pytest.fixture(params=MULTI_VOCABULARY)
@@ -96,7 +96,9 @@ def test_ids_are_miditoks_in_rows_of_equal_length(processor: MidiProcessor, scor
     assert processor.encode(None) == [[BOS] * width(processor)]
 
 
-def test_a_round_trip_keeps_all_that_the_grid_keeps(processor: MidiProcessor, scores, notes: Notes) -> None:
+def test_a_round_trip_keeps_all_that_the_grid_keeps(
+    processor: MidiProcessor, scores: list[ScoreTick], notes: Notes
+) -> None:
     tokenizer = processor.midi_tokenizer
     for score in scores:
         ids = processor.encode(score)
@@ -108,7 +110,7 @@ def test_a_round_trip_keeps_all_that_the_grid_keeps(processor: MidiProcessor, sc
         assert processor.encode(decoded) == ids
 
 
-def test_only_cpword_keeps_meters(scores) -> None:
+def test_only_cpword_keeps_meters(scores: list[ScoreTick]) -> None:
     for name in MULTI_VOCABULARY:
         processor = MidiProcessor(build_tokenizer(name))
         for score in scores[:10]:
@@ -119,9 +121,10 @@ def test_only_cpword_keeps_meters(scores) -> None:
 
 def test_meters_that_start_in_empty_bars_shift_nothing(processor: MidiProcessor, notes: Notes) -> None:
     score = bars_of(1)
-    score.time_signatures.extend([TimeSignature(0, 4, 4), TimeSignature(1920, 3, 4), TimeSignature(4800, 6, 8)])
-    score.tempos.extend([Tempo(0, 120.0), Tempo(1920, 60.0)])
-    score.tracks[0].notes.extend([Note(time, 240, 60, 64) for time in (3840, 9120, 11280)])
+    meters = [TimeSignature(0, 4, 4), TimeSignature(1920, 3, 4), TimeSignature(4800, 6, 8)]
+    score.time_signatures.extend(TimeSignatureTickList(meters))
+    score.tempos.extend(TempoTickList([Tempo(0, 120.0), Tempo(1920, 60.0)]))
+    score.tracks[0].notes.extend(NoteTickList([Note(time, 240, 60, 64) for time in (3840, 9120, 11280)]))
     assert notes(processor.decode(processor.encode(score))) == notes(score)
 
 
@@ -151,7 +154,9 @@ def test_cpword_has_no_last_bar(notes: Notes) -> None:
     assert notes(processor.decode(processor.encode(bars_of(1100)))) == notes(bars_of(1100))
 
 
-def test_rows_that_hold_a_special_or_unknown_id_are_dropped(processor: MidiProcessor, scores, notes: Notes) -> None:
+def test_rows_that_hold_a_special_or_unknown_id_are_dropped(
+    processor: MidiProcessor, scores: list[ScoreTick], notes: Notes
+) -> None:
     rows = processor.encode(scores[0])
     expected = notes(scores[0])
     sizes = np.array(processor.vocab_size)
@@ -164,7 +169,9 @@ def test_rows_that_hold_a_special_or_unknown_id_are_dropped(processor: MidiProce
     assert processor.decode([]).note_num() == processor.decode([[BOS] * width(processor)]).note_num() == 0
 
 
-def test_lists_arrays_and_tensors_of_one_sequence_are_decoded(processor: MidiProcessor, scores, notes: Notes) -> None:
+def test_lists_arrays_and_tensors_of_one_sequence_are_decoded(
+    processor: MidiProcessor, scores: list[ScoreTick], notes: Notes
+) -> None:
     rows = processor.encode(scores[3])
     for given in (rows, np.array(rows), torch.tensor(rows), torch.tensor([rows])):
         assert notes(processor.decode(given)) == notes(scores[3])
@@ -187,7 +194,9 @@ def test_rows_that_are_not_music_are_refused(processor: MidiProcessor) -> None:
     assert bool(refused) == (type(processor.midi_tokenizer) is not Octuple)
 
 
-def test_a_list_is_padded_with_rows_on_the_left(processor: MidiProcessor, random_score, notes: Notes) -> None:
+def test_a_list_is_padded_with_rows_on_the_left(
+    processor: MidiProcessor, random_score: Callable[..., ScoreTick], notes: Notes
+) -> None:
     pieces = [random_score(1, bars=2), random_score(2, bars=5)]
     short, long = (processor.encode(piece) for piece in pieces)
     pads = len(long) - len(short)
@@ -204,7 +213,9 @@ def test_a_list_is_padded_with_rows_on_the_left(processor: MidiProcessor, random
     assert one["attention_mask"].tolist() == [processor(pieces[0])["attention_mask"]] == [[1] * len(short)]
 
 
-def test_anything_that_needs_one_stream_is_refused_in_a_line(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_anything_that_needs_one_stream_is_refused_in_a_line(
+    processor: MidiProcessor, scores: list[ScoreTick], tmp_path: Path
+) -> None:
     tokenizer, name = processor.midi_tokenizer, type(processor.midi_tokenizer).__name__
     with pytest.raises(InputError, match=f"{name} cannot have a subword model"):
         train_tokenizer(tokenizer, scores, 5000)
@@ -218,9 +229,10 @@ def test_anything_that_needs_one_stream_is_refused_in_a_line(processor: MidiProc
         processor.encode(scores[0], controls={"key": "C-major"})
     with pytest.raises(InputError, match=f"not {name}"):
         processor.grammar()
-    for wishes in ({"controls": ["key"]}, {"labels": ["composer"]}):
+    requests: list[dict[str, Any]] = [{"controls": ["key"]}, {"labels": ["composer"]}]
+    for request in requests:
         with pytest.raises(InputError, match=f"{name} cannot have control tokens"):
-            tokenize_corpus(str(tmp_path), tmp_path / "out", CorpusOptions(tokenization=name, **wishes))
+            tokenize_corpus(str(tmp_path), tmp_path / "out", CorpusOptions(tokenization=name, **request))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +256,7 @@ def test_anything_that_needs_one_stream_is_refused_in_a_line(processor: MidiProc
     ],
 )
 def test_options_that_miditok_cannot_honour_are_refused(
-    tokenization: str, options: dict[str, object], reason: str
+    tokenization: str, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InputError, match=reason):
         build_tokenizer(tokenization, **options)
@@ -263,7 +275,7 @@ def test_options_that_miditok_cannot_honour_are_refused(
     ],
 )
 def test_options_that_miditok_honours_keep_all_notes(
-    tokenization: str, options: dict[str, object], scores, notes: Notes, tmp_path: Path
+    tokenization: str, options: dict[str, Any], scores: list[ScoreTick], notes: Notes, tmp_path: Path
 ) -> None:
     processor = MidiProcessor(build_tokenizer(tokenization, **options))
     processor.save_pretrained(tmp_path)
@@ -274,7 +286,7 @@ def test_options_that_miditok_honours_keep_all_notes(
         assert notes(loaded.decode(ids)) == notes(score)
 
 
-def test_a_saved_processor_is_the_same(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_a_saved_processor_is_the_same(processor: MidiProcessor, scores: list[ScoreTick], tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     assert {"miditok.json", "processor_config.json"} == {path.name for path in tmp_path.glob("*.json")}
     alone = MusicTokenizer.from_pretrained(tmp_path, filename="miditok.json")
@@ -309,7 +321,7 @@ print(json.dumps(encoded))
 
 
 @pytest.mark.slow
-def test_auto_processor_needs_no_midimamba(scores, notes: Notes, tmp_path: Path) -> None:
+def test_auto_processor_needs_no_midimamba(scores: list[ScoreTick], notes: Notes, tmp_path: Path) -> None:
     processors = {tmp_path / name: MidiProcessor(build_tokenizer(name)) for name in MULTI_VOCABULARY}
     for folder, processor in processors.items():
         processor.save_pretrained(folder)
@@ -341,7 +353,7 @@ def test_the_command_makes_a_corpus_that_decodes_to_its_files(
     main()
     dataset, processor = load_corpus(out)
     report = json.loads((out / "corpus.json").read_text())
-    assert report["vocab_size"] == sum(processor.vocab_size)
+    assert report["vocab_size"] == sum(len(vocab) for vocab in processor.midi_tokenizer.vocab)
     assert report["arguments"]["vocab_size"] is None
     rows = {row["name"]: row["input_ids"] for split in SPLITS for row in dataset[split]}
     assert len(rows) == 5
@@ -353,7 +365,9 @@ def test_the_command_makes_a_corpus_that_decodes_to_its_files(
 
 
 @pytest.mark.parametrize("tokenization", MULTI_VOCABULARY)
-def test_a_corpus_may_use_the_tokenizer_of_another(tokenization: str, midi_folder, tmp_path: Path) -> None:
+def test_a_corpus_may_use_the_tokenizer_of_another(
+    tokenization: str, midi_folder: Callable[[int], Path], tmp_path: Path
+) -> None:
     folder = midi_folder(4)
     tokenize_corpus(str(folder), tmp_path / "first", CorpusOptions(tokenization=tokenization, num_workers=1))
     tokenizer = str(tmp_path / "first" / "tokenizer")
@@ -363,7 +377,9 @@ def test_a_corpus_may_use_the_tokenizer_of_another(tokenization: str, midi_folde
 
 
 @pytest.mark.parametrize("tokenization", ["Octuple", "MuMIDI"])
-def test_a_piece_that_is_too_long_is_quarantined(tokenization: str, midi_folder, tmp_path: Path) -> None:
+def test_a_piece_that_is_too_long_is_quarantined(
+    tokenization: str, midi_folder: Callable[[int], Path], tmp_path: Path
+) -> None:
     folder = midi_folder(3)
     bars_of(1025).dump_midi(str(folder / "long.mid"))
     report = tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(tokenization=tokenization, num_workers=1))
@@ -376,7 +392,7 @@ def test_a_piece_that_is_too_long_is_quarantined(tokenization: str, midi_folder,
 def test_miditok_loses_what_is_refused_here(notes: Notes) -> None:
     """Why meters of Octuple, rests of CPWord and long pieces are refused: should this fail, MidiTok has learned it."""
     gap = bars_of(1)
-    gap.time_signatures.extend([TimeSignature(0, 4, 4), TimeSignature(1920, 3, 4)])
+    gap.time_signatures.extend(TimeSignatureTickList([TimeSignature(0, 4, 4), TimeSignature(1920, 3, 4)]))
     gap.tracks[0].notes.append(Note(1920 + 2 * 1440, 480, 60, 64))
     for name, option in (("Octuple", "use_time_signatures"), ("CPWord", "use_rests")):
         config = build_tokenizer(name).config.copy()

@@ -2,11 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from symusic.core import NoteTickList, ScoreTick
 from transformers import AutoConfig, AutoProcessor, MambaConfig, MambaForCausalLM, PretrainedConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -16,6 +19,7 @@ from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from support import Notes
 
 SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 # The module of the processor, and what it imports.
@@ -26,21 +30,23 @@ CODE = {
 
 
 @pytest.fixture(scope="module", params=["untrained", "trained"])
-def processor(request: pytest.FixtureRequest, scores) -> MidiProcessor:
+def processor(request: pytest.FixtureRequest, scores: list[ScoreTick]) -> MidiProcessor:
     tokenizer = build_tokenizer()
     if request.param == "trained":
         train_tokenizer(tokenizer, scores[:20], 900)
     return MidiProcessor(tokenizer)
 
 
-def test_path_bytes_and_score_are_encoded_alike(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_path_bytes_and_score_are_encoded_alike(
+    processor: MidiProcessor, scores: list[ScoreTick], tmp_path: Path
+) -> None:
     content = scores[0].dumps_midi()
     (tmp_path / "a.mid").write_bytes(content)
     score = read_score(content)
     expected = [processor.bos_token_id, *processor.midi_tokenizer.encode(score).ids]
     shuffled = score.copy()
     for track in shuffled.tracks:
-        track.notes = list(track.notes)[::-1]
+        track.notes = NoteTickList(list(track.notes)[::-1])
     for midi in (tmp_path / "a.mid", str(tmp_path / "a.mid"), content, shuffled):
         assert processor.encode(midi) == expected
         assert processor(midi)["input_ids"] == expected
@@ -50,7 +56,7 @@ def test_path_bytes_and_score_are_encoded_alike(processor: MidiProcessor, scores
     assert inputs["attention_mask"].tolist() == [[1] * len(expected)]
 
 
-def test_a_list_is_padded_on_the_left(processor: MidiProcessor, random_score) -> None:
+def test_a_list_is_padded_on_the_left(processor: MidiProcessor, random_score: Callable[..., ScoreTick]) -> None:
     pieces = [random_score(1, bars=2), random_score(2, bars=5)]
     short, long = (processor.encode(piece) for piece in pieces)
     inputs = processor(pieces, return_tensors="pt")
@@ -60,13 +66,17 @@ def test_a_list_is_padded_on_the_left(processor: MidiProcessor, random_score) ->
     assert inputs["attention_mask"].sum(dim=1).tolist() == [len(short), len(long)]
 
 
-def test_decode_undoes_encode_for_lists_arrays_and_tensors(processor: MidiProcessor, scores, notes) -> None:
+def test_decode_undoes_encode_for_lists_arrays_and_tensors(
+    processor: MidiProcessor, scores: list[ScoreTick], notes: Notes
+) -> None:
     ids = [*processor.encode(scores[3]), processor.eos_token_id, processor.pad_token_id]
     for given in (ids, np.array(ids), torch.tensor(ids), torch.tensor([ids])):
         assert notes(processor.decode(given)) == notes(scores[3])
 
 
-def test_batch_decode_drops_special_tokens_and_padding(processor: MidiProcessor, scores, notes) -> None:
+def test_batch_decode_drops_special_tokens_and_padding(
+    processor: MidiProcessor, scores: list[ScoreTick], notes: Notes
+) -> None:
     batch = processor(scores[:3], return_tensors="pt")["input_ids"]
     assert [notes(score) for score in processor.batch_decode(batch)] == [notes(score) for score in scores[:3]]
     with pytest.raises(ValueError, match="batch_decode"):
@@ -74,7 +84,7 @@ def test_batch_decode_drops_special_tokens_and_padding(processor: MidiProcessor,
 
 
 @pytest.fixture(scope="module", params=[None, *SUBWORD_MODELS])
-def controlled(request: pytest.FixtureRequest, scores) -> MidiProcessor:
+def controlled(request: pytest.FixtureRequest, scores: list[ScoreTick]) -> MidiProcessor:
     pairs = [("instruments", "violin"), ("instruments", "drums"), ("key", "C-major"), ("composer", "Bach, J. S.")]
     tokenizer = build_tokenizer(controls=[control_token(*pair) for pair in pairs])
     if request.param:
@@ -82,7 +92,9 @@ def controlled(request: pytest.FixtureRequest, scores) -> MidiProcessor:
     return MidiProcessor(tokenizer)
 
 
-def test_controls_come_between_bos_and_music_in_the_order_of_the_vocabulary(controlled: MidiProcessor, scores) -> None:
+def test_controls_come_between_bos_and_music_in_the_order_of_the_vocabulary(
+    controlled: MidiProcessor, scores: list[ScoreTick]
+) -> None:
     assert controlled.controls == {
         "instruments": ["violin", "drums"],
         "key": ["C-major"],
@@ -105,13 +117,17 @@ def test_music_may_be_requested_from_scratch(controlled: MidiProcessor) -> None:
     assert inputs["attention_mask"].tolist() == [[1, 1]]
 
 
-def test_decode_drops_controls_wherever_they_are(controlled: MidiProcessor, scores, notes) -> None:
+def test_decode_drops_controls_wherever_they_are(
+    controlled: MidiProcessor, scores: list[ScoreTick], notes: Notes
+) -> None:
     ids = controlled.encode(scores[3], controls={"key": "C-major", "instruments": "violin"})
     assert notes(controlled.decode(ids)) == notes(controlled.decode([*ids, 4, 6, 2])) == notes(scores[3])
     assert controlled.decode([1, 3, 4, 5, 6]).note_num() == 0
 
 
-def test_controls_that_are_not_there_are_refused(controlled: MidiProcessor, processor: MidiProcessor, scores) -> None:
+def test_controls_that_are_not_there_are_refused(
+    controlled: MidiProcessor, processor: MidiProcessor, scores: list[ScoreTick]
+) -> None:
     with pytest.raises(InputError, match="no control 'tempo': choose one of instruments, key, composer"):
         controlled.encode(scores[0], controls={"tempo": "60-90"})
     with pytest.raises(InputError, match="'instruments' has no value 'viola': choose one of violin, drums"):
@@ -122,7 +138,8 @@ def test_controls_that_are_not_there_are_refused(controlled: MidiProcessor, proc
 
 
 def test_ids_beyond_the_vocabulary_and_nothing_at_all_decode(processor: MidiProcessor) -> None:
-    assert processor.decode([processor.vocab_size, processor.vocab_size + 7]).note_num() == 0
+    size = processor.midi_tokenizer.vocab_size
+    assert processor.decode([size, size + 7]).note_num() == 0
     assert processor.decode([]).note_num() == 0
 
 
@@ -131,7 +148,9 @@ def test_an_unusable_file_is_refused(processor: MidiProcessor, tmp_path: Path) -
         processor(tmp_path / "none.mid")
 
 
-def test_save_and_load_give_the_same_processor(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_save_and_load_give_the_same_processor(
+    processor: MidiProcessor, scores: list[ScoreTick], tmp_path: Path
+) -> None:
     processor.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == SAVED | CODE
@@ -148,7 +167,7 @@ def test_save_and_load_give_the_same_processor(processor: MidiProcessor, scores,
 @pytest.mark.parametrize("tokenization", ONE_STREAM)
 @pytest.mark.parametrize("model", SUBWORD_MODELS)
 def test_every_tokenization_and_model_is_saved_loaded_and_decoded(
-    tokenization: str, model: str, scores, notes, tmp_path: Path
+    tokenization: str, model: str, scores: list[ScoreTick], notes: Notes, tmp_path: Path
 ) -> None:
     tokenizer = build_tokenizer(tokenization, controls=[control_token("key", "C-major")], num_velocities=16)
     train_tokenizer(tokenizer, scores[:20], len(tokenizer.vocab) + 100, model)
@@ -168,12 +187,12 @@ def test_every_tokenization_and_model_is_saved_loaded_and_decoded(
 @pytest.mark.parametrize("tokenization", ONE_STREAM)
 def test_whatever_a_model_samples_decodes(tokenization: str) -> None:
     processor = MidiProcessor(build_tokenizer(tokenization))
-    ids = torch.randint(processor.vocab_size, (50, 200), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(processor.midi_tokenizer.vocab_size, (50, 200), generator=torch.Generator().manual_seed(0))
     assert len(processor.batch_decode(ids)) == 50
 
 
 def test_auto_processor_finds_it_by_name(
-    processor: MidiProcessor, scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processor: MidiProcessor, scores: list[ScoreTick], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class DummyConfig(PretrainedConfig):
         model_type = "dummy-of-this-test"
@@ -225,7 +244,7 @@ print(json.dumps(encoded))
 
 
 @pytest.mark.slow
-def test_auto_processor_needs_no_midimamba(scores, notes, tmp_path: Path) -> None:
+def test_auto_processor_needs_no_midimamba(scores: list[ScoreTick], notes: Notes, tmp_path: Path) -> None:
     processors = {}
     for model in ("none", "BPE"):
         tokenizer = build_tokenizer(controls=[control_token("key", "C-major")])
@@ -234,7 +253,7 @@ def test_auto_processor_needs_no_midimamba(scores, notes, tmp_path: Path) -> Non
         folder = tmp_path / model
         processors[folder] = processor = MidiProcessor(tokenizer)
         processor.save_pretrained(folder)
-        config = MambaConfig(vocab_size=processor.vocab_size, hidden_size=8, num_hidden_layers=1, state_size=4)
+        config = MambaConfig(vocab_size=tokenizer.vocab_size, hidden_size=8, num_hidden_layers=1, state_size=4)
         MambaForCausalLM(config).save_pretrained(folder)
         scores[0].dump_midi(folder / "music.mid")
     run = subprocess.run(
@@ -264,7 +283,7 @@ def test_push_to_hub_uploads_all_files(
 ) -> None:
     uploaded: dict[str, list[str]] = {}
 
-    def upload(self: MidiProcessor, repo_id: str, **options: object) -> None:
+    def upload(self: MidiProcessor, repo_id: str, **options: Any) -> None:
         self.save_pretrained(tmp_path / "pushed", max_shard_size="50GB")  # as transformers' push_to_hub does
         uploaded[repo_id] = sorted(path.name for path in (tmp_path / "pushed").iterdir())
 
@@ -273,7 +292,9 @@ def test_push_to_hub_uploads_all_files(
     assert uploaded == {"me/bach": sorted(SAVED | CODE)}
 
 
-def test_a_repository_on_the_hub_is_read_through_its_cache(processor: MidiProcessor, scores, tmp_path: Path) -> None:
+def test_a_repository_on_the_hub_is_read_through_its_cache(
+    processor: MidiProcessor, scores: list[ScoreTick], tmp_path: Path
+) -> None:
     commit = "0" * 40
     repo = tmp_path / "models--me--bach"
     (repo / "refs").mkdir(parents=True)

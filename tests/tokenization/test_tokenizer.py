@@ -1,12 +1,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from miditok import MusicTokenizer, TokSequence
 from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
-from symusic.core import ScoreTick
+from symusic.core import ControlChangeTickList, NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList
 from transformers import MambaConfig
 
 from midimamba.errors import InputError
@@ -24,6 +26,7 @@ from midimamba.tokenization.tokenizer import (
     normalize_score,
     train_tokenizer,
 )
+from support import Notes
 
 VOCAB_SIZE = 900
 MODELS = ("untrained", "BPE", "Unigram")
@@ -40,11 +43,11 @@ def tokenization(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def tokenizer(request: pytest.FixtureRequest, tokenization: str, scores) -> MusicTokenizer:
+def tokenizer(request: pytest.FixtureRequest, tokenization: str, scores: list[ScoreTick]) -> MusicTokenizer:
     return make_tokenizer(tokenization, request.param, scores)
 
 
-def make_tokenizer(tokenization: str, model: str, scores: list[ScoreTick], **options: object) -> MusicTokenizer:
+def make_tokenizer(tokenization: str, model: str, scores: list[ScoreTick], **options: Any) -> MusicTokenizer:
     tokenizer = build_tokenizer(tokenization, **options)
     if model != "untrained":
         size = len(tokenizer.vocab) + 200
@@ -66,7 +69,9 @@ def test_special_tokens_come_first_and_agree(tokenizer: MusicTokenizer) -> None:
     assert len(fast) == tokenizer.vocab_size
 
 
-def test_text_has_miditoks_ids_and_decodes_to_the_same_text(tokenizer: MusicTokenizer, random_score) -> None:
+def test_text_has_miditoks_ids_and_decodes_to_the_same_text(
+    tokenizer: MusicTokenizer, random_score: Callable[..., ScoreTick]
+) -> None:
     fast = fast_tokenizer(tokenizer)
     for seed in range(100, 130):
         score = normalize_score(random_score(seed, bars=seed % 7 + 1, drums=bool(seed % 3)))
@@ -77,7 +82,7 @@ def test_text_has_miditoks_ids_and_decodes_to_the_same_text(tokenizer: MusicToke
         assert expand_ids(tokenizer, ids) == base_ids(tokenizer, score)
 
 
-def test_controls_shift_the_base_ids_and_change_nothing_else(tokenization: str, scores) -> None:
+def test_controls_shift_the_base_ids_and_change_nothing_else(tokenization: str, scores: list[ScoreTick]) -> None:
     shift = len(CONTROL_TOKENS)
     plain, controlled = (build_tokenizer(tokenization, controls=tokens) for tokens in ([], CONTROL_TOKENS))
     vocab = [token for token in controlled.vocab if token not in CONTROL_TOKENS]
@@ -95,7 +100,7 @@ def test_controls_shift_the_base_ids_and_change_nothing_else(tokenization: str, 
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_controls_before_the_music_are_text_and_ids(tokenization: str, model: str, scores) -> None:
+def test_controls_before_the_music_are_text_and_ids(tokenization: str, model: str, scores: list[ScoreTick]) -> None:
     tokenizer = make_tokenizer(tokenization, model, scores, controls=CONTROL_TOKENS)
     fast = fast_tokenizer(tokenizer)
     assert len(fast) == tokenizer.vocab_size
@@ -113,7 +118,9 @@ def test_controls_before_the_music_are_text_and_ids(tokenization: str, model: st
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_miditok_alone_reads_a_tokenizer_with_controls(tokenization: str, model: str, scores, tmp_path: Path) -> None:
+def test_miditok_alone_reads_a_tokenizer_with_controls(
+    tokenization: str, model: str, scores: list[ScoreTick], tmp_path: Path
+) -> None:
     tokenizer = make_tokenizer(tokenization, model, scores, controls=CONTROL_TOKENS)
     MidiProcessor(tokenizer).save_pretrained(tmp_path)
     alone = MusicTokenizer.from_pretrained(tmp_path, filename="miditok.json")
@@ -124,7 +131,9 @@ def test_miditok_alone_reads_a_tokenizer_with_controls(tokenization: str, model:
         assert [1, 5, *encode(loaded, normalize_score(read_score(scores[0])))[1]] == ids
 
 
-def test_base_ids_are_miditoks_ids_of_the_normalised_score(tokenization: str, random_score) -> None:
+def test_base_ids_are_miditoks_ids_of_the_normalised_score(
+    tokenization: str, random_score: Callable[..., ScoreTick]
+) -> None:
     tokenizer = build_tokenizer(tokenization)
     for seed in range(20):
         score = random_score(seed)
@@ -138,7 +147,7 @@ def test_base_ids_are_miditoks_ids_of_the_normalised_score(tokenization: str, ra
 @pytest.mark.parametrize("base", ["REMI", "TSD"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("split", ["bar", "no"])
-def test_mmm_over_either_tokenization_is_identical(base: str, model: str, split: str, scores) -> None:
+def test_mmm_over_either_tokenization_is_identical(base: str, model: str, split: str, scores: list[ScoreTick]) -> None:
     if (base, split) == ("TSD", "bar"):
         with pytest.raises(InputError, match="no tokens to split at"):
             build_tokenizer("MMM", base_tokenizer=base, encode_ids_split=split)
@@ -160,11 +169,13 @@ def test_mmm_over_either_tokenization_is_identical(base: str, model: str, split:
         {"use_control_changes": True, "control_change_numbers": range(128), "control_change_n_bins": 128},
     ],
 )
-def test_options_that_add_tokens_keep_the_ids_identical(options: dict[str, object], scores) -> None:
+def test_options_that_add_tokens_keep_the_ids_identical(options: dict[str, Any], scores: list[ScoreTick]) -> None:
     tokenizer = build_tokenizer("REMI", **options)
     fast = fast_tokenizer(tokenizer)
     score = normalize_score(scores[0])
-    score.tracks[0].controls.extend([ControlChange(480 * beat, 7, 5 * beat) for beat in range(8)])
+    score.tracks[0].controls.extend(
+        ControlChangeTickList([ControlChange(480 * beat, 7, 5 * beat) for beat in range(8)])
+    )
     text, ids = encode(tokenizer, score)
     assert fast(text)["input_ids"] == base_ids(tokenizer, score) == ids
     assert fast.decode(ids) == text
@@ -185,7 +196,7 @@ def test_text_that_is_not_a_token_is_dropped(tokenizer: MusicTokenizer) -> None:
 
 
 @pytest.mark.parametrize("model", SUBWORD_MODELS)
-def test_training_shortens_and_is_deterministic(tokenization: str, model: str, scores) -> None:
+def test_training_shortens_and_is_deterministic(tokenization: str, model: str, scores: list[ScoreTick]) -> None:
     first, second = (make_tokenizer(tokenization, model, scores) for _ in range(2))
     assert first._model.to_str() == second._model.to_str()
     base = base_ids(first, scores[0])
@@ -194,7 +205,7 @@ def test_training_shortens_and_is_deterministic(tokenization: str, model: str, s
 
 @pytest.mark.parametrize("model", SUBWORD_MODELS)
 @pytest.mark.parametrize("name", ["REMI", "MMM", "BEAT"])
-def test_no_subword_crosses_a_bar_line_or_a_track(name: str, model: str, scores) -> None:
+def test_no_subword_crosses_a_bar_line_or_a_track(name: str, model: str, scores: list[ScoreTick]) -> None:
     tokenizer = make_tokenizer(name, model, scores)
     for index in range(3, tokenizer.vocab_size):
         tokens = tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))
@@ -202,20 +213,20 @@ def test_no_subword_crosses_a_bar_line_or_a_track(name: str, model: str, scores)
 
 
 @pytest.mark.parametrize("model", SUBWORD_MODELS)
-def test_base_tokens_keep_their_ids(tokenization: str, model: str, scores) -> None:
+def test_base_tokens_keep_their_ids(tokenization: str, model: str, scores: list[ScoreTick]) -> None:
     tokenizer = make_tokenizer(tokenization, model, scores)
     base = list(range(len(tokenizer.vocab)))
     assert expand_ids(tokenizer, base) == base
 
 
-def test_other_subword_models_are_refused(scores) -> None:
+def test_other_subword_models_are_refused(scores: list[ScoreTick]) -> None:
     with pytest.raises(InputError, match=r"WordPiece.*loses music.*BPE or Unigram"):
         train_tokenizer(build_tokenizer(), scores, VOCAB_SIZE, "WordPiece")
     with pytest.raises(InputError, match="BPE or Unigram"):
         train_tokenizer(build_tokenizer(), scores, VOCAB_SIZE, "bpe")
 
 
-def test_a_saved_tokenizer_is_the_same(tokenizer: MusicTokenizer, scores, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_the_same(tokenizer: MusicTokenizer, scores: list[ScoreTick], tmp_path: Path) -> None:
     MidiProcessor(tokenizer).save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.config == tokenizer.config
@@ -224,7 +235,7 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: MusicTokenizer, scores, tmp_pa
 
 
 @pytest.mark.slow
-def test_plain_auto_tokenizer_loads_it_beside_a_mamba_config(scores, tmp_path: Path) -> None:
+def test_plain_auto_tokenizer_loads_it_beside_a_mamba_config(scores: list[ScoreTick], tmp_path: Path) -> None:
     expected = {}
     for tokenization in ONE_STREAM:
         for model in MODELS:
@@ -254,13 +265,15 @@ def test_plain_auto_tokenizer_loads_it_beside_a_mamba_config(scores, tmp_path: P
 
 @pytest.mark.parametrize("tokenization", ["REMI", "TSD", "Structured", "PerTok", "MMM"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_score_on_the_grid_survives_a_round_trip(tokenization: str, model: str, scores, notes) -> None:
+def test_a_score_on_the_grid_survives_a_round_trip(
+    tokenization: str, model: str, scores: list[ScoreTick], notes: Notes
+) -> None:
     processor = MidiProcessor(make_tokenizer(tokenization, model, scores))
     for score in scores:
         assert notes(processor.decode(processor.encode(score))) == notes(score)
 
 
-def test_velocities_survive_to_the_nearest_bin(tokenization: str, scores) -> None:
+def test_velocities_survive_to_the_nearest_bin(tokenization: str, scores: list[ScoreTick]) -> None:
     tokenizer = build_tokenizer(tokenization)
     score = without_overlaps(scores[1])
     found = notes_with_velocity(tokenizer.decode(base_sequence(tokenizer, score)))
@@ -269,7 +282,7 @@ def test_velocities_survive_to_the_nearest_bin(tokenization: str, scores) -> Non
         assert min(bins, key=lambda value: abs(value - velocity)) == pytest.approx(found[note], abs=4), note
 
 
-def test_midilike_ends_overlapping_notes_of_one_pitch_in_order(notes) -> None:
+def test_midilike_ends_overlapping_notes_of_one_pitch_in_order(notes: Notes) -> None:
     score = Score(480)
     score.tracks.append(Track(notes=[Note(0, 1920, 60, 64), Note(480, 480, 60, 64), Note(480, 480, 64, 64)]))
     tokenizer = build_tokenizer("MIDILike")
@@ -277,7 +290,7 @@ def test_midilike_ends_overlapping_notes_of_one_pitch_in_order(notes) -> None:
     assert decoded == [(0, False, 60, 0, 24), (0, False, 60, 12, 36), (0, False, 64, 12, 12)]
 
 
-def test_beat_keeps_the_roll_of_every_beat(scores, notes) -> None:
+def test_beat_keeps_the_roll_of_every_beat(scores: list[ScoreTick], notes: Notes) -> None:
     tokenizer = build_tokenizer("BEAT")
     for score in scores:
         expected = tokenizer.preprocess_score(score)
@@ -301,9 +314,9 @@ def without_overlaps(score: ScoreTick) -> ScoreTick:
     score = score.copy()
     for track in score.tracks:
         first = {(note.pitch, note.time // 1920): note for note in track.notes}
-        track.notes = [
+        track.notes = NoteTickList(
             Note(bar * 1920 + note.pitch % 8 * 120, 480, pitch, note.velocity) for (pitch, bar), note in first.items()
-        ]
+        )
     return score
 
 
@@ -324,7 +337,7 @@ def notes_with_velocity(score: ScoreTick) -> dict[tuple[int, bool, int, float], 
     }
 
 
-def test_the_lowest_and_highest_notes_and_drums_are_kept(tokenization: str, notes) -> None:
+def test_the_lowest_and_highest_notes_and_drums_are_kept(tokenization: str, notes: Notes) -> None:
     score = Score(480)
     extremes = [Note(0, 480, pitch, 64) for pitch in (0, 1, 126, 127)]
     score.tracks.extend([Track(program=5, notes=extremes), Track(is_drum=True, notes=extremes)])
@@ -347,8 +360,9 @@ def test_meters_of_half_notes_keep_their_bars(numerator: int, bar_beats: int) ->
 def test_nothing_follows_the_last_note() -> None:
     score = Score(480)
     score.tracks.append(Track(notes=[Note(0, 480, 60, 64)]))
-    score.tempos.extend([Tempo(0, 120.0), Tempo(480 * 40, 60.0)])
-    score.time_signatures.extend([TimeSignature(0, 4, 4), TimeSignature(0, 3, 4), TimeSignature(480, 2, 4)])
+    score.tempos.extend(TempoTickList([Tempo(0, 120.0), Tempo(480 * 40, 60.0)]))
+    meters = [TimeSignature(0, 4, 4), TimeSignature(0, 3, 4), TimeSignature(480, 2, 4)]
+    score.time_signatures.extend(TimeSignatureTickList(meters))
     for tokenization in ("REMI", "TSD", "PerTok"):
         tokenizer = build_tokenizer(tokenization)
         tokens = tokenizer._ids_to_tokens(base_ids(tokenizer, score))
@@ -360,7 +374,11 @@ def test_options_reach_miditok() -> None:
     assert not build_tokenizer(use_velocities=False).config.use_velocities
     assert build_tokenizer("PerTok", use_position_toks=True).use_position_toks
     # As YAML and JSON write them.
-    options = {"beat_res": {"0_4": 8, "4_12": 4}, "time_signature_range": {"4": [3, 4]}, "pitch_range": [10, 110]}
+    options: dict[str, Any] = {
+        "beat_res": {"0_4": 8, "4_12": 4},
+        "time_signature_range": {"4": [3, 4]},
+        "pitch_range": [10, 110],
+    }
     config = build_tokenizer(**options, drums_pitch_range=[30, 90], use_programs=True).config
     assert config.beat_res == {(0, 4): 8, (4, 12): 4}
     assert config.time_signature_range == {4: [3, 4]}
@@ -391,14 +409,12 @@ def test_options_reach_miditok() -> None:
         ("ABC", {}, "choose one of REMI"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(
-    tokenization: str, options: dict[str, object], reason: str
-) -> None:
+def test_what_cannot_work_is_refused_with_the_reason(tokenization: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         build_tokenizer(tokenization, **options)
 
 
-def test_a_vocabulary_without_room_to_learn_is_refused(tokenization: str, scores) -> None:
+def test_a_vocabulary_without_room_to_learn_is_refused(tokenization: str, scores: list[ScoreTick]) -> None:
     tokenizer = build_tokenizer(tokenization)
     with pytest.raises(InputError, match="nothing to learn"):
         train_tokenizer(tokenizer, scores, len(tokenizer.vocab))

@@ -179,6 +179,12 @@ def test_scripts_save_a_plain_generator(
     assert not loading["unexpected_keys"]
 
 
+@pytest.fixture
+def usual(corpus: Path, pretrained: Path, tmp_path: Path) -> dict[str, Path]:
+    """Options that every script needs."""
+    return {"data": corpus, "model": pretrained, "output_dir": tmp_path / "out"}
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
@@ -192,18 +198,15 @@ def test_scripts_refuse_with_one_line(
     script: str,
     options: dict[str, Any],
     message: str,
-    corpus: Path,
-    pretrained: Path,
-    tmp_path: Path,
+    usual: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    usual = {"data": corpus, "model": pretrained, "output_dir": tmp_path / "out"}
     given = {name: value for name, value in (usual | options).items() if value is not None}
     assert run(script, monkeypatch, **given) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
-    assert not (tmp_path / "out").exists()
+    assert not usual["output_dir"].exists()
 
 
 def test_what_peft_is_needed_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
