@@ -1,29 +1,27 @@
 """What every stabiliser does: the recipe `stable`, the same without one of its parts, and the controls, over seeds.
 
-The controls are a constant and a random reward: what they change was not learned from a discriminator. With the
-baseline on, a constant reward leaves the likelihood term alone, so it is also the control by maximum likelihood of
-as many steps.
+The controls are a constant and a random reward: what they change was not learned from a discriminator. With a
+baseline, a constant reward leaves only the likelihood term, so it is also the control of maximum likelihood with the
+same number of steps.
 
-A run is a process of its own on one thread. What is done is kept in a file of one JSON object a run, and a second
-start goes on from there. The last line is JSON: of every arm the mean and the standard deviation over its seeds of
-what tuning changed on held-out music. `ratio` is the held-out negative log-likelihood after the recipe over that
-before it.
+Every run is a separate process with one thread. It is kept as a line of JSON, and a second start continues from these
+lines. The last line is JSON: for every arm, the mean and the standard deviation over its seeds of what tuning changed
+on held-out music. `ratio` is the held-out negative log-likelihood after the recipe over that before it.
 """
 
-import argparse
 import functools
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import finish
+from measure import finish, make_parser
 from resumable import Row, make_runs, mean_and_deviation, rows_done
 from tuning import CONSTANT, RANDOM, forget, read_recipe, train
 
-# What such a reward does by itself, without what else moves the policy.
+# What such a reward does by itself, without anything else that moves the policy.
 ALONE = {"mle_weight": 0.0, "entropy_coef": 0.0}
-# What an arm sets; None unsets an option.
+# The options of an arm; None unsets one.
 ARMS: dict[str, dict[str, Any]] = {
     "stable": {},
     "constant": CONSTANT,
@@ -53,12 +51,12 @@ ARMS: dict[str, dict[str, Any]] = {
         **{"replay_fraction": 0.0, "label_smoothing": 0.0, "r1_weight": 0.0, "d_max_accuracy": None},
     },
 }
-# What is compared, before and after, of the evaluations of a run.
+# The figures of the evaluations of a run that are compared before and after it.
 MEASURES = ("eval_loss", "eval_self_bleu_4", "eval_distinct_4", "eval_d_accuracy")
 
 
 def run(arm: str, seed: int, settings: dict[str, Any], folder: Path, keep: bool) -> Row:
-    """One run of an arm: its evaluations, or the end of what it printed. `keep` leaves what it wrote."""
+    """One run of an arm: its evaluations, or the end of what it printed. `keep` keeps the networks that it wrote."""
     output = folder / f"{arm.replace(' ', '-')}-{seed}"
     given = {"model": settings["model"], "data": settings["data"], "seed": seed, "sequence_length": settings["length"]}
     chosen = {"max_steps": settings["steps"], "learning_rate": settings["learning_rate"]}
@@ -80,7 +78,7 @@ def run(arm: str, seed: int, settings: dict[str, Any], folder: Path, keep: bool)
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """Of the runs of one arm: mean and standard deviation of what changed, and the worst likelihood and diversity."""
+    """For the runs of one arm: mean and standard deviation of what changed, and the worst likelihood and diversity."""
     finished = [row for row in rows if row["finished"]]
     result: dict[str, Any] = {"runs": len(rows), "finished": len(finished)}
     if not finished:
@@ -101,28 +99,25 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python benchmarks/ablation.py --model runs/demo/pretrained --data runs/demo/data "
-        "--arms stable constant random --seeds 10 --rows ablation.jsonl",
-    )
+    example = "--model runs/demo/pretrained --data runs/demo/data --arms stable constant random --rows ablation.jsonl"
+    parser = make_parser(__doc__, f"ablation.py {example}")
     parser.add_argument("--model", required=True, help="pre-trained generator")
     parser.add_argument("--data", required=True, help="its corpus")
     parser.add_argument("--recipe", default="stable-adversarial", help="recipe (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="generator steps (default: the recipe's)")
-    parser.add_argument("--learning-rate", type=float, help="of the generator (default: the recipe's)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="generator steps (default: those of the recipe)")
+    parser.add_argument("--learning-rate", type=float, help="of the generator (default: that of the recipe)")
     parser.add_argument("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
-    parser.add_argument("--rows", type=Path, required=True, help="file that keeps a line a run, and is gone on from")
-    parser.add_argument("--keep", action="store_true", help="keep what the runs wrote, beside the rows")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    parser.add_argument(
+        "--rows", type=Path, required=True, help="file with one line per run, from which a second start continues"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the networks of all runs, beside the rows")
     args = parser.parse_args()
 
     settings = {name: getattr(args, name) for name in ("model", "data", "recipe", "length", "steps", "learning_rate")}
-    # Seed by seed, so that an interrupted benchmark has all arms at some of the seeds.
+    # Seed by seed, so that an interrupted benchmark has all arms for some of the seeds.
     wanted = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
     done = rows_done(args.rows, settings)
     folder = args.rows.with_suffix("")

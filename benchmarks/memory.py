@@ -1,14 +1,14 @@
 """Peak memory of one full adversarial update against sequence length, roll-outs, positions and micro-batch.
 
 An update is a step of the `AdversarialTrainer`: discriminator steps, sampling, roll-outs, and the generator's step.
-`naive` keeps the graph through sampling: it reads the sequence again for every token, as one must whose gradients go
-through what was sampled, and does a REINFORCE step on the reward of whole sequences. To its favour it draws no
-roll-outs and trains no discriminator. It is tried at growing lengths until it needs more than `--limit-gb`.
+`naive` keeps the graph through sampling: it reads the whole sequence again for every token, and does a REINFORCE step
+on the reward of whole sequences. In its favour, it draws no roll-outs and trains no discriminator. It is tried at
+growing lengths until it needs more than `--limit-gb`.
 
-Every update runs in a process of its own, after a tiny one that loads libraries. What counts is how far memory grows
-beyond the networks' weights: gradients, both optimizers and everything else; resident memory on a processor, allocated
-memory on a GPU. The first of each list is the base, from which one size is changed at a time. The last line is JSON:
-`ratio` is naive over ours at the longest sequence that both survive.
+Every update runs in a separate process, after a tiny update that loads the libraries. The measure is how far memory
+grows beyond the weights of the networks: gradients, both optimizers and everything else. It is resident memory on a
+CPU, and allocated memory on a GPU. The first value of each list is the base, from which one size is changed at a time.
+The last line is JSON: `ratio` is the memory of `naive` over ours at the longest sequence that both survive.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
-from measure import finish
+from measure import add_model_size, finish, make_parser
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.modeling.sampling import draw
 from midimamba.training.adversarial_config import AdversarialConfig
@@ -37,7 +37,7 @@ from midimamba.training.generator_update import reinforce_loss
 MB = 2**20
 SIDES = ("ours", "naive")
 FIXED = ("batch", "rollout_mb", "layers", "hidden", "vocab", "gradient_checkpointing")
-# Algorithm 1 with a baseline and likelihood: what stabilises it has its own cost.
+# Algorithm 1 with a baseline and likelihood, since the other stabilisers have their own cost.
 ALGORITHM_ALONE: dict[str, Any] = {
     **{"d_warmup_steps": 1, "d_steps": 1, "d_epochs": 1, "replay_fraction": 0.0, "r1_weight": 0.0, "ppo_epochs": 1},
     **{"ppo_clip": None, "kl_coef": 0.0, "entropy_coef": 0.0, "ema_decay": 0.0, "max_nll_drift": None},
@@ -47,12 +47,13 @@ TINY = {"length": 8, "rollouts": 1, "positions": 2, "micro_batch": 2, "batch": 2
 
 
 def make_networks(sizes: dict[str, int]) -> tuple[MidiMambaForCausalLM, MidiDiscriminator]:
-    generator = MidiMambaConfig(
-        vocab_size=sizes["vocab"], hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"]
-    )
-    discriminator = MidiDiscriminatorConfig(vocab_size=sizes["vocab"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return MidiMambaForCausalLM(generator).to(device), MidiDiscriminator(discriminator).to(device)
+    config = MidiMambaConfig(vocab_size=sizes["vocab"], hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"])
+    generator = MidiMambaForCausalLM(config)
+    discriminator = MidiDiscriminator(MidiDiscriminatorConfig(vocab_size=sizes["vocab"]))
+    for network in (generator, discriminator):
+        # `PreTrainedModel.to` does the same, but its decorator loses its type.
+        nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
+    return generator, discriminator
 
 
 def make_trainer(sizes: dict[str, int], folder: str) -> AdversarialTrainer:
@@ -98,12 +99,13 @@ class NaiveUpdate:
 
 
 def resident(name: str) -> int:
-    """A line of the kernel's account of this process, in bytes. Unlike getrusage's, its peak is this process's own."""
+    """A line of the kernel's account of this process, in bytes. Its peak is that of this process alone;
+    that of getrusage starts at the peak of the parent."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def measure_here(which: str, sizes: dict[str, int], limit_gb: float) -> int:
-    """By how many bytes an update makes this process grow."""
+    """The number of bytes by which an update makes this process grow."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         updates = [
@@ -123,7 +125,7 @@ def measure_here(which: str, sizes: dict[str, int], limit_gb: float) -> int:
 
 
 def measure(which: str, sizes: dict[str, int], limit_gb: float) -> float | None:
-    """The same in a process of its own, in MB; `None` if it needed more memory than the limit.
+    """The same in a separate process, in MB; `None` if it needed more memory than the limit.
 
     Raises:
         RuntimeError: if the process failed for another reason.
@@ -156,26 +158,41 @@ def plan(args: argparse.Namespace) -> list[dict[str, int]]:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python benchmarks/memory.py --length 64 128 --rollouts 4 16"
+    parser = make_parser(__doc__, "memory.py --length 64 128 --rollouts 4 16")
+    lists = parser.add_argument_group("lists of sizes; the first of each is the base")
+    lists.add_argument(
+        "--length", type=int, nargs="+", default=[64, 32, 128], help="tokens per sequence, T (default: %(default)s)"
     )
-    parser.add_argument("--length", type=int, nargs="+", default=[64, 32, 128], help="T (default: %(default)s)")
-    parser.add_argument("--rollouts", type=int, nargs="+", default=[4, 16], help="N (default: %(default)s)")
-    parser.add_argument("--positions", type=int, nargs="+", default=[4, 16], help="K (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 16], help="(default: %(default)s)")
+    lists.add_argument(
+        "--rollouts", type=int, nargs="+", default=[4, 16], help="roll-outs per position, N (default: %(default)s)"
+    )
+    lists.add_argument(
+        "--positions", type=int, nargs="+", default=[4, 16], help="positions per sequence, K (default: %(default)s)"
+    )
+    lists.add_argument(
+        "--micro-batch", type=int, nargs="+", default=[4, 16], help="sequences per pass (default: %(default)s)"
+    )
+    lists.add_argument(
+        "--naive-length",
+        type=int,
+        nargs="*",
+        default=[16, 32, 64, 128],
+        help="lengths for `naive`, increasing (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=16, help="sequences per update (default: %(default)s)")
+    parser.add_argument("--rollout-mb", type=int, default=128, help="MB for roll-outs (default: %(default)s)")
+    add_model_size(parser)
+    parser.set_defaults(layers=10, hidden=384)
     parser.add_argument(
-        "--naive-length", type=int, nargs="*", default=[16, 32, 64, 128], help="increasing (default: %(default)s)"
+        "--gradient-checkpointing", type=int, default=0, choices=[0, 1], help="1: our update uses it (default: 0)"
     )
-    parser.add_argument("--batch", type=int, default=16, help="sequences an update (default: %(default)s)")
-    parser.add_argument("--rollout-mb", type=int, default=128, help="memory for roll-outs (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=10, help="layers (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=384, help="hidden size (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
-    parser.add_argument("--gradient-checkpointing", type=int, default=0, choices=[0, 1], help="ours (default: 0)")
-    parser.add_argument("--repeats", type=int, default=1, help="processes, of which the median (default: 1)")
-    parser.add_argument("--limit-gb", type=float, default=4.0, help="a process dies beyond it (default: %(default)s)")
-    parser.add_argument("--one", nargs=2, metavar=("WHICH", "SIZES"), help="measure in this process (used inside)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="processes per size; their median counts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit-gb", type=float, default=4.0, help="a process that needs more is ended (default: %(default)s)"
+    )
+    parser.add_argument("--one", nargs=2, metavar=("WHICH", "SIZES"), help="measure in this process (internal)")
     return parser.parse_args()
 
 
@@ -202,18 +219,17 @@ def main() -> None:
         print(f"{which:8}{numbers}{shown:>9}{time.perf_counter() - start:7.1f}", flush=True)
         if which == "naive" and peak is None:
             break
-    peaks = {
-        which: {row["length"]: row["peak_mb"] for row in reversed(rows) if row["which"] == which} for which in SIDES
-    }
-    lived = [length for length, peak in peaks["naive"].items() if peak and peaks["ours"].get(length)]
-    shared = max(lived, default=None)
+    ours, naive = (
+        {row["length"]: row["peak_mb"] for row in reversed(rows) if row["which"] == which} for which in SIDES
+    )
+    shared = max((length for length, peak in naive.items() if peak and ours.get(length)), default=None)
     finish(
         {
             "benchmark": "memory",
             "compared": "an update that keeps the graph through sampling, without roll-outs",
-            "ratio": None if shared is None else round(peaks["naive"][shared] / peaks["ours"][shared], 2),
+            "ratio": None if shared is None else round(naive[shared] / ours[shared], 2),
             "ratio_at_length": shared,
-            "naive_died_at": next((length for length, peak in peaks["naive"].items() if peak is None), None),
+            "naive_died_at": next((length for length, peak in naive.items() if peak is None), None),
             "limit_gb": args.limit_gb,
             "repeats": args.repeats,
             "rows": rows,

@@ -1,7 +1,7 @@
 """The models of SeqGAN's synthetic benchmark, how they are fitted, and how they are measured.
 
-Sequences are of shape `(count, 1 + length)` throughout and begin with the start token, which is given, never scored.
-A negative log-likelihood (NLL) is a mean over the scored tokens, in nats.
+All sequences are of shape `(count, 1 + length)`. They start with the start token, which is given and never scored. A
+negative log-likelihood (NLL) is a mean over the scored tokens, in nats.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from midimamba.modeling.sampling import inference, sample
 START = 0  # also an ordinary token of the vocabulary, as in the original code
 ROWS = 50  # tokens whose logits are in memory at once: 1 MB with the vocabulary of the original
 DRAWN = 500  # sequences drawn or read at once
-# No token of the oracle pads, begins or ends anything.
+# The oracle has no token for padding, and none that starts or ends a sequence.
 NO_SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 GATES = ("i", "f", "c", "og")  # of the file, in the order in which torch stacks them
 
 
 class LSTMConfig(PreTrainedConfig):
-    """Configuration of an [`LSTMLanguageModel`]: the sizes, and that no token pads, begins or ends anything."""
+    """The sizes of an [`LSTMLanguageModel`]. It has no special tokens."""
 
     model_type = "seqgan-lstm"
 
@@ -41,10 +41,10 @@ class LSTMConfig(PreTrainedConfig):
 @dataclass
 class LSTMState:
     """
-    What an LSTM remembers.
+    The state of an LSTM.
 
     Args:
-        output, cell (`Tensor` of shape `(1, batch, hidden)`): as `torch.nn.LSTM` takes and gives them.
+        output, cell (`Tensor` of shape `(1, batch, hidden)`): as `torch.nn.LSTM` takes and returns them.
     """
 
     output: Tensor
@@ -60,7 +60,7 @@ class LSTMState:
         return LSTMState(self.output[:, indices], self.cell[:, indices])
 
     def append(self, other: "LSTMState") -> None:
-        """The sequences of another state behind those here."""
+        """Add the sequences of another state after those here."""
         self.output = torch.cat([self.output, other.output], dim=1)
         self.cell = torch.cat([self.cell, other.cell], dim=1)
 
@@ -85,7 +85,7 @@ class LSTMLanguageModel(PreTrainedModel):
         return cls(LSTMConfig(vocab_size=vocab_size, embedding_size=embedding_size, hidden_size=hidden_size))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Whoever makes a model says how it starts; transformers' 0.02 is not the paper's."""
+        """Do nothing: the caller initialises the model, since the 0.02 of transformers is not what the paper uses."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -126,7 +126,8 @@ class Oracle(LSTMLanguageModel):
         """
         with np.load(path) as file:
             arrays = {name: torch.from_numpy(file[name]).float() for name in file.files}
-        oracle = cls.of_sizes(*arrays["embedding"].shape, len(arrays["Ui"]))
+        vocab_size, embedding_size = arrays["embedding"].shape
+        oracle = cls.of_sizes(vocab_size, embedding_size, len(arrays["Ui"]))
         biases = torch.cat([arrays[f"b{gate}"] for gate in GATES])
         oracle.load_state_dict(
             {
@@ -143,13 +144,13 @@ class Oracle(LSTMLanguageModel):
 
     @classmethod
     def seeded(cls, vocab_size: int, hidden_size: int, seed: int = 0) -> Self:
-        """An oracle of one's own, made as the original was."""
+        """A new oracle, made as the original was."""
         oracle = cls.of_sizes(vocab_size, hidden_size, hidden_size)
         numbers = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in oracle.parameters():
                 parameter.normal_(generator=numbers)
-            oracle.lstm.bias_hh_l0.zero_()
+            oracle.lstm.get_parameter("bias_hh_l0").zero_()
         return oracle.eval()
 
     def nll(self, sequences: Tensor) -> float:
@@ -157,27 +158,30 @@ class Oracle(LSTMLanguageModel):
         return tempered_nll(self, sequences, (1.0,))[0]
 
     def draw(self, count: int, length: int, seed: int) -> Tensor:
-        """Samples `(count, 1 + length)`, always the same for a seed; no random number of the caller's is used."""
+        """Samples `(count, 1 + length)`, the same for the same seed. The global random state is left as it was."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             return draw_sequences(self, count, length)
 
 
-def hidden_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """What the softmax reads, `(batch, time, width)`."""
+Generator = MidiMambaForCausalLM | LSTMLanguageModel
+
+
+def hidden_of(model: Generator, input_ids: Tensor) -> Tensor:
+    """The hidden states `(batch, time, width)` that the softmax reads."""
     if isinstance(model, LSTMLanguageModel):
         return model.read(input_ids)
     hidden: Tensor = model.backbone(input_ids, use_cache=False).last_hidden_state
     return hidden
 
 
-def draw_sequences(model: nn.Module, count: int, length: int, inverse_temperature: float = 1.0) -> Tensor:
+def draw_sequences(model: Generator, count: int, length: int, inverse_temperature: float = 1.0) -> Tensor:
     """Samples `(count, 1 + length)` of a model whose logits are multiplied by the inverse temperature."""
     prompts = torch.full((count, 1), START).split(DRAWN)
     return torch.cat([sample(model, rows, 1 + length, temperature=1 / inverse_temperature) for rows in prompts])
 
 
-def tempered_nll(model: nn.Module, sequences: Tensor, inverse_temperatures: Sequence[float]) -> list[float]:
+def tempered_nll(model: Generator, sequences: Tensor, inverse_temperatures: Sequence[float]) -> list[float]:
     """NLL of sequences under a model whose logits are multiplied by each inverse temperature and normalised again."""
     totals = torch.zeros(len(inverse_temperatures), dtype=torch.float64)
     with inference(model):
@@ -193,14 +197,15 @@ def tempered_nll(model: nn.Module, sequences: Tensor, inverse_temperatures: Sequ
 
 
 def sweep(
-    model: nn.Module, oracle: Oracle, test: Tensor, count: int, inverse_temperatures: Sequence[float]
+    model: Generator, oracle: Oracle, test: Tensor, count: int, inverse_temperatures: Sequence[float]
 ) -> list[dict[str, float]]:
-    """Measures of a model at every inverse temperature, in nats a token.
+    """Measures of a model at every inverse temperature, in nats per token.
 
     Returns:
-        `list[dict[str, float]]`: `nll_oracle` of `count` samples, `nll_test`, `entropy` of the model by the same
+        `list[dict[str, float]]`: `nll_oracle` of `count` samples, `nll_test`, `entropy` of the model on the same
         samples, and `divergence`: KL(model ‖ oracle) + KL(oracle ‖ model), which is
-        `nll_oracle - entropy + nll_test - ` the oracle's own NLL of the test sequences, and 0 for the oracle alone.
+        `nll_oracle - entropy + nll_test` minus the NLL of the test sequences under the oracle. It is 0 only for the
+        oracle.
     """
     floor = oracle.nll(test)
     points = []
@@ -220,13 +225,13 @@ class Recipe:
 
     Args:
         kind (`str`): `"mamba"` or `"lstm"`.
-        embedding_size (`int`): width of the embedding, and of a Mamba's residual stream.
-        dropout (`float`): of the embedding and of what the softmax reads.
-        learning_rate (`float`), weight_decay (`float`), batch_size (`int`): of the optimizer.
-        units (`int`, *optional*, defaults to 32): of an LSTM.
-        layers (`int`, *optional*, defaults to 2): of a Mamba.
-        stops_early (`bool`, *optional*, defaults to `True`): and keeps the weights that were best on held-out
-            sequences; otherwise all epochs count, as in the paper, overfitting or not.
+        embedding_size (`int`): width of the embedding, and of the residual stream of a Mamba.
+        dropout (`float`): dropout of the embedding and of the hidden states that the softmax reads.
+        learning_rate (`float`), weight_decay (`float`), batch_size (`int`): options of the optimizer.
+        units (`int`, *optional*, defaults to 32): units of an LSTM.
+        layers (`int`, *optional*, defaults to 2): layers of a Mamba.
+        stops_early (`bool`, *optional*, defaults to `True`): stop early and keep the weights that were best on
+            held-out sequences; otherwise keep those of the last epoch, as the paper does, even if they overfit.
     """
 
     kind: str
@@ -239,14 +244,16 @@ class Recipe:
     layers: int = 2
     stops_early: bool = True
 
-    def build(self, vocab_size: int) -> PreTrainedModel:
+    def build(self, vocab_size: int) -> Generator:
         """A new generator."""
         if self.kind == "lstm":
             model = LSTMLanguageModel.of_sizes(vocab_size, self.embedding_size, self.units)
             for parameter in model.parameters():
-                nn.init.normal_(parameter, std=0.1)  # the original code's: torch's own learn less before they overfit
+                nn.init.normal_(
+                    parameter, std=0.1
+                )  # as in the original code; torch's defaults learn less before they overfit
             return model
-        # The oracle's embeddings in and out are independent.
+        # The input and output embeddings of the oracle are independent.
         config = MidiMambaConfig(
             vocab_size=vocab_size,
             hidden_size=self.embedding_size,
@@ -258,8 +265,8 @@ class Recipe:
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Mean NLL of tokens by a linear layer and a softmax, `ROWS` tokens at a time: their logits, and what is computed
-    with them, stay in a processor's cache. With 5,000 tokens twice as fast as PyTorch's own."""
+    """Mean NLL of tokens by a linear layer and a softmax, `ROWS` tokens at a time, so that logits and their gradients
+    stay in the cache of a CPU. With a vocabulary of 5,000, it is twice as fast as PyTorch's own."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
@@ -284,26 +291,27 @@ class _SoftmaxLoss(torch.autograd.Function):
         return hidden, weight, bias if ctx.needs_input_grad[2] else None, None
 
 
-def likelihood_loss(model: nn.Module, sequences: Tensor, dropout: float = 0.0) -> Tensor:
-    """Mean NLL of sequences. What the embedding gives, and what the softmax reads, is dropped at that rate."""
-    embeddings: nn.Module = model.get_input_embeddings()
+def likelihood_loss(model: Generator, sequences: Tensor, dropout: float = 0.0) -> Tensor:
+    """Mean NLL of sequences, with dropout of the embedding and of the hidden states that the softmax reads."""
+    embeddings = model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _, __, output: F.dropout(output, dropout))
     try:
         hidden = hidden_of(model, sequences[:, :-1])
     finally:
         hook.remove()
-    head: nn.Linear = model.lm_head
+    head = model.lm_head
     loss: Tensor = _SoftmaxLoss.apply(
         F.dropout(hidden, dropout).flatten(0, 1), head.weight, head.bias, sequences[:, 1:].flatten()
     )
     return loss
 
 
-def fit(model: nn.Module, recipe: Recipe, train: Tensor, valid: Tensor, epochs: int, patience: int) -> int:
-    """Maximum likelihood. When a recipe that stops early has not lowered NLL on held-out sequences for more than
-    `patience` epochs, it goes on from its best weights at a third of the learning rate; at the third time it ends.
+def fit(model: Generator, recipe: Recipe, train: Tensor, valid: Tensor, epochs: int, patience: int) -> int:
+    """Fit a model by maximum likelihood. If a recipe stops early and the NLL of held-out sequences has not fallen for
+    more than `patience` epochs, training continues from the best weights at a third of the learning rate. The third
+    time, it ends.
 
-    Returns the number of epochs of the weights that are kept.
+    Returns the number of epochs after which the kept weights were reached.
     """
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     best, best_epoch, best_weights, fallen_at = float("inf"), 0, {}, 0
@@ -313,7 +321,7 @@ def fit(model: nn.Module, recipe: Recipe, train: Tensor, valid: Tensor, epochs: 
             loss = likelihood_loss(model, rows, recipe.dropout)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # the original code's
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # as in the original code
             optimizer.step()
         # Without early stopping every epoch counts as better than the one before it.
         nll = tempered_nll(model, valid, (1.0,))[0] if recipe.stops_early else -epoch

@@ -1,24 +1,23 @@
 """Monte-Carlo action values: forked states against prefixes that are encoded again.
 
-Two opponents draw the same completions. `uncached` is what a port of SeqGAN does that calls the model on the whole
+Two opponents draw the same completions. `uncached` is what a port of SeqGAN does if it calls the model on the whole
 sequence for every new token. `reencoded` has a cache: for every position it encodes the prefix from its first token,
-then draws all completions of it together, one token at a time; it loses by its many short passes, not by its tokens.
+then draws all its completions together, one token at a time. It loses time to many short passes, not to more tokens.
 
-Every completion has random numbers of its own, the same on all sides. Before anything is timed, the action values of
-all three must agree, in float64, where rounding flips no token. The reward is a weighted mean of the tokens, so that
+Every completion has its own random numbers, the same for all three. Before anything is timed, the action values of
+all three must agree in float64, where rounding changes no token. The reward is a weighted mean of the tokens, so that
 only roll-outs are timed. The last line is JSON: `ratio` is the time of `uncached` over ours, at `--positions` evenly
-spread positions. `rows` has `reencoded` at these, and at all positions unless `--skip-all`.
+spread positions. `rows` has the times of `reencoded` at these positions, and at all positions unless `--skip-all`.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from measure import finish
+from measure import add_model_size, finish, make_parser
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.sampling import NEVER, Sequences, inference, pick
 from midimamba.training import rollout
@@ -33,22 +32,26 @@ def forked(model: MidiMambaForCausalLM, reward: Reward, rows: Tensor, positions:
     """Ours, with given random numbers `(time, K, batch, N)`."""
     steps = iter(range(positions[0] + 1, rows.shape[1]))
     flat = numbers.flatten(1)
-    rollout.draw = lambda logits: pick(logits, flat[next(steps), : len(logits), None])  # its one source of chance
     rewards = Rewards("constant", MidiDiscriminator(MidiDiscriminatorConfig(vocab_size=model.config.vocab_size)))
     rewards.control = reward
     rollouts = rollout.Rollouts(model, numbers.shape[-1], flat.shape[1], NEVER, prompt_length=1)
     times = torch.tensor([positions] * len(rows))
-    return monte_carlo_values(rollouts, rewards, Sequences(rows, torch.ones_like(rows)), times)[:, :-1]
+
+    def draw(logits: Tensor) -> Tensor:
+        return pick(logits, flat[next(steps), : len(logits), None])
+
+    with patch.object(rollout, "draw", draw):  # the only source of chance in a roll-out
+        return monte_carlo_values(rollouts, rewards, Sequences(rows, torch.ones_like(rows)), times)[:, :-1]
 
 
 def spread(length: int, count: int | None) -> list[int]:
-    """`count` evenly spread actions of a sequence with one given token; all by default."""
+    """`count` evenly spread actions of a sequence whose first token is given; `None` for all actions."""
     positions: list[int] = bar_positions(torch.zeros(1, length, dtype=torch.long), [], 1, count)[0].tolist()
     return positions
 
 
 def complete_again(model: MidiMambaForCausalLM, completions: Tensor, start: int, numbers: Tensor, batch: int) -> None:
-    """From a prefix of `start` tokens, encoded again."""
+    """Complete a prefix of `start` tokens, which is encoded again."""
     cache = RecurrentCache.for_model(model, batch)
     copies = len(completions) // batch
     logits = model.next_logits(completions[::copies, :start], cache).repeat_interleave(copies, 0)
@@ -62,14 +65,14 @@ def complete_again(model: MidiMambaForCausalLM, completions: Tensor, start: int,
 def complete_uncached(
     model: MidiMambaForCausalLM, completions: Tensor, start: int, numbers: Tensor, batch: int
 ) -> None:
-    """All tokens again for every new one."""
+    """Read all tokens again for every new one."""
     for t in range(start, completions.shape[1]):
         logits = model(input_ids=completions[:, :t], use_cache=False, logits_to_keep=1).logits[:, -1]
         completions[:, t] = pick(logits, numbers[t, :, None])
 
 
 def one_by_one(complete: Callable[..., None]) -> Callable[..., Tensor]:
-    """Action values by one position after the other."""
+    """Action values, one position after the other."""
 
     def run(
         model: MidiMambaForCausalLM, reward: Reward, rows: Tensor, positions: list[int], numbers: Tensor
@@ -113,16 +116,15 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python benchmarks/rollout.py --positions 4")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence (default: %(default)s)")
-    parser.add_argument("--rollouts", type=int, default=16, help="completions of an action (default: %(default)s)")
+    parser = make_parser(__doc__, "rollout.py --positions 4")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=16, help="completions per action (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    parser.add_argument("--positions", type=int, default=8, help="actions against uncached (default: %(default)s)")
-    parser.add_argument("--skip-all", action="store_true", help="no comparison at all positions")
-    parser.add_argument("--layers", type=int, default=6, help="layers (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=1000, help="vocabulary (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    parser.add_argument(
+        "--positions", type=int, default=8, help="actions that `uncached` completes as well (default: %(default)s)"
+    )
+    parser.add_argument("--skip-all", action="store_true", help="leave out the comparison at all positions")
+    add_model_size(parser)
     args = parser.parse_args()
 
     torch.manual_seed(0)

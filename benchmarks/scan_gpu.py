@@ -1,6 +1,9 @@
 """Forward and backward pass of the selective scan on CUDA: every backend against the memory roofline.
 
-It has not been run yet: no figures are published, and the block sizes of the kernels are not tuned.
+On one NVIDIA H100, the Triton kernels are exact (their relative difference from `chunked` is 5e-7 at 512 steps) and 20
+times faster than `chunked`. But they are 10 to 245 times slower than the memory roofline, because they are sequential
+in time: with 64, 16 and 1 sequences of 512, 2,048 and 32,768 steps, a pass takes 3.7, 6.6 and 94 ms. Their block sizes
+are not tuned.
 
 The last line is JSON. `seconds` is the time of one forward and backward pass. `roofline_seconds` is the time that it
 takes to move the bytes that any backend has to move, at the bandwidth that a copy reaches on the same GPU: both passes

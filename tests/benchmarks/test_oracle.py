@@ -1,10 +1,11 @@
-"""SeqGAN's synthetic benchmark: an oracle that can be enumerated, generators under a temperature, runs that go on."""
+"""SeqGAN's synthetic benchmark: an oracle that can be enumerated, generators at a temperature, runs that continue."""
 
 import dataclasses
 import importlib
 import itertools
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def models(oracle: ModuleType) -> ModuleType:
 
 
 @pytest.fixture
-def settings(oracle: ModuleType) -> object:
+def settings(oracle: ModuleType) -> Any:
     return oracle.Settings(
         vocab_size=30,
         hidden_size=4,
@@ -51,7 +52,7 @@ def settings(oracle: ModuleType) -> object:
 
 
 def every_sequence() -> Tensor:
-    """All sequences behind the start token."""
+    """All sequences that follow the start token."""
     rows = [(0, *tokens) for tokens in itertools.product(range(VOCABULARY), repeat=LENGTH)]
     return torch.tensor(rows)
 
@@ -85,7 +86,8 @@ def write_oracle(file: Path) -> dict[str, np.ndarray]:
         arrays[f"W{gate}"] = numbers.normal(size=(width, hidden))
         arrays[f"U{gate}"] = numbers.normal(size=(hidden, hidden))
         arrays[f"b{gate}"] = numbers.normal(size=hidden)
-    np.savez(file, **arrays)
+    named: dict[str, Any] = arrays  # numpy types only its own options
+    np.savez(file, **named)
     return arrays
 
 
@@ -111,7 +113,8 @@ def test_the_oracle_computes_what_the_original_file_means(models: ModuleType, tm
 def test_an_lstm_is_a_policy_with_an_exact_state(models: ModuleType, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = models.LSTMLanguageModel.of_sizes(VOCABULARY, 3, 5).eval()
-    assert isinstance(model, Policy)
+    is_policy = isinstance(model, Policy)  # asserted at once, it would narrow the type
+    assert is_policy
     sequences = every_sequence()[::7]
     expected = logits_of(model, sequences)
     with torch.no_grad():
@@ -201,21 +204,21 @@ def test_dropping_changes_the_loss_but_nothing_else(models: ModuleType) -> None:
         assert torch.equal(logits_of(model, sequences), plain)
 
 
-def test_fitting_goes_on_from_the_best_weights_at_lower_rates(
+def test_fitting_continues_from_the_best_weights_at_lower_rates(
     models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequences = models.Oracle.seeded(30, 4).draw(20, 5, 1)
     recipe = models.Recipe("lstm", 16, 0.0, learning_rate=0.05, weight_decay=0.0, batch_size=20)
     model = recipe.build(30)
-    # One batch an epoch: the weights before it, what they are after it, and the NLL that is made out to be theirs.
+    # Every epoch is one batch: the weights before and after it, and the NLL that we pretend they have.
     before, after, rates = [], [], []
     nlls = iter([5.0, 4.0, 6.0, 6.0, 3.0, 6.0, 6.0, 6.0, 6.0])
     loss = models.likelihood_loss
 
     class Optimizer(torch.optim.AdamW):
-        def step(self) -> None:
+        def step(self, closure: Any = None) -> Any:
             rates.append(self.param_groups[0]["lr"] / recipe.learning_rate)
-            super().step()
+            return super().step(closure)
 
     def weights() -> Tensor:
         return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -233,7 +236,7 @@ def test_fitting_goes_on_from_the_best_weights_at_lower_rates(
     monkeypatch.setattr(models, "tempered_nll", tempered_nll)
     assert models.fit(model, recipe, sequences, sequences, epochs=30, patience=1) == 5
     assert rates == pytest.approx([1] * 4 + [1 / 3] * 3 + [1 / 9] * 2)
-    origins = [1, 2, 3, 2, 5, 6, 5, 8]  # the epoch after which epochs 2, 3, … began
+    origins = [1, 2, 3, 2, 5, 6, 5, 8]  # the epoch whose weights epochs 2, 3, … started from
     for started, epoch in zip(before[1:], origins, strict=True):
         assert torch.equal(started, after[epoch - 1])
     assert torch.equal(weights(), after[4])
@@ -253,12 +256,12 @@ def test_fitting_without_early_stopping_overfits(models: ModuleType) -> None:
     assert models.tempered_nll(paper, valid, (1.0,)) > models.tempered_nll(model, valid, (1.0,))
 
 
-def test_runs_are_kept_and_gone_on_from(
-    oracle: ModuleType, settings: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_are_kept_and_continued(
+    oracle: ModuleType, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     done = oracle.measure(settings, ["paper", "stable-constant", "mle"], 1, 1, rows)
-    # The origin of an adversarial arm is trained, asked for or not, and the oracle is always measured.
+    # What an adversarial arm starts from is trained even if nobody asked for it. The oracle is always measured.
     arms = {"oracle", "mle", "mle-lstm-paper", "paper", "stable-constant"}
     assert set(done) == {(arm, 0) for arm in arms}
     assert done["paper", 0]["training"]["steps"] == done["stable-constant", 0]["training"]["steps"] == 2
@@ -279,7 +282,7 @@ def test_runs_are_kept_and_gone_on_from(
 
 
 def test_runs_of_an_oracle_are_found_wherever_its_file_lies(
-    oracle: ModuleType, models: ModuleType, settings: object, tmp_path: Path
+    oracle: ModuleType, models: ModuleType, settings: Any, tmp_path: Path
 ) -> None:
     file, rows = tmp_path / "oracle.npz", tmp_path / "rows.jsonl"
     write_oracle(file)

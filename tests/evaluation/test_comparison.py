@@ -16,6 +16,7 @@ from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
+from midimamba.evaluation import two_sample
 from midimamba.evaluation.comparison import (
     Comparison,
     Reference,
@@ -85,6 +86,12 @@ def fresh(reference: Reference) -> Comparison:
     return run(reference, [song(seed) for seed in range(100, 115)])
 
 
+@pytest.fixture
+def quick_token_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not read the accuracy of the token classifier, whose training takes most of a comparison."""
+    monkeypatch.setattr(two_sample, "_EPOCHS", 1)
+
+
 @pytest.mark.slow
 def test_music_of_the_same_kind_is_close_to_the_floor(fresh: Comparison) -> None:
     for name, figures in fresh.features.items():
@@ -110,14 +117,16 @@ def test_every_figure_has_a_label_and_json(fresh: Comparison) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_seed_is_the_same_comparison(reference: Reference, fresh: Comparison) -> None:
+@pytest.mark.usefixtures("quick_comparison")
+def test_the_same_seed_is_the_same_comparison(reference: Reference) -> None:
     state = torch.get_rng_state()
-    again = run(reference, [song(seed) for seed in range(100, 115)])
-    assert to_json({"a": again.features, "b": again.figures}) == to_json({"a": fresh.features, "b": fresh.figures})
+    first, again = (run(reference, [song(seed) for seed in range(100, 115)]) for _ in range(2))
+    assert to_json({"a": again.features, "b": again.figures}) == to_json({"a": first.features, "b": first.figures})
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_token_classifier")
 def test_shuffled_bars_lose_only_their_structure(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [shuffled_bars(song(seed), seed) for seed in range(100, 115)])
     for lag in (4, 8, 16):
@@ -134,6 +143,7 @@ def test_shuffled_bars_lose_only_their_structure(reference: Reference, fresh: Co
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_token_classifier")
 def test_copies_in_another_key_are_found_as_copies(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [song(seed).shift_pitch(1) for seed in range(14)])
     for notes in (8, 12, 16):
@@ -146,6 +156,7 @@ def test_copies_in_another_key_are_found_as_copies(reference: Reference, fresh: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_token_classifier")
 def test_a_single_repeated_song_is_found_by_its_diversity(reference: Reference, fresh: Comparison) -> None:
     found = run(reference, [song(100)] * 15)
     assert found.figures["self_bleu_4"].estimate.value == pytest.approx(1)
@@ -156,7 +167,7 @@ def test_a_single_repeated_song_is_found_by_its_diversity(reference: Reference, 
         assert found.figures[f"copied_runs_{notes}"].estimate.value < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("quick_comparison")
 def test_unusable_samples_are_counted(reference: Reference) -> None:
     samples = Samples([song(seed) for seed in range(100, 106)], empty=2, refused={"x": "malformed"})
     found = compare(samples, reference, LENGTH)
@@ -165,14 +176,14 @@ def test_unusable_samples_are_counted(reference: Reference) -> None:
     assert found.sizes["pieces_per_set"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("quick_comparison")
 def test_sequences_too_short_leave_the_figures_of_tokens_undefined(reference: Reference) -> None:
     found = compare(Samples([song(seed) for seed in range(100, 106)]), reference, length=100_000)
     assert math.isnan(found.figures["classifier_tokens"].estimate.value)
     assert not math.isnan(found.figures["classifier_features"].estimate.value)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("quick_comparison")
 def test_a_feature_that_no_sample_has_is_undefined(reference: Reference) -> None:
     found = run(reference, [opening(song(seed), 10) for seed in range(100, 115)])
     missing, there = (found.features[f"bar_self_similarity_{lag}"] for lag in (16, 8))

@@ -8,7 +8,7 @@ import pytest
 
 from midimamba.evaluation import comparison_halves
 from midimamba.evaluation.comparison_halves import Figure, Music, compare_halves
-from midimamba.evaluation.estimates import Estimate
+from midimamba.evaluation.estimates import UNDEFINED, Estimate
 from midimamba.evaluation.features import NUMBERS
 
 
@@ -63,6 +63,9 @@ def test_figures_are_means_over_halvings(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.slow
 def test_more_halvings_depend_less_on_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = music(60, 0, shift=0.5), music(40, 1)
+    # The other figures take most of the time.
+    monkeypatch.setattr(comparison_halves, "_feature_figures", lambda *_: {})
+    monkeypatch.setattr(comparison_halves, "frechet_distance", lambda *_, **__: UNDEFINED)
 
     def spread(halvings: int) -> float:
         monkeypatch.setattr(comparison_halves, "HALVINGS", halvings)
@@ -72,8 +75,9 @@ def test_more_halvings_depend_less_on_chance(monkeypatch: pytest.MonkeyPatch) ->
     assert spread(5) < spread(1)
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_figures() -> None:
+@pytest.mark.usefixtures("quick_comparison")
+def test_the_same_seed_gives_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison_halves, "HALVINGS", 2)
     samples, reference = music(12, 0, tokens=30), music(24, 1, tokens=30)
     features, figures = compare_halves(samples, reference, vocab_size=20, length=30, seed=3)
     again = compare_halves(samples, reference, vocab_size=20, length=30, seed=3)

@@ -12,6 +12,7 @@ from symusic.core import ScoreTick
 
 from midimamba.evaluation import features
 from midimamba.evaluation.features import HISTOGRAMS, LENGTHS, NUMBERS, bar_self_similarity, measure, opening
+from midimamba.tokenization.musical_time import bar_starts
 from support import make_score
 
 QUARTER = 480
@@ -107,7 +108,7 @@ def test_groove_is_one_minus_the_hamming_distance_of_adjacent_bars() -> None:
 
 def test_groove_agrees_with_its_definition() -> None:
     score = make_score(5)
-    starts = features.bar_starts(score)
+    starts = bar_starts(score)
     grids = [np.zeros(20, bool) for _ in starts]
     for track in score.tracks:
         for note in track.notes:
@@ -138,7 +139,7 @@ def test_bars_are_similar_where_they_repeat() -> None:
 
 def test_self_similarity_agrees_with_the_whole_matrix() -> None:
     score = make_score(2, bars=14)
-    starts = features.bar_starts(score)
+    starts = bar_starts(score)
     grid = np.zeros((len(starts), 20, 12))
     for track in score.tracks:
         for note in track.notes if not track.is_drum else []:

@@ -62,7 +62,7 @@ def test_loud_notes_are_darker(tmp_path: Path) -> None:
 
 def test_every_track_has_its_own_colour(tmp_path: Path) -> None:
     score = make_score((0, 1920, 60, 127))
-    second = Track(program=40, name="$\\x$")  # no formula
+    second = Track(program=40, name="$\\x$")  # not a formula
     second.notes.append(Note(0, 1920, 72, 127))
     score.tracks.append(second)
     draw_piano_roll(score, tmp_path / "roll.png", title="$\\two$")
@@ -119,6 +119,15 @@ def test_a_tone_starts_without_a_click() -> None:
     tone = plucked_string(2 * np.pi * 440 * np.arange(2205) / 22050)
     assert abs(tone[0]) == 0
     assert np.abs(np.diff(tone[:5])).max() < 0.5 * np.abs(np.diff(tone)).max()
+
+
+def test_a_tone_is_the_sum_of_its_harmonics() -> None:
+    phase = 2 * np.pi * 440 * np.arange(22050) / 22050
+    expected = np.zeros(len(phase))
+    for k in range(1, 7):
+        expected += np.sin(k * phase) * np.exp(-0.0004 * k * phase) / k**1.4
+    expected *= 1 - np.exp(-phase / (4 * np.pi))
+    np.testing.assert_allclose(plucked_string(phase), expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(("render", "package"), [(draw_piano_roll, "matplotlib"), (render_wave, "pretty_midi")])

@@ -10,7 +10,7 @@ from symusic import Score
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
 from midimamba.evaluation.samples import Samples, decode_all, fresh_samples, read_folder, until_end
-from midimamba.modeling.sampling import sample
+from midimamba.modeling.sampling import Ending, sample
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_generator, make_score
 
@@ -31,9 +31,9 @@ def test_fresh_samples_continue_their_prompts_and_leave_the_global_random_state(
 def test_fresh_samples_are_those_of_sampling_in_batches() -> None:
     generator = make_generator(pad_token_id=0)
     prompts = torch.ones(18, 1, dtype=torch.long)
-    drawn = fresh_samples(generator, prompts, 12, seed=1, eos_token_id=2, temperature=2.0)
+    drawn = fresh_samples(generator, prompts, 12, seed=1, ending=Ending(2), temperature=2.0)
     torch.manual_seed(1)
-    parts = [sample(generator, rows, 12, 2, 2.0) for rows in prompts.split(16)]
+    parts = [sample(generator, rows, 12, Ending(2), 2.0) for rows in prompts.split(16)]
     assert torch.equal(drawn, torch.cat(parts))
     assert (drawn == 0).any()  # some sequences have ended, and are padded
 
