@@ -28,6 +28,8 @@ from midimamba.training.adversarial_trainer import AdversarialTrainer
 from support import make_discriminator, make_generator
 from trainer_support import PLAIN
 
+pytestmark = pytest.mark.slow  # most tests here need two more processes
+
 CONFIGS = {file.stem: file for file in (Path(__file__).parents[2] / "training" / "accelerate_configs").glob("*.yaml")}
 LENGTH = 8
 GLOBAL_BATCH = 8
@@ -146,13 +148,10 @@ def free_port() -> int:
         return port
 
 
-def launch(out: Path, processes: int) -> None:
-    out.mkdir()
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["cpu-2"])]
-        command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
-    command += [__file__, str(out), str(GLOBAL_BATCH // processes)]
+def launch(out: Path) -> None:
+    """Start this file as two processes, as the configuration for a CPU says, and wait for them."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["cpu-2"])]
+    command += ["--main_process_port", str(free_port()), __file__, str(out), str(GLOBAL_BATCH // 2)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks the network for this machine's name
@@ -165,14 +164,13 @@ def launch(out: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of one process and of two."""
-    folder = tmp_path_factory.mktemp("runs")
-    for processes in (1, 2):
-        launch(folder / str(processes), processes)
-    return folder / "1", folder / "2"
+    """The folders of one process, which is this one, and of two."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    work(one, GLOBAL_BATCH)
+    launch(two)
+    return one, two
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_update_of_one(case: str, runs: tuple[Path, Path]) -> None:
     one, two = (load_file(run / f"{case}.safetensors") for run in runs)

@@ -16,8 +16,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from midimamba.errors import InputError
+from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.scripts import load_discriminator
 from support import make_discriminator
 from trainer_support import ALL_STABILISERS, LENGTH, PLAIN, make_blocks, moved, parameters
 
@@ -135,3 +138,9 @@ def test_a_known_reward_rises(make: type, tmp_path: Path) -> None:
     trainer.train()
     rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_a_discriminator_does_not_start_as_somebody_elses_policy() -> None:
+    arguments = AdversarialArguments("model", "data", discriminator="generator")
+    with pytest.raises(InputError, match="a discriminator cannot start as a GPT2LMHeadModel: use cnn or mamba"):
+        load_discriminator(arguments, make_gpt2(), LENGTH)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-STEPS = 20
+STEPS = 12
 
 
 def run(folder: Path) -> None:
