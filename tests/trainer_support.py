@@ -114,3 +114,11 @@ def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
     return max((after[name] - before[name]).abs().max().item() for name in before)
+
+
+def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of all parameters, each of which must have one."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    found = [gradient.clone() for gradient in gradients if gradient is not None]
+    assert len(found) == len(gradients)
+    return found

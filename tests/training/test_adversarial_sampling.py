@@ -8,10 +8,11 @@ import torch
 
 from midimamba.modeling.sampling import Sequences
 from midimamba.training import action_values
+from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.generator_update import Batch, LossTerms
 from midimamba.training.rewards import Reward
 from midimamba.training.rollout import Rollouts, rows_for_budget
-from support import make_generator
+from support import make_discriminator, make_generator
 from trainer_support import LENGTH, all_valid, make_blocks, make_trainer
 
 
@@ -120,3 +121,18 @@ def test_what_follows_an_end_changes_nothing(tmp_path: Path, estimator: str, kin
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-6, rtol=1e-5)
     trainer.train()
     trainer.evaluate()
+
+
+def test_experts_drop_no_token_of_a_sample(tmp_path: Path) -> None:
+    """Sampling drops none: the pass that scores its samples must not either, or it scores another policy."""
+    generator = make_generator(layout="moe-mamba", num_experts=4, capacity_factor=0.1)
+    blocks = make_blocks()
+    ids = torch.tensor(blocks["input_ids"])
+    assert generator.train()(ids).dropped_tokens > 0
+    args = make_trainer(tmp_path).args
+    trainer = AdversarialTrainer(generator, make_discriminator(), args, blocks, blocks)
+    scored = trainer.model.train()(ids)
+    assert scored.dropped_tokens == 0
+    torch.testing.assert_close(scored.logits, trainer.model.eval()(ids).logits)
+    trainer.train()
+    assert trainer.generator.config.capacity_factor == 0.1

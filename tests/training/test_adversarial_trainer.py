@@ -24,6 +24,7 @@ from trainer_support import (
     ALL_STABILISERS,
     LENGTH,
     all_valid,
+    gradients_of,
     known_reward,
     make_blocks,
     make_trainer,
@@ -47,14 +48,6 @@ def likelihoods_alone(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Ten
                 chosen = model(piece[None]).logits[0, :-1].log_softmax(-1).gather(-1, piece[1:, None])
                 likelihoods.append(chosen.flatten())
     return torch.cat(likelihoods)
-
-
-def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Of all parameters, each of which must have one."""
-    gradients = [parameter.grad for parameter in model.parameters()]
-    found = [gradient.clone() for gradient in gradients if gradient is not None]
-    assert len(found) == len(gradients)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -481,21 +474,6 @@ def test_a_last_batch_of_one_sequence_does_not_end_the_run(tmp_path: Path) -> No
     trainer = AdversarialTrainer(make_generator(), make_discriminator(), args, make_blocks(9), make_blocks(8))
     trainer.train()
     assert trainer.state.global_step == 4
-
-
-def test_experts_drop_no_token_of_a_sample(tmp_path: Path) -> None:
-    """Sampling drops none: the pass that scores its samples must not either, or it scores another policy."""
-    generator = make_generator(layout="moe-mamba", num_experts=4, capacity_factor=0.1)
-    blocks = make_blocks()
-    ids = torch.tensor(blocks["input_ids"])
-    assert generator.train()(ids).dropped_tokens > 0
-    args = make_trainer(tmp_path).args
-    trainer = AdversarialTrainer(generator, make_discriminator(), args, blocks, blocks)
-    scored = trainer.model.train()(ids)
-    assert scored.dropped_tokens == 0
-    torch.testing.assert_close(scored.logits, trainer.model.eval()(ids).logits)
-    trainer.train()
-    assert trainer.generator.config.capacity_factor == 0.1
 
 
 def test_networks_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
