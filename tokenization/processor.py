@@ -89,7 +89,7 @@ class MidiProcessor(ProcessorMixin):
         """Encode one piece or several as a prompt for `generate`.
 
         Args:
-            midi (`str`, `Path`, `bytes`, `symusic.Score` or a list of them, *optional*):
+            midi (`str`, `Path`, `bytes`, `symusic.Score` or a sequence of them, *optional*):
                 Files, contents of files, or scores. By default no music at all, for a piece from scratch.
             return_tensors (`str`, *optional*):
                 `"pt"` for tensors of shape (batch, time), even for a single piece; `None` for lists of ids. With
