@@ -117,7 +117,8 @@ class MidiMambaConfig(MambaConfig):
             if self.mixer == "attention":
                 self.residual_in_fp32 = False  # Llama's residual stream has the model's own type
             if self.layout not in STOCK:
-                self._auto_class = "AutoConfig"  # asked by `save_pretrained`: export the code that reads it
+                # Asked by `save_pretrained`: export the code that reads it. Only some layouts need any.
+                self._auto_class = "AutoConfig"  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -190,7 +191,7 @@ class MidiMambaConfig(MambaConfig):
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the configuration of a generator, or of a stock Mamba or Llama language model.
 
@@ -242,6 +243,7 @@ def _from_llama(config: dict[str, Any], name: str) -> dict[str, Any]:
     """
     llama = LlamaConfig.from_dict(dict(config))
     rope = llama.rope_parameters
+    assert rope is not None  # `LlamaConfig` fills it in
     for part, value, plain in (
         ("hidden_act", llama.hidden_act, "silu"),
         ("attention_bias", llama.attention_bias, False),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import WeightTransform
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_discriminator import MidiDiscriminatorConfig
@@ -77,6 +78,7 @@ class MidiDiscriminator(PreTrainedModel):
 
     config_class = MidiDiscriminatorConfig
     config: MidiDiscriminatorConfig
+    _weight_conversions: list[WeightTransform]
     base_model_prefix = "encoder"
 
     def __init__(self, config: MidiDiscriminatorConfig):
@@ -147,6 +149,7 @@ class MidiDiscriminator(PreTrainedModel):
             init.uniform_(module.weight, -1.0, 1.0)
         elif isinstance(module, (nn.Conv1d, nn.Linear)):
             init.trunc_normal_(module.weight, std=0.1)
+            assert module.bias is not None  # every layer of this kind has one
             init.constant_(module.bias, 0.1)
 
     def get_input_embeddings(self) -> nn.Module:

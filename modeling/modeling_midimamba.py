@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, MambaPreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import WeightTransform
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
@@ -40,6 +41,7 @@ class MidiMambaModelOutput(BaseModelOutputWithPast):
             capacity, each the mean over the layers.
     """
 
+    past_key_values: RecurrentCache | None = None  # type: ignore[assignment]  # a cache by its methods, not by its base
     router: Tensor | None = None
 
 
@@ -56,6 +58,7 @@ class MidiMambaOutput(CausalLMOutputWithPast):
         dropped_tokens (`Tensor`, *optional*): the share of tokens whose expert was full.
     """
 
+    past_key_values: RecurrentCache | None = None  # type: ignore[assignment]  # a cache by its methods, not by its base
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     dropped_tokens: Tensor | None = None
@@ -114,6 +117,7 @@ class MidiMambaPreTrainedModel(MambaPreTrainedModel):
 
     config_class = MidiMambaConfig
     config: MidiMambaConfig
+    _weight_conversions: list[WeightTransform]
     _no_split_modules = ["MidiMambaBlock"]  # noqa: RUF012 (transformers' interface)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -249,6 +253,13 @@ def _always() -> bool:
     return True
 
 
+def _split_router(router: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if router is None:
+        return None, None, None
+    aux_loss, z_loss, dropped_tokens = router.unbind()
+    return aux_loss, z_loss, dropped_tokens.detach()
+
+
 class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     """The generator: [`MidiMambaModel`] with a language-modelling head, tied to the embeddings by default.
 
@@ -264,7 +275,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             # `save_pretrained` asks both whether to export the code. They are set on the model, not on the class,
             # because other layouts need no code.
             self._auto_class = "AutoModelForCausalLM"
-            self.is_remote_code = _always
+            self.is_remote_code = _always  # type: ignore[method-assign]  # see above
         self.backbone = MidiMambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -322,15 +333,10 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept].to(self.lm_head.weight.dtype)
-        logits = self.lm_head(hidden_states)
+        logits = self.lm_head(outputs.last_hidden_state[:, kept].to(self.lm_head.weight.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and outputs.router is not None:
-                loss = loss + self._router_loss(outputs.router, labels, kwargs.get("num_items_in_batch"))
-        aux_loss, z_loss, dropped = (None,) * 3 if outputs.router is None else outputs.router.unbind()
+        loss = None if labels is None else self._next_token_loss(logits, labels, outputs.router, **kwargs)
+        aux_loss, z_loss, dropped_tokens = _split_router(outputs.router)
         return MidiMambaOutput(
             loss=loss,
             logits=logits,
@@ -338,7 +344,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             aux_loss=aux_loss,
             z_loss=z_loss,
-            dropped_tokens=None if dropped is None else dropped.detach(),
+            dropped_tokens=dropped_tokens,
         )
 
     def make_state(self, batch_size: int, max_length: int | None = None, room: int | None = None) -> RecurrentCache:
@@ -359,6 +365,12 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         logits: Tensor = self(input_ids=tokens, past_key_values=state, logits_to_keep=1).logits[:, -1]
         return logits
 
+    def _next_token_loss(self, logits: Tensor, labels: Tensor, router: Tensor | None, **kwargs: Any) -> Tensor:
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if self.training and router is not None:
+            loss = loss + self._router_loss(router, labels, kwargs.get("num_items_in_batch"))
+        return loss
+
     def _router_loss(self, router: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         loss = self.config.router_aux_loss_coef * router[0] + self.config.router_z_loss_coef * router[1]
         if num_items_in_batch is None:
@@ -366,13 +378,9 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         # `Trainer` adds up the losses of the micro-batches of a step, so each is weighted by its share of the tokens.
         return loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             # Padding on the left and earlier documents are in the cache already.
             inputs["attention_mask"] = inputs["seq_idx"] = None
         return inputs

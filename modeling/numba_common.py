@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError("the numba backend of selective_scan needs Numba: pip install numba") from error
 
 # Sums may be reordered and products contracted. But a NaN stays a NaN: guards against divergence look for it.
-_MATHEMATICS = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+_MATHEMATICS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 kernel = njit(nogil=True, cache=True, **_MATHEMATICS)
 _inline = njit(inline="always", **_MATHEMATICS)
 
@@ -55,7 +55,7 @@ def exp2(z: Any) -> Any:
     whole = np.rint(z)
     f = z - whole
     power = _P0 + f * (_P1 + f * (_P2 + f * (_P3 + f * (_P4 + f * (_P5 + f * _P6)))))
-    return power * _power_of_two(np.int32(whole))
+    return power * _power_of_two(np.int32(whole))  # type: ignore[call-arg]  # Numba passes the first argument itself
 
 
 @_inline

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, Pipeline
+from transformers.utils.generic import ModelOutput
+
+from .modeling_midimamba import MidiMambaForCausalLM
 
 
 class MidiGenerationPipeline(Pipeline):
@@ -28,11 +30,14 @@ class MidiGenerationPipeline(Pipeline):
         InputError: if a control or its value is unknown, or valid music cannot be guaranteed for the tokenization.
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_video_processor = False
+    model: MidiMambaForCausalLM
+    processor: Any  # a MidiProcessor, of this package or of the checkpoint
+    # Transformers declares these as None, without a type.
+    _load_processor = True  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(do_sample=True, top_p=0.95, top_k=0, max_new_tokens=1024)
 
@@ -41,20 +46,23 @@ class MidiGenerationPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return ({} if controls is None else {"controls": controls}), generate_options, {}
 
-    def __call__(self, inputs: Any = None, **options: Any) -> Any:
+    def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
         # `Pipeline` refuses a call without input; here it means a new piece.
-        return super().__call__([inputs], **options)[0] if inputs is None else super().__call__(inputs, **options)
+        if inputs is None:
+            return super().__call__([inputs], *args, **options)[0]
+        return super().__call__(inputs, *args, **options)
 
-    def preprocess(self, inputs: Any, controls: Mapping[str, str | Sequence[str]] | None = None) -> dict[str, Tensor]:
-        return dict(self.processor(inputs, return_tensors="pt", controls=controls))
+    def preprocess(self, input_: Any, **options: Any) -> dict[str, Any]:
+        return dict(self.processor(input_, return_tensors="pt", **options))
 
-    def _forward(self, model_inputs: dict[str, Tensor], **generate_options: Any) -> dict[str, Tensor]:
+    def _forward(self, input_tensors: dict[str, Any], **generate_options: Any) -> ModelOutput:
         options = self._prepare_generate_kwargs(generate_options)
         # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
         processors = LogitsProcessorList([*options.pop("logits_processor", ()), self.processor.grammar()])
-        return {"sequences": self.model.generate(**model_inputs, logits_processor=processors, **options)}
+        sequences = self.model.generate(**input_tensors, logits_processor=processors, **options)
+        return ModelOutput(sequences=sequences)
 
-    def postprocess(self, model_outputs: dict[str, Tensor]) -> list[Any]:
+    def postprocess(self, model_outputs: ModelOutput, **options: Any) -> list[Any]:
         scores: list[Any] = self.processor.batch_decode(model_outputs["sequences"])
         return scores
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 
 class PolicyState(Protocol):
@@ -80,12 +81,13 @@ class StockState:
         if not self._read_layers():
             self.cache = other.cache
             return
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        for mine, theirs in zip(self._read_layers(), other._read_layers(), strict=True):
             mine.keys = torch.cat([mine.keys, theirs.keys])
             mine.values = torch.cat([mine.values, theirs.values])
 
     def _read_layers(self) -> list[Any]:
-        return [layer for layer in self.cache.layers if layer.get_seq_length()]
+        # Any, since the keys of a layer are declared as a tensor or None, and are a tensor once it has read something.
+        return [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer) and layer.get_seq_length()]
 
 
 class StockPolicy:

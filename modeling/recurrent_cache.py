@@ -3,13 +3,25 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .configuration_midimamba import MidiMambaConfig
 from .layer_states import STATES, CacheMismatchError, DocumentState, LayerState, Scratch
+
+
+class _Model(Protocol):
+    """Any generator, or the network of one."""
+
+    config: MidiMambaConfig
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class _Shared:
@@ -88,7 +100,7 @@ class RecurrentCache:
 
     @classmethod
     def for_model(
-        cls, model: PreTrainedModel, batch_size: int, max_length: int | None = None, room: int | None = None
+        cls, model: _Model, batch_size: int, max_length: int | None = None, room: int | None = None
     ) -> "RecurrentCache":
         """The state before the first token, in the model's type and on its device. See [`~RecurrentCache.empty`]."""
         return cls.empty(model.config, batch_size, model.dtype, model.device, max_length, room)

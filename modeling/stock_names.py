@@ -6,11 +6,10 @@ So a checkpoint of layout `mamba` is one of `MambaForCausalLM`, a checkpoint of 
 
 import re
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from .configuration_midimamba import MidiMambaConfig
 
@@ -31,6 +30,10 @@ _RENAMINGS = {
 _ALL = {stock: plain for renamings in _RENAMINGS.values() for stock, plain in renamings.items()}
 
 
+class _Written(Protocol):
+    _weight_conversions: list[WeightTransform]
+
+
 def plain_name(name: str) -> str:
     """The name that a weight has in a model here, from its name on disk. A plain name stays as it is."""
     for stock, plain in _ALL.items():
@@ -38,7 +41,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def write_stock_names(model: PreTrainedModel, config: MidiMambaConfig) -> None:
+def write_stock_names(model: _Written, config: MidiMambaConfig) -> None:
     """Let `save_pretrained` of the model write the names of the stock class.
 
     Args:

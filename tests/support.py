@@ -9,6 +9,7 @@ import pytest
 import torch
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
+from torch import Tensor, nn
 
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.cli import main
@@ -29,6 +30,15 @@ def make_generator(**overrides: Any) -> MidiMambaForCausalLM:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """A copy of the gradient of every parameter; each has one."""
+    gradients = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        gradients.append(parameter.grad.clone())
+    return gradients
 
 
 def make_discriminator(kind: str = "cnn", **overrides: Any) -> MidiDiscriminator:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midimamba import CacheMismatchError, MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.configuration_midimamba import LAYOUTS
@@ -35,7 +35,7 @@ def memory(state: RecurrentCache) -> list[int]:
 def test_appended_rows_continue_bitwise_as_before(
     model: MidiMambaForCausalLM, room: int | None, max_length: int | None, dtype: torch.dtype
 ) -> None:
-    model.to(dtype)
+    nn.Module.to(model, dtype)
     ids = tokens(5, 12)
     whole = read(model, ids[:, :4])
     state = model.make_state(0, max_length, room)
@@ -56,6 +56,31 @@ def test_an_appended_row_is_exactly_what_it_was(model: MidiMambaForCausalLM) -> 
         state.append(first).append(second)
         rows = state.rows(2, 5)
         assert torch.equal(model.next_logits(tokens(3, 1, seed=3), rows.snapshot()), expected)
+
+
+@pytest.mark.parametrize("room", [None, 9])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_rollouts_that_join_have_the_logits_of_full_passes(
+    model: MidiMambaForCausalLM, room: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    """As in roll-outs: three prefixes advance, and at some lengths copies of them join the sequences that run."""
+    nn.Module.to(model, dtype)
+    prefixes, length, joins = tokens(3, 12), 12, (1, 4, 5, 10)
+    running, ids = model.make_state(0, length, room), prefixes[:0, :1]
+    ahead = model.make_state(3, length)
+    with torch.no_grad():
+        model.next_logits(prefixes[:, :1], ahead)
+        for t in range(1, length):
+            if t in joins:
+                running.append(ahead.select(torch.tensor([2, 0, 1])))
+                ids = torch.cat([ids, prefixes[[2, 0, 1], :t]])
+            following = tokens(len(ids), 1, seed=t)
+            ids = torch.cat([ids, following], 1)
+            ours = model.next_logits(following, running)
+            theirs = model(ids, use_cache=False).logits[:, -1]
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+            model.next_logits(prefixes[:, t : t + 1], ahead)
+    assert running.batch_size == 3 * len(joins)
 
 
 def test_reserved_memory_is_used_and_not_moved(model: MidiMambaForCausalLM) -> None:

@@ -1,6 +1,7 @@
 """Attention: every function of transformers' interface sees the same keys, whatever form it wants them in."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def flash_attention(
     mask: Tensor | None,
     scaling: float,
     dropout: float,
-    **packing: Tensor | int,
+    **packing: Any,
 ) -> tuple[Tensor, None]:
     """What flash attention makes of its arguments: sequences by bounds, or a mask of keys, or neither; causal."""
     outputs = torch.zeros_like(queries)
@@ -47,7 +48,7 @@ def flash_attention(
         assert packing["max_length_q"] == packing["max_length_k"] == max(lengths)
         assert sum(lengths) == flat[0].shape[2]
         parts = zip(*(part.split(lengths, dim=2) for part in flat), strict=True)
-        mixed = [eager_attention(module, *part, None, scaling)[0] for part in parts]
+        mixed = [eager_attention(module, q, k, v, None, scaling)[0] for q, k, v in parts]
         return torch.cat(mixed, 1).view(len(queries), -1, *mixed[0].shape[2:]), None
     for row in range(len(queries)):
         seen = torch.ones(keys.shape[2], dtype=torch.bool) if mask is None else mask[row].bool()
@@ -93,7 +94,7 @@ def test_flash_attention_cannot_begin_a_document_behind_others(
 
 
 def test_eager_attention_is_the_softmax_over_earlier_keys(model: MidiMambaForCausalLM) -> None:
-    attention = model.backbone.layers[0].mixer
+    attention = next(module for module in model.modules() if isinstance(module, MidiMambaAttention))
     queries, keys, values = (torch.randn(1, heads, 4, 4) for heads in (4, 2, 2))
     outputs, _ = eager_attention(attention, queries, keys, values, None, 0.5)
     for head in range(4):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.configuration_midimamba import LAYOUTS
 from midimamba.modeling.sampling import inference, sample
-from support import make_generator
+from support import gradients_of, make_generator
 
 # Modules that take part by being called. The mixer reads the weights of its convolution and of dt_proj directly.
 ADAPTABLE = {"mamba": ["in_proj", "x_proj", "out_proj"], "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -42,7 +42,7 @@ def test_compiling_changes_nothing_forward_and_backward(model: MidiMambaForCausa
         model.zero_grad()
         output = form(input_ids=ids, labels=ids, use_cache=False)
         output.loss.backward()
-        results.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        results.append([output.logits.detach(), *gradients_of(model)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 

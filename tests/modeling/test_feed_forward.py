@@ -1,6 +1,7 @@
 """Top-1 experts: the same as one token at a time, with the losses of the papers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from support import make_generator
 HIDDEN, EXPERTS = 8, 4
 
 
-def make_experts(**overrides: object) -> SwitchExperts:
-    shape = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "moe_intermediate_size": 12}
+def make_experts(**overrides: Any) -> SwitchExperts:
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "moe_intermediate_size": 12}
     experts = SwitchExperts(MidiMambaConfig(layout="moe-mamba", **{**shape, **overrides}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -165,8 +166,9 @@ def test_padding_has_no_part_in_the_losses_of_a_model(layout: str) -> None:
 def test_losses_are_means_over_layers() -> None:
     model = make_generator(layout="transformer-moe", num_hidden_layers=3)
     seen = []
-    for layer in model.backbone.layers:
-        layer.feed_forward.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
+    for experts in model.modules():
+        if isinstance(experts, SwitchExperts):
+            experts.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     output = model(torch.randint(0, 11, (3, 20), generator=torch.Generator().manual_seed(1)))
     mean = torch.stack(seen).mean(0)
     torch.testing.assert_close(torch.stack([output.aux_loss, output.z_loss, output.dropped_tokens]), mean)
@@ -192,6 +194,6 @@ def test_micro_batches_add_up_to_a_weighted_mean_of_their_losses() -> None:
 def test_experts_begin_like_the_projections_around_them() -> None:
     torch.manual_seed(0)
     model = MidiMambaForCausalLM(MidiMambaConfig(layout="transformer-moe", num_hidden_layers=1, hidden_size=64))
-    experts = model.backbone.layers[0].feed_forward
+    (experts,) = (module for module in model.modules() if isinstance(module, SwitchExperts))
     for weights in (experts.gate_up_proj, experts.down_proj, experts.router.weight):
         assert weights.std().item() == pytest.approx(0.02, rel=0.1)

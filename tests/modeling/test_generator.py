@@ -3,26 +3,33 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, MambaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, GPT2Config, MambaConfig, MambaForCausalLM
 
 import midimamba
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.stock_names import plain_name
-from support import make_generator
+from support import gradients_of, make_generator
 
 
 def tokens(batch: int = 3, time: int = 20, vocab: int = 11) -> Tensor:
     return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(1))
 
 
+def generate(model: GenerationMixin, ids: Tensor, **options: Any) -> Tensor:
+    generated = model.generate(ids, **options)
+    assert isinstance(generated, Tensor)
+    return generated
+
+
 def test_a_saved_generator_is_a_stock_checkpoint(generator: MidiMambaForCausalLM, tmp_path: Path) -> None:
     generator.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(stock) is MambaForCausalLM
+    assert type(stock).__name__ == "MambaForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(stock(tokens()).logits, generator(tokens()).logits, atol=1e-5, rtol=0)
 
@@ -46,8 +53,6 @@ with torch.no_grad():
 
 
 def test_any_stock_checkpoint_is_a_generator(tmp_path: Path) -> None:
-    from transformers import MambaConfig
-
     torch.manual_seed(0)
     stock = MambaForCausalLM(MambaConfig(vocab_size=11, hidden_size=16, num_hidden_layers=2, use_bias=True)).eval()
     stock.save_pretrained(tmp_path)
@@ -59,8 +64,6 @@ def test_any_stock_checkpoint_is_a_generator(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config
-
     GPT2Config(vocab_size=11).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a model of type 'gpt2', not a Mamba language model, nor a Llama one"):
         midimamba.load(str(tmp_path))
@@ -99,7 +102,7 @@ def test_a_continuation_has_the_gradients_of_its_own_tokens(generator: MidiMamba
     cache = generator(ids[:, :8]).past_key_values
     loss = generator(ids[:, 8:], past_key_values=cache, labels=ids[:, 8:]).loss
     loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in generator.parameters())
+    assert all(gradient.isfinite().all() for gradient in gradients_of(generator))
     assert not any(state.requires_grad for layer in cache.layers for state in layer.tensors)
 
 
@@ -136,12 +139,12 @@ def test_a_position_does_not_depend_on_what_follows(generator: MidiMambaForCausa
     ],
 )
 def test_generate_gives_the_tokens_of_the_stock_model(
-    generator: MidiMambaForCausalLM, tmp_path: Path, strategy: dict[str, object]
+    generator: MidiMambaForCausalLM, tmp_path: Path, strategy: dict[str, Any]
 ) -> None:
     generator.save_pretrained(tmp_path)
     stock = MambaForCausalLM.from_pretrained(tmp_path)
-    arguments = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, **strategy}
-    assert torch.equal(generator.generate(tokens(), **arguments), stock.generate(tokens(), **arguments))
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, **strategy}
+    assert torch.equal(generate(generator, tokens(), **arguments), generate(stock, tokens(), **arguments))
 
 
 def test_sampling_gives_several_sequences_and_takes_left_padding(generator: MidiMambaForCausalLM) -> None:
@@ -149,13 +152,19 @@ def test_sampling_gives_several_sequences_and_takes_left_padding(generator: Midi
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     torch.manual_seed(0)
-    sampled = generator.generate(
-        ids, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=5, eos_token_id=None
+    sampled = generate(
+        generator,
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        eos_token_id=None,
     )
     assert sampled.shape == (6, 11)
     assert len({tuple(row.tolist()) for row in sampled[:3, 6:]}) > 1
-    padded = generator.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=5, eos_token_id=None)
-    alone = generator.generate(ids[:1, 2:], do_sample=False, max_new_tokens=5, eos_token_id=None)
+    padded = generate(generator, ids, attention_mask=mask, do_sample=False, max_new_tokens=5, eos_token_id=None)
+    alone = generate(generator, ids[:1, 2:], do_sample=False, max_new_tokens=5, eos_token_id=None)
     assert torch.equal(padded[0, 6:], alone[0, 4:])
 
 
@@ -167,13 +176,13 @@ def test_gradient_checkpointing_changes_no_gradient(generator: MidiMambaForCausa
             generator.gradient_checkpointing_enable()
         generator.zero_grad()
         generator(input_ids=tokens(), labels=tokens()).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in generator.parameters()])
+        gradients.append(gradients_of(generator))
     for without, with_checkpointing in zip(*gradients, strict=True):
         torch.testing.assert_close(without, with_checkpointing)
 
 
 def test_bfloat16_keeps_states_in_float32() -> None:
-    model = make_generator().to(torch.bfloat16)
+    model = make_generator().bfloat16()
     with torch.no_grad():
         output = model(tokens())
     assert output.past_key_values.layers[0].scan.dtype == torch.float32

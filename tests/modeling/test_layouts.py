@@ -1,23 +1,24 @@
 """The five layouts: one state machine, whatever mixes the tokens and whatever follows."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
 
 from midimamba import CacheMismatchError, MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.configuration_midimamba import LAYOUTS
-from support import make_generator
+from support import gradients_of, make_generator
 
 WITH_EXPERTS = [layout for layout, (_, feed_forward) in LAYOUTS.items() if feed_forward == "moe"]
 WITH_ATTENTION = [layout for layout, (mixer, _) in LAYOUTS.items() if mixer == "attention"]
-GENERATION = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+GENERATION: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
 
-def make(layout: str, **overrides: object) -> MidiMambaForCausalLM:
+def make(layout: str, **overrides: Any) -> MidiMambaForCausalLM:
     """Two heads share keys and values, every bias is there, and no expert is ever full."""
     shape = {"num_key_value_heads": 2, "num_experts": 4, "capacity_factor": 4.0, "use_bias": True}
     return make_generator(layout=layout, **{**shape, **overrides})
@@ -32,15 +33,23 @@ def tokens(batch: int = 3, time: int = 20, seed: int = 1) -> Tensor:
     return torch.randint(0, 11, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-def read(model: MidiMambaForCausalLM, ids: Tensor, cache: RecurrentCache, **kwargs: object) -> Tensor:
+def read(model: MidiMambaForCausalLM, ids: Tensor, cache: Cache | RecurrentCache, **kwargs: Any) -> Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).logits
+        logits: Tensor = model(ids, past_key_values=cache, **kwargs).logits
+    return logits
 
 
-def logits_of(model: MidiMambaForCausalLM, ids: Tensor, **kwargs: object) -> Tensor:
+def logits_of(model: MidiMambaForCausalLM, ids: Tensor, **kwargs: Any) -> Tensor:
     """Of one pass without any state."""
     with torch.no_grad():
-        return model(ids, use_cache=False, **kwargs).logits
+        logits: Tensor = model(ids, use_cache=False, **kwargs).logits
+    return logits
+
+
+def generate(model: MidiMambaForCausalLM, ids: Tensor, **options: Any) -> Tensor:
+    generated = model.generate(ids, **options, **GENERATION)
+    assert isinstance(generated, Tensor)
+    return generated
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -78,7 +87,7 @@ def test_left_padding_is_exact_with_and_without_a_state(model: MidiMambaForCausa
         assert_close(torch.cat(stepwise, 1)[row, count:], alone[row])
 
 
-def test_padding_may_be_told_for_the_state_as_well(model: MidiMambaForCausalLM) -> None:
+def test_padding_may_be_given_for_the_state_as_well(model: MidiMambaForCausalLM) -> None:
     ids = tokens(2, 12)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -119,10 +128,10 @@ def test_a_continuation_has_the_gradients_of_its_own_tokens(model: MidiMambaForC
 def test_gradients_equal_those_of_float64(model: MidiMambaForCausalLM) -> None:
     gradients = []
     for dtype in (torch.float32, torch.float64):
-        model.to(dtype).train()
+        nn.Module.to(model, dtype).train()
         model.zero_grad()
         model(tokens(), labels=tokens()).loss.backward()
-        gradients.append([parameter.grad.double() for parameter in model.parameters()])
+        gradients.append([gradient.double() for gradient in gradients_of(model)])
     for single, double in zip(*gradients, strict=True):
         torch.testing.assert_close(single, double, atol=1e-5, rtol=1e-3)
 
@@ -138,7 +147,7 @@ def test_gradient_checkpointing_changes_no_gradient(layout_in_training: str, use
         model.zero_grad()
         loss = model(input_ids=tokens(), labels=tokens()).loss
         loss.backward()
-        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        results.append([loss.detach(), *gradients_of(model)])
     for without, with_checkpointing in zip(*results, strict=True):
         torch.testing.assert_close(without, with_checkpointing)
 
@@ -259,18 +268,16 @@ def test_a_cache_stays_where_it_is_or_moves(model: MidiMambaForCausalLM) -> None
 
 def test_a_foreign_cache_is_refused(model: MidiMambaForCausalLM) -> None:
     config = model.config
-    others = [
+    others: list[dict[str, Any]] = [
         {"num_hidden_layers": 3},
         {"hidden_size": 32},
         {"layout": "mamba" if config.mixer == "attention" else "transformer"},
         {"num_key_value_heads": 4} if config.mixer == "attention" else {"state_size": 8},
     ]
+    shape: dict[str, Any] = {"layout": config.layout, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    shape["num_key_value_heads"] = 2
     for other in others:
-        foreign = MidiMambaConfig(
-            **{"layout": config.layout, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-            | {"num_key_value_heads": 2}
-            | other
-        )
+        foreign = MidiMambaConfig(**{**shape, **other})
         with pytest.raises(
             CacheMismatchError, match=r"the cache is of another model: it has .* this model .*for_model"
         ):
@@ -304,7 +311,7 @@ def test_checkpointing_onto_a_state_is_refused(model: MidiMambaForCausalLM) -> N
     ],
 )
 def test_generating_with_a_state_gives_the_tokens_without(
-    model: MidiMambaForCausalLM, strategy: dict[str, object]
+    model: MidiMambaForCausalLM, strategy: dict[str, Any]
 ) -> None:
     ids = tokens(2, 7)
     mask = torch.ones_like(ids)
@@ -312,23 +319,23 @@ def test_generating_with_a_state_gives_the_tokens_without(
     results = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        results.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **strategy, **GENERATION))
-    assert torch.equal(*results)
-    assert results[0].shape == (2 * int(strategy.get("num_return_sequences", 1)), 13)
+        results.append(generate(model, ids, attention_mask=mask, use_cache=use_cache, **strategy))
+    assert torch.equal(results[0], results[1])
+    assert results[0].shape == (2 * strategy.get("num_return_sequences", 1), 13)
 
 
 def test_left_padding_does_not_change_what_is_generated(model: MidiMambaForCausalLM) -> None:
     ids = tokens(2, 7)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    padded = model.generate(ids, attention_mask=mask, do_sample=False, **GENERATION)
-    alone = model.generate(ids[:1, 3:], do_sample=False, **GENERATION)
+    padded = generate(model, ids, attention_mask=mask, do_sample=False)
+    alone = generate(model, ids[:1, 3:], do_sample=False)
     assert torch.equal(padded[0, 7:], alone[0, 4:])
 
 
 def test_bfloat16_keeps_close_to_float32(model: MidiMambaForCausalLM) -> None:
     expected = logits_of(model, tokens())
-    output = model.to(torch.bfloat16)(tokens())
+    output = model.bfloat16()(tokens())
     assert output.logits.dtype == torch.float32
     # bfloat16 has 8 bits; a router may send a token elsewhere, so not every position need agree.
     close = (output.logits - expected).abs().amax(-1) < 0.1 * expected.abs().max()
@@ -341,7 +348,7 @@ def test_autocast_trains(model: MidiMambaForCausalLM) -> None:
         loss = model(tokens(), labels=tokens()).loss
     loss.backward()
     assert loss.isfinite()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(gradient.isfinite().all() for gradient in gradients_of(model))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         cache = model.eval()(tokens()).past_key_values
         assert model(tokens(3, 2), past_key_values=cache).logits.isfinite().all()
@@ -406,7 +413,7 @@ def test_what_a_size_does_not_say_can_be_overridden() -> None:
         ({"layout": "moe-mamba", "capacity_factor": 0}, "capacity_factor is 0; it must be above 0"),
     ],
 )
-def test_an_impossible_configuration_is_refused(fields: dict[str, object], message: str) -> None:
+def test_an_impossible_configuration_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(StrictDataclassError, match=message):
         MidiMambaConfig(hidden_size=16, **fields)
 

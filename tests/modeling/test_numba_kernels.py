@@ -1,8 +1,13 @@
 """The kernels of a decoding step, and their elementary functions, against torch in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numba import njit
+from torch import Tensor
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling import numba_common
@@ -20,11 +25,13 @@ from support import make_generator
         ("softplus", torch.nn.functional.softplus, -15, 100),
     ],
 )
-def test_functions_keep_their_relative_precision(name: str, reference, lowest: float, highest: float) -> None:
+def test_functions_keep_their_relative_precision(
+    name: str, reference: Callable[[Tensor], Tensor], lowest: float, highest: float
+) -> None:
     function = getattr(numba_common, name)
 
-    @numba_common.njit
-    def apply(values, results):
+    @njit
+    def apply(values: Any, results: Any) -> None:
         for index in range(len(values)):
             results[index] = function(values[index])
 
@@ -37,7 +44,7 @@ def test_functions_keep_their_relative_precision(name: str, reference, lowest: f
     assert np.isnan(results[0])
 
 
-def logits_step_by_step(model: MidiMambaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, RecurrentCache]:
+def logits_step_by_step(model: MidiMambaForCausalLM, ids: Tensor) -> tuple[Tensor, RecurrentCache]:
     with inference(model):
         cache = RecurrentCache.for_model(model, len(ids))
         steps = [model.next_logits(ids[:, t : t + 1], cache) for t in range(ids.shape[1])]

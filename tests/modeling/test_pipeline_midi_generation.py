@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LogitsProcessor, pipeline
+from symusic.core import ScoreTick
+from torch import Tensor
+from transformers import LogitsProcessor, Pipeline, pipeline
 
-from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba import MidiGenerationPipeline, MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MidiRefusedError
 from support import make_generator, make_score
@@ -21,15 +23,20 @@ def folder(processor: MidiProcessor, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def compose(folder: Path):
-    return pipeline("midi-generation", model=str(folder), device="cpu")
+def compose(folder: Path) -> MidiGenerationPipeline:
+    # Transformers declares its own tasks only.
+    loaded: Pipeline = pipeline("midi-generation", model=str(folder), device="cpu")  # type: ignore[call-overload]
+    assert isinstance(loaded, MidiGenerationPipeline)
+    return loaded
 
 
-def notes(score) -> set[tuple[int, int, int]]:
+def notes(score: ScoreTick) -> set[tuple[int, int, int]]:
     return {(track.program, note.time, note.pitch) for track in score.tracks for note in track.notes}
 
 
-def test_it_takes_the_fast_class_and_continues_a_file(compose, processor: MidiProcessor, tmp_path: Path) -> None:
+def test_it_takes_the_fast_class_and_continues_a_file(
+    compose: MidiGenerationPipeline, processor: MidiProcessor, tmp_path: Path
+) -> None:
     assert isinstance(compose.model, MidiMambaForCausalLM)
     prompt = make_score(3, bars=4)
     prompt.dump_midi(tmp_path / "prompt.mid")
@@ -40,21 +47,21 @@ def test_it_takes_the_fast_class_and_continues_a_file(compose, processor: MidiPr
     assert all(opening < notes(score) for score in scores)
 
 
-def test_several_prompts_and_none(compose) -> None:
+def test_several_prompts_and_none(compose: MidiGenerationPipeline) -> None:
     results = compose([make_score(1, bars=2), make_score(2, bars=2).dumps_midi()], max_new_tokens=20)
     assert [len(scores) for scores in results] == [1, 1]
     (score,) = compose(max_new_tokens=40)
     assert score.note_num() > 0
 
 
-def test_options_are_those_of_generate(compose) -> None:
+def test_options_are_those_of_generate(compose: MidiGenerationPipeline) -> None:
     greedy = [compose(make_score(1, bars=2), do_sample=False, max_new_tokens=20)[0].dumps_midi() for _ in range(2)]
     assert greedy[0] == greedy[1]
 
 
-def test_the_grammar_has_the_last_word(compose, processor: MidiProcessor) -> None:
+def test_the_grammar_has_the_last_word(compose: MidiGenerationPipeline, processor: MidiProcessor) -> None:
     class PreferPadding(LogitsProcessor):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             scores = scores.clone()
             scores[:, processor.pad_token_id] += 1e4
             return scores
@@ -63,7 +70,7 @@ def test_the_grammar_has_the_last_word(compose, processor: MidiProcessor) -> Non
     assert notes(score) > notes(processor.decode(processor.encode(make_score(1, bars=2))))
 
 
-def test_what_cannot_be_used_is_named(compose) -> None:
+def test_what_cannot_be_used_is_named(compose: MidiGenerationPipeline) -> None:
     with pytest.raises(MidiRefusedError):
         compose(b"no music")
     with pytest.raises(InputError, match="control"):

@@ -1,5 +1,7 @@
 """A model of transformers as a policy: its forked states continue as fresh ones do."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,14 +16,19 @@ VOCAB = 11
 
 def make_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    ends = {"bos_token_id": 1, "eos_token_id": None}
+    shape: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.5, **shape, **ends)).eval()
 
 
 def make_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.5, **shape)).eval()
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton, and its kernels are tested")
 
@@ -18,7 +19,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIONS = [(0,), (CHUNK - 1,), (CHUNK,), (CHUNK + 2,), (0, 1, CHUNK - 1, CHUNK), ()]
 
 
-def inputs_on_device(batch: int, time: int, channels: int, state: int, dtype: torch.dtype = torch.float32):
+def inputs_on_device(
+    batch: int, time: int, channels: int, state: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     return [tensor.detach().to(DEVICE).requires_grad_() for tensor in make_inputs(batch, time, channels, state, dtype)]
 
 
@@ -48,7 +51,7 @@ def test_gradient_of_the_final_state_alone() -> None:
 
 
 def test_gradients_equal_finite_differences() -> None:
-    def scan(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return selective_scan(*inputs, backend="triton")
 
     inputs = inputs_on_device(1, 3, 2, 2, torch.float64)
@@ -65,7 +68,7 @@ def test_float64_is_computed_in_float64() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_state_is_float32_when_the_inputs_are_not(dtype: torch.dtype) -> None:
-    inputs = inputs_on_device(2, 2 * CHUNK + 1, 5, 3, dtype)
+    inputs = inputs_on_device(2, CHUNK + 1, 5, 3, dtype)
     output, state, gradients = run("triton", inputs)
     assert (output.dtype, state.dtype) == (dtype, torch.float32)
     assert {gradient.dtype for gradient in gradients} == {dtype}
@@ -85,7 +88,8 @@ def test_inputs_need_not_be_contiguous() -> None:
 
 @pytest.mark.slow
 def test_gradients_are_the_same_every_time() -> None:
-    inputs = inputs_on_device(2, CHUNK + 3, 2 * BLOCK_C + 1, 3)
+    # Programs share out sequences and channels, so only those must be several.
+    inputs = inputs_on_device(2, 3, 2 * BLOCK_C + 1, 3)
     for first, second in zip(run("triton", inputs)[2], run("triton", inputs)[2], strict=True):
         assert torch.equal(first, second)
 

@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +217,9 @@ def test_the_initial_state_is_left_as_it_is(backend: str) -> None:
 
 @pytest.mark.parametrize("loss", [lambda output: output.square().sum(), lambda output: output.sum()])
 @on_processor
-def test_a_second_derivative_is_refused_unless_by_the_reference(backend: str, loss) -> None:
+def test_a_second_derivative_is_refused_unless_by_the_reference(
+    backend: str, loss: Callable[[Tensor], Tensor]
+) -> None:
     inputs = make_inputs(1, 3, 2, 2)
     (gradient,) = torch.autograd.grad(loss(selective_scan(*inputs, backend=backend)[0]), inputs[1], create_graph=True)
     with pytest.raises(RuntimeError, match=r'no second derivative.*backend="reference"'):
@@ -224,6 +228,7 @@ def test_a_second_derivative_is_refused_unless_by_the_reference(backend: str, lo
     (expected,) = torch.autograd.grad(loss(output), inputs[1], create_graph=True)
     torch.testing.assert_close(gradient, expected)
     expected.sum().backward()
+    assert inputs[1].grad is not None
     assert inputs[1].grad.abs().sum() > 0
 
 
@@ -233,7 +238,12 @@ def test_memory_kept_for_backward_is_inputs_plus_one_state_a_chunk(dtype: torch.
     inputs = make_inputs(batch, time, channels, state, dtype)
     inputs[5] = inputs[5].detach().float().requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+
+    def count(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         selective_scan(*inputs, backend="chunked")
     inputs_without_state = sum(tensor.nbytes for tensor in inputs[:5])
     assert sum(kept) == inputs_without_state + (time // CHUNK) * batch * state * channels * 4
@@ -356,7 +366,7 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are(monkeypatch: pyt
     ],
 )
 def test_a_backend_asked_for_says_why_it_cannot(
-    installed: set[str], device: str, backend: str, options: dict, message: str
+    installed: set[str], device: str, backend: str, options: dict[str, Any], message: str
 ) -> None:
     installed.update({"triton", "mamba_ssm", "numba"} if backend == "numba" else {"triton", "mamba_ssm"})
     with pytest.raises(ValueError, match=message):
@@ -385,10 +395,12 @@ def test_a_package_that_is_there_but_does_not_load_is_not_available(monkeypatch:
 def fake_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public interface of `selective_scan_fn`: time last, one type, the state `(batch, channels, state)`."""
 
-    def selective_scan_fn(u, delta, A, B, C, return_last_state=False):
+    def selective_scan_fn(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, return_last_state: bool = False
+    ) -> tuple[Tensor, Tensor]:
         assert {tensor.dtype for tensor in (u, delta, A, B, C)} == {torch.float32}
         assert all(tensor.is_contiguous() for tensor in (u, delta, B, C))
-        output, state = selective_scan_reference(*(t.transpose(1, 2) for t in (u, delta)), A, B.mT, C.mT)
+        output, state = selective_scan_reference(u.mT, delta.mT, A, B.mT, C.mT)
         assert return_last_state
         return output.transpose(1, 2), state.transpose(1, 2)
 
