@@ -26,6 +26,7 @@ standard deviation over seeds. `ratio` is the published best sum of tuned maximu
 of maximum likelihood, if the oracle is the original one.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -328,7 +329,7 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path, published: bool) -> 
     save_figure(figure, path)
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "oracle.py --oracle seqgan-oracle.npz --rows oracle.jsonl --plot oracle.png")
     trained = [arm for arm in ARMS if arm != "oracle"]
     own = Settings()
@@ -355,11 +356,15 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="draw the frontiers to this PNG file")
     args = parser.parse_args()
+    if args.oracle and not args.quick and args.seeds != 0 and not args.oracle.is_file():
+        parser.error(f"{args.oracle}: no such file; name the file with the original parameters, or leave --oracle out")
+    return args
 
+
+def main() -> None:
+    args, own = read_arguments(), Settings()
     seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
     oracle = None if args.quick else args.oracle
-    if oracle and seeds and not oracle.is_file():
-        parser.error(f"{oracle}: no such file; name the file with the original parameters, or leave --oracle out")
     settings = QUICK
     if not args.quick:
         sizes = {"vocab_size": args.vocab, "hidden_size": args.hidden, "length": args.length, "samples": args.samples}
