@@ -26,6 +26,7 @@ standard deviation over seeds. `ratio` is the published best sum of tuned maximu
 of maximum likelihood, if the oracle is the original one.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -328,7 +329,8 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path, published: bool) -> 
     save_figure(figure, path)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The options; `seeds` is set, and `oracle` is an existing file unless it is not read."""
     parser = make_parser(__doc__, "oracle.py --oracle seqgan-oracle.npz --rows oracle.jsonl --plot oracle.png")
     trained = [arm for arm in ARMS if arm != "oracle"]
     own = Settings()
@@ -355,17 +357,23 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="draw the frontiers to this PNG file")
     args = parser.parse_args()
+    args.seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
+    args.oracle = None if args.quick else args.oracle
+    if args.oracle and args.seeds and not args.oracle.is_file():
+        parser.error(f"{args.oracle}: no such file; name the file with the original parameters, or leave --oracle out")
+    return args
 
-    seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
-    oracle = None if args.quick else args.oracle
-    if oracle and seeds and not oracle.is_file():
-        parser.error(f"{oracle}: no such file; name the file with the original parameters, or leave --oracle out")
-    settings = QUICK
+
+def main() -> None:
+    args = parse()
+    settings, own = QUICK, Settings()
     if not args.quick:
         sizes = {"vocab_size": args.vocab, "hidden_size": args.hidden, "length": args.length, "samples": args.samples}
         steps = {"max_steps": args.steps} if args.steps else {}
-        settings = replace(own, oracle=oracle.name if oracle else None, epochs=args.epochs, adversarial=steps, **sizes)
-    done = measure(settings, args.arms, seeds, args.workers, args.rows, oracle)
+        settings = replace(
+            own, oracle=args.oracle.name if args.oracle else None, epochs=args.epochs, adversarial=steps, **sizes
+        )
+    done = measure(settings, args.arms, args.seeds, args.workers, args.rows, args.oracle)
     by_arm = {arm: [done[job] for job in sorted(done) if job[0] == arm] for arm in ("oracle", *args.arms)}
     by_arm = {arm: rows for arm, rows in by_arm.items() if rows}
     arms = {arm: summary(rows, done) for arm, rows in by_arm.items()}
