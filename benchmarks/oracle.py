@@ -329,7 +329,8 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path, published: bool) -> 
     save_figure(figure, path)
 
 
-def read_arguments() -> argparse.Namespace:
+def parse() -> argparse.Namespace:
+    """The options; `seeds` is set, and `oracle` is an existing file unless it is not read."""
     parser = make_parser(__doc__, "oracle.py --oracle seqgan-oracle.npz --rows oracle.jsonl --plot oracle.png")
     trained = [arm for arm in ARMS if arm != "oracle"]
     own = Settings()
@@ -356,21 +357,23 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=Path, help="draw the frontiers to this PNG file")
     args = parser.parse_args()
-    if args.oracle and not args.quick and args.seeds != 0 and not args.oracle.is_file():
+    args.seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
+    args.oracle = None if args.quick else args.oracle
+    if args.oracle and args.seeds and not args.oracle.is_file():
         parser.error(f"{args.oracle}: no such file; name the file with the original parameters, or leave --oracle out")
     return args
 
 
 def main() -> None:
-    args, own = read_arguments(), Settings()
-    seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
-    oracle = None if args.quick else args.oracle
-    settings = QUICK
+    args = parse()
+    settings, own = QUICK, Settings()
     if not args.quick:
         sizes = {"vocab_size": args.vocab, "hidden_size": args.hidden, "length": args.length, "samples": args.samples}
         steps = {"max_steps": args.steps} if args.steps else {}
-        settings = replace(own, oracle=oracle.name if oracle else None, epochs=args.epochs, adversarial=steps, **sizes)
-    done = measure(settings, args.arms, seeds, args.workers, args.rows, oracle)
+        settings = replace(
+            own, oracle=args.oracle.name if args.oracle else None, epochs=args.epochs, adversarial=steps, **sizes
+        )
+    done = measure(settings, args.arms, args.seeds, args.workers, args.rows, args.oracle)
     by_arm = {arm: [done[job] for job in sorted(done) if job[0] == arm] for arm in ("oracle", *args.arms)}
     by_arm = {arm: rows for arm, rows in by_arm.items() if rows}
     arms = {arm: summary(rows, done) for arm, rows in by_arm.items()}

@@ -19,7 +19,13 @@ def music(pieces: int, seed: int, shift: float = 0.0, tokens: int = 0) -> Music:
     return Music(features, random.integers(0, 20, size=(pieces, tokens)).tolist())
 
 
-@pytest.mark.slow
+@pytest.fixture
+def no_feature_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not read the figures of single features, which take most of the time."""
+    monkeypatch.setattr(comparison_halves, "_feature_figures", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_feature_figures")
 def test_samples_and_both_halves_have_one_size_and_no_piece_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
     met = []
     inner = comparison_halves._piece_figures
@@ -40,7 +46,7 @@ def test_samples_and_both_halves_have_one_size_and_no_piece_in_common(monkeypatc
         assert not set(first) & set(second)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("no_feature_figures")
 def test_figures_are_means_over_halvings(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([(0.2, 0.1), (0.4, 0.1), (math.nan, math.nan), (0.6, 0.4), (0.8, 0.4)])
 
@@ -60,11 +66,9 @@ def test_figures_are_means_over_halvings(monkeypatch: pytest.MonkeyPatch) -> Non
     assert math.isnan(means["unknown"].floor)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("no_feature_figures")
 def test_more_halvings_depend_less_on_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = music(60, 0, shift=0.5), music(40, 1)
-    # The other figures take most of the time.
-    monkeypatch.setattr(comparison_halves, "_feature_figures", lambda *_: {})
     monkeypatch.setattr(comparison_halves, "frechet_distance", lambda *_, **__: UNDEFINED)
 
     def spread(halvings: int) -> float:

@@ -52,17 +52,18 @@ from pathlib import Path
 from midimamba.errors import exit_on_input_error
 from midimamba.hub_cards.publish import publish
 
-for corpus in sys.argv[1:]:
-    publish(Path(corpus), "you/again")
+smaller, described = map(Path, sys.argv[1:])
+publish(smaller, "you/again")
+publish(described, "you/own")
 with exit_on_input_error():
-    publish(Path(corpus), "them/data")
+    publish(smaller, "them/data")
 """
 
 LOAD_ROWS = """
 import json
 from datasets import load_dataset
 
-print(json.dumps({split: rows["name"][:] for split, rows in load_dataset("you/again").items()}))
+print(json.dumps({split: rows["name"][:] for split, rows in load_dataset("you/again").items()}), flush=True)
 """
 
 
@@ -204,10 +205,12 @@ def test_the_card_summarizes_what_was_left_out(files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_a_smaller_corpus_replaces_a_larger_one(
+def test_a_smaller_corpus_replaces_a_larger_one_and_a_card_of_the_owner_is_kept(
     files: dict[str, bytes], hub: FakeHub, home: Path, corpus: Path, tmp_path: Path
 ) -> None:
     hub.repositories["datasets/you/again"] = dict(files) | {"notes.md": b"mine"}
+    shutil.copytree(corpus, tmp_path / "described")
+    (tmp_path / "described" / "README.md").write_text("---\ntags: [mine]\n---\nMy own words.\n")
     source, own = home / "few", home / "few-corpus"
     source.mkdir()
     for seed in range(40, 44):
@@ -215,8 +218,9 @@ def test_a_smaller_corpus_replaces_a_larger_one(
     tokenize_corpus(
         str(source), own, CorpusOptions(tokenizer=str(corpus / "tokenizer"), test_fraction=0.0, num_workers=1)
     )
-    done = client(hub, tmp_path, AGAIN, own)
+    done = client(hub, tmp_path, AGAIN, own, tmp_path / "described")
     assert done.returncode == 2
+    assert hub.repositories["datasets/you/own"]["README.md"].endswith(b"My own words.\n")
     refusal = done.stderr.splitlines()[-1]
     assert refusal.startswith("error: the Hub refused 'them/data'")
     assert "403" in refusal
@@ -238,21 +242,10 @@ def test_a_smaller_corpus_replaces_a_larger_one(
     # `datasets` cannot load a split without rows: the file exists, but the card does not point to it.
     test = pq.read_table(io.BytesIO(again["data/test-00000-of-00001.parquet"]))
     assert (test.num_rows, test.column_names) == (0, ["name", "input_ids", "num_notes", "seconds"])
-    loaded = client(hub, tmp_path, LOAD_ROWS)
+    loaded = client(hub, tmp_path, LOAD_ROWS + LOAD, own, "you/again")
     assert loaded.returncode == 0, loaded.stderr
     dataset, _ = load_corpus(own)
     assert json.loads(loaded.stdout) == {split: dataset[split]["name"][:] for split in ("train", "validation")}
-    loaded = client(hub, tmp_path, LOAD, own, "you/again")
-    assert loaded.returncode == 0, loaded.stderr
-
-
-@pytest.mark.slow
-def test_a_card_of_the_owner_is_kept(hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
-    shutil.copytree(corpus, tmp_path / "own")
-    (tmp_path / "own" / "README.md").write_text("---\ntags: [mine]\n---\nMy own words.\n")
-    done = client(hub, tmp_path, PUBLISH, tmp_path / "own", "--repo", "you/own")
-    assert done.returncode == 0, done.stderr
-    assert hub.repositories["datasets/you/own"]["README.md"].endswith(b"My own words.\n")
 
 
 def test_a_card_lists_the_most_frequent_of_many_reasons(corpus: Path, tmp_path: Path) -> None:
