@@ -293,8 +293,6 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         past_key_values: RecurrentCache | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         **kwargs: Any,
@@ -307,12 +305,13 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             past_key_values (`RecurrentCache`, *optional*): the state to continue from. **Updated in place**; take a
                 `snapshot()` to keep it.
             labels (`LongTensor` of shape `(batch, time)`, *optional*): targets, shifted inside; -100 is ignored.
-            use_cache (`bool`, *optional*): return the state. On by default in evaluation mode.
             logits_to_keep (`int` or `LongTensor`, *optional*, defaults to 0): how many of the last positions to
                 keep, or which positions; 0 keeps all.
             seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
                 changes, state, convolution, attention and positions start again, so packed documents do not see each
                 other. The first token goes on from `past_key_values`, whatever its number.
+            kwargs: `use_cache` (`bool`), to return the state, by default in evaluation mode alone;
+                `output_hidden_states` (`bool`); and arguments of the loss.
 
         Returns:
             [`MidiMambaOutput`] with `logits` of shape `(batch, time, vocab)`. In training, the `loss` of a layout with
@@ -328,8 +327,8 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
+            use_cache=kwargs.pop("use_cache", None),
+            output_hidden_states=kwargs.pop("output_hidden_states", None),
             seq_idx=seq_idx,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -31,7 +31,7 @@ def music() -> ModuleType:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("music")
     (folder / "midi").mkdir()
-    for seed in range(60):
+    for seed in range(48):
         make_score(seed, bars=4).dump_midi(folder / "midi" / f"{seed}.mid")
     tokenize_corpus(
         str(folder / "midi"),
@@ -46,7 +46,7 @@ def model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     processor = load_corpus(corpus)[1]
     special = {name: getattr(processor, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    make_generator(vocab_size=processor.vocab_size, **special).save_pretrained(folder)
+    make_generator(vocab_size=processor.vocab_size, num_hidden_layers=1, **special).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -110,7 +110,7 @@ def test_all_arms_are_trained_and_measured_and_a_second_start_continues(
 ) -> None:
     runs = importlib.import_module("music_runs")
     monkeypatch.setattr(runs, "CONTROLS", {"stable": TINY})
-    shared = ["--model", model, "--data", corpus, "--steps", 1, "--length", 32, "--num", 8, "--bars", 2]
+    shared = ["--model", model, "--data", corpus, "--steps", 1, "--length", 32, "--num", 5, "--bars", 2]
     shared += ["--temperatures", 0.8, 1.0, "--seeds", 1, "--workers", 1, "--rows", tmp_path / "rows.jsonl"]
 
     def main(*options: object) -> dict[str, Any]:
