@@ -1,5 +1,6 @@
 """What one layer remembers of the tokens it has read: one class per kind of layer, all with the same verbs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ClassVar, Self
@@ -18,7 +19,7 @@ class CacheMismatchError(ValueError):
     """A cache does not belong to the model, batch or device that it was given to, or has no room left."""
 
 
-class LayerState:
+class LayerState(ABC):
     """
     The state of a layer: a few tensors whose first dimension is the sequences. The verbs follow from that, so that a
     new kind of state declares its tensors and how it starts, and nothing else.
@@ -45,6 +46,7 @@ class LayerState:
             setattr(self, name, tensor)
 
     @classmethod
+    @abstractmethod
     def empty(
         cls,
         config: MidiMambaConfig,
@@ -54,17 +56,16 @@ class LayerState:
         max_length: int | None = None,
     ) -> Self:
         """The state before the first token. See [`RecurrentCache.empty`]."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def sizes_of(cls, config: MidiMambaConfig) -> tuple[int, ...]:
         """The [`~LayerState.sizes`] of a layer of such a model."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def sizes(self) -> tuple[int, ...]:
         """What states of one model have in common, whatever the number of sequences and tokens."""
-        raise NotImplementedError
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -127,7 +128,7 @@ class LayerState:
         self.show(total)
         self._write(first, other, seen_tokens)
 
-    def make_room(self, length: int) -> None:
+    def make_room(self, length: int) -> None:  # noqa: B027 (a state that does not grow has nothing to do)
         """Make sure that tokens up to `length` fit. Most states do not grow."""
 
     def _write(self, start: int, other: Self, seen_tokens: int) -> None:
@@ -285,6 +286,14 @@ class DocumentState(TokenState):
         max_length: int | None = None,
     ) -> Self:
         return cls(torch.full((batch_size, max_length or 0), PADDING, device=device))
+
+    @classmethod
+    def sizes_of(cls, config: MidiMambaConfig) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return ()
 
     def extend(self, numbers: Tensor | int, past: int, time: int) -> None:
         """Keep the numbers `(batch, time)`, or one number, of the next tokens. There must be room for them."""

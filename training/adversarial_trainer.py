@@ -119,13 +119,11 @@ class AdversarialTrainer(GuardedTrainer):
         self.divergence = learned.get("kl")
         return loss
 
-    def _train_discriminator(self) -> dict[str, Tensor | float]:
+    def _train_discriminator(self) -> None:
         """Train D on real blocks against fresh samples that start alike, by cross-entropy."""
         real = self._draw_blocks(self.args.per_device_train_batch_size)
         fresh = len(real) - self.discriminator_update.num_replayed(len(real))
-        measures = self.discriminator_update(real, self.sample(real[:fresh, : self.args.prompt_length]))
-        self.metrics.add(measures)
-        return measures
+        self.metrics.add(self.discriminator_update(real, self.sample(real[:fresh, : self.args.prompt_length])))
 
     def _pretrain_discriminator(self) -> None:
         hidden = self.args.disable_tqdm or not self.is_local_process_zero()
