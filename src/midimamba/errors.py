@@ -1,10 +1,25 @@
 """One way to refuse bad input: one clear line on stderr and exit code 2."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["InputError", "exit_on_input_error", "loading_generator"]
+from midimamba.text import printable
+
+__all__ = ["InputError", "exit_on_input_error", "loading_generator", "reaching_hub"]
+
+# What the user can mend, and how. Any other error of the operating system is a bug, and shows where it comes from.
+_ADVICE = {
+    errno.ENOSPC: "make room on that disk, then run the same command again",
+    errno.EDQUOT: "make room in your quota, then run the same command again",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a file or folder that you may use",
+    errno.EPERM: "choose a file or folder that you may use",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "choose a folder that is not inside a file",
+}
+_INTERRUPTED = 130  # the exit code that shells give to a program that Ctrl-C ended
 
 
 class InputError(ValueError):
@@ -26,10 +41,44 @@ def loading_generator(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def reaching_hub(purpose: str) -> Iterator[None]:
+    """Turn a failed connection to the Hub, or the Hub's refusal, into an [`InputError`].
+
+    Args:
+        purpose (`str`): what could not be done, such as `"you/bach cannot be created"`.
+    """
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        said = " ".join((error.server_message or str(error)).split())
+        raise InputError(f"{purpose}: the Hub answers {error.response.status_code} ({said})") from error
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{purpose}: the Hub cannot be reached ({reason}): check the connection") from error
+
+
+@contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an [`InputError`] into one line on stderr and exit code 2. Anything else is a bug and shows where."""
+    """Turn what the user can mend into one line on stderr and exit code 2. Anything else is a bug and shows where.
+
+    An interruption by Ctrl-C is one line too, with exit code 130.
+    """
     try:
         yield
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _leave(f"error: {place}{error.strerror or error}: {_ADVICE[error.errno]}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", _INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stderr.write(f"{printable(message)}\n")
+    sys.exit(code)

@@ -1,11 +1,42 @@
-"""Files and folders that are either whole or not there."""
+"""Files and folders that are either whole or not there, and locks that say who is at work.
 
+Everything is written to a hidden sibling, flushed to the disk and renamed. A run that is killed leaves at most that
+sibling and its lock file; the next run for the same target puts back what was there and removes them.
+"""
+
+import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from midimamba.errors import InputError
+
+# Locks of this process, so that what runs under a lock may take it again.
+_held: set[Path] = set()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        InputError: if it is missing, is not JSON, or holds anything but an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # JSON can be too deep for Python's stack
+        raise InputError(f"{path} is not JSON that can be read ({error}): make it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object: make it again")
+    return content
 
 
 def is_taken(target: Path) -> bool:
@@ -14,8 +45,74 @@ def is_taken(target: Path) -> bool:
 
 
 @contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Keep other runs from writing to `target`. The lock ends with this process, whatever ends it.
+
+    Args:
+        target (`Path`): the file or folder. The lock is a hidden file beside it, which is gone afterwards.
+
+    Raises:
+        InputError: if another run holds the lock; the message says which.
+    """
+    target = target.absolute()
+    if target in _held:
+        yield
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_name(f".{target.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        with suppress(OSError):
+            owner = file.read_text()
+            raise InputError(
+                f"{target} is being written by another run{f' ({owner})' if owner else ''}: "
+                "wait until it ends, or choose another name"
+            ) from error
+        raise InputError(f"{target} is being written by another run: try again") from error
+    try:
+        _held.add(target)
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        _held.discard(target)
+        file.unlink(missing_ok=True)  # before the release: who waits for a removed file takes a new one
+        lock.release()
+
+
+def _scratch_of(target: Path) -> Path:
+    """Where a new folder is filled."""
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def _former_of(target: Path) -> Path:
+    """Where what was at `target` waits while the new folder takes its place."""
+    return target.with_name(f".{target.name}.replaced")
+
+
+def recover(target: Path) -> None:
+    """Put back what was at `target` if a run was killed while it replaced it, and remove what it left.
+
+    Call it under the lock of `target`.
+    """
+    former, scratch = _former_of(target), _scratch_of(target)
+    if former.exists() and not target.exists():
+        former.rename(target)
+    for left in (former, scratch):
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """Fill a temporary sibling of `target`; on success it becomes `target`, on any error it is removed.
+    """Fill a hidden sibling of `target`; on success it becomes `target`, on any error it is removed.
 
     Args:
         target (`Path`): the folder to make.
@@ -23,39 +120,101 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if `target` exists, is not an empty folder and may not be replaced.
+        InputError: if another run is making it.
     """
-    if is_taken(target) and not replace:
-        raise FileExistsError(f"{target} exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        scratch.chmod(0o755)
-        yield scratch
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-old-", dir=target.parent) as old:
-            if target.exists() and (replace or not is_taken(target)):
-                target.rename(Path(old) / target.name)
-            scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    target = target.absolute()
+    with locked(target):
+        recover(target)
+        if is_taken(target) and not replace:
+            raise FileExistsError(f"{target} exists already")
+        scratch = _scratch_of(target)
+        scratch.mkdir()
+        try:
+            yield scratch
+            _flush_folder(scratch)
+            _take_place(scratch, target)
+        except BaseException:
+            recover(target)
+            raise
+
+
+def _take_place(scratch: Path, target: Path) -> None:
+    former = _former_of(target)
+    if target.exists():
+        target.rename(former)
+    scratch.rename(target)
+    _flush(target.parent)
+    _remove(former)
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` to write to; on success it becomes `target`, on any error it is removed.
+    """A hidden sibling of `target` to write to; on success it becomes `target`, on any error it is removed.
 
-    No reader ever sees half a file, and two writers never collide.
+    No reader ever sees half a file, and two writers never collide: the last one to finish wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".unfinished-{target.name}-", dir=target.parent)
-    os.close(handle)
+    prefix = f".unfinished-{target.name}-"
+    _remove_abandoned(target.parent, prefix)
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=target.parent)
     scratch = Path(name)
-    try:
+    with ExitStack() as stack:
+        stack.callback(scratch.unlink, missing_ok=True)
+        stack.callback(os.close, handle)
+        _try_flock(handle)
         yield scratch
         scratch.chmod(0o644)
+        _flush(scratch)
         scratch.replace(target)
+        _flush(target.parent)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove what killed writers left: nobody holds its lock any more."""
+    for left in folder.glob(f"{_literal(prefix)}*"):
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDWR)
+            try:
+                if _try_flock(handle):
+                    left.unlink()
+            finally:
+                os.close(handle)
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches only `name`."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _try_flock(handle: int) -> bool:
+    """Lock an open file until it is closed, if nobody else has. Where there are no such locks, never."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or folder to the disk, so that a loss of power cannot lose it after a rename."""
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
+    if path.is_dir() and os.name == "nt":  # Windows has no handles of folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
     finally:
-        scratch.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_whole(target: Path, content: str | bytes) -> None:
