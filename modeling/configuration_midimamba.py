@@ -7,13 +7,15 @@ from typing import Any, Self
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
 
-# The five named layouts: what mixes tokens in a layer, and what works on each token after it.
+# The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
+# attend instead.
 LAYOUTS = {
     "mamba": ("mamba", "none"),
     "mamba-mlp": ("mamba", "mlp"),
     "moe-mamba": ("mamba", "moe"),
     "transformer": ("attention", "mlp"),
     "transformer-moe": ("attention", "moe"),
+    "hybrid": ("mamba", "none"),
 }
 # The layouts that transformers has a class for: the model type of its configuration, and the name of the class.
 STOCK = {
@@ -21,14 +23,17 @@ STOCK = {
     "transformer": (LlamaConfig.model_type, "LlamaForCausalLM"),
 }
 
-# Named sizes: width, number of Mamba mixers in the `mamba` layout, attention heads, and the size of the MLP beside a
-# Mamba and beside an attention mixer. A layer with a feed-forward counts for two mixers, as in the Mamba paper.
+# Named sizes: width, number of Mamba mixers in the `mamba` layout, attention heads, the size of the MLP beside a Mamba
+# and beside an attention mixer, and the width of a head in a hybrid, whose attention is as large as a Mamba mixer. A
+# layer with a feed-forward counts for two mixers, as in the Mamba paper.
 _SIZES = {
-    "tiny": (128, 4, 4, 304, 432),
-    "small": (256, 6, 4, 576, 800),
-    "medium": (512, 12, 8, 1104, 1520),
-    "large": (1024, 24, 16, 2176, 2976),
+    "tiny": (128, 4, 4, 304, 432, 56),
+    "small": (256, 6, 4, 576, 800, 104),
+    "medium": (512, 12, 8, 1104, 1520, 104),
+    "large": (1024, 24, 16, 2176, 2976, 104),
 }
+# One layer in six attends, as in Jamba's family of hybrids (arXiv 2403.19887 has one in eight).
+_ATTENDS_EVERY = 6
 
 
 @strict
@@ -46,6 +51,7 @@ class MidiMambaConfig(MambaConfig):
             What a layer is: a mixer, and a feed-forward that follows it. `"mamba"`: a Mamba mixer alone.
             `"mamba-mlp"`: with a SwiGLU MLP. `"moe-mamba"`: with top-1 experts in place of the MLP (arXiv 2401.04081).
             `"transformer"`: attention and an MLP, as Llama. `"transformer-moe"`: attention and top-1 experts.
+            `"hybrid"`: Mamba mixers alone, but attention in the layers `attention_layers`.
         vocab_size (`int`, *optional*, defaults to 1000):
             Number of token ids.
         hidden_size (`int`, *optional*, defaults to 256):
@@ -79,6 +85,14 @@ class MidiMambaConfig(MambaConfig):
             Weight of the load-balancing loss in training.
         router_z_loss_coef (`float`, *optional*, defaults to 0.001):
             Weight of the router's z-loss in training.
+        attention_layers (`list[int]`, *optional*):
+            The layers of a hybrid that attend, counted from 0; by default one in six.
+        lookback_bars (`list[int]`, *optional*, defaults to `[]`):
+            Lags of the look-back embeddings, in bars: see [`~midimamba.modeling.look_back`]. None by default.
+        bar_token_ids (`list[int]`, *optional*, defaults to `[]`):
+            Ids that open a bar, for the look-back.
+        position_token_ids (`list[list[int]]`, *optional*, defaults to `[]`):
+            Pairs of an id and the last position in the bar that it sets, for the look-back.
     """
 
     model_type = "midimamba"
@@ -103,6 +117,10 @@ class MidiMambaConfig(MambaConfig):
     capacity_factor: float | int = 1.25
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.001
+    attention_layers: list[int] | tuple[int, ...] | None = None
+    lookback_bars: list[int] | tuple[int, ...] = ()
+    bar_token_ids: list[int] | tuple[int, ...] = ()
+    position_token_ids: list[list[int]] | tuple[list[int], ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -113,10 +131,14 @@ class MidiMambaConfig(MambaConfig):
             self.mlp_intermediate_size = -(-8 * self.hidden_size // (3 * 16)) * 16
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.mlp_intermediate_size
+        if self.attention_layers is None:
+            first = min(_ATTENDS_EVERY, self.num_hidden_layers) // 2
+            attends = range(first, self.num_hidden_layers, _ATTENDS_EVERY) if self.layout == "hybrid" else ()
+            self.attention_layers = list(attends)
         if self.layout in LAYOUTS:
             if self.mixer == "attention":
                 self.residual_in_fp32 = False  # Llama's residual stream has the model's own type
-            if self.layout not in STOCK:
+            if not self.is_stock:
                 # Asked by `save_pretrained`: export the code that reads it. Only some layouts need any.
                 self._auto_class = "AutoConfig"  # type: ignore[misc]
         super().__post_init__(**kwargs)
@@ -129,7 +151,7 @@ class MidiMambaConfig(MambaConfig):
 
         Args:
             size (`str`): `"tiny"`, `"small"`, `"medium"` or `"large"`: 0.5, 2.6, 20 or 160 million active parameters.
-            layout (`str`, *optional*, defaults to `"mamba"`): one of the five.
+            layout (`str`, *optional*, defaults to `"mamba"`): one of the named layouts.
             overrides: other fields, such as `vocab_size`. They take precedence over those of the size.
 
         Raises:
@@ -137,7 +159,7 @@ class MidiMambaConfig(MambaConfig):
         """
         if size not in _SIZES:
             raise ValueError(f"size {size!r} is unknown; use one of {', '.join(_SIZES)}")
-        hidden_size, mixers, heads, beside_mamba, beside_attention = _SIZES[size]
+        hidden_size, mixers, heads, beside_mamba, beside_attention, hybrid_head = _SIZES[size]
         mixer, feed_forward = LAYOUTS.get(layout, ("mamba", "none"))
         shape = {
             "hidden_size": hidden_size,
@@ -145,17 +167,25 @@ class MidiMambaConfig(MambaConfig):
             "num_attention_heads": heads,
             "mlp_intermediate_size": beside_mamba if mixer == "mamba" else beside_attention,
         }
+        if layout == "hybrid":
+            shape["head_dim"] = hybrid_head
         return cls(layout=layout, **{**shape, **overrides})
 
     @property
+    def is_stock(self) -> bool:
+        """Whether a class of transformers computes the same, so that checkpoints need no code."""
+        return self.layout in STOCK and not self.lookback_bars
+
+    @property
     def mixer(self) -> str:
-        """What mixes tokens: `"mamba"` or `"attention"`."""
+        """What mixes tokens in all layers, or in most of a hybrid: `"mamba"` or `"attention"`."""
         return LAYOUTS[self.layout][0]
 
     @property
     def mixers(self) -> tuple[str, ...]:
         """The mixer of each layer."""
-        return (self.mixer,) * self.num_hidden_layers
+        attends = set(self.attention_layers or ())
+        return tuple("attention" if index in attends else self.mixer for index in range(self.num_hidden_layers))
 
     @property
     def feed_forward(self) -> str:
@@ -169,10 +199,19 @@ class MidiMambaConfig(MambaConfig):
         return heads, self.num_key_value_heads or heads, self.head_dim or self.hidden_size // heads
 
     def validate_layout(self) -> None:
-        """The layout is one of the five, and its shape is possible."""
+        """The layout is one of those named, and its shape is possible."""
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
-        if self.mixer == "attention":
+        if self.layout == "hybrid":
+            wrong = [index for index in self.attention_layers or () if not 0 <= index < self.num_hidden_layers]
+            if wrong or not self.attention_layers:
+                raise ValueError(
+                    f"attention_layers is {self.attention_layers}; "
+                    f"a hybrid of {self.num_hidden_layers} layers needs some of 0 to {self.num_hidden_layers - 1}"
+                )
+        elif self.attention_layers:
+            raise ValueError(f"attention_layers is for layout 'hybrid', not {self.layout!r}")
+        if "attention" in self.mixers:
             self._check_heads()
         if self.feed_forward == "moe":
             if self.num_experts < 1:
@@ -213,12 +252,14 @@ class MidiMambaConfig(MambaConfig):
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: the fields as a stock configuration names them where there is one."""
         config = super().to_dict()
+        if not self.is_stock:
+            return {**config, "model_type": self.model_type, "architectures": ["MidiMambaForCausalLM"]}
         if self.layout == "mamba":
             own = {field.name for field in fields(MidiMambaConfig)} - {field.name for field in fields(MambaConfig)}
             config = {name: value for name, value in config.items() if name not in own}
-        elif self.layout == "transformer":
+        else:
             config = _to_llama(config)
-        model_type, architecture = STOCK.get(self.layout, (self.model_type, "MidiMambaForCausalLM"))
+        model_type, architecture = STOCK[self.layout]
         return {**config, "model_type": model_type, "architectures": [architecture]}
 
 

@@ -14,6 +14,9 @@ from .configuration_midimamba import MidiMambaConfig
 PADDING = -1
 """The document number of what no token may attend to: padding, and slots that were never filled."""
 
+LATER = torch.iinfo(torch.int32).max
+"""The place of tokens that have not come yet: behind every other."""
+
 
 class CacheMismatchError(ValueError):
     """A cache does not belong to the model, batch or device that it was given to, or has no room left."""
@@ -304,6 +307,53 @@ class DocumentState(TokenState):
         self.numbers[start:, seen_tokens:] = PADDING
 
 
+class LookBackState(TokenState):
+    """
+    The ids and places of all tokens, eight bytes per token.
+
+    Args:
+        ids, places (`IntTensor` of shape `(batch, max_length)`): of every token.
+    """
+
+    kind = "look-back"
+    names = ("ids", "places")
+    time_dim = 1
+    fill = LATER
+    ids: Tensor
+    places: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        config: MidiMambaConfig,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_length: int | None = None,
+    ) -> Self:
+        shape = batch_size, max_length or 0
+        return cls(*(torch.full(shape, LATER, dtype=torch.int32, device=device) for _ in cls.names))
+
+    @classmethod
+    def sizes_of(cls, config: MidiMambaConfig) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return ()
+
+    def extend(self, ids: Tensor, places: Tensor, past: int) -> None:
+        """Keep the ids and places `(batch, time)` of the next tokens."""
+        now = past + ids.shape[1]
+        self.make_room(now)
+        self.ids[:, past:now] = ids
+        self.places[:, past:now] = places
+
+    def _write(self, start: int, other: Self, seen_tokens: int) -> None:
+        super()._write(start, other, seen_tokens)
+        self.places[start:, seen_tokens:] = LATER
+
+
 STATES: Mapping[str, type[LayerState]] = MappingProxyType({"mamba": MambaState, "attention": AttentionState})
 """The state of a layer by the name of its mixer in the configuration."""
 
@@ -338,6 +388,7 @@ __all__ = [
     "CacheMismatchError",
     "DocumentState",
     "LayerState",
+    "LookBackState",
     "MambaState",
     "Scratch",
     "TokenState",

@@ -21,10 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 from .attention import MidiMambaAttention, frame_attention
-from .configuration_midimamba import STOCK, MidiMambaConfig
+from .configuration_midimamba import MidiMambaConfig
 from .feed_forward import SwiGLU, SwitchExperts
 from .frame import Frame
 from .layer_states import CacheMismatchError, LayerState
+from .look_back import LookBack
 from .mamba_mixer import MidiMambaMixer
 from .recurrent_cache import RecurrentCache
 from .stock_names import read_stock_names, stock_names_for_loading, write_stock_names
@@ -145,6 +146,10 @@ class MidiMambaPreTrainedModel(MambaPreTrainedModel):
         if isinstance(module, SwitchExperts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
+        elif isinstance(module, LookBack):
+            # What is shown starts as large as an embedding.
+            init.normal_(module.projection.weight, std=self.config.hidden_size**-0.5)
+            init.zeros_(module.repeats)
 
 
 class MidiMambaModel(MidiMambaPreTrainedModel):
@@ -153,6 +158,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.look_back = LookBack(config) if config.lookback_bars else None
         self.layers = nn.ModuleList(MidiMambaBlock(config, index) for index in range(config.num_hidden_layers))
         final_norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         # `Trainer` chooses by name which weights decay: a Mamba's `norm_f` does, a Llama's `norm` does not.
@@ -201,6 +207,11 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
             if seq_idx.shape != (batch, time):
                 raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the input {(batch, time)}")
             begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        if self.look_back is not None:
+            if input_ids is None:
+                raise ValueError("a model that looks back needs input_ids, not inputs_embeds")
+            state, past = (None, 0) if cache is None else (cache.look_back, cache.seen_tokens)
+            hidden_states = hidden_states + self.look_back(input_ids, self.embeddings, begins, state, past)
         frame = Frame(mask=mask, begins=begins)
         states: Sequence[LayerState | None] = [None] * len(self.layers)
         if cache is not None:
@@ -271,7 +282,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
-        if config.layout not in STOCK:
+        if not config.is_stock:
             # `save_pretrained` asks both whether to export the code. They are set on the model, not on the class,
             # because other layouts need no code.
             self._auto_class = "AutoModelForCausalLM"

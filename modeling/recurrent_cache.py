@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .configuration_midimamba import MidiMambaConfig
-from .layer_states import STATES, CacheMismatchError, DocumentState, LayerState, Scratch
+from .layer_states import STATES, CacheMismatchError, DocumentState, LayerState, LookBackState, Scratch
 
 
 class _Model(Protocol):
@@ -52,6 +52,7 @@ class RecurrentCache:
     Args:
         layers (`Sequence[LayerState]`): the state of each layer.
         documents (`DocumentState`): the number of each token's document, for layers that attend.
+        look_back (`LookBackState`, *optional*): the tokens read, for a model that looks back.
         seen_tokens (`int`, *optional*, defaults to 0): tokens read so far, padding included.
         plain (`bool`, *optional*, defaults to `True`): see [`~RecurrentCache.plain`].
     """
@@ -59,10 +60,16 @@ class RecurrentCache:
     is_compileable = False  # asked by `generate`, which would compile the forward pass for a static cache
 
     def __init__(
-        self, layers: Sequence[LayerState], documents: DocumentState, seen_tokens: int = 0, plain: bool = True
+        self,
+        layers: Sequence[LayerState],
+        documents: DocumentState,
+        look_back: LookBackState | None = None,
+        seen_tokens: int = 0,
+        plain: bool = True,
     ):
         self.layers = list(layers)
         self.documents = documents
+        self.look_back = look_back
         self._shared = _Shared(documents.batch_size, seen_tokens, plain)
 
     @classmethod
@@ -94,9 +101,12 @@ class RecurrentCache:
         layers = [STATES[mixer].empty(config, rows, dtype, device, max_length) for mixer in config.mixers]
         attends = any(state.keeps_tokens for state in layers)
         documents = DocumentState.empty(config, rows, dtype, device, max_length if attends else 0)
-        for state in (*layers, documents):
+        look_back = LookBackState.empty(config, rows, dtype, device, max_length) if config.lookback_bars else None
+        cache = cls(layers, documents, look_back)
+        for state in cache._states:
             state.show(batch_size)
-        return cls(layers, documents)
+        cache._shared.rows = batch_size
+        return cache
 
     @classmethod
     def for_model(
@@ -179,7 +189,7 @@ class RecurrentCache:
                 f"onto {self.batch_size} of {_describe(self._layout)}"
             )
         seen, is_part = other.seen_tokens, self._is_part
-        in_lockstep = any(state.keeps_tokens for state in self.layers)
+        in_lockstep = self.look_back is not None or any(state.keeps_tokens for state in self.layers)
         if is_part and in_lockstep and self.seen_tokens not in (0, seen):
             raise CacheMismatchError(
                 f"rows that read {seen} tokens cannot join rows that read {self.seen_tokens}; "
@@ -233,6 +243,8 @@ class RecurrentCache:
         mixers = config.mixers
         sizes = {mixer: (STATES[mixer].kind, STATES[mixer].sizes_of(config)) for mixer in set(mixers)}
         expected = [sizes[mixer] for mixer in mixers]
+        if config.lookback_bars:
+            expected.append((LookBackState.kind, LookBackState.sizes_of(config)))
         if self._layout != expected:
             raise CacheMismatchError(
                 f"the cache is of another model: it has {_describe(self._layout)}, this model {_describe(expected)}; "
@@ -253,7 +265,7 @@ class RecurrentCache:
                 [`~midimamba.modeling.layer_states.PADDING`] for padding; `None` if all belong to document 0.
             time (`int`): how many tokens follow.
         """
-        for state in self._states:
+        for state in (*self.layers, self.documents):
             state.make_room(self.seen_tokens + time)
         self.documents.extend(0 if documents is None else documents, self.seen_tokens, time)
         self._shared.plain &= documents is None and not self._is_part
@@ -264,7 +276,8 @@ class RecurrentCache:
 
     @property
     def _states(self) -> tuple[LayerState, ...]:
-        return *self.layers, self.documents
+        states = *self.layers, self.documents
+        return states if self.look_back is None else (*states, self.look_back)
 
     @property
     def _is_part(self) -> bool:
@@ -272,16 +285,18 @@ class RecurrentCache:
 
     @cached_property
     def _layout(self) -> list[tuple[str, tuple[int, ...]]]:
-        return [(state.kind, state.sizes) for state in self.layers]
+        return [(state.kind, state.sizes) for state in self._states if state is not self.documents]
 
     @property
     def _dtypes(self) -> list[str]:
         return sorted({str(tensor.dtype) for state in self.layers for tensor in state.tensors})
 
     def _map(self, function: Callable[[LayerState], LayerState]) -> "RecurrentCache":
-        documents = function(self.documents)
+        layers, documents = [function(state) for state in self.layers], function(self.documents)
+        look_back = None if self.look_back is None else function(self.look_back)
         assert isinstance(documents, DocumentState)
-        mapped = RecurrentCache([function(state) for state in self.layers], documents, self.seen_tokens, self.plain)
+        assert isinstance(look_back, LookBackState | None)
+        mapped = RecurrentCache(layers, documents, look_back, self.seen_tokens, self.plain)
         mapped._layout = self._layout  # asked for at every forward pass
         return mapped
 

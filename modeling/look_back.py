@@ -1,0 +1,150 @@
+"""Look-back embeddings: beside each token, what followed the same place some bars ago.
+
+Music repeats itself by the bar, and a state of constant size cannot repeat eight bars. So the model is shown what came
+next the last times: to the embedding of a token is added, for each lag, the embedding of the token that followed the
+aligned place that many bars earlier. The idea is that of Magenta's Lookback RNN (2016).
+
+Everything follows from the ids. Each token gets a *place*, a number that grows along the sequence: the bar that it is
+in, the position in the bar, and the count of ids since that position. The aligned place is the same number less the
+bars of the lag, and one binary search finds the last token at or before it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_midimamba import MidiMambaConfig
+from .layer_states import LookBackState
+
+# A place is bar * _PLACES + position * _PER_POSITION + count. There are 131,072 bars before 32 bits are full.
+_PLACES = 8192
+_PER_POSITION = 32
+
+
+class LookBack(nn.Module):
+    """
+    What is added to the embeddings of tokens.
+
+    Args:
+        config (`MidiMambaConfig`): the model's, with `lookback_bars`.
+    """
+
+    def __init__(self, config: MidiMambaConfig):
+        super().__init__()
+        self.lags = tuple(config.lookback_bars)
+        self.bos_token_id = config.bos_token_id
+        # The embeddings of the tokens serve for all lags; each lag has a projection of its own.
+        self.projection = nn.Linear(len(self.lags) * config.hidden_size, config.hidden_size, bias=False)
+        self.repeats = nn.Parameter(torch.zeros(len(self.lags), config.hidden_size))
+        self.config = config
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of every id, shape `(vocab,)` each: whether it opens a bar, and the last position that it sets or -1.
+
+        They follow from the configuration, so they are no weights, and are made when they are first needed.
+        """
+        if self._tables is None or self._tables[0].device != device:
+            opens_bar = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+            opens_bar[list(self.config.bar_token_ids)] = True
+            position = torch.full((self.config.vocab_size,), -1)
+            for index, value in self.config.position_token_ids:
+                position[index] = value
+            self._tables = opens_bar.to(device), position.to(device)
+        return self._tables
+
+    def forward(
+        self, ids: Tensor, embeddings: nn.Module, begins: Tensor | None, state: LookBackState | None, past: int
+    ) -> Tensor:
+        """
+        Args:
+            ids (`LongTensor` of shape `(batch, time)`): the tokens.
+            embeddings (`nn.Module`): the embeddings of tokens.
+            begins (`BoolTensor` of shape `(batch, time)`, *optional*): tokens with which a document begins, beside
+                those that are begin-of-sequence.
+            state (`LookBackState`, *optional*): the tokens before these. They are added to it.
+            past (`int`): how many tokens came before.
+
+        Returns:
+            `Tensor` of shape `(batch, time, hidden)`.
+        """
+        latest = None if state is None or not past else state.places[:, past - 1 : past].long()
+        places = self.number(ids, begins, latest)
+        all_ids, all_places = ids, places
+        if state is not None:
+            state.extend(ids, places, past)
+            all_ids, all_places = state.ids, state.places
+        followers, is_found, is_repeat = self.align(ids, places, all_ids, all_places)
+        shown = embeddings(followers) * is_found[..., None]
+        added: Tensor = self.projection(shown.flatten(2)) + is_repeat.to(self.repeats.dtype) @ self.repeats
+        return added
+
+    def number(self, ids: Tensor, begins: Tensor | None, latest: Tensor | None) -> Tensor:
+        """
+        The places of tokens.
+
+        Bars have even numbers, what precedes the first bar of a document has an odd one. Between two documents, and
+        between such a prefix and the first bar, more numbers are left out than the largest lag reaches back.
+
+        Args:
+            ids (`LongTensor` of shape `(batch, time)`): the tokens.
+            begins (`BoolTensor` of shape `(batch, time)`, *optional*): see `forward`.
+            latest (`LongTensor` of shape `(batch, 1)`, *optional*): the place of the token before these.
+
+        Returns:
+            `LongTensor` of shape `(batch, time)`.
+        """
+        is_begin = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
+        if self.bos_token_id is not None:
+            is_begin = is_begin | (ids == self.bos_token_id)
+        opens_bar, position = (table[ids] for table in self.tables(ids.device))
+        if latest is None:
+            latest = ids.new_full((len(ids), 1), _PLACES)
+        bar, within = latest // _PLACES, latest % _PLACES
+        gap = max(self.lags) + 1
+        bars, documents = opens_bar.cumsum(1), is_begin.cumsum(1)
+        # Bars of this document so far, counting from one that was open before.
+        before = ((bars - opens_bar.long()) * is_begin).cummax(1).values
+        was_open = (bar % 2 == 0) & (documents == 0)
+        is_open = was_open | (bars > before)
+        firsts = (opens_bar & ~was_open & (bars == before + 1)).cumsum(1)
+        number = bar // 2 + bars + gap * (documents + firsts)
+        number = 2 * number + (~is_open).long()
+
+        marks = opens_bar | is_begin | (position >= 0)
+        steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        mark = (steps * marks).cummax(1).values
+        counted = torch.where(mark > 0, steps - mark, within % _PER_POSITION + steps)
+        value = F.pad((position + 1) * marks, (1, 0)).gather(1, mark)
+        value = torch.where(mark > 0, value, within // _PER_POSITION)
+        return number * _PLACES + value * _PER_POSITION + counted.clamp(max=_PER_POSITION - 1)
+
+    def align(self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Find the tokens that followed the aligned places.
+
+        Args:
+            ids, places (`LongTensor` of shape `(batch, time)`): the tokens to look back from.
+            all_ids, all_places (`Tensor` of shape `(batch, length)`): all tokens up to them; more may follow.
+
+        Returns:
+            Three tensors of shape `(batch, time, lags)`: the ids that followed, or 0; whether there are any; and
+            whether the token is the one at the aligned place itself, so that it repeats.
+        """
+        lags = torch.tensor(self.lags, device=ids.device)
+        wanted = places[..., None] - lags * (2 * _PLACES)
+        found = torch.searchsorted(all_places, wanted.flatten(1).to(all_places.dtype), right=True) - 1
+        index = found.clamp(min=0)
+        at = all_places.gather(1, index).view_as(wanted)
+        is_found = (
+            (at // _PLACES == wanted // _PLACES)
+            & (found >= 0).view_as(wanted)
+            & (places[..., None] // _PLACES % 2 == 0)
+        )
+        repeated = all_ids.gather(1, index).view_as(wanted)
+        is_repeat = is_found & (at == wanted) & (repeated == ids[..., None])
+        followers = all_ids.gather(1, (index + 1).clamp(max=all_ids.shape[1] - 1)).view_as(wanted)
+        return followers.long() * is_found, is_found, is_repeat
+
+
+__all__ = ["LookBack"]

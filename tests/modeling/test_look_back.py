@@ -1,0 +1,218 @@
+"""Look-back: a slow definition of the alignment, and what it must be whichever way the tokens arrive."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from midimamba import CacheMismatchError, MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.look_back import LookBack
+from support import make_generator
+
+LAGS = (1, 2, 4)
+# Of a small vocabulary: 3 and 4 open a bar, 4 at its position 2; 5 to 8 set positions; 9 and 10 are notes.
+BARS, POSITIONS = [3, 4], [[4, 2], [5, 0], [6, 1], [7, 2], [8, 5]]
+PAD, BOS = 0, 1
+LOOK_BACK = {"lookback_bars": list(LAGS), "bar_token_ids": BARS, "position_token_ids": POSITIONS}
+
+
+@pytest.fixture(params=["mamba", "moe-mamba", "transformer"])
+def model(request: pytest.FixtureRequest) -> MidiMambaForCausalLM:
+    model = make_generator(layout=request.param, num_experts=2, capacity_factor=4.0, **LOOK_BACK)
+    look_back = model.backbone.look_back
+    assert look_back is not None
+    with torch.no_grad():  # nothing is shown by a repeat at first
+        look_back.repeats.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def music(batch: int, time: int, seed: int = 1) -> Tensor:
+    """Random ids in the order that music has: bars, rising positions, notes; a second piece in some rows."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(batch):
+        row: list[int] = [BOS, 2]
+        while len(row) < time:
+            if torch.rand((), generator=draw) < 0.07:
+                row += [BOS]
+            row += [BARS[int(torch.randint(0, 2, (), generator=draw))]]
+            for mark in (5, 6, 7, 8):
+                if torch.rand((), generator=draw) < 0.5 and not (row[-1] == 4 and mark <= 7):
+                    row += [
+                        mark,
+                        *(
+                            9 + torch.randint(0, 2, (int(torch.randint(0, 3, (), generator=draw)),), generator=draw)
+                        ).tolist(),
+                    ]
+        rows.append(row[:time])
+    return torch.tensor(rows)
+
+
+def align_slowly(row: list[int]) -> list[list[tuple[int, bool, bool]]]:
+    """The definition, token by token: the id that followed, whether there is one, whether the token repeats."""
+    positions = dict(POSITIONS)
+    bars: list[list[int]] = []  # of the piece so far: the indices of each bar's tokens
+    place: dict[int, tuple[int, int]] = {}  # position and count of ids since, of every token
+    result = []
+    for t, token in enumerate(row):
+        if token == BOS:
+            bars = []
+        if token in BARS:
+            bars.append([])
+            place[t] = (positions.get(token, -1), 0)
+        elif token in positions:
+            place[t] = (positions[token], 0)
+        elif bars and t > 0:
+            place[t] = (place[t - 1][0], place[t - 1][1] + 1)
+        if bars:
+            bars[-1].append(t)
+        found = []
+        for lag in LAGS:
+            earlier = [u for u in bars[-1 - lag] if place[u] <= place[t]] if len(bars) > lag else []
+            if earlier:
+                at = earlier[-1]
+                found.append((row[at + 1], True, place[at] == place[t] and row[at] == token))
+            else:
+                found.append((0, False, False))
+        result.append(found)
+    return result
+
+
+def align(ids: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    look_back = LookBack(MidiMambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, **LOOK_BACK))
+    places = look_back.number(ids, begins, None)
+    return look_back.align(ids, places, ids, places.int())
+
+
+def test_the_alignment_is_its_definition() -> None:
+    ids = music(8, 150)
+    followers, is_found, is_repeat = align(ids)
+    for row in range(len(ids)):
+        expected = torch.tensor(align_slowly(ids[row].tolist()))
+        assert followers[row].tolist() == expected[..., 0].tolist()
+        assert is_found[row].tolist() == expected[..., 1].bool().tolist()
+        assert is_repeat[row].tolist() == expected[..., 2].bool().tolist()
+    assert 0.3 < is_found.float().mean() < 0.95
+    assert is_repeat.any()
+
+
+def test_a_piece_that_repeats_a_bar_is_told_what_follows() -> None:
+    bar = [3, 5, 9, 6, 10, 9]
+    followers, is_found, is_repeat = align(torch.tensor([[BOS, *bar, *bar, *bar]]))
+    assert followers[0, 7:12, 0].tolist() == bar[1:]
+    assert is_repeat[0, 7:, 0].all()
+    assert is_found[0, 7:, 0].all()
+    assert not is_found[0, :7].any()
+    assert is_found[0, 13:, 1].all()
+
+
+def test_no_token_of_the_future_is_seen(model: MidiMambaForCausalLM) -> None:
+    ids = music(2, 60)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        for t in (0, 1, 20, 33, 59):
+            for other in (3, 6, 10):
+                changed = ids.clone()
+                changed[:, t] = other
+                after = model(changed, use_cache=False).logits
+                torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-5, rtol=0)
+
+
+def test_looking_back_changes_what_is_expected(model: MidiMambaForCausalLM) -> None:
+    ids = music(2, 60)
+    changed = ids.clone()
+    changed[:, 20:24] = ids.flip(0)[:, 20:24]
+    with torch.no_grad():
+        look_back = model.backbone.look_back
+        assert look_back is not None
+        with_it = model(ids).logits
+        look_back.projection.weight.zero_()
+        look_back.repeats.zero_()
+        assert (with_it - model(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 7, 64])
+@pytest.mark.parametrize("max_length", [None, 130])
+def test_steps_of_any_size_are_one_pass(model: MidiMambaForCausalLM, steps: int, max_length: int | None) -> None:
+    ids = music(3, 130)
+    cache = RecurrentCache.for_model(model, 3, max_length)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(steps, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
+
+
+def test_a_fork_goes_on_as_a_fresh_read(model: MidiMambaForCausalLM) -> None:
+    ids, endings = music(2, 40), music(6, 30, seed=2)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        kept = cache.snapshot()
+        forked = model(endings, past_key_values=cache.fork(3)).logits
+        fresh = model(torch.cat([ids.repeat_interleave(3, 0), endings], dim=1), use_cache=False).logits[:, 40:]
+        torch.testing.assert_close(forked, fresh, atol=1e-4, rtol=0)
+        # The origin did not change, and rows may be chosen, joined and put back.
+        chosen = cache.select(torch.tensor([1, 0, 1]))
+        joined = cache.select(torch.tensor([1])).append(cache.select(torch.tensor([0, 1])))
+        order = [1, 0, 1]
+        expected = model(endings[order], past_key_values=kept.select(torch.tensor(order))).logits
+        for state in (chosen, joined):
+            torch.testing.assert_close(
+                model(endings[order], past_key_values=state).logits, expected, atol=1e-4, rtol=0
+            )
+
+
+def test_packed_pieces_are_separate_ones(model: MidiMambaForCausalLM) -> None:
+    """Whether a piece begins with begin-of-sequence, or only its number says so."""
+    pieces = [music(1, 40, seed)[:, skip:] for seed, skip in ((5, 0), (6, 1), (7, 2))]
+    for piece in pieces:
+        piece[:, 1:][piece[:, 1:] == BOS] = 9
+    numbers = torch.cat([torch.full_like(piece, index) for index, piece in enumerate(pieces)], dim=1)
+    with torch.no_grad():
+        packed = model(torch.cat(pieces, dim=1), seq_idx=numbers, use_cache=False).logits
+        alone = torch.cat([model(piece, use_cache=False).logits for piece in pieces], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("first", [BOS, 3])
+def test_padding_on_the_left_changes_nothing(model: MidiMambaForCausalLM, first: int) -> None:
+    ids = music(2, 50)
+    ids[:, 0] = first
+    padded = torch.cat([torch.full((2, 9), PAD), ids], dim=1)
+    mask = (torch.arange(59) >= 9).long().expand(2, -1)
+    with torch.no_grad():
+        alone, behind = model(ids, use_cache=True), model(padded, attention_mask=mask, use_cache=True)
+        torch.testing.assert_close(behind.logits[:, 9:], alone.logits, atol=1e-4, rtol=0)
+        more = music(2, 20, seed=4)
+        ours = model(more, past_key_values=behind.past_key_values).logits
+        theirs = model(more, past_key_values=alone.past_key_values).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"num_beams": 3}, {"do_sample": False, "num_return_sequences": 1}]
+)
+def test_generate_with_a_cache_is_generate_without(model: MidiMambaForCausalLM, options: dict[str, object]) -> None:
+    ids = music(2, 30)
+    ids[0, :6] = PAD
+    inputs = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": 2}
+    cached = model.generate(ids, use_cache=True, **inputs, **options)
+    assert isinstance(cached, Tensor)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **inputs, **options))
+
+
+def test_a_cache_of_a_model_that_does_not_look_back_is_refused(model: MidiMambaForCausalLM) -> None:
+    plain = make_generator(layout=model.config.layout, num_experts=2)
+    for reader, cache in ((model, plain.make_state(2)), (plain, model.make_state(2))):
+        with pytest.raises(CacheMismatchError, match="look-back"):
+            reader(music(2, 4), past_key_values=cache)
+
+
+def test_a_checkpoint_carries_its_code_and_computes_the_same(model: MidiMambaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "look_back.py").exists()
+    again = MidiMambaForCausalLM.from_pretrained(tmp_path)
+    ids = music(2, 40)
+    with torch.no_grad():
+        assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert again.config.lookback_bars == list(LAGS)
