@@ -31,6 +31,7 @@ PUBLISHED = (
     # The generator's own code, of layouts that transformers has no class for.
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(
+        "look_back.py",
         "recurrent_cache.py",
         "layer_states.py",
         "frame.py",

@@ -211,6 +211,10 @@ class MidiMambaConfig(MambaConfig):
                 )
         elif self.attention_layers:
             raise ValueError(f"attention_layers is for layout 'hybrid', not {self.layout!r}")
+        if any(lag < 1 for lag in self.lookback_bars):
+            raise ValueError(f"lookback_bars is {list(self.lookback_bars)}; each lag must be at least 1")
+        if self.lookback_bars and not self.bar_token_ids:
+            raise ValueError("lookback_bars needs bar_token_ids, the ids that open a bar")
         if "attention" in self.mixers:
             self._check_heads()
         if self.feed_forward == "moe":

@@ -47,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "merge_ids",
     "normalize_score",
+    "time_ids",
     "train_on_ids",
     "train_tokenizer",
 ]
@@ -154,6 +155,27 @@ def expand_ids(tokenizer: MusicTokenizer, ids: Sequence[Any]) -> list[Any]:
     sequence = TokSequence(ids=list(ids), are_ids_encoded=tokenizer.is_trained)
     tokenizer.decode_token_ids(sequence)
     return sequence.ids
+
+
+def time_ids(tokenizer: MusicTokenizer) -> tuple[list[int], list[list[int]]]:
+    """Which ids tell where in the music a token is, for a model that looks back by bars.
+
+    Args:
+        tokenizer (`miditok.MusicTokenizer`):
+            One that writes one id per step, trained or not.
+
+    Returns:
+        `tuple[list[int], list[list[int]]]`: the ids that open a bar, and pairs of an id and the last position in the
+        bar that it sets. A learned id may do both, because it stands for several base tokens.
+    """
+    bars, positions = [], []
+    for index in range(tokenizer.vocab_size):
+        tokens = tokenizer._ids_to_tokens(expand_ids(tokenizer, [index]))
+        if any(token.startswith("Bar_") for token in tokens):
+            bars.append(index)
+        if found := [int(token.removeprefix("Position_")) for token in tokens if token.startswith("Position_")]:
+            positions.append([index, found[-1]])
+    return bars, positions
 
 
 def train_tokenizer(

@@ -32,7 +32,16 @@ class PretrainArguments:
     sequence_length: int = field(default=256, metadata={"help": "Tokens in a training block."})
     layout: str = field(
         default="mamba",
-        metadata={"help": "Layers of a new model: mamba, mamba-mlp, moe-mamba, transformer or transformer-moe."},
+        metadata={
+            "help": "Layers of a new model: mamba, mamba-mlp, moe-mamba, transformer, transformer-moe or hybrid."
+        },
+    )
+    lookback_bars: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Show a new model what followed the same place this many bars ago, such as 1 2 4 8 16, so that it "
+            "can repeat. Unset: nothing, and the mamba layout loads in plain transformers."
+        },
     )
     size: str | None = field(
         default=None,
@@ -60,6 +69,7 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
     from huggingface_hub.errors import StrictDataclassError
 
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.tokenization.tokenizer import time_ids
 
     fields: dict[str, Any] = {
         "vocab_size": processor.vocab_size,
@@ -67,6 +77,14 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
         "bos_token_id": processor.bos_token_id,
         "eos_token_id": processor.eos_token_id,
     }
+    if arguments.lookback_bars:
+        bars, positions = time_ids(processor.midi_tokenizer)
+        if not bars:
+            raise InputError(
+                "lookback_bars needs a tokenization with bars, such as REMI; "
+                f"{type(processor.midi_tokenizer).__name__} has none"
+            )
+        fields |= {"bar_token_ids": bars, "position_token_ids": positions, "lookback_bars": arguments.lookback_bars}
     try:
         if arguments.size is not None:
             return MidiMambaConfig.of_size(arguments.size, arguments.layout, **fields)

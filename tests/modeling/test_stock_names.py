@@ -25,6 +25,7 @@ WRITTEN = {
     "moe-mamba": {"norm", "mixer", "feed_forward_norm", "feed_forward"},
     "transformer": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
     "transformer-moe": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
+    "hybrid": {"norm", "mixer"},
 }
 
 

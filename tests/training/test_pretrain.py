@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "training" / "pretrain.py"
 def test_a_named_size_makes_the_model_of_that_size(layout: str, processor: MidiProcessor) -> None:
     config = new_config(PretrainArguments("data", layout=layout, size="tiny", hidden_size=512), processor)
     assert (config.layout, config.hidden_size) == (layout, 128)
-    assert config.num_hidden_layers == (4 if layout == "mamba" else 2)
+    assert config.num_hidden_layers == (4 if layout in ("mamba", "hybrid") else 2)
     assert config.vocab_size == processor.vocab_size
 
 
