@@ -9,6 +9,9 @@ in, the position in the bar, and the count of ids since that position. The align
 bars of the lag, and one binary search finds the last token at or before it.
 """
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,16 +71,53 @@ class LookBack(nn.Module):
         Returns:
             `Tensor` of shape `(batch, time, hidden)`.
         """
-        latest = None if state is None or not past else state.places[:, past - 1 : past].long()
-        places = self.number(ids, begins, latest)
-        all_ids, all_places = ids, places
-        if state is not None:
-            state.extend(ids, places, past)
-            all_ids, all_places = state.ids, state.places
-        followers, is_found, is_repeat = self.align(ids, places, all_ids, all_places)
-        shown = embeddings(followers) * is_found[..., None]
-        added: Tensor = self.projection(shown.flatten(2)) + is_repeat.to(self.repeats.dtype) @ self.repeats
+        followers, matches = self.find(ids, begins, state, past)
+        shown = embeddings(followers) * (matches > 0).unsqueeze(-1)
+        added: Tensor = self.projection(shown.flatten(2)) + (matches == 2).to(self.repeats.dtype) @ self.repeats
         return added
+
+    def find(
+        self, ids: Tensor, begins: Tensor | None, state: LookBackState | None, past: int
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Find the tokens that followed the aligned places, and keep these tokens for the next call. See `forward`.
+
+        Returns:
+            Two `LongTensor` of shape `(batch, time, lags)`: the ids that followed, or 0; and 0 where nothing is
+            aligned, 1 where something is, 2 where it is the same token at the same place, so that this token repeats.
+        """
+        if state is None:
+            state = LookBackState.empty(self.config, len(ids), torch.float32, ids.device)
+        state.make_room(past + ids.shape[1])
+        if ids.device.type == "cpu" and _has_numba():
+            return self._find_by_kernel(ids, begins, state, past)
+        latest = state.places[:, past - 1 : past].long() if past else None
+        places = self.number(ids, begins, latest)
+        state.extend(ids, places, past)
+        return self.align(ids, places, state.ids, state.places)
+
+    def _find_by_kernel(
+        self, ids: Tensor, begins: Tensor | None, state: LookBackState, past: int
+    ) -> tuple[Tensor, Tensor]:
+        from .look_back_numba import align_
+
+        opens_bar, position = self.tables(ids.device)
+        followers, matches = ids.new_empty(2, *ids.shape, len(self.lags))
+        starts = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
+        tensors = (
+            ids,
+            starts,
+            opens_bar,
+            position,
+            torch.tensor(self.lags),
+            state.ids,
+            state.places,
+            followers,
+            matches,
+        )
+        bos = -1 if self.bos_token_id is None else self.bos_token_id
+        align_(*(tensor.numpy() for tensor in tensors), past, bos, _PLACES, _PER_POSITION)
+        return followers, matches
 
     def number(self, ids: Tensor, begins: Tensor | None, latest: Tensor | None) -> Tensor:
         """
@@ -119,32 +159,32 @@ class LookBack(nn.Module):
         value = torch.where(mark > 0, value, within // _PER_POSITION)
         return number * _PLACES + value * _PER_POSITION + counted.clamp(max=_PER_POSITION - 1)
 
-    def align(self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def align(self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Find the tokens that followed the aligned places.
+        Look back from tokens at their places.
 
         Args:
             ids, places (`LongTensor` of shape `(batch, time)`): the tokens to look back from.
             all_ids, all_places (`Tensor` of shape `(batch, length)`): all tokens up to them; more may follow.
 
         Returns:
-            Three tensors of shape `(batch, time, lags)`: the ids that followed, or 0; whether there are any; and
-            whether the token is the one at the aligned place itself, so that it repeats.
+            As `find`.
         """
         lags = torch.tensor(self.lags, device=ids.device)
         wanted = places[..., None] - lags * (2 * _PLACES)
         found = torch.searchsorted(all_places, wanted.flatten(1).to(all_places.dtype), right=True) - 1
         index = found.clamp(min=0)
         at = all_places.gather(1, index).view_as(wanted)
-        is_found = (
-            (at // _PLACES == wanted // _PLACES)
-            & (found >= 0).view_as(wanted)
-            & (places[..., None] // _PLACES % 2 == 0)
-        )
-        repeated = all_ids.gather(1, index).view_as(wanted)
-        is_repeat = is_found & (at == wanted) & (repeated == ids[..., None])
+        is_in_bar = places[..., None] // _PLACES % 2 == 0
+        is_found = is_in_bar & (found >= 0).view_as(wanted) & (at // _PLACES == wanted // _PLACES)
+        is_same = (at == wanted) & (all_ids.gather(1, index).view_as(wanted) == ids[..., None])
         followers = all_ids.gather(1, (index + 1).clamp(max=all_ids.shape[1] - 1)).view_as(wanted)
-        return followers.long() * is_found, is_found, is_repeat
+        return followers.long() * is_found, is_found.long() * (1 + is_same.long())
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 __all__ = ["LookBack"]

@@ -1,5 +1,6 @@
 """Look-back: a slow definition of the alignment, and what it must be whichever way the tokens arrive."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ PAD, BOS = 0, 1
 LOOK_BACK = {"lookback_bars": list(LAGS), "bar_token_ids": BARS, "position_token_ids": POSITIONS}
 
 
-@pytest.fixture(params=["mamba", "moe-mamba", "transformer"])
+Find = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(params=["mamba", "moe-mamba", "transformer", "hybrid"])
 def model(request: pytest.FixtureRequest) -> MidiMambaForCausalLM:
     model = make_generator(layout=request.param, num_experts=2, capacity_factor=4.0, **LOOK_BACK)
     look_back = model.backbone.look_back
@@ -79,32 +83,32 @@ def align_slowly(row: list[int]) -> list[list[tuple[int, bool, bool]]]:
     return result
 
 
-def align(ids: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+@pytest.fixture(params=["numba", "torch"])
+def find(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Find:
+    """What a look-back finds, by each of the two ways to compute it."""
+    monkeypatch.setattr("midimamba.modeling.look_back._has_numba", lambda: request.param == "numba")
     look_back = LookBack(MidiMambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, **LOOK_BACK))
-    places = look_back.number(ids, begins, None)
-    return look_back.align(ids, places, ids, places.int())
+    return lambda ids: look_back.find(ids, None, None, 0)
 
 
-def test_the_alignment_is_its_definition() -> None:
+def test_the_alignment_is_its_definition(find: Find) -> None:
     ids = music(8, 150)
-    followers, is_found, is_repeat = align(ids)
+    followers, matches = find(ids)
     for row in range(len(ids)):
         expected = torch.tensor(align_slowly(ids[row].tolist()))
         assert followers[row].tolist() == expected[..., 0].tolist()
-        assert is_found[row].tolist() == expected[..., 1].bool().tolist()
-        assert is_repeat[row].tolist() == expected[..., 2].bool().tolist()
-    assert 0.3 < is_found.float().mean() < 0.95
-    assert is_repeat.any()
+        assert matches[row].tolist() == (expected[..., 1] + expected[..., 2]).tolist()
+    assert 0.3 < (matches > 0).float().mean() < 0.95
+    assert (matches == 2).any()
 
 
-def test_a_piece_that_repeats_a_bar_is_told_what_follows() -> None:
+def test_a_piece_that_repeats_a_bar_is_told_what_follows(find: Find) -> None:
     bar = [3, 5, 9, 6, 10, 9]
-    followers, is_found, is_repeat = align(torch.tensor([[BOS, *bar, *bar, *bar]]))
+    followers, matches = find(torch.tensor([[BOS, *bar, *bar, *bar]]))
     assert followers[0, 7:12, 0].tolist() == bar[1:]
-    assert is_repeat[0, 7:, 0].all()
-    assert is_found[0, 7:, 0].all()
-    assert not is_found[0, :7].any()
-    assert is_found[0, 13:, 1].all()
+    assert (matches[0, 7:, 0] == 2).all()
+    assert not matches[0, :7].any()
+    assert (matches[0, 13:, 1] == 2).all()
 
 
 def test_no_token_of_the_future_is_seen(model: MidiMambaForCausalLM) -> None:
@@ -216,3 +220,18 @@ def test_a_checkpoint_carries_its_code_and_computes_the_same(model: MidiMambaFor
     with torch.no_grad():
         assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert again.config.lookback_bars == list(LAGS)
+
+
+def test_the_kernel_is_its_slow_twin(model: MidiMambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with documents and in steps, whose states it writes."""
+    ids = music(3, 90)
+    numbers = (torch.arange(90) // 37).expand(3, -1)
+    logits = []
+    for has_numba in (True, False):
+        monkeypatch.setattr("midimamba.modeling.look_back._has_numba", lambda has_numba=has_numba: has_numba)
+        cache = model.make_state(3)
+        with torch.no_grad():
+            parts = [model(ids[:, :70], seq_idx=numbers[:, :70], past_key_values=cache).logits]
+            parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(70, 90)]
+        logits.append(torch.cat(parts, dim=1))
+    assert torch.equal(*logits)

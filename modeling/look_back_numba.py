@@ -1,0 +1,84 @@
+"""The alignment of look-back in one pass over the tokens, for the processor, compiled by Numba.
+
+It computes what [`~midimamba.modeling.look_back.LookBack`] defines with torch.
+"""
+
+from typing import Any
+
+from .numba_common import kernel
+
+
+@kernel
+def align_(
+    ids: Any,
+    begins: Any,
+    opens_bar: Any,
+    position: Any,
+    lags: Any,
+    all_ids: Any,
+    all_places: Any,
+    followers: Any,
+    matches: Any,
+    past: int,
+    bos: int,
+    places: int,
+    per_position: int,
+) -> None:
+    """
+    Write ids and places of the next tokens behind those of earlier ones, and what they look back at.
+
+    Args:
+        ids (`array` of shape `(batch, time)`): the next tokens.
+        begins (`array` of shape `(batch, time)`): 1 where a document begins.
+        opens_bar, position (`array` of shape `(vocab,)`): of every id, whether it opens a bar, and the last position
+            that it sets or -1.
+        lags (`array` of shape `(lags,)`): in bars.
+        all_ids, all_places (`array` of shape `(batch, at least past + time)`): of all tokens; those of the next are
+            written.
+        followers (`array` of shape `(batch, time, lags)`): receives the ids that followed the aligned places, or 0.
+        matches (`array` of shape `(batch, time, lags)`): receives 0 where nothing is aligned, 1 where something is,
+            and 2 where it is the same token at the same place.
+        past (`int`): tokens before these.
+        bos (`int`): begin-of-sequence, or -1.
+        places, per_position (`int`): the places of a bar, and of a position in it.
+    """
+    batch, time = ids.shape
+    gap = lags.max() + 1
+    for b in range(batch):
+        latest = all_places[b, past - 1] if past else places
+        number, within = latest // places, latest % places
+        for t in range(time):
+            token = ids[b, t]
+            if begins[b, t] or token == bos:
+                number = number // 2 * 2 + 2 * gap + 1
+                within = 0
+            elif opens_bar[token] or position[token] >= 0:
+                within = 0
+            else:
+                within = within // per_position * per_position + min(within % per_position + 1, per_position - 1)
+            if opens_bar[token]:
+                number = number + 2 if number % 2 == 0 else number // 2 * 2 + 2 * gap + 2
+            if position[token] >= 0:
+                within = (position[token] + 1) * per_position
+            now = past + t
+            place = number * places + within
+            all_ids[b, now], all_places[b, now] = token, place
+            for index in range(len(lags)):
+                followers[b, t, index] = matches[b, t, index] = 0
+                if number % 2:
+                    continue
+                wanted = place - 2 * places * lags[index]
+                low, high = 0, now + 1  # the first token behind the wanted place lies in between
+                while low < high:
+                    middle = (low + high) // 2
+                    if all_places[b, middle] <= wanted:
+                        low = middle + 1
+                    else:
+                        high = middle
+                if low and all_places[b, low - 1] // places == wanted // places:
+                    is_same = all_places[b, low - 1] == wanted and all_ids[b, low - 1] == token
+                    followers[b, t, index] = all_ids[b, low]
+                    matches[b, t, index] = 2 if is_same else 1
+
+
+__all__ = ["align_"]
