@@ -25,6 +25,7 @@ from midimamba.evaluation.listening_page import listening_page
 from midimamba.evaluation.rendering import render_wave
 from midimamba.evaluation.samples import midi_files
 from midimamba.files import whole_folder
+from midimamba.text import for_json, for_markdown, printable
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 
 WORST, BEST = 1, 5
@@ -137,7 +138,7 @@ def write_listening_test(
             for name, (arm, index) in found.items()
         }
         content = {"test": test, "seed": seed, "bars": bars, "pieces": key}
-        (scratch / "key.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (scratch / "key.json").write_text(for_json(content, indent=2) + "\n", encoding="utf-8")
         (scratch / "index.html").write_text(listening_page(test, names), encoding="utf-8")
 
 
@@ -228,10 +229,10 @@ def scores_table(scores: ListeningScores) -> str:
     ]
     for arm, score in scores.arms.items():
         figures = f"{_cells(score.rating, '.2f')} | {_cells(score.person, '.0%')}"
-        rows.append(f"| {arm} | {score.answers} of {score.asked} | {figures} |")
+        rows.append(f"| {for_markdown(arm)} | {score.answers} of {score.asked} | {figures} |")
     rows += ["", "| difference of mean ratings | value | 95 % interval |", "|---|---:|---:|"]
     for (first, second), difference in scores.differences.items():
-        rows.append(f"| {first} minus {second} | {_cells(difference, '+.2f')} |")
+        rows.append(f"| {for_markdown(first)} minus {for_markdown(second)} | {_cells(difference, '+.2f')} |")
     listeners = f"{scores.listeners} listener{'s' * (scores.listeners != 1)}."
     return "\n".join([*rows, "", f"{listeners} {EXPLANATION}"])
 
@@ -240,7 +241,7 @@ def _draw(folder: Path, num: int, bars: int, seed: int) -> Draw:
     files = midi_files(folder)
     random.Random(seed).shuffle(files)
     draw = Draw({}, [])
-    for file in tqdm(files, desc=f"reading {folder.name}", leave=False, disable=None):
+    for file in tqdm(files, desc=f"reading {printable(folder.name)}", leave=False, disable=None):
         if len(draw.pieces) == num:
             break
         with suppress(MidiRefusedError):

@@ -6,7 +6,6 @@ Everything is measured on the test split, which neither training phase has used.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.text import for_json
 
 NEEDED = (
     "data",
@@ -60,7 +60,7 @@ def write_report(run: Path, seed: int = 0, num_samples: int = 64, length: int | 
     report = _measure(run, seed, num_samples, length or training["sequence_length"], training["prompt_length"])
     report["training"] = training
     draw_curves(run / "pretrained", run / "generator", run / "curves.png")
-    write_whole(run / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(run / "report.json", for_json(report, indent=2) + "\n")
     write_whole(run / "report.md", report_page(run, report))
     return report
 

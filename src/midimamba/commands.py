@@ -178,8 +178,9 @@ def _score_answers(test: Path, options: ListenOptions) -> None:
 def publish(options: PublishOptions) -> None:
     """`midimamba publish`: a run or a corpus to the Hub."""
     from midimamba.hub_cards.publish import publish as publish_run
+    from midimamba.text import show
 
-    urls = publish_run(
+    done = publish_run(
         options.folder,
         options.repo,
         discriminator=options.discriminator,
@@ -187,8 +188,10 @@ def publish(options: PublishOptions) -> None:
         license=options.license,
         private=options.private,
     )
-    for name, url in urls.items():
-        print(f"{name}: {url}")
+    for name, url in done.urls.items():
+        show(f"{name}: {url}")
+    if done.left_out:
+        show(f"not uploaded, because only files with known names are: {', '.join(done.left_out)}", file=sys.stderr)
 
 
 def info() -> None:
