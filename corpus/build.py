@@ -27,6 +27,7 @@ from midimamba.corpus.sources import CHORALES, MANIFEST, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
 from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole
+from midimamba.text import for_json, printable
 from midimamba.tokenization.choices import CONTROLS
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.processor import MidiProcessor
@@ -91,7 +92,7 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
             if earlier is not None and earlier["arguments"] == arguments:
-                tqdm.write(f"{out} is already there", file=sys.stderr)
+                tqdm.write(printable(f"{out} is already there"), file=sys.stderr)
                 path.unlink()
                 return earlier
             with whole_folder(out, replace=earlier is not None) as folder:
@@ -212,7 +213,7 @@ def _save(
     with (folder / "quarantine.jsonl").open("w") as file:
         for refusal in store.refusals():
             row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(for_json(row) + "\n")
     report = {
         "splits": {split: _count(dataset[split]) for split in SPLITS},
         "split_by": {"given": counts["given"], "hash": counts["pieces"] - counts["given"]},
@@ -222,7 +223,7 @@ def _save(
         "arguments": arguments,
         "versions": _versions(["miditok", "symusic"]),
     }
-    write_whole(folder / "corpus.json", json.dumps(report, indent=2) + "\n")
+    write_whole(folder / "corpus.json", for_json(report, indent=2) + "\n")
     return report
 
 

@@ -137,6 +137,23 @@ def publish(
         return Published(hub.send(uploads, private), others)
 
 
+def check_target(repo_id: str, *, with_discriminator: bool = False, token: str | None = None) -> None:
+    """
+    Check before long work whether something could be published.
+
+    Args:
+        repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token.
+        with_discriminator (`bool`, *optional*, defaults to `False`): whether a discriminator is published as well.
+        token (`str`, *optional*): the token for the Hub; that of `hf auth login` by default.
+
+    Raises:
+        InputError: if a name is impossible, if there is no token that may write, or if the Hub cannot be reached.
+    """
+    for name in (repo_id, f"{repo_id}{_DISCRIMINATOR}")[: 1 + with_discriminator]:
+        check_name(name)
+    Hub(token).resolve([Upload("generator", repo_id, Path())])
+
+
 def _collect_generator(source: Path, target: Path, report: Path | None) -> Evaluation | None:
     """Fill `target` with what is uploaded of a generator, and check that it loads."""
     evaluation = None if report is None else read_evaluation(report)

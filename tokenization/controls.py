@@ -21,7 +21,12 @@ from .musical_time import KEYS, best_keys, count_bars, mean_tempo, meter_spans
 
 # MidiTok's tokens are of the form Type_Value. It has no type that starts like this: its `ControlChange` has no hyphen.
 _PREFIX = "Control-"
-_TOKEN = re.compile(rf"{_PREFIX}[^\s_]+_[^\s_]+")
+# Neither white space nor what acts unseen where a vocabulary is shown: controls, marks of direction, hidden signs.
+_SIGNS = (
+    r"[^\s_\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e007f]+"
+)
+_TOKEN = re.compile(rf"{_PREFIX}{_SIGNS}_{_SIGNS}")
 
 DRUMS = "drums"
 # General MIDI's names; where sounds share a program, the first.
@@ -47,12 +52,13 @@ def control_token(name: str, value: str) -> str:
         name (`str`):
             One of `CONTROLS`, or the name of a label.
         value (`str`):
-            In name and value, a run of white space or underscores becomes a hyphen: tokens have neither.
+            In name and value, a run of white space, underscores or hidden signs (controls, marks of direction) becomes
+            a hyphen: tokens have none.
 
     Raises:
         InputError: if nothing is left of either.
     """
-    slugs = ["-".join(re.findall(r"[^\s_]+", part)) for part in (name, value)]
+    slugs = ["-".join(re.findall(_SIGNS, part)) for part in (name, value)]
     if not all(slugs):
         raise InputError(f"a control needs a name and a value, not {name!r} and {value!r}")
     return f"{_PREFIX}{'_'.join(slugs)}"

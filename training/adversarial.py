@@ -77,6 +77,7 @@ def tune(
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
     from midimamba.training.lora import lora_config
+    from midimamba.training.publishing import take_over_push
     from midimamba.training.scripts import (
         check_resumes,
         find_resume_point,
@@ -92,8 +93,7 @@ def tune(
     model = load_generator(script_args.model, processor)
     discriminator = load_discriminator(script_args, model, length)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
-    # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
-    push, training_args.push_to_hub = training_args.push_to_hub, False
+    push = take_over_push(training_args, with_discriminator=True)
     try:
         trainer = AdversarialTrainer(
             model=model,
@@ -116,8 +116,8 @@ def tune(
 
 def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:
     """Write the two networks, and publish them if asked."""
-    from midimamba.hub_cards.publish import publish
     from midimamba.training.guard import output_folder
+    from midimamba.training.publishing import publish_run
     from midimamba.training.scripts import announce, save_model
 
     output = output_folder(trainer.args)
@@ -127,9 +127,7 @@ def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: S
     save_model(output, trainer.generator_for_saving, processor, arguments=arguments)
     announce(f"the generator is in {output}, the discriminator in {d_output}")
     if push:
-        repo, private = trainer.args.hub_model_id or output.name, bool(trainer.args.hub_private_repo)
-        for url in publish(output, repo, discriminator=d_output, private=private).values():
-            announce(f"published {url}")
+        publish_run(trainer.args, output, d_output)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from midimamba.errors import InputError
 from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, sample
+from midimamba.text import show
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.checkpoint import (
     AVERAGED_POLICY_FILE,
@@ -195,7 +196,7 @@ class GuardedTrainer(Trainer):
 
     def _announce(self, message: str) -> None:
         if self.is_world_process_zero():
-            sys.stderr.write(f"{message}\n")
+            show(message, file=sys.stderr)
 
     # ---- after every step ----
 

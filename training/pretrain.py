@@ -109,6 +109,7 @@ def train(
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
     from midimamba.training.guard import output_folder
     from midimamba.training.lora import add_adapters, lora_config, merged
+    from midimamba.training.publishing import publish_run, take_over_push
     from midimamba.training.scripts import (
         announce,
         check_resumes,
@@ -130,6 +131,7 @@ def train(
     else:
         model = MidiMambaForCausalLM(new_config(script_args, processor))
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model})
+    push = take_over_push(training_args)
     trainer = Trainer(
         model=model if peft_config is None else add_adapters(model, peft_config),
         args=training_args,
@@ -146,6 +148,8 @@ def train(
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         save_model(output, merged(model), processor, arguments=(training_args, augmentation, lora_args, script_args))
         announce(f"the generator is in {output}")
+        if push:
+            publish_run(training_args, output)
     trainer.end()
 
 

@@ -26,6 +26,7 @@ from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConf
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.stock_names import plain_name
+from midimamba.text import show
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.guard import is_complete, last_complete_checkpoint, output_folder
@@ -295,4 +296,4 @@ def _as_dict(arguments: Any) -> dict[str, Any]:
 
 def announce(message: str) -> None:
     """One line for the person who waits."""
-    sys.stderr.write(f"{message}\n")
+    show(message, file=sys.stderr)

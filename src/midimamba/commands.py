@@ -19,6 +19,7 @@ from midimamba.command_options import (
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import is_taken
+from midimamba.text import show
 
 
 def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
@@ -36,7 +37,7 @@ def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
         print(f"{split:>10}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
     print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
     if report["refused"]:
-        print(f"{report['refused']:,} files refused: {files.out / 'quarantine.jsonl'} says why")
+        show(f"{report['refused']:,} files refused: {files.out / 'quarantine.jsonl'} says why")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
             if options.render:
                 draw_piano_roll(score, folder / f"{name}.png", title=name)
                 render_wave(score, folder / f"{name}.wav")
-    print(f"{len(scores)} pieces in {out}")
+    show(f"{len(scores)} pieces in {out}")
 
 
 def _list_controls(model: str) -> None:
@@ -96,7 +97,7 @@ def _list_controls(model: str) -> None:
     if not controls:
         raise InputError(NO_CONTROLS)
     for name, values in controls.items():
-        print(f"{name}: {' '.join(values)}")
+        show(f"{name}: {' '.join(values)}")
 
 
 def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
@@ -136,7 +137,8 @@ def evaluate(options: EvaluateOptions) -> None:
     settings = {name: getattr(options, name) for name in names}
     write_comparison(options.out, f"{options.music} beside {options.reference}", found, reference, settings)
     print(figures_table(found.figures))
-    print(f"\nthe whole report is in {options.out.with_suffix('.md')}")
+    print()
+    show(f"the whole report is in {options.out.with_suffix('.md')}")
 
 
 def listen(options: ListenOptions) -> None:
@@ -159,8 +161,8 @@ def listen(options: ListenOptions) -> None:
     )
     for arm, draw in drawn.items():
         if draw.passed_over:
-            print(f"{arm}: passed over {len(draw.passed_over)} files that cannot be read or heard")
-    print(f"{options.num * len(drawn)} pieces in {out}: give listeners everything in it except key.json")
+            show(f"{arm}: passed over {len(draw.passed_over)} files that cannot be read or heard")
+    show(f"{options.num * len(drawn)} pieces in {out}: give listeners everything in it except key.json")
 
 
 def _score_answers(test: Path, options: ListenOptions) -> None:
@@ -178,7 +180,6 @@ def _score_answers(test: Path, options: ListenOptions) -> None:
 def publish(options: PublishOptions) -> None:
     """`midimamba publish`: a run or a corpus to the Hub."""
     from midimamba.hub_cards.publish import publish as publish_run
-    from midimamba.text import show
 
     done = publish_run(
         options.folder,

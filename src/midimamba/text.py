@@ -45,7 +45,7 @@ def for_markdown(text: str) -> str:
 
 
 def as_code(name: str) -> str:
-    """A name in Markdown: a plain word in backticks; any other text as it is, because backticks cannot hold all of it."""
+    """A name in Markdown: a plain word in backticks, and as text whatever backticks may not hold."""
     return f"`{name}`" if _WORD.fullmatch(name) else for_markdown(name)
 
 
