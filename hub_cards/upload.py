@@ -21,12 +21,14 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from midimamba.errors import InputError, reaching_hub
 
 from .redaction import remove_secrets, secrets_in_use
 
+# Seconds to wait for the next sign of life of the Hub. Its client would wait for ever.
+PATIENCE = 120.0
 _LICENSE_SIGNS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.-+")
 _LONGEST_LICENSE = 40
 
@@ -136,6 +138,18 @@ def check_name(repo_id: str) -> None:
         raise InputError(f"{repo_id!r} cannot be the name of a repository ({reason}): choose another") from error
 
 
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """Give up on a Hub that does not answer for [`PATIENCE`] seconds."""
+    session = get_session()
+    before = session.timeout
+    session.timeout = PATIENCE
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
 class Hub:
     """
     The Hub, as far as publishing needs it. Nothing is created or changed there before [`send`].
@@ -157,7 +171,7 @@ class Hub:
         """
         purpose = f"{uploads[0].repo_id} cannot be published"
         try:
-            with reaching_hub(purpose):
+            with _patiently(), reaching_hub(purpose):
                 user = self._api.whoami()
         except LocalTokenNotFoundError as error:
             raise InputError(f"{purpose}: there is no token: log in with `hf auth login` or set HF_TOKEN") from error
@@ -183,6 +197,10 @@ class Hub:
         Raises:
             InputError: if the Hub cannot be reached or refuses; the message says what was done before.
         """
+        with _patiently():
+            return self._send(uploads, private)
+
+    def _send(self, uploads: Sequence[Upload], private: bool) -> dict[str, str]:
         for upload in uploads:
             self._check_card(upload)
         exists = {upload: self._exists(upload, private) for upload in uploads}
@@ -231,7 +249,7 @@ class Hub:
         repo_id, repo_type = upload.repo_id, upload.repo_type
         if not exists:
             with reaching_hub(f"{repo_id} cannot be created"):
-                self._api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+                self._api.create_repo(repo_id, repo_type=repo_type, private=private)
         state = "is as it was" if exists else "was created and is empty"
         with reaching_hub(f"nothing was uploaded to {repo_id}, which {state}"):
             # Not `upload_folder`, which makes several commits of a large folder.

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 OWNER = "you"
 COMMIT = "0" * 40
+LATE = 0.5  # seconds
 
 Repositories = dict[str, dict[str, bytes]]
 """By repository name, with `datasets/` before that of a data set, the content of every path."""
@@ -35,7 +37,7 @@ class FakeHub(ThreadingHTTPServer):
         commits (`list`): the repository of every commit.
         role (`str`): what tokens may do: `"write"` or `"read"`.
         faults (`dict[str, int | None]`): by pattern of method and path, the status with which such a request is
-            refused, or `None` to close the connection without an answer.
+            refused, `None` to close the connection without an answer, or 0 to answer late.
     """
 
     def __init__(self) -> None:
@@ -176,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether this request is one of the faults; then it has been dealt with."""
         for pattern, status in self.server.faults.items():
             if re.search(pattern, f"{self.command} {self.path}"):
-                if status is None:
+                if not status:
+                    time.sleep(0 if status is None else LATE)
                     self.close_connection = True
                 else:
                     self._refuse(status, "Fault")
