@@ -1,4 +1,4 @@
-"""Secrets, removed from every file that is uploaded, whatever wrote it."""
+"""Secrets and paths of this machine, removed from every file that is uploaded, whatever wrote it."""
 
 import json
 import os
@@ -53,7 +53,8 @@ def secrets_in_use(token: str | None) -> list[str]:
 
 def remove_secrets(folder: Path, known: Iterable[str] = ()) -> list[str]:
     """
-    Replace secrets in the text files of a folder by `[removed]`. A file without any stays as it is, byte for byte.
+    Replace secrets in the text files of a folder by `[removed]`, and in JSON also paths of this machine by their last
+    part. A file without any stays as it is, byte for byte.
 
     Args:
         folder (`Path`): what will be uploaded, not the user's own files.
@@ -102,7 +103,7 @@ def _clean_json(text: str, known: list[str], indent: int | None = None) -> str:
             return [clean_value(item) for item in value]
         if not isinstance(value, str):
             return value
-        clean = _clean_text(value, known)
+        clean = _clean_text(_without_path(value), known)
         found = found or clean != value
         return clean
 
@@ -121,6 +122,16 @@ def _clean_json(text: str, known: list[str], indent: int | None = None) -> str:
     except (ValueError, RecursionError):
         return _clean_text(text, known)
     return for_json(content, indent) + "\n" * (indent is not None) if found else text
+
+
+def _without_path(value: str) -> str:
+    """The last part of a path of this machine, and any other text as it is."""
+    try:
+        path = Path(value)
+        is_here = path.is_absolute() and len(path.parts) > 2 and path.exists()
+    except (OSError, ValueError):  # too long for a path, or with signs that no path has
+        return value
+    return path.name if is_here else value
 
 
 def _clean_text(text: str, known: list[str]) -> str:

@@ -24,6 +24,8 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, R
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from midimamba.errors import InputError, reaching_hub
+from midimamba.files import locked
+from midimamba.text import printable
 
 from .redaction import remove_secrets, secrets_in_use
 
@@ -56,13 +58,26 @@ class Upload(NamedTuple):
 
 @contextmanager
 def scratch_beside(folder: Path) -> Iterator[Path]:
-    """A folder for what is uploaded, removed afterwards.
+    """A folder for what is uploaded, removed afterwards, or by the next run if this one is killed.
 
     The disk of `folder` has room for a second one; the temporary folder of the system may be small, or in memory.
+
+    Raises:
+        InputError: if another run is publishing `folder`.
     """
-    room = folder.resolve().parent
-    with tempfile.TemporaryDirectory(dir=room if os.access(room, os.W_OK) else None, prefix=".publish-") as scratch:
-        yield Path(scratch)
+    folder = folder.resolve()
+    if not os.access(folder.parent, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
+            yield Path(scratch)
+        return
+    place = folder.with_name(f".{folder.name}.publish")
+    with locked(place):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place)
 
 
 def copy_known(source: Path, patterns: Iterable[str], target: Path) -> None:
@@ -82,9 +97,12 @@ def copy_file(root: Path, file: Path, target: Path, may_be_empty: bool = False) 
     Copy a file that lies in `root`.
 
     Raises:
-        InputError: if it, or a folder between `root` and it, is a link, or if it is not a file or is empty.
+        InputError: if it, or a folder between `root` and it, is a link, if it is not a file or is empty, or if its
+            name has signs that cannot be seen.
     """
     refuse_links(root, file)
+    if printable(target.name) != target.name:
+        raise InputError(f"{file} has signs in its name that cannot be seen: rename it")
     target.parent.mkdir(parents=True, exist_ok=True)
     # A link that takes the place of the file now is refused by the system, and a pipe does not block.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

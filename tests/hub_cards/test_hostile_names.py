@@ -70,6 +70,9 @@ def music(tmp_path_factory: pytest.TempPathFactory) -> Path:
             archive.writestr(f"in/{name}.mid", make_score(seed + 50, bars=3).dumps_midi())
             archive.writestr(f"in/{name} broken.mid", b"MThd broken")
             rows.append([f"{name}.mid", ("train", "valid", "test")[min(seed % 5, 2)], LABEL if seed % 2 else "plain"])
+    for seed in range(6):
+        (folder / f"plain {seed}.mid").write_bytes(make_score(100 + seed, bars=3).dumps_midi())
+        rows.append([f"plain {seed}.mid", "test", "plain"])
     with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["file", "split", "composer"], *rows])
     return folder
@@ -161,8 +164,8 @@ def test_evaluate_listen_and_publish_show_names_as_text(
     make_generator(vocab_size=processor.vocab_size).save_pretrained(model)
     processor.save_pretrained(model)
     (model / "training_args.json").write_text(json.dumps({"estimator": LABEL, "reward": NAMES[2]}))
-    report = tmp_path / "re [x](y) `<b>` | \x1b port.json"
-    options = ["--split", "train", "--bars", 2, "--length", 8]
+    report = tmp_path / "re [x](y) `<b>` | port.json"
+    options = ["--bars", 2, "--length", 8]
     assert command(monkeypatch, "evaluate", music, "--reference", corpus, "--out", report, *options) == 0
     check_page(report.with_suffix(".md").read_text(encoding="utf-8"))
     assert not RAW.search(report.read_text(encoding="utf-8"))

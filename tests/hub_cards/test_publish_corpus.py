@@ -130,7 +130,7 @@ def test_rows_tokenizer_and_reports_are_uploaded_and_nothing_else(files: dict[st
     assert set(files) == rows | tokenizer | {"README.md", "corpus.json", "quarantine.jsonl"}
     for name in tokenizer | {"quarantine.jsonl"}:
         assert files[name] == (corpus / name).read_bytes()
-    assert not list(corpus.parent.glob(".publish-*"))
+    assert not list(corpus.parent.glob(".*"))
     assert not (corpus / "README.md").exists()
 
 
@@ -368,7 +368,7 @@ def test_a_broken_corpus_is_one_line_and_creates_nothing(
     with pytest.raises(InputError) as refusal:
         publish(broken, "you/data")
     assert len(str(refusal.value).splitlines()) == 1
-    assert ".publish-" not in str(refusal.value)
+    assert ".publish" not in str(refusal.value)
     assert online.created == online.commits == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 

@@ -61,10 +61,10 @@ def refused(hub: FakeHub, run: Path, **options: Any) -> str:
     with pytest.raises(InputError) as refusal:
         send(run, **options)
     assert hub.created == hub.commits == []
-    assert not list(run.glob(".publish-*"))
+    assert not list(run.glob(".*"))
     message = str(refusal.value)
     assert len(message.splitlines()) == 1
-    assert ".publish-" not in message
+    assert ".publish" not in message
     return message
 
 
@@ -167,7 +167,15 @@ def test_a_full_disk_creates_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: No space left on device")
     assert not online.created
-    assert not list(run.glob(".publish-*"))
+    assert not list(run.glob(".*"))
+
+
+def test_what_a_killed_run_left_is_removed(online: FakeHub, run: Path) -> None:
+    (run / ".model.publish" / "generator").mkdir(parents=True)
+    (run / ".model.publish" / "generator" / "errors.py").write_text("half")
+    send(run)
+    assert not list(run.glob(".*"))
+    assert b"half" not in online.repositories["you/bach"]["errors.py"]
 
 
 # ---- links ----
@@ -200,6 +208,11 @@ def test_what_is_not_a_file_is_refused_without_waiting(online: FakeHub, run: Pat
     assert "README.md is not a file" in refused(online, run)
 
 
+def test_a_name_that_repaints_the_terminal_is_refused(online: FakeHub, run: Path) -> None:
+    (run / "samples" / "b\x1b[2J.png").write_bytes(b"picture")
+    assert "signs in its name" in refused(online, run)
+
+
 def test_only_known_files_go_up_and_the_rest_is_listed(
     online: FakeHub, run: Path, secret: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +240,7 @@ def test_secrets_are_removed_from_everything(online: FakeHub, run: Path, monkeyp
         "learning_rate": 0.5,
         "remote": "https://me:passw0rd@example.org/x",
         "text": '{"hub_token": "quoted-secret"}',
+        "nested_path": [str(run / "model")],
     }
     (run / "model" / "training_args.json").write_text(json.dumps(arguments))
     escaped = "".join(f"\\u{ord(letter):04x}" for letter in OTHER)
@@ -244,6 +258,8 @@ def test_secrets_are_removed_from_everything(online: FakeHub, run: Path, monkeyp
     assert published["learning_rate"] == 0.5
     assert published["hub_token"] == published["nested"][0]["api_key"] == "[removed]"
     assert published["nested"][0]["env"] == "HF_TOKEN=[removed]"
+    assert published["nested_path"] == ["model"]
+    assert str(run).encode() not in everything
     # The vocabulary is full of names that end in `token`, and stays as it is.
     for name in ("tokenizer_config.json", "tokenizer.json", "miditok.json", "processor.py", "model.safetensors"):
         assert online.repositories["you/bach"][name] == (run / "model" / name).read_bytes()
