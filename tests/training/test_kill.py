@@ -19,7 +19,7 @@ STEPS = 12
 def run(folder: Path) -> None:
     """Train to the end, or go on where a killed process left off; all stabilisers on."""
     torch.set_num_threads(1)
-    from midimamba.training.scripts import find_resume_point
+    from midimamba.training.resume import find_resume_point
     from trainer_support import ALL_STABILISERS, make_trainer
 
     saving: dict[str, Any] = {
