@@ -45,6 +45,18 @@ class AdversarialArguments:
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
     d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
 
+    def __post_init__(self) -> None:
+        numbers = (
+            self.d_hidden_size,
+            self.d_num_hidden_layers,
+            *(self.d_filter_sizes or ()),
+            *(self.d_num_filters or ()),
+        )
+        if min(numbers) < 1:
+            raise InputError("d_hidden_size, d_num_hidden_layers, d_filter_sizes and d_num_filters must be at least 1")
+        if not 0 <= self.d_dropout < 1:
+            raise InputError(f"d_dropout is {self.d_dropout}, but must be in [0, 1)")
+
 
 def main() -> None:
     """Read the options, then tune."""
@@ -139,7 +151,6 @@ def _tune(
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         save(trainer, processor, arguments, push)
-    trainer.end()
 
 
 def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:

@@ -51,6 +51,12 @@ class PretrainArguments:
         default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
     )
 
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise InputError(
+                f"sequence_length is {self.sequence_length}, but must be at least 2: a token and the next"
+            )
+
 
 def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "MidiMambaConfig":
     """The configuration of a new generator for a corpus's vocabulary.
@@ -159,7 +165,6 @@ def _train(
         output = output_folder(training_args)
         save_model(output, merged(model), processor, arguments=arguments, state=trainer.state)
         announce(f"the generator is in {output}")
-    trainer.end()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.training.option_checks import TRAINER_RULES, check_numbers
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
 
 if TYPE_CHECKING:
@@ -89,10 +90,20 @@ class RecipeParser(TrlParser):
             raise InputError(" ".join(str(error).split())) from error
         for part in parsed:
             if isinstance(part, TrainingArguments):
+                _check_trainer_options(part)
                 # Trainer would write `use_cache: false` into every saved model, and make its users' `generate` slow.
                 # While training, the model keeps no state anyway.
                 part.use_cache = True
         return parsed
+
+
+def _check_trainer_options(options: TrainingArguments) -> None:
+    try:
+        check_numbers(options, TRAINER_RULES)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if options.save_only_model and options.save_strategy != "no":
+        raise InputError("save_only_model writes checkpoints that cannot be resumed: leave it out")
 
 
 def _value_or_none(convert: Any, text: str) -> Any:

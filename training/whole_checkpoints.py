@@ -30,7 +30,7 @@ LITTER = ".unfinished"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _NEEDED = (TRAINER_STATE_FILE, "optimizer.pt", "scheduler.pt")
 # What safetensors and torch raise for a full disk are no errors of the operating system.
-_DISK = re.compile(r"os error \d+|PytorchStreamWriter|inline_container|unexpected pos", re.IGNORECASE)
+_DISK = re.compile(r"os error \d+|PytorchStreamWriter|inline_container|unexpected pos|iostream error", re.IGNORECASE)
 
 
 def output_folder(args: TrainingArguments) -> Path:
@@ -230,11 +230,11 @@ class WholeCheckpointTrainer(Trainer):
         folder, limit = self.checkpoint_folder, self.args.save_total_limit
         saves = self.args.should_save
         with writing(folder):
-            if saves:
-                discard(folder)
-                write_whole(folder / SEAL_FILE, "{}\n")  # open: a run that is killed from here on leaves it so
-            self.accelerator.wait_for_everyone()
             try:
+                if saves:
+                    discard(folder)
+                    write_whole(folder / SEAL_FILE, "{}\n")  # open: a run that is killed from here on leaves it so
+                self.accelerator.wait_for_everyone()
                 self.args.save_total_limit = None
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process writes its random numbers
