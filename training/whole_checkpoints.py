@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from midimamba.errors import InputError
@@ -175,6 +176,18 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+class _NothingLeftError(Exception):
+    """The checkpoint is that of the last step."""
+
+
+class _EndInTime(TrainerCallback):
+    """Trainer would take one more step after a checkpoint of step `max_steps` (transformers 5.23)."""
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _NothingLeftError
+
+
 class WholeCheckpointTrainer(Trainer):
     """
     A `Trainer` whose checkpoints are either whole or known not to be.
@@ -192,6 +205,7 @@ class WholeCheckpointTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}
+        self.add_callback(_EndInTime())
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -214,11 +228,16 @@ class WholeCheckpointTrainer(Trainer):
             resume_from_checkpoint = str(choose_checkpoint(output_folder(self.args)).checkpoint or "") or True
         if isinstance(resume_from_checkpoint, str):
             self._refuse_faulty(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        started = time.time()
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except _NothingLeftError:
+            output: TrainOutput = self._finalize_training(trial, 0, started)
+            return output
 
     def _refuse_faulty(self, checkpoint: Path) -> None:
         needed = [checkpoint]
-        if (fault_of(checkpoint)) is None and self.args.load_best_model_at_end:
+        if fault_of(checkpoint) is None and self.args.load_best_model_at_end:
             best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE)).best_model_checkpoint
             needed += [] if best is None else [Path(best)]
         for needful in needed:
