@@ -138,7 +138,7 @@ def finish(script: str, data: Path, model: Path, folder: Path, moment: Moment | 
 
 def spread(counts: Path, number: int) -> list[Moment]:
     """Moments of all kinds, spread over the calls that a run makes."""
-    lines = dict(line.split(":") for line in counts.read_text().split())
+    lines = dict(line.split(":") for line in counts.read_text().splitlines())
     moments = []
     for turn in range(number):
         name = list(lines)[turn % len(lines)]
