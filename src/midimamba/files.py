@@ -131,7 +131,7 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         scratch.mkdir()
         try:
             yield scratch
-            _flush_folder(scratch)
+            flush_folder(scratch)
             _take_place(scratch, target)
         except BaseException:
             recover(target)
@@ -199,7 +199,8 @@ def _try_flock(handle: int) -> bool:
     return True
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Have the system write a folder and all that is in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         _flush(path)
 
