@@ -1,9 +1,12 @@
-"""The files of a source, and those that are refused."""
+"""The files of a source: those to read, those that are refused, and those that are skipped."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 MUSICXML_SUFFIXES = (".mxl", ".xml")
+# Why a file is skipped whose suffix is not worth a count of its own.
+OTHER_SUFFIXES = "not MIDI (other suffixes)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +20,15 @@ class Entry:
             The file, or the archive that it is in.
         size (`int`):
             In bytes, as the folder or the archive says.
-        member (`int` or `str`, *optional*):
-            Where it is in the archive: its offset in a tar file, its name in a zip file.
+        member (`int`, `str` or `bytes`, *optional*):
+            Where it is in the archive: its offset in a tar file, its name in a zip file. For a file in an archive in
+            an archive, a JSON list of place, size and name of the inner archive, and the place in that.
     """
 
     name: str
     path: Path
     size: int
-    member: int | str | None = None
+    member: int | str | bytes | None = None
 
     @property
     def is_musicxml(self) -> bool:
@@ -51,3 +55,31 @@ class Refusal:
     sha256: str | None
     stage: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Files that are not used and need no row each: their names say that they hold no MIDI.
+
+    Args:
+        reason (`str`):
+            Why, in plain words.
+        count (`int`, *optional*, defaults to 1):
+            How many.
+    """
+
+    reason: str
+    count: int = 1
+
+
+# A run of backslashes before what looks like an escape, or before what will be one.
+_BACKSLASHES = re.compile(r"\\+(?=ud[89a-f][0-9a-f]{2}|[\ud800-\udfff])")
+
+
+def unique_name(name: str) -> str:
+    r"""A name as text. Bytes that are not text, which Python keeps as surrogates, become `\udc80` to `\udcff`.
+
+    They could be neither written as JSON nor stored by Arrow. Backslashes before what looks like such an escape are
+    doubled, so that different names stay different.
+    """
+    return _BACKSLASHES.sub(lambda found: found[0] * 2, name).encode(errors="backslashreplace").decode()
