@@ -102,7 +102,7 @@ class ZipArchive:
         # `zipfile` unpacks the whole of what it reads of LZMA at once: 4 KB may hold 30 MB.
         step = 2**12 if info.compress_type == zipfile.ZIP_LZMA else _STEP
         with self._archive.open(info) as file:
-            return b"".join(iter(lambda: file.read1(step), b""))
+            return b"".join(iter(lambda: cast(zipfile.ZipExtFile, file).read1(step), b""))
 
     def _read_bzip2(self, info: zipfile.ZipInfo) -> bytes:
         """4 KB of bzip2 may hold 4 GB, and `zipfile` unpacks all of it."""
@@ -138,9 +138,9 @@ class TarArchive:
         Raises:
             tarfile.ReadError: if the archive is damaged.
         """
-        archive = tarfile.open(fileobj=cast(IO[bytes], self._stream), mode="r:")  # noqa: SIM115: the file is closed by its owner
+        archive = tarfile.open(fileobj=cast(IO[bytes], self._stream), mode="r:")  # noqa: SIM115
         while info := archive.next():
-            archive.members.clear()  # `tarfile` keeps all headers
+            cast(Any, archive).members.clear()  # `tarfile` keeps all headers
             self._stream.headers = 0
             if not info.isdir():
                 yield Member(info.name, info.size, info.offset_data, _defect_of(info))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from os import scandir
 from pathlib import Path
 from stat import S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG, S_ISSOCK
 
@@ -72,7 +73,7 @@ def _walk_tree(start: _Place, links: list[_Place], seen: _Seen) -> Iterator[tupl
     while folders:
         prefix, folder = folders.pop()
         try:
-            with os.scandir(folder) as entries:
+            with scandir(folder) as entries:
                 for entry in entries:
                     name, path = prefix + unique_name(entry.name), Path(entry.path)
                     try:
