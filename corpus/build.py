@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
+from midimamba.corpus.manifests import MANIFEST
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import CHORALES, MANIFEST, NO_MUSIC21
+from midimamba.corpus.reading import Found, read_source
+from midimamba.corpus.sources import CHORALES, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
 from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole
@@ -87,18 +88,21 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
     path = _reading_store(out)
     try:
         with PieceStore(path, _reader(base, source, options), len(base.vocab) if base.is_multi_voc else 1) as store:
-            read_source(_files_of(source, options), store, base, options)
+            found = read_source(_files_of(source, options), store, base, options)
             if reused := store.num_reused():
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
             if earlier is not None and earlier["arguments"] == arguments:
                 tqdm.write(printable(f"{out} is already there"), file=sys.stderr)
                 path.unlink()
-                return earlier
+                report = earlier | found.report()
+                tqdm.write(found.describe(report), file=sys.stderr)
+                return report
             with whole_folder(out, replace=earlier is not None) as folder:
-                report = _save(folder, store, base, options, arguments)
+                report = _save(folder, store, base, options, arguments, found)
                 store.close()
                 path.replace(folder / STORE_FILE)
+            tqdm.write(found.describe(report), file=sys.stderr)
             return report
     except InputError:
         path.unlink(missing_ok=True)
@@ -188,7 +192,12 @@ def _digest(value: Any) -> str:
 
 
 def _save(
-    folder: Path, store: PieceStore, base: MusicTokenizer, options: CorpusOptions, arguments: dict[str, Any]
+    folder: Path,
+    store: PieceStore,
+    base: MusicTokenizer,
+    options: CorpusOptions,
+    arguments: dict[str, Any],
+    found: Found,
 ) -> dict[str, Any]:
     """Split, train, encode and write everything into `folder`."""
     store.assign_splits(options.valid_fraction, options.test_fraction, options.seed)
@@ -196,7 +205,7 @@ def _save(
     if not counts["pieces"]:
         first = next(store.refusals(), None)
         why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"
-        raise InputError(f"no file of {arguments['source']} can be used: {why}")
+        raise InputError(f"no file of {arguments['source']} can be used: {why}{found.reasons()}")
     if not counts["train"]:
         raise InputError(
             f"the {MANIFEST} leaves no usable piece to train on: put some of its files in the split train"
@@ -217,6 +226,7 @@ def _save(
     report = {
         "splits": {split: _count(dataset[split]) for split in SPLITS},
         "split_by": {"given": counts["given"], "hash": counts["pieces"] - counts["given"]},
+        **found.report(),
         **{name: counts[name] for name in ("refused", "sanitized", "duplicates")},
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": _digest(tokenizer.to_dict()),

@@ -8,9 +8,11 @@ from typing import Any
 from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from midimamba.corpus.sources import Entry, Label, split_named
+from midimamba.corpus.entries import Entry
+from midimamba.corpus.manifests import Label, split_named
+from midimamba.corpus.sources import holds_data_set
 from midimamba.errors import InputError
-from midimamba.tokenization.ingest import MAX_FILE_BYTES, MIDI_SUFFIXES, TOO_LARGE, MidiRefusedError
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, TOO_LARGE, MidiRefusedError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What `save_to_disk` leaves in a folder.
@@ -18,14 +20,14 @@ _SAVED = ("dataset_dict.json", "dataset_info.json")
 
 
 def is_data_set(source: str) -> bool:
-    """Whether a source is a data set on the disk (saved by `datasets`, or Parquet files) or may be one on the Hub."""
+    """Whether a source is a data set on the disk (saved by `datasets`, or Parquet files) or may be one on the Hub.
+
+    A folder that holds MIDI is not one, whatever else lies in it.
+    """
     path = Path(source)
     if not path.is_dir():
         return not path.exists() and _HUB_ID.fullmatch(source) is not None
-    if any((path / name).is_file() for name in _SAVED):
-        return True
-    files = (file.suffix.lower() for file in path.rglob("*"))
-    return next((suffix for suffix in files if suffix in MIDI_SUFFIXES or suffix == ".parquet"), "") == ".parquet"
+    return holds_data_set(path)
 
 
 class DataSetFiles:

@@ -5,17 +5,21 @@ ZeroDivisionError, ticks beyond 2³¹ turn negative and end in a KeyError, and 6
 take gigabytes and minutes, because every empty bar becomes tokens. So all of it is checked before tokenising.
 """
 
+import os
+import zlib
 from pathlib import Path
-from typing import cast
+from stat import S_ISREG
+from typing import IO, cast
 
 import numpy as np
 from symusic import Score
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 
-MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar"})
+MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar", ".rmi"})
 
 # A whole opera as MIDI is under 2 MB; beyond this it is not music, and reading it may exhaust the memory.
 MAX_FILE_BYTES = 16 * 2**20
+NOT_REGULAR = "it is not a regular file"
 TOO_LARGE = f"the file is larger than {MAX_FILE_BYTES // 2**20} MB"
 # The longest piano performances have some 30,000 notes. "Black MIDI" has millions, of which no model learns anything.
 MAX_NOTES = 100_000
@@ -71,25 +75,63 @@ def read_score(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSeco
         raise MidiRefusedError(error.reason, str(source)) from error
 
 
+def is_midi(name: str) -> bool:
+    """Whether a file of this name is a MIDI file, perhaps compressed (`.mid.gz`)."""
+    return name.lower().removesuffix(".gz").endswith(tuple(MIDI_SUFFIXES))
+
+
 def read_content(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        MidiRefusedError: if it cannot be read or is larger than `MAX_FILE_BYTES`.
+        MidiRefusedError: if it cannot be read, is not a regular file, or is larger than `MAX_FILE_BYTES`.
+    """
+    with open_regular(path) as file:
+        try:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise MidiRefusedError(TOO_LARGE)
+            # Files of /proc have more bytes than they say. The log of the kernel has none, for now, which is None.
+            content = cast(bytes | None, file.read(MAX_FILE_BYTES + 1))
+        except OSError as error:
+            raise MidiRefusedError(f"the file cannot be read ({error.strerror})") from error
+    if content is None:
+        raise MidiRefusedError("the file cannot be read (it keeps the reader waiting)")
+    if len(content) > MAX_FILE_BYTES:
+        raise MidiRefusedError(TOO_LARGE)
+    return content
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read bytes. Pipes, sockets and devices are refused unopened: reading them may never end.
+
+    Raises:
+        MidiRefusedError: if it cannot be opened, or is not a regular file.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise MidiRefusedError(TOO_LARGE)
-        return path.read_bytes()
-    except OSError as error:
-        raise MidiRefusedError(f"the file cannot be read ({error.strerror})") from error
+        if not S_ISREG(path.stat().st_mode):
+            raise MidiRefusedError(NOT_REGULAR)
+        # Another process may have put a pipe in its place since.
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+        if S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    except MidiRefusedError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError for a path that holds a null byte
+        raise MidiRefusedError(f"the file cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    raise MidiRefusedError(NOT_REGULAR)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
     """Parse the content of a MIDI file, leniently if necessary.
 
     Some old sequencers wrote data bytes above 127, which the standard forbids. Such a file is read with these bytes
-    clamped: of 385 malformed files that symusic refuses, 96 have no other defect.
+    clamped: of 385 malformed files that symusic refuses, 96 have no other defect. A file compressed by gzip, or
+    wrapped in RIFF as Windows does (`.rmi`), is unwrapped, whatever its name.
 
     Returns:
         `tuple[symusic.Score, bool]`: the unchecked score, and whether bytes were clamped to read it.
@@ -97,6 +139,7 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
     Raises:
         MidiRefusedError: if it is malformed, has no beats, or isn't a single piece.
     """
+    content = _unwrap(content)
     if not content:
         raise MidiRefusedError("the file is empty")
     _check_header(content)
@@ -107,6 +150,29 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
             return _parse(content, sanitize=True), True
         except MidiRefusedError:
             raise refusal from None  # the file's own defect, not what is left of it after clamping
+
+
+def _unwrap(content: bytes) -> bytes:
+    """The MIDI file in a gzip or RIFF file; other content as it is."""
+    if content[:2] == b"\x1f\x8b":
+        try:
+            decoder = zlib.decompressobj(wbits=31)
+            content = decoder.decompress(content, MAX_FILE_BYTES + 1)
+        except zlib.error as error:
+            raise MidiRefusedError(f"it is compressed, and damaged ({error})") from error
+        if len(content) > MAX_FILE_BYTES:
+            raise MidiRefusedError(TOO_LARGE)
+        if not decoder.eof:
+            raise MidiRefusedError("it is compressed, and its end is missing")
+    if content[:4] != b"RIFF" or content[8:12] != b"RMID":
+        return content
+    place = 12
+    while place + 8 <= len(content):
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        if content[place : place + 4] == b"data":
+            return content[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2  # chunks are padded to even lengths
+    raise MidiRefusedError("it is a RIFF file without MIDI data")
 
 
 def _check_header(content: bytes) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import miditok
 import numpy as np
-from miditok import MusicTokenizer, Structured, TokSequence
+from miditok import MMM, MusicTokenizer, Structured, TokSequence
 from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
 from tokenizers import Tokenizer, models, trainers
 from transformers.utils.hub import cached_file
@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 MIDITOK_FILE = "miditok.json"
+# What MMM repeats in every track, over all tracks. More takes over 2 seconds and 0.5 GB.
+MAX_SHARED_EVENTS = 300_000
 # Elsewhere the trainers of `tokenizers` print empty lines instead of a bar.
 _SHOW_PROGRESS = sys.stderr.isatty()
 
@@ -115,6 +117,11 @@ def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     if type(tokenizer) is Structured:
         _check_pauses(tokenizer, score)
     score = normalize_score(score)
+    if type(tokenizer) is MMM:
+        _check_tracks(score)
+        # MidiTok adds up the sequences of tracks one by one, which is quadratic: 17 seconds for 1,000 tracks.
+        tracks = tokenizer.encode(score, encode_ids=False, concatenate_track_sequences=False)
+        return [id_ for track in cast(list[TokSequence], tracks) for id_ in track.ids]
     if not tokenizer.is_multi_voc:
         return tokenizer.encode(score, encode_ids=False).ids
     score = tokenizer.preprocess_score(score)
@@ -129,6 +136,17 @@ def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:
     onsets = np.sort(_onsets(score))
     if np.diff(onsets, prepend=0).max(initial=0) > limit * score.ticks_per_quarter:
         raise MidiRefusedError(f"no note starts for more than {limit} quarter notes, which Structured cannot write")
+
+
+def _check_tracks(score: ScoreTick) -> None:
+    """MMM repeats bars and changes of tempo and meter in every track, so a small file may have a billion tokens."""
+    quarters = int(_onsets(score).max(initial=0)) // score.ticks_per_quarter
+    shared = quarters // 4 + len(score.tempos) + len(score.time_signatures)
+    if len(score.tracks) * shared > MAX_SHARED_EVENTS:
+        raise MidiRefusedError(
+            f"MMM repeats {shared:,} bars and changes of tempo and meter in each of {len(score.tracks):,} tracks; "
+            f"the limit is {MAX_SHARED_EVENTS:,} in all"
+        )
 
 
 def _check_bars(tokenizer: MusicTokenizer, score: ScoreTick) -> None:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midimamba.corpus import sources
-from midimamba.corpus.sources import Entry, Label, Refusal, list_source, read_entries
+from midimamba.corpus import archives
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
 
@@ -250,7 +252,7 @@ def test_a_label_that_no_manifest_has_is_refused_with_those_it_has(tmp_path: Pat
 
 
 def test_nothing_larger_than_a_file_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 600)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 600)
     (refusal, *_) = contents_of(write_tar(tmp_path / "music.tar", {"a.mid": bytes(601)})).values()
     assert isinstance(refusal, MidiRefusedError)
 
