@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from measure import finish, make_parser
-from midimamba.corpus.sources import Entry, list_source, read_entries
+from midimamba.corpus.entries import Entry
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor

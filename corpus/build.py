@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
+from midimamba.corpus.manifests import MANIFEST
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import CHORALES, MANIFEST, NO_MUSIC21
+from midimamba.corpus.sources import CHORALES, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
 from midimamba.errors import InputError
 from midimamba.files import is_taken, whole_file, whole_folder, write_whole

@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from midimamba.corpus.sources import Entry, Label, split_named
+from midimamba.corpus.entries import Entry
+from midimamba.corpus.manifests import Label, split_named
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MIDI_SUFFIXES, TOO_LARGE, MidiRefusedError
 

@@ -18,8 +18,10 @@ from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.sources import CHORALES, Entry, Label, Refusal, list_source, read_entries
+from midimamba.corpus.sources import CHORALES, list_source, read_entries
 from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.corpus.workers import MAX_SECONDS, Lost, Mark, run_bounded
 from midimamba.tokenization.controls import describe

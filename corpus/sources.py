@@ -4,7 +4,6 @@ Archives are read as they are. Nothing is unpacked to the disk, so the names of 
 they claim.
 """
 
-import csv
 import gzip
 import hashlib
 import io
@@ -13,11 +12,12 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import IO, cast
 
+from midimamba.corpus.entries import MUSICXML_SUFFIXES, Entry, Refusal
+from midimamba.corpus.manifests import Label, is_manifest, read_manifests
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import (
     MAX_FILE_BYTES,
@@ -30,79 +30,10 @@ from midimamba.tokenization.ingest import (
 CHORALES = "chorales"
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 NO_MUSIC21 = 'the chorales come with music21: pip install "midimamba[demo]"'
-MANIFEST = "manifest.csv"
 # Name, size and place of a member, the last as in `Entry`.
 _Member = tuple[str, int, int | str]
-# What a manifest may call the splits.
-_SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
 # The only one of music21's Bach entries that isn't a chorale: a prelude for keyboard.
 _NOT_A_CHORALE = "bwv846"
-_MUSICXML_SUFFIXES = (".mxl", ".xml")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of a source.
-
-    Args:
-        name (`str`):
-            The path within the source; of a member of an archive, the archive's with the member's appended.
-        path (`Path`):
-            The file, or the archive that it is in.
-        size (`int`):
-            In bytes, as the folder or the archive says.
-        member (`int` or `str`, *optional*):
-            Where it is in the archive: its offset in a tar file, its name in a zip file.
-    """
-
-    name: str
-    path: Path
-    size: int
-    member: int | str | None = None
-
-    @property
-    def is_musicxml(self) -> bool:
-        """Whether it is one of music21's chorales; everything else is MIDI."""
-        return self.member is None and self.path.suffix in _MUSICXML_SUFFIXES
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A file that is not used.
-
-    Args:
-        name (`str`):
-            As in [`Entry`].
-        sha256 (`str`, *optional*):
-            Of its bytes, if they could be read.
-        stage (`str`):
-            `"read"`, `"check"` or `"tokenize"`.
-        reason (`str`):
-            Why, in plain words.
-    """
-
-    name: str
-    sha256: str | None
-    stage: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a manifest says about a file.
-
-    Args:
-        name (`str`):
-            As in [`Entry`].
-        split (`str`, *optional*):
-            `"train"`, `"validation"` or `"test"`.
-        labels (`dict[str, str]`):
-            Values of the requested columns.
-    """
-
-    name: str
-    split: str | None
-    labels: dict[str, str]
 
 
 def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Refusal | Label]:
@@ -122,16 +53,11 @@ def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Re
         return
     manifests: dict[str, Entry] = {}
     for item in _list_files(source):
-        if isinstance(item, Entry) and _is_manifest(item.name):
+        if isinstance(item, Entry) and is_manifest(item.name):
             manifests[item.name] = item  # where an archive holds a name twice, the later one counts
         else:
             yield item
-    known: set[str] = set()
-    for entry, content in read_entries(manifests.values()):
-        yield from _read_manifest(entry, content, columns, known)
-    if missing := [column for column in columns if column not in known]:
-        there = f"the columns are {', '.join(sorted(known))}" if known else f"no {MANIFEST} has a column 'file'"
-        raise InputError(f"{source}: no {MANIFEST} has a column {missing[0]!r}; {there}")
+    yield from read_manifests(read_entries(manifests.values()), source, columns)
 
 
 def read_entries(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
@@ -168,7 +94,7 @@ def _list_folder(root: Path) -> Iterator[Entry | Refusal]:
         for file in files:
             path = Path(folder, file)
             name = _printable(path.relative_to(root).as_posix())
-            if not (_is_midi(file) or _is_manifest(file) or _is_archive(path)) or not path.is_file():
+            if not (_is_midi(file) or is_manifest(file) or _is_archive(path)) or not path.is_file():
                 continue
             if not _is_archive(path):
                 yield Entry(name, path, path.stat().st_size)
@@ -190,7 +116,7 @@ def _list_archive(path: Path, name: str) -> list[Entry]:
     except Exception as error:
         # Python's archive readers answer hostile archives with struct.error, RecursionError, MemoryError and more.
         raise MidiRefusedError(f"the archive cannot be read ({_describe(error)})") from error
-    wanted = [member for member in members if _is_midi(member[0]) or _is_manifest(member[0])]
+    wanted = [member for member in members if _is_midi(member[0]) or is_manifest(member[0])]
     return [Entry(_printable(f"{name}/{inner}"), path, size, place) for inner, size, place in wanted]
 
 
@@ -266,42 +192,6 @@ def _read_member(archive: _TarStream | zipfile.ZipFile, entry: Entry) -> bytes |
         return MidiRefusedError(f"it cannot be read from the archive ({_describe(error)})")
 
 
-def _read_manifest(
-    entry: Entry, content: bytes | MidiRefusedError, columns: Sequence[str], known: set[str]
-) -> Iterator[Label]:
-    """What a manifest says about files, which it names relative to itself. Its columns are added to `known`.
-
-    A manifest without a column `file` is about something else.
-    """
-    if isinstance(content, MidiRefusedError):
-        raise InputError(f"{entry.name}: {content.reason}")
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
-    try:
-        if "file" not in (rows.fieldnames or ()):
-            return
-        known.update(rows.fieldnames or ())
-        for row in rows:
-            name = entry.name.removesuffix(MANIFEST) + (row["file"] or "")
-            labels = {column: value for column in columns if (value := (row.get(column) or "").strip())}
-            yield Label(name, split_named(row.get("split")), labels)
-    except KeyError as error:
-        raise InputError(
-            f"{entry.name}, line {rows.line_num}: split {error} is unknown: write one of {', '.join(_SPLIT_NAMES)}"
-        ) from error
-    except csv.Error as error:
-        raise InputError(f"{entry.name}, line {rows.line_num}: not a CSV table ({error})") from error
-
-
-def split_named(name: str | None) -> str | None:
-    """The split that a manifest or a data set calls `name`; `None` if it gives none.
-
-    Raises:
-        KeyError: if there is no such split.
-    """
-    name = (name or "").strip().lower()
-    return _SPLIT_NAMES[name] if name else None
-
-
 def _find_chorales() -> Iterator[Entry]:
     try:
         with redirect_stderr(io.StringIO()):  # music21 comments on other packages that one might install
@@ -309,7 +199,7 @@ def _find_chorales() -> Iterator[Entry]:
     except ImportError as error:
         raise InputError(NO_MUSIC21) from error
     # Three more are Humdrum encodings (.krn) of chorales that are also there as MusicXML; one of them does not parse.
-    paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in _MUSICXML_SUFFIXES]
+    paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in MUSICXML_SUFFIXES]
     for path in paths:
         if path.stem != _NOT_A_CHORALE:
             yield Entry(f"bach/{path.stem}", path, path.stat().st_size)
@@ -317,10 +207,6 @@ def _find_chorales() -> Iterator[Entry]:
 
 def _is_midi(name: str) -> bool:
     return Path(name).suffix.lower() in MIDI_SUFFIXES
-
-
-def _is_manifest(name: str) -> bool:
-    return name.rpartition("/")[2] == MANIFEST
 
 
 def _is_archive(path: Path) -> bool:

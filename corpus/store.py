@@ -18,7 +18,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from midimamba.corpus.sources import Entry, Label, Refusal
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
 

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midimamba.corpus import sources
-from midimamba.corpus.sources import Entry, Label, Refusal, list_source, read_entries
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from midimamba.corpus.sources import Entry, Label, Refusal
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label
 from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.errors import InputError
 
