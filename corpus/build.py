@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
-from midimamba.corpus.manifests import MANIFEST
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
 from midimamba.corpus.sources import CHORALES, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
+from midimamba.corpus.upkeep import STORE_FILE, carry_over, contents, reading_store, showing_causes, target_of, tidy
 from midimamba.errors import InputError
-from midimamba.files import is_taken, whole_file, whole_folder, write_whole
+from midimamba.files import is_taken, locked, read_json, whole_file, whole_folder, write_whole
 from midimamba.tokenization.choices import CONTROLS
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.processor import MidiProcessor
@@ -40,10 +40,10 @@ from midimamba.tokenization.tokenizer import (
     train_on_ids,
 )
 
-# Beside the data set: the result of reading every file, for the next run.
-STORE_FILE = "pieces.sqlite"
 # A label with more values says which piece it is, not what kind.
 MAX_LABEL_VALUES = 1_000
+# What `corpus.json` says, among other things.
+_REPORTED = {"splits", "split_by", "refused", "duplicates", "vocab_size", "arguments", "written"}
 
 
 def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None) -> dict[str, Any]:
@@ -82,27 +82,33 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
     base = _base_tokenizer(options)
     if base.is_multi_voc:  # there is no subword model
         options = replace(options, vocab_size=None)
-    arguments = _arguments(source, options)
-    earlier = _earlier(out, arguments)
-    path = _reading_store(out)
-    try:
-        with PieceStore(path, _reader(base, source, options), len(base.vocab) if base.is_multi_voc else 1) as store:
+    out = target_of(out)
+    reader = _reader(base, source, options)
+    with locked(out):
+        tidy(out)
+        arguments = _arguments(source, options)
+        earlier = _earlier(out, arguments)
+        with reading_store(out, reader, len(base.vocab) if base.is_multi_voc else 1) as store, showing_causes():
             read_source(_files_of(source, options), store, base, options)
             if reused := store.num_reused():
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
-            if earlier is not None and earlier["arguments"] == arguments:
+            if earlier is not None and earlier["arguments"] == arguments and _is_whole(out, earlier):
+                if store.num_read():  # the corpus's own store was damaged, or is gone
+                    with whole_file(out / STORE_FILE) as unfinished:
+                        store.copy_to(unfinished)
                 tqdm.write(f"{out} is already there", file=sys.stderr)
-                path.unlink()
                 return earlier
             with whole_folder(out, replace=earlier is not None) as folder:
                 report = _save(folder, store, base, options, arguments)
-                store.close()
-                path.replace(folder / STORE_FILE)
+                if earlier is not None:
+                    carry_over(out, folder, set(earlier["written"]))
             return report
-    except InputError:
-        path.unlink(missing_ok=True)
-        raise
+
+
+def _is_whole(out: Path, earlier: Mapping[str, Any]) -> bool:
+    """Whether everything is there that the run wrote which made the corpus."""
+    return all((out / name).exists() for name in earlier["written"] if name != STORE_FILE)
 
 
 def _files_of(source: str, options: CorpusOptions) -> str | DataSetFiles:
@@ -150,23 +156,13 @@ def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     if not is_taken(out):
         return None
     try:
-        report: dict[str, Any] = json.loads((out / "corpus.json").read_text())
+        report = read_json(out / "corpus.json")
         made_with = {key: value for key, value in report["arguments"].items() if key != "files"}
-    except (OSError, ValueError, LookupError):
+    except (InputError, LookupError, AttributeError):
         made_with = {}
-    if made_with != arguments:
+    if made_with != arguments or not report.keys() >= _REPORTED:
         raise InputError(f"{out} exists already and holds something else: delete it or choose another folder")
     return report
-
-
-def _reading_store(out: Path) -> Path:
-    """Where this run keeps what it reads. It continues from an interrupted run, or from the corpus that is there."""
-    path = out.with_name(f".{out.name}.{STORE_FILE}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and (out / STORE_FILE).exists():
-        with whole_file(path) as unfinished:
-            shutil.copyfile(out / STORE_FILE, unfinished)
-    return path
 
 
 def _reader(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
@@ -199,21 +195,30 @@ def _save(
         raise InputError(f"no file of {arguments['source']} can be used: {why}")
     if not counts["train"]:
         raise InputError(
-            f"the {MANIFEST} leaves no usable piece to train on: put some of its files in the split train"
+            f"the splits that {arguments['source']} gives leave no usable piece to train on: "
+            "put some files in the split train"
         )
     tokenizer = base if options.tokenizer else _train(store, options)
     processor = MidiProcessor(tokenizer)
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
-        dataset = DatasetDict({split: _encode(folder, split, store, processor, shift, progress) for split in SPLITS})
+        # `datasets` names its caches by the fingerprint: the same rows have the same one, and others another.
+        fingerprint = _digest([arguments, tokenizer.to_dict()])
+        dataset = DatasetDict(
+            {
+                split: _encode(folder, split, f"{fingerprint}-{split}", store, processor, shift, progress)
+                for split in SPLITS
+            }
+        )
         # `datasets` 5.2 writes no file for an empty split unless `num_shards` is set, and then cannot load it.
         dataset.save_to_disk(str(folder), num_shards={split: None if len(dataset[split]) else 1 for split in SPLITS})
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     processor.save_pretrained(folder / "tokenizer")
-    with (folder / "quarantine.jsonl").open("w") as file:
+    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
         for refusal in store.refusals():
             row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    store.copy_to(folder / STORE_FILE)
     report = {
         "splits": {split: _count(dataset[split]) for split in SPLITS},
         "split_by": {"given": counts["given"], "hash": counts["pieces"] - counts["given"]},
@@ -222,6 +227,7 @@ def _save(
         "fingerprint": _digest(tokenizer.to_dict()),
         "arguments": arguments,
         "versions": _versions(["miditok", "symusic"]),
+        "written": [*contents(folder), "corpus.json"],
     }
     write_whole(folder / "corpus.json", json.dumps(report, indent=2) + "\n")
     return report
@@ -258,7 +264,13 @@ def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
 
 
 def _encode(
-    folder: Path, split: str, store: PieceStore, processor: MidiProcessor, shift: int, progress: "tqdm[Any]"
+    folder: Path,
+    split: str,
+    fingerprint: str,
+    store: PieceStore,
+    processor: MidiProcessor,
+    shift: int,
+    progress: "tqdm[Any]",
 ) -> Dataset:
     """A split as Arrow files, written piece by piece."""
     features = _features(processor)
@@ -280,7 +292,7 @@ def _encode(
         features=features,
         split=split,
         cache_dir=str(folder / ".cache"),
-        fingerprint=f"{folder.name}-{split}",
+        fingerprint=fingerprint,
         writer_batch_size=100,
     )
 

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import sqlite3
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,8 +28,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reader (fingerprint TEXT);
 CREATE TABLE IF NOT EXISTS outcomes (
     sha256 TEXT PRIMARY KEY, ids BLOB, content TEXT, num_notes INTEGER, seconds REAL, sanitized INTEGER,
-    controls TEXT, stage TEXT, reason TEXT, lost INTEGER
+    controls TEXT, stage TEXT, reason TEXT, lost INTEGER, checksum INTEGER
 ) WITHOUT ROWID;
+"""
+# What only this run needs. It may be on another disk: SQLite keeps it in the system's folder for temporary files.
+_TEMPORARY = """
 CREATE TEMP TABLE fresh (sha256 TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TEMP TABLE files (
     name TEXT PRIMARY KEY, container BLOB, member, size INTEGER, sha256 TEXT, stage TEXT, reason TEXT
@@ -38,6 +42,14 @@ CREATE TEMP TABLE pieces (
     name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT
 ) WITHOUT ROWID;
 """
+# What SQLite says of a file that is not as it wrote it: damaged, foreign, cut off, without our tables.
+_DAMAGE = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_MISMATCH,
+}
 # Rows between two commits: a killed run reads at most this many again.
 _COMMIT_EVERY = 200
 
@@ -95,12 +107,43 @@ def pack_ids(ids: Sequence[int] | Sequence[Sequence[int]]) -> bytes:
     return zlib.compress(np.asarray(ids, dtype=np.int32).tobytes(), level=1)
 
 
+def delete_store(path: Path) -> None:
+    """Remove a store and what SQLite may have left beside it. Nobody may have it open."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def explain(path: Path, error: sqlite3.DatabaseError) -> Exception:
+    """What a user reads instead of an error of SQLite; bugs stay what they are."""
+    code = _code_of(error)
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        where = f"the disk of {path} or the folder for temporary files, {tempfile.gettempdir()}"
+        return InputError(f"{where}, is full ({error}): make room, then run the same command again")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return InputError(f"{path} is in use by another program ({error}): wait until it ends")
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        return InputError(
+            f"{path} cannot be used ({error}): choose a folder that can be written to, or a shorter name"
+        )
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return InputError(f"{path} was damaged while it was in use ({error}): run the same command again")
+    return error
+
+
+def _code_of(error: sqlite3.DatabaseError) -> int | None:
+    """SQLite's primary error code; `None` for errors of Python's `sqlite3`."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_IOERR_SHORT_READ:
+        return sqlite3.SQLITE_CORRUPT  # the file was cut off
+    return None if code is None else code & 0xFF
+
+
 class PieceStore:
     """The files of a source, and what reading made of them.
 
     Args:
         path (`Path`):
-            The SQLite file. Made if it is not there.
+            The SQLite file. Made if it is not there. A damaged one loses what is damaged, if need be everything.
         reader (`str`):
             A digest of everything that reading depends on, apart from the file itself. If it changes, everything is
             read again.
@@ -108,23 +151,25 @@ class PieceStore:
             Ids per step.
 
     Raises:
-        InputError: if another run uses the file, or it isn't one of ours.
+        InputError: if another run uses the file, or the disk is full.
     """
 
     def __init__(self, path: Path, reader: str, vocabularies: int = 1) -> None:
         self._vocabularies = vocabularies
         self._unsaved = 0
+        # What was damaged, or nothing.
+        self.damage = ""
+        # Whether this run read a file that can be used.
+        self.has_new_pieces = False
         try:
-            # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
-            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("BEGIN EXCLUSIVE")
-            self._db.commit()
-            self._db.executescript(_SCHEMA)
+            self._open(path)
         except sqlite3.DatabaseError as error:
-            raise InputError(
-                f"{path} cannot be used ({error}): another run may be using it; if not, delete it"
-            ) from error
+            self._db.close()
+            if _code_of(error) not in (None, *_DAMAGE):
+                raise explain(path, error) from error
+            self.damage = str(error)
+            delete_store(path)
+            self._open(path)
         if self._db.execute("SELECT fingerprint FROM reader").fetchone() != (reader,):
             self._db.execute("DELETE FROM outcomes")
             self._db.execute("DELETE FROM reader")
@@ -132,17 +177,52 @@ class PieceStore:
         self._db.execute("DELETE FROM outcomes WHERE lost")
         self._db.commit()
 
+    def _open(self, path: Path) -> None:
+        # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
+        self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("BEGIN EXCLUSIVE")
+        self._db.commit()
+        if _tables(self._db):
+            self._check()
+        self._db.executescript(_SCHEMA)
+        self._db.executescript(_TEMPORARY)
+
+    def _check(self) -> None:
+        """Remove what was read if it is not what was written. SQLite checks the order of its pages, but no content.
+
+        Raises:
+            sqlite3.DatabaseError: if nothing can be used.
+        """
+        with closing(sqlite3.connect(":memory:")) as ours:
+            ours.executescript(_SCHEMA)
+            if _tables(self._db) != _tables(ours):
+                raise sqlite3.DatabaseError("it holds other tables than those of this version")
+        (state,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            raise sqlite3.DatabaseError(" ".join(state.split()))
+        self._db.text_factory = bytes  # what is damaged need not be text
+        rows = self._db.execute("SELECT * FROM outcomes")
+        damaged = [(row[0],) for row in rows if _checksum(row[:-1]) != row[-1]]
+        self._db.executemany("DELETE FROM outcomes WHERE sha256 = CAST(? AS TEXT)", damaged)
+        self._db.text_factory = str
+        self._db.commit()
+        if damaged:
+            self.damage = f"{len(damaged)} of its rows are not as they were written"
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Save, and let go of the file."""
-        with suppress(sqlite3.ProgrammingError):  # it is closed already
+        # Everything that a good end needs is saved. After an error, a full disk say, this saves what it can.
+        with suppress(sqlite3.Error):
             self._db.commit()
         self._db.close()
+
+    def copy_to(self, target: Path) -> None:
+        """Write what was read to a file that is empty or not there. The same outcomes give the same bytes."""
+        self._db.commit()
+        self._db.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(target),))
 
     # ---- files ----
 
@@ -183,6 +263,10 @@ class PieceStore:
         """Files that an earlier run read."""
         return self._count("files WHERE sha256 NOT NULL AND sha256 NOT IN (SELECT sha256 FROM fresh)")
 
+    def num_read(self) -> int:
+        """Different contents that this run read."""
+        return self._count("fresh")
+
     def entries(self) -> Iterator[Entry]:
         """The listed files, those of an archive together and in the order they lie in."""
         place: tuple[Any, ...] = (b"", -1, "")
@@ -209,8 +293,10 @@ class PieceStore:
         if isinstance(outcome, Piece):
             facts = (outcome.num_notes, outcome.seconds, outcome.sanitized, json.dumps(outcome.controls))
             row = (sha256, outcome.ids, outcome.content, *facts, None, None, False)
+            self.has_new_pieces = True
         else:
             row = (sha256, None, None, None, None, False, None, outcome.stage, outcome.reason, outcome.lost)
+        row = (*row, _checksum(row))
         self._db.execute(f"INSERT OR REPLACE INTO outcomes VALUES ({', '.join('?' * len(row))})", row)
         self._db.execute("INSERT OR IGNORE INTO fresh VALUES (?)", (sha256,))
         self._unsaved += 1
@@ -311,6 +397,20 @@ class PieceStore:
     def _count(self, table: str) -> int:
         (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
         return int(count)
+
+
+def _tables(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    return db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+def _checksum(row: Sequence[Any]) -> int:
+    """Of an outcome, whether SQLite gave its text as `str` or as `bytes`."""
+    values = (value if isinstance(value, bytes) else str(_plain(value)).encode() for value in row)
+    return zlib.crc32(b"\0".join(values))
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else value
 
 
 def _controls_of(computed: str, labels: str | None) -> dict[str, list[str]]:
