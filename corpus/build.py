@@ -50,16 +50,17 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
     """Tokenize MIDI files into splits by piece, and save the data set and its processor.
 
     A piece's split is what a `manifest.csv` in the source says, in a table with the columns `file` (relative to the
-    manifest) and `split` (train, valid, validation or test), or what a data set says. Other pieces' splits are decided
-    by a hash of the name and the seed, so adding files moves no piece. If a split gets no piece, it takes one of those
-    from the largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces
-    with the same notes are kept once. Every file is read in a worker process with bounded time and memory. Those that
-    cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be read),
-    `stage` (read, check or tokenize) and `reason`.
+    manifest) and `split` (train, test, or validation, also called valid, val, dev or eval), or what a data set says. A
+    row that names no file, or a split with another name, is an error. Other pieces' splits are decided by a hash of
+    the name and the seed, so adding files moves no piece. If a split gets no piece, it takes one of those from the
+    largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces with the
+    same notes are kept once, and held out if one of them is. Every file is read in a worker process with bounded time
+    and memory. Those that cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes
+    could not be read), `stage` (read, check or tokenize) and `reason`.
 
     Memory does not grow with the number of files. What was read is kept beside `out`: an interrupted run continues
     where it stopped. Where `out` is the corpus of the same source and options, only new and changed files are read,
-    and it is replaced if there are any.
+    and it is replaced if there are any. What somebody else put into it stays. Equal input gives equal bytes.
 
     Args:
         source (`str`):
@@ -76,7 +77,8 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
         be read, how many pieces were `split_by` which rule, the tokenizer's fingerprint, arguments, versions.
 
     Raises:
-        InputError: if nothing can be tokenized, an option makes no sense, or `out` holds something else.
+        InputError: if nothing can be tokenized, an option makes no sense, `out` holds something else or is being
+            written by another run, or a disk is full.
     """
     options = options or CorpusOptions()
     base = _base_tokenizer(options)
@@ -189,6 +191,10 @@ def _save(
     """Split, train, encode and write everything into `folder`."""
     store.assign_splits(options.valid_fraction, options.test_fraction, options.seed)
     counts = store.counts()
+    ways = ", ".join(f"{count:,} by {way}" for way, count in store.splits_by().items())
+    tqdm.write(f"splits: {ways or 'no pieces'}", file=sys.stderr)
+    if several := store.num_contradictions():
+        tqdm.write(f"{several:,} pieces are given to several splits: they are held out", file=sys.stderr)
     if not counts["pieces"]:
         first = next(store.refusals(), None)
         why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"

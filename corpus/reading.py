@@ -87,6 +87,8 @@ def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: i
                 store.add_label(item)
             else:
                 store.add_refusal(item)
+    if matched := store.check_labels():
+        tqdm.write(matched, file=sys.stderr)
     if limit is not None:
         store.keep_first(limit)
 

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from midimamba.corpus.entries import Entry, Refusal
-from midimamba.corpus.manifests import Label
+from midimamba.corpus.manifests import Label, fold, names_no_music
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
 
@@ -37,9 +37,11 @@ CREATE TEMP TABLE fresh (sha256 TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TEMP TABLE files (
     name TEXT PRIMARY KEY, container BLOB, member, size INTEGER, sha256 TEXT, stage TEXT, reason TEXT
 ) WITHOUT ROWID;
-CREATE TEMP TABLE labels (name TEXT PRIMARY KEY, split TEXT, labels TEXT) WITHOUT ROWID;
+CREATE TEMP TABLE labels (
+    name TEXT PRIMARY KEY, split TEXT, labels TEXT, origin TEXT, place TEXT
+) WITHOUT ROWID;
 CREATE TEMP TABLE pieces (
-    name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT
+    name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT, origin TEXT
 ) WITHOUT ROWID;
 """
 # What SQLite says of a file that is not as it wrote it: damaged, foreign, cut off, without our tables.
@@ -50,6 +52,8 @@ _DAMAGE = {
     sqlite3.SQLITE_FORMAT,
     sqlite3.SQLITE_MISMATCH,
 }
+# An error shows this many rows of manifests.
+_SHOWN = 3
 # Rows between two commits: a killed run reads at most this many again.
 _COMMIT_EVERY = 200
 
@@ -161,6 +165,9 @@ class PieceStore:
         self.damage = ""
         # Whether this run read a file that can be used.
         self.has_new_pieces = False
+        # Rows of manifests that name a file, one that is no music, and none.
+        self._matched = self._others = self._missing = 0
+        self._shown: list[str] = []
         try:
             self._open(path)
         except sqlite3.DatabaseError as error:
@@ -178,8 +185,11 @@ class PieceStore:
         self._db.commit()
 
     def _open(self, path: Path) -> None:
-        # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
-        self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+        try:
+            # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
+            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+        except sqlite3.DatabaseError as error:
+            raise explain(path, error) from error
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("BEGIN EXCLUSIVE")
         self._db.commit()
@@ -187,6 +197,7 @@ class PieceStore:
             self._check()
         self._db.executescript(_SCHEMA)
         self._db.executescript(_TEMPORARY)
+        self._db.create_function("fold", 1, fold, deterministic=True)
 
     def _check(self) -> None:
         """Remove what was read if it is not what was written. SQLite checks the order of its pages, but no content.
@@ -242,10 +253,63 @@ class PieceStore:
         )
 
     def add_label(self, label: Label) -> None:
-        """Note what a manifest says of a file."""
+        """Note what a manifest says of a file that is listed already, or a data set of one that will be.
+
+        Raises:
+            InputError: if something else was said of it before.
+        """
+        name = label.name if label.candidates is None else self._find(label.candidates)
+        if name is None:
+            if names_no_music(label.name):
+                self._others += 1
+            else:
+                self._missing += 1
+                if self._missing <= _SHOWN:
+                    self._shown.append(f"{label.name!r} ({label.place})")
+            return
+        self._matched += label.candidates is not None
+        split, labels = label.split, label.labels
+        query = "SELECT split, labels, place FROM labels WHERE name = ?"
+        if before := self._db.execute(query, (name,)).fetchone():
+            earlier = {"split": before[0]} | json.loads(before[1])
+            for column, value in ({"split": split} | labels).items():
+                if None not in (value, earlier.get(column)) and value != earlier[column]:
+                    raise InputError(
+                        f"{label.place}: {column} {value!r} for {name}, but {before[2]} says {earlier[column]!r}: "
+                        "keep one of the two"
+                    )
+            split, labels = split or before[0], json.loads(before[1]) | labels
         self._db.execute(
-            "INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", (label.name, label.split, json.dumps(label.labels))
+            "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?)",
+            (name, split, json.dumps(labels), label.origin, label.place),
         )
+
+    def _find(self, candidates: Iterable[str]) -> str | None:
+        """The first file with one of these names, or with one that only looks different if no other looks like it."""
+        self._db.execute("CREATE INDEX IF NOT EXISTS by_looks ON files (fold(name))")
+        for candidate in candidates:
+            if self._db.execute("SELECT 1 FROM files WHERE name = ?", (candidate,)).fetchone():
+                return candidate
+            query = "SELECT name FROM files WHERE fold(name) = ? LIMIT 2"
+            if len(found := self._db.execute(query, (fold(candidate),)).fetchall()) == 1:
+                return str(found[0][0])
+        return None
+
+    def check_labels(self) -> str:
+        """How many rows of manifests name a file, as a line to print; nothing if there are no rows.
+
+        Raises:
+            InputError: if some name no file.
+        """
+        if self._missing:
+            more = " and others" if self._missing > _SHOWN else ""
+            rows = self._missing + self._matched + self._others
+            raise InputError(
+                f"{self._missing:,} of {rows:,} rows of manifests name no file, or one of several: "
+                f"{', '.join(self._shown)}{more}: write paths relative to the manifest"
+            )
+        others = f", {self._others:,} name files that are no MIDI files" if self._others else ""
+        return f"{self._matched:,} rows of manifests name files{others}" if self._matched or self._others else ""
 
     def keep_first(self, count: int) -> None:
         """Forget all files but the first `count` by name."""
@@ -334,16 +398,21 @@ class PieceStore:
     def assign_splits(self, valid_fraction: float, test_fraction: float, seed: int) -> None:
         """Find the pieces, and the split of each.
 
-        Of files with the same notes, the first by name is the piece. Where no split is given, a hash of the name
-        decides: test, validation and train are intervals of [0, 1). If a wanted split stays empty, it takes a piece
-        from the largest: the one whose hash is nearest.
+        Of files with the same notes, one is the piece: one that is in the test split, otherwise in the validation
+        split, otherwise in the train split, otherwise any; of several, the first by name. So nothing is trained on
+        that is also held out. Where no split is given, a hash of the name decides: test, validation and train are
+        intervals of [0, 1). If a wanted split stays empty, it takes a piece from the largest: the one whose hash is
+        nearest.
         """
         self._db.create_function("place_of", 1, lambda name: _hash(name, seed), deterministic=True)
         self._db.execute(
-            "INSERT INTO pieces SELECT first, sha256, coalesce(split, CASE WHEN place_of(first) < ? THEN 'test' "
-            "WHEN place_of(first) < ? THEN 'validation' ELSE 'train' END), split IS NOT NULL, place_of(first), labels "
-            "FROM (SELECT min(name) AS first, sha256 FROM files JOIN outcomes USING (sha256) WHERE ids IS NOT NULL "
-            "GROUP BY content) LEFT JOIN labels ON labels.name = first",
+            "INSERT INTO pieces SELECT name, sha256, coalesce(split, CASE WHEN place_of(name) < ? THEN 'test' "
+            "WHEN place_of(name) < ? THEN 'validation' ELSE 'train' END), split IS NOT NULL, place_of(name), labels, "
+            "origin FROM (SELECT name, sha256, split, labels, origin, "
+            "row_number() OVER (PARTITION BY content ORDER BY "
+            "CASE split WHEN 'test' THEN 0 WHEN 'validation' THEN 1 WHEN 'train' THEN 2 ELSE 3 END, name) AS rank "
+            "FROM files JOIN outcomes USING (sha256) LEFT JOIN labels USING (name) WHERE ids IS NOT NULL) "
+            "WHERE rank = 1",
             (test_fraction, test_fraction + valid_fraction),
         )
         for split, fraction in (("train", 1.0), ("test", test_fraction), ("validation", valid_fraction)):
@@ -360,6 +429,19 @@ class PieceStore:
                 f"(SELECT name FROM pieces WHERE split = ? AND NOT given ORDER BY place {order} LIMIT 1)",
                 (split, largest),
             )
+
+    def splits_by(self) -> dict[str, int]:
+        """How many pieces are in their splits by a manifest, a data set, or the hash."""
+        way = "CASE WHEN given THEN origin ELSE 'hash' END"
+        query = f"SELECT {way}, count(*) FROM pieces GROUP BY 1 ORDER BY 1 = 'hash', 1"
+        return dict(self._db.execute(query).fetchall())
+
+    def num_contradictions(self) -> int:
+        """Pieces whose files are given to several splits."""
+        return self._count(
+            "(SELECT content FROM files JOIN outcomes USING (sha256) JOIN labels USING (name) "
+            "WHERE ids IS NOT NULL GROUP BY content HAVING count(DISTINCT split) > 1)"
+        )
 
     def pieces(self, split: str, order: str = "name") -> Iterator[StoredPiece]:
         """The pieces of a split, by `name`, or by `place`: at random, but always the same."""

@@ -104,7 +104,10 @@ def _is_cache(path: Path, former: Path) -> bool:
 def _link(path: Path, target: Path) -> None:
     try:
         os.link(path, target, follow_symlinks=False)
-    except OSError:  # some disks have no hard links, and some systems allow them only to a file's owner
+    except OSError:
+        if not (path.is_file() or path.is_symlink()):
+            raise
+        # Some disks have no hard links, and some systems allow them only to a file's owner.
         shutil.copy2(path, target, follow_symlinks=False)
 
 
@@ -135,16 +138,16 @@ def reading_store(out: Path, reader: str, vocabularies: int) -> Iterator[PieceSt
             unfinished = path.with_name(f"{path.name}.unfinished")
             shutil.copyfile(origin, unfinished)
             unfinished.replace(path)
-    store = PieceStore(path, reader, vocabularies)
+    store = None
     try:
-        with store:
+        with PieceStore(path, reader, vocabularies) as store:
             if store.damage:
                 tqdm.write(f"{origin} is damaged ({store.damage}): what is lost is read again", file=sys.stderr)
             yield store
     except sqlite3.DatabaseError as error:
         raise explain(path, error) from error
     except InputError:
-        if not continued and not store.has_new_pieces:
+        if not continued and not (store and store.has_new_pieces):
             delete_store(path)
         raise
     delete_store(path)
