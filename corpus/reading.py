@@ -144,6 +144,8 @@ def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: i
                 progress.update()
             elif isinstance(item, Refusal):
                 store.add_refusal(item)
+    if matched := store.check_labels():
+        tqdm.write(matched, file=sys.stderr)
     if limit is not None:
         listed = store.num_files()
         store.keep_first(limit)

@@ -14,6 +14,7 @@ __all__ = ["InputError", "exit_on_input_error", "loading_generator", "reaching_h
 _ADVICE = {
     errno.ENOSPC: "make room on that disk, then run the same command again",
     errno.EDQUOT: "make room in your quota, then run the same command again",
+    errno.EFBIG: "choose a disk for larger files, or raise the limit, then run the same command again",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a file or folder that you may use",
     errno.EPERM: "choose a file or folder that you may use",

@@ -105,6 +105,10 @@ def recover(target: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        for folder, inner, _ in os.walk(path):  # an owner may have made folders that nobody can change
+            for name in inner:
+                if not (child := Path(folder, name)).is_symlink():
+                    child.chmod(0o700)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -211,7 +215,10 @@ def _flush(path: Path) -> None:
         return
     if path.is_dir() and os.name == "nt":  # Windows has no handles of folders
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:  # it was not written by this run
+        return
     try:
         os.fsync(handle)
     finally:
