@@ -18,10 +18,11 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     RepoCard,
+    get_session,
     get_token,
 )
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from midimamba.errors import InputError, reaching_hub
 from midimamba.files import locked
