@@ -202,9 +202,12 @@ class Hub:
             for upload in uploads
         ]
 
-    def clean(self, folder: Path) -> None:
-        """Remove secrets from the files of a scratch folder; see [`remove_secrets`]."""
-        remove_secrets(folder, secrets_in_use(self._token))
+    def prepare(self, uploads: Sequence[Upload]) -> list[Upload]:
+        """The uploads with full names, after secrets were removed from their files: cards are made of what is left."""
+        known = secrets_in_use(self._token)
+        for upload in uploads:
+            remove_secrets(upload.folder, known)
+        return self.resolve(uploads)
 
     def send(self, uploads: Sequence[Upload], private: bool) -> dict[str, str]:
         """
