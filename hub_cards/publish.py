@@ -116,10 +116,10 @@ def publish(
         if is_corpus:
             uploads = [Upload("corpus", repo_id, scratch / "corpus", stale="data/*.parquet")]
             others = left_out(folder, KNOWN_OF_CORPUS)
-            report_of_corpus = collect_corpus(folder, uploads[0].folder)
-            uploads = hub.resolve(uploads)
+            collect_corpus(folder, uploads[0].folder)
+            uploads = hub.prepare(uploads)
             with _checking(folder, uploads[0].folder):
-                add_corpus_card(uploads[0].folder, uploads[0].repo_id, report_of_corpus, license)
+                add_corpus_card(uploads[0].folder, uploads[0].repo_id, license)
         else:
             _check_checkpoints(folder, discriminator)
             uploads = [Upload("generator", repo_id, scratch / "generator")]
@@ -130,10 +130,8 @@ def publish(
                 uploads.append(Upload("discriminator", f"{repo_id}{_DISCRIMINATOR}", scratch / "discriminator"))
                 others += [f"{discriminator.name}/{name}" for name in left_out(discriminator, PUBLISHED)]
                 _collect_discriminator(discriminator, uploads[1].folder)
-            uploads = hub.resolve(uploads)
+            uploads = hub.prepare(uploads)
             _add_cards(uploads, [folder, discriminator or folder], evaluation, license)
-        for upload in uploads:
-            hub.clean(upload.folder)
         return Published(hub.send(uploads, private), others)
 
 

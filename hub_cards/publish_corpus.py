@@ -29,16 +29,13 @@ KNOWN_OF_CORPUS = (
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def collect_corpus(folder: Path, target: Path) -> dict[str, Any]:
+def collect_corpus(folder: Path, target: Path) -> None:
     """
     Fill `target` with what is uploaded of a corpus, and check it. Paths of this machine are not published.
 
     Args:
         folder (`Path`): written by `midimamba tokenize`, or downloaded from a data set repository.
         target (`Path`): the folder to make.
-
-    Returns:
-        `dict`: its report, as it is uploaded.
 
     Raises:
         InputError: if the folder is not a complete corpus, or a file in it is a link.
@@ -54,20 +51,19 @@ def collect_corpus(folder: Path, target: Path) -> dict[str, Any]:
     (target / "corpus.json").write_text(for_json(report, indent=2) + "\n", encoding="utf-8")
     for split in SPLITS:
         write_parquet(dataset[split], target / "data", split)
-    return report
 
 
-def add_corpus_card(target: Path, repo_id: str, report: Mapping[str, Any], license: str | None) -> None:
+def add_corpus_card(target: Path, repo_id: str, license: str | None) -> None:
     """
     Write a card to `target`, unless the owner has written one.
 
     Args:
         target (`Path`): filled by [`collect_corpus`].
         repo_id (`str`): `"owner/name"`.
-        report (`dict`): of the corpus, as it is uploaded.
         license (`str`, *optional*): the identifier of the Hub.
     """
     if not (target / "README.md").exists():
+        report = read_json(target / "corpus.json")
         dataset_card(repo_id, report, target / "quarantine.jsonl", license).save(target / "README.md")
 
 

@@ -37,7 +37,7 @@ _VOCABULARY = re.compile(
 )
 # A secret in running text, `HF_TOKEN=…` or `"hub_token": "…"`. Not a bare `token`, which is a word of this field.
 _ASSIGNED = re.compile(
-    rf"(?P<before>(?<![a-z0-9])(?:{_SECRET})\\?[\"']?"
+    rf"(?P<before>(?<![a-z0-9])(?:{_SECRET})\\?[\"'`]?"
     r"\s*(?:=|:(?!:))\s*\\?[\"']?(?:Bearer\s+)?)(?P<value>[\w+/=.~-]{8,})",
     re.IGNORECASE,
 )

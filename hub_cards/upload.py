@@ -18,10 +18,11 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     RepoCard,
+    get_session,
     get_token,
 )
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from midimamba.errors import InputError, reaching_hub
 from midimamba.files import locked
@@ -201,9 +202,12 @@ class Hub:
             for upload in uploads
         ]
 
-    def clean(self, folder: Path) -> None:
-        """Remove secrets from the files of a scratch folder; see [`remove_secrets`]."""
-        remove_secrets(folder, secrets_in_use(self._token))
+    def prepare(self, uploads: Sequence[Upload]) -> list[Upload]:
+        """The uploads with full names, after secrets were removed from their files: cards are made of what is left."""
+        known = secrets_in_use(self._token)
+        for upload in uploads:
+            remove_secrets(upload.folder, known)
+        return self.resolve(uploads)
 
     def send(self, uploads: Sequence[Upload], private: bool) -> dict[str, str]:
         """

@@ -330,7 +330,7 @@ def test_a_foreign_corpus_json_is_refused(tmp_path: Path, content: str) -> None:
         publish(tmp_path, "you/data")
 
 
-BROKEN = {
+BROKEN: dict[str, list[bytes | tuple[str, object]]] = {
     "corpus.json": [
         *(b"null", b"[]", b"[" * 100_000, b"\xff", b"{"),
         ("splits", []),

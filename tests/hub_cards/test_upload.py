@@ -162,7 +162,7 @@ def test_a_full_disk_creates_nothing(
         writer.write(reader.read(10))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(upload.shutil, "copyfileobj", fill)
+    monkeypatch.setattr(shutil, "copyfileobj", fill)
     assert command(monkeypatch, "publish", run / "model", "--repo", "you/bach") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: No space left on device")
@@ -328,7 +328,7 @@ def test_a_second_repository_that_cannot_be_created_says_what_was_done(
 ) -> None:
     commits = online.commits
 
-    class OnceCommitted(dict[str, int]):
+    class OnceCommitted(dict[str, int | None]):
         def items(self) -> Any:
             return {"repos/create": 403}.items() if commits else {}.items()
 
