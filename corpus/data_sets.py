@@ -107,7 +107,7 @@ class DataSetFiles:
         named = {
             column: self._name_of(split, column, row.get(column)) for column in (*self._columns, *self._split_column)
         }
-        labels = {column: named[column] for column in self._columns if named[column] is not None}
+        labels = {column: value for column in self._columns if (value := named[column]) is not None}
         given, origin = self._own[split], "the data set"
         for column in self._split_column:
             try:

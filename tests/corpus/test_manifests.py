@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.entries import Entry
 from midimamba.corpus.load import SPLITS, load_corpus
-from midimamba.corpus.manifests import split_named
+from midimamba.corpus.manifests import Label, split_named
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.sources import Label, list_source
+from midimamba.corpus.sources import list_source
 from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
 from support import make_score
@@ -39,7 +40,7 @@ def given_of(source: Path, *columns: str) -> Given:
         for item in list_source(str(source), columns):
             if isinstance(item, Label):
                 store.add_label(item)
-            elif hasattr(item, "size"):
+            elif isinstance(item, Entry):
                 store.add_file(item)
         store.check_labels()
         rows = store._db.execute("SELECT name, split, labels FROM labels ORDER BY name")

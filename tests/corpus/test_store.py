@@ -198,6 +198,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def foreign(path: Path) -> None:
+    path.unlink()
     with closing(sqlite3.connect(path)) as file:
         file.execute("CREATE TABLE outcomes (a)")
 
@@ -218,8 +219,8 @@ def change_a_row(path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), 0),
         (lambda path: path.write_bytes(b"something else " * 100), 0),
-        (lambda path: (path.unlink(), foreign(path)), 0),
-        (lambda path: unlike(path), 0),
+        (foreign, 0),
+        (unlike, 0),
         (change_a_row, 30),
     ],
     ids=["cut off", "garbage", "another database", "another table", "a row"],
@@ -239,7 +240,7 @@ def test_a_damaged_store_loses_what_is_damaged_and_says_so(
         assert store.knows("3")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(harm=st.lists(st.tuples(st.integers(0, 2**17), st.integers(0, 255)), min_size=1, max_size=4))
 def test_no_damaged_byte_changes_a_result(
     harm: list[tuple[int, int]], sound: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -120,7 +120,7 @@ def test_an_error_after_reading_keeps_what_was_read_and_one_before_leaves_nothin
     with pytest.raises(InputError, match="leave no usable piece to train on"):
         tokenize_corpus(str(music), tmp_path / "out", OPTIONS)
     assert (tmp_path / STORE).exists()
-    (music / "manifest.csv").write_text("file,split\n0.mid,test\n")
+    (music / "manifest.csv").write_text("file,split\n0.mid,test\n1.mid,train\n2.mid,train\n3.mid,train\n")
     tokenize_corpus(str(music), tmp_path / "out", OPTIONS)
     assert "4 of 4 files are as they were read before" in capsys.readouterr().err
     (music / "manifest.csv").write_text("file,split\n0.mid,nonsense\n")
@@ -180,7 +180,7 @@ def test_a_damaged_store_is_named_and_read_again(
     for path in (tmp_path / "fresh").rglob("*"):
         assert path.is_dir() or path.read_bytes() == (out / path.relative_to(tmp_path / "fresh")).read_bytes()
     tokenize_corpus(str(music), out, OPTIONS)
-    assert "damaged" not in capsys.readouterr().err
+    assert "is damaged" not in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "music", "out"]
 
 
