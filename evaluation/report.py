@@ -20,8 +20,7 @@ from midimamba.evaluation.report_curves import draw_curves
 from midimamba.evaluation.report_page import ORDERS, Report, report_page, training_settings
 from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
-from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.loading import load_discriminator, load_generator
 
 NEEDED = (
     "data",
@@ -83,10 +82,10 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
     # Neighbouring blocks belong to one piece and repeat each other, so choose from the whole split.
     real = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    discriminator = MidiDiscriminator.from_pretrained(run / "generator-discriminator", device_map=device)
+    discriminator = load_discriminator(run / "generator-discriminator", device_map=device)
     report: Report = {}
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
-        model = MidiMambaForCausalLM.from_pretrained(run / folder, device_map=device)
+        model = load_generator(run / folder, device_map=device)
         samples = fresh_samples(model, real[:, :prompt_length], length, seed)
         report[phase] = {
             "held_out_nll": held_out_nll(model, blocks, collator),

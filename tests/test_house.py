@@ -25,9 +25,19 @@ MAY_IMPORT = {
     "modeling": set(),
     "tokenization": {"errors"},
     "corpus": {"errors", "files", "tokenization"},
-    "evaluation": {"errors", "files", "modeling", "tokenization", "corpus"},
+    "evaluation": {"errors", "files", "loading", "modeling", "tokenization", "corpus"},
     "hub_cards": {"errors", "files", "modeling", "tokenization", "corpus", "evaluation"},
-    "training": {"errors", "files", "runtime", "modeling", "tokenization", "corpus", "evaluation", "hub_cards"},
+    "training": {
+        "errors",
+        "files",
+        "loading",
+        "runtime",
+        "modeling",
+        "tokenization",
+        "corpus",
+        "evaluation",
+        "hub_cards",
+    },
 }
 
 

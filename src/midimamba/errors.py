@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from midimamba.text import printable
 
-__all__ = ["InputError", "exit_on_input_error", "loading_generator", "reaching_hub"]
+__all__ = ["InputError", "exit_on_input_error", "reaching_hub"]
 
 # What the user can mend, and how. Any other error of the operating system is a bug, and shows where it comes from.
 _ADVICE = {
@@ -24,20 +24,6 @@ _INTERRUPTED = 130  # the exit code that shells give to a program that Ctrl-C en
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do, in one line."""
-
-
-@contextmanager
-def loading_generator(name: str) -> Iterator[None]:
-    """Turn what `from_pretrained` raises for a missing, foreign or broken checkpoint into an [`InputError`]."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    except StrictDataclassError as error:  # names on a second line which field of the configuration is wrong
-        raise InputError(f"no generator can be loaded from {name!r}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.command_options import SamplingOptions
-from midimamba.errors import InputError, loading_generator
+from midimamba.errors import InputError
 from midimamba.tokenization.tokenizations import BAR
 
 _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
@@ -37,8 +37,7 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         InputError: if one of them is missing, or their vocabularies differ.
     """
     processor = MidiProcessor.from_pretrained(name)
-    with loading_generator(name):
-        model = load(name)
+    model = load(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"{name}: the generator has {model.config.vocab_size} tokens, but its tokenizer {processor.vocab_size}; "
