@@ -56,6 +56,12 @@ def write_report(run: Path, seed: int = 0, num_samples: int = 64, length: int | 
         if not (run / part).exists():
             raise InputError(f"{run} is not a finished run: it has no {part}; train one, for example with `make demo`")
     training = training_settings(run / "generator")
+    for name in ("sequence_length", "prompt_length"):
+        if type(training.get(name)) is not int or training[name] < 0:
+            raise InputError(
+                f"{run / 'generator' / 'training_args.json'} has no whole number {name!r}, which the measures need: "
+                "copy the file of the run again"
+            )
     report = _measure(run, seed, num_samples, length or training["sequence_length"], training["prompt_length"])
     report["training"] = training
     draw_curves(run / "pretrained", run / "generator", run / "curves.png")

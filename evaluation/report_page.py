@@ -1,8 +1,9 @@
 """The page of a run's report, and the parts of it that a model card shows as well."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from midimamba.files import read_json
 
 Report = dict[str, Any]
 
@@ -71,7 +72,7 @@ def sample_gallery(run: Path) -> str:
 def training_settings(folder: Path) -> dict[str, Any]:
     """The options of `folder`'s `training_args.json` that a reader asks for first; empty if there is no such file."""
     file = folder / "training_args.json"
-    options = json.loads(file.read_text()) if file.exists() else {}
+    options = read_json(file) if file.exists() else {}
     return {name: options[name] for name in SETTINGS if options.get(name) is not None}
 
 

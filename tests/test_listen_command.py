@@ -77,7 +77,7 @@ def test_files_that_are_passed_over_are_reported(
         (("empty", "composer", "--out", "out"), "empty has 0 pieces to listen to in 0 MIDI files"),
         (("composer", "machine"), "name a folder with --out"),
         (("composer", "machine", "--out", "machine"), "machine already exists"),
-        (("--score", "machine", "answers.json"), "machine/key.json cannot be read as JSON"),
+        (("--score", "machine", "answers.json"), "machine/key.json cannot be read: No such file"),
         (("--score", "machine", "answers.json", "--out", "out"), "leave out --out"),
         (("--score", "machine", "answers.json", "./answers.json"), "named twice"),
     ],
@@ -134,7 +134,7 @@ def test_answers_become_tables(
     ("content", "reason"),
     [
         (None, "No such file"),
-        ("{", "cannot be read as JSON"),
+        ("{", "is not JSON that can be read"),
         ("[1]", "has no answers"),
         ('{"test": "TEST"}', "has no answers"),
         ('{"test": "0123", "answers": {}}', "answers another test: its id is '0123' and not 'TEST'"),
