@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
 from midimamba.corpus.sources import Entry, Label, split_named
-from midimamba.errors import InputError
+from midimamba.errors import InputError, check_hub
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MIDI_SUFFIXES, TOO_LARGE, MidiRefusedError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -107,6 +107,7 @@ def _load(source: str, streaming: bool) -> Mapping[str, Dataset | IterableDatase
         if path.is_dir() and any((path / name).is_file() for name in _SAVED):
             loaded = load_from_disk(source)
         else:
+            check_hub(source, "dataset")
             loaded = load_dataset(source, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         what = "a data set" if path.is_dir() else "a folder, an archive, or a data set on the Hub"

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from midimamba.corpus.data_sets import is_data_set
-from midimamba.errors import InputError, reaching_hub
+from midimamba.errors import InputError, check_hub, reaching_hub
 from midimamba.files import read_json
 from midimamba.tokenization.processor import MidiProcessor
 
@@ -58,6 +58,7 @@ def _read_splits(folder: Path, report: Mapping[str, Any]) -> DatasetDict:
 def _download(name: str) -> Path:
     purpose = f"no corpus can be loaded from {name!r}"
     try:
+        check_hub(name, "dataset")
         with reaching_hub(purpose):
             return Path(snapshot_download(name, repo_type="dataset"))
     except (OSError, HFValidationError) as error:

@@ -135,7 +135,7 @@ def test_answers_become_tables(
     [
         (None, "No such file"),
         ("{", "is not JSON that can be read"),
-        ("[1]", "has no answers"),
+        ("[1]", "holds list, not a JSON object"),
         ('{"test": "TEST"}', "has no answers"),
         ('{"test": "0123", "answers": {}}', "answers another test: its id is '0123' and not 'TEST'"),
         ('{"answers": {}}', "answers another test: its id is None"),

@@ -89,10 +89,10 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
 
 def _list_controls(model: str) -> None:
     """Print one control per line, with its values."""
-    from midimamba import MidiProcessor
+    from midimamba.loading import load_processor
     from midimamba.tokenization.controls import NO_CONTROLS
 
-    controls = MidiProcessor.from_pretrained(model).controls
+    controls = load_processor(model).controls
     if not controls:
         raise InputError(NO_CONTROLS)
     for name, values in controls.items():

@@ -3,11 +3,12 @@
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from midimamba.text import printable
 
-__all__ = ["InputError", "exit_on_input_error", "reaching_hub"]
+__all__ = ["InputError", "check_hub", "exit_on_input_error", "reaching_hub"]
 
 # What the user can mend, and how. Any other error of the operating system is a bug, and shows where it comes from.
 _ADVICE = {
@@ -19,6 +20,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a folder that is not inside a file",
 }
+_PATIENCE = 10  # seconds, with the Hub
 _INTERRUPTED = 130  # the exit code that shells give to a program that Ctrl-C ended
 
 
@@ -44,6 +46,28 @@ def reaching_hub(purpose: str) -> Iterator[None]:
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{purpose}: the Hub cannot be reached ({reason}): check the connection") from error
+
+
+def check_hub(name: str, repo_type: str = "model") -> None:
+    """Ask the Hub once for a repository that is not on this machine, before loaders ask for half a minute.
+
+    What is here already, and what the Hub answers, is left to the loaders.
+
+    Args:
+        name (`str`): a folder or the name of a repository.
+        repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
+
+    Raises:
+        InputError: if the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    here = Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *name.split("/")])
+    if constants.HF_HUB_OFFLINE or Path(name).exists() or here.exists():
+        return
+    with reaching_hub(f"{name} cannot be loaded"), suppress(HfHubHTTPError, HFValidationError):
+        HfApi().repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
+from midimamba.loading import load_processor
 from midimamba.tokenization.tokenizations import BAR
 
 _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
@@ -36,7 +37,7 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     Raises:
         InputError: if one of them is missing, or their vocabularies differ.
     """
-    processor = MidiProcessor.from_pretrained(name)
+    processor = load_processor(name)
     model = load(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(

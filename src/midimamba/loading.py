@@ -1,4 +1,4 @@
-"""The one way in which commands and scripts load a network: whole, finite, or refused in one line."""
+"""The one way in which commands and scripts load a model: whole, finite, or refused in one line."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +13,11 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from midimamba.errors import InputError
+from midimamba.errors import InputError, check_hub
 from midimamba.files import read_json
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.tokenization.processor import MidiProcessor
 
 # Transformers and peft check little of what they read: a wrong type or number in a file shows as any of these.
 _UNUSABLE = (
@@ -48,6 +49,19 @@ def load_generator(name: str | Path, **options: Any) -> MidiMambaForCausalLM:
     return model
 
 
+def load_processor(name: str | Path) -> MidiProcessor:
+    """Load a processor.
+
+    Args:
+        name (`str` or `Path`): a folder, or a repository on the Hub.
+
+    Raises:
+        InputError: if there is none.
+    """
+    check_hub(str(name))
+    return MidiProcessor.from_pretrained(name)
+
+
 def load_discriminator(name: str | Path, **options: Any) -> MidiDiscriminator:
     """Load a discriminator.
 
@@ -67,6 +81,7 @@ def load_discriminator(name: str | Path, **options: Any) -> MidiDiscriminator:
 @contextmanager
 def _loading(kind: str, name: str | Path, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn what `from_pretrained` raises for a missing, foreign or broken checkpoint into an [`InputError`]."""
+    check_hub(str(name))
     try:
         _check_more_files(str(name), options)
         yield
