@@ -86,7 +86,7 @@ class RecipeParser(TrlParser):
             raise InputError(f"there is no recipe {error.filename}; give a YAML file after --config") from error
         except yaml.YAMLError as error:
             raise InputError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
-        except (ValueError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # YAML of wrong types
             raise InputError(" ".join(str(error).split())) from error
         for part in parsed:
             if isinstance(part, TrainingArguments):

@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from json import JSONDecodeError
 from pathlib import Path
 
 from midimamba.text import printable
@@ -20,6 +21,12 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a folder that is not inside a file",
 }
+# What helps when the Hub refuses, by the status of its answer.
+_HUB_ADVICE = {
+    401: "log in with `hf auth login`",
+    403: "check what your token may do, or use another with `hf auth login`",
+    429: "wait, then run the same command again",
+}
 _PATIENCE = 10  # seconds, with the Hub
 _INTERRUPTED = 130  # the exit code that shells give to a program that Ctrl-C ended
 
@@ -35,15 +42,20 @@ def reaching_hub(purpose: str) -> Iterator[None]:
     Args:
         purpose (`str`): what could not be done, such as `"you/bach cannot be created"`.
     """
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    import huggingface_hub.errors as hub
 
+    # The base class of all errors of the client that huggingface_hub uses: httpx or, since its version 2.4, httpx2.
+    connection_error: type[Exception] = hub.HTTPError  # type: ignore[attr-defined]
     try:
         yield
-    except HfHubHTTPError as error:
+    except hub.HfHubHTTPError as error:
+        status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split())
-        raise InputError(f"{purpose}: the Hub answers {error.response.status_code} ({said})") from error
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        advice = _HUB_ADVICE.get(status, "try again later" if status >= 500 else "check the name of the repository")
+        raise InputError(f"{purpose}: the Hub answers {status} ({said}): {advice}") from error
+    except JSONDecodeError as error:  # what answers is a login page of the network, for example
+        raise InputError(f"{purpose}: what answers is not the Hub: check the connection") from error
+    except (connection_error, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{purpose}: the Hub cannot be reached ({reason}): check the connection") from error
 
