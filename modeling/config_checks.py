@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_LAYERS = 1024
+MAX_COUNT = 1024  # of layers and labels, each of which is made one by one
+_COUNTS = ("num_hidden_layers", "num_labels")
 MAX_SIZE = (
     2**24
 )  # of any width or vocabulary: far beyond what is used, and products of three still fit 64 bits or fail
@@ -40,7 +41,7 @@ def check_sizes(values: Mapping[str, Any], names: Iterable[str]) -> None:
     """
     for name in names:
         value = values.get(name)
-        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        limit = MAX_COUNT if name in _COUNTS else MAX_SIZE
         for size in value if isinstance(value, (list, tuple)) else [value]:
             if size in (None, "auto"):
                 continue

@@ -10,7 +10,7 @@ from .config_checks import check_sizes, read_config
 
 _SIZES = (
     *("vocab_size", "hidden_size", "filter_sizes", "num_filters"),
-    *("num_hidden_layers", "state_size", "expand", "conv_kernel"),
+    *("num_hidden_layers", "state_size", "expand", "conv_kernel", "num_labels"),
 )
 
 
@@ -61,7 +61,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:
-        check_sizes(vars(self), _SIZES)
+        check_sizes({**kwargs, **vars(self)}, _SIZES)
         # One logit, the log-odds that a sequence is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)
         super().__post_init__(**kwargs)

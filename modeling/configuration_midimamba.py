@@ -28,7 +28,7 @@ STOCK = {
 _SIZES_OF_TENSORS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", "time_step_rank"),
     *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("mlp_intermediate_size", "num_experts", "moe_intermediate_size"),
+    *("mlp_intermediate_size", "num_experts", "moe_intermediate_size", "num_labels"),
 )
 _POSITIVE = ("layer_norm_epsilon", "rms_norm_eps", "rope_theta")
 
@@ -116,7 +116,7 @@ class MidiMambaConfig(MambaConfig):
     router_z_loss_coef: float | int = 0.001
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_numbers(vars(self))
+        _check_numbers({**kwargs, **vars(self)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -191,7 +191,7 @@ class MidiMambaConfig(MambaConfig):
         if self.feed_forward == "moe":
             if self.num_experts < 1:
                 raise ValueError(f"num_experts is {self.num_experts}; at least 1 is needed")
-            if self.capacity_factor <= 0:
+            if not self.capacity_factor > 0:  # NaN as well
                 raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
 
     def _check_heads(self) -> None:

@@ -8,7 +8,7 @@ a state, and states are updated in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,7 @@ class MidiMambaPreTrainedModel(WholeWeights, MambaPreTrainedModel):
     config_class = MidiMambaConfig
     config: MidiMambaConfig
     _weight_conversions: list[WeightTransform]
-    _own_weights = ("backbone.",)
+    _own_weights: ClassVar[tuple[str, ...]] = ("backbone.",)
     _no_split_modules = ["MidiMambaBlock"]  # noqa: RUF012 (transformers' interface)
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -42,7 +42,7 @@ class WholeWeights(PreTrainedModel):
     # what is missing. A test holds that it is still called.
     @staticmethod
     def _load_pretrained_model(
-        model: "WholeWeights",
+        model: PreTrainedModel,
         state_dict: dict[str, Any] | None,
         checkpoint_files: list[str] | None,
         load_config: LoadStateDictConfig,
@@ -70,9 +70,13 @@ def _check_kinds(files: Sequence[str]) -> None:
 
 
 def _check_names(
-    model: WholeWeights, found: LoadStateDictInfo, load_config: LoadStateDictConfig, expected: Collection[str] | None
+    model: PreTrainedModel,
+    found: LoadStateDictInfo,
+    load_config: LoadStateDictConfig,
+    expected: Collection[str] | None,
 ) -> None:
     """Raise a `ValueError` that names what a checkpoint lacks or has in excess. See [`WholeWeights`]."""
+    assert isinstance(model, WholeWeights)
     own = model._own_weights
     missing = {name for name in found.missing_keys if name.startswith(own)}
     if expected is not None:  # of adapters; the network was read before

@@ -183,7 +183,8 @@ def test_a_changed_key_is_refused_in_a_line(
 ) -> None:
     (tmp_path / "key.json").write_text(content)
     assert command(monkeypatch, "--score", tmp_path, "answers.json") == 2
-    assert "key.json is not the key of a listening test" in capsys.readouterr().err
+    reason = "holds list, not a JSON object" if content == "[]" else "is not the key of a listening test"
+    assert f"key.json {reason}" in capsys.readouterr().err
 
 
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,14 +63,14 @@ def reaching_hub(purpose: str) -> Iterator[None]:
 def check_hub(name: str, repo_type: str = "model") -> None:
     """Ask the Hub once for a repository that is not on this machine, before loaders ask for half a minute.
 
-    What is here already, and what the Hub answers, is left to the loaders.
+    What is here already, and a refusal by the Hub, is left to the loaders.
 
     Args:
         name (`str`): a folder or the name of a repository.
         repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
 
     Raises:
-        InputError: if the Hub cannot be reached.
+        InputError: if the Hub cannot be reached, or is out of order.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -78,8 +78,12 @@ def check_hub(name: str, repo_type: str = "model") -> None:
     here = Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *name.split("/")])
     if constants.HF_HUB_OFFLINE or Path(name).exists() or here.exists():
         return
-    with reaching_hub(f"{name} cannot be loaded"), suppress(HfHubHTTPError, HFValidationError):
-        HfApi().repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
+    with reaching_hub(f"{name} cannot be loaded"), suppress(HFValidationError):
+        try:
+            HfApi().repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
+        except HfHubHTTPError as error:
+            if error.response.status_code >= 500:  # which loaders would try again as well
+                raise
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     """A generator and its processor, from a folder or the Hub, on the best device there is.
 
     Raises:
-        InputError: if one of them is missing, or their vocabularies differ.
+        InputError: if one of them is missing or damaged, or their vocabularies differ.
     """
     processor = load_processor(name)
     model = load(name)
@@ -46,7 +46,19 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         )
     network: nn.Module = model  # the types of transformers' own `to` are wrong
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    _check_logits(model, name)
     return model, processor
+
+
+@torch.no_grad()
+def _check_logits(model: MidiMambaForCausalLM, name: str) -> None:
+    """Finite weights can still be so large that what they compute is not."""
+    first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    if not model(input_ids=first).logits.isfinite().all():
+        raise InputError(
+            f"the generator {name!r} computes NaN or infinity: its training has diverged or its files are damaged; "
+            "take an earlier checkpoint"
+        )
 
 
 def generate_scores(
