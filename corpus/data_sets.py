@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetsError
 from midimamba.corpus.entries import Entry
 from midimamba.corpus.manifests import SPLIT_ADVICE, Label, split_named
 from midimamba.corpus.sources import holds_data_set
-from midimamba.errors import InputError
+from midimamba.errors import InputError, check_hub
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, TOO_LARGE, MidiRefusedError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -152,6 +152,7 @@ def _load(source: str, streaming: bool) -> Mapping[str, Dataset | IterableDatase
         if path.is_dir() and any((path / name).is_file() for name in _SAVED):
             loaded = load_from_disk(source)
         else:
+            check_hub(source, "dataset")
             loaded = load_dataset(source, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         what = "a data set" if path.is_dir() else "a folder, an archive, or a data set on the Hub"

@@ -5,14 +5,13 @@ bars and played by the same instrument at the same loudness.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from symusic.core import ScoreTick
@@ -24,7 +23,7 @@ from midimamba.evaluation.features import opening
 from midimamba.evaluation.listening_page import listening_page
 from midimamba.evaluation.rendering import render_wave
 from midimamba.evaluation.samples import midi_files
-from midimamba.files import whole_folder
+from midimamba.files import read_json, whole_folder
 from midimamba.text import for_json, for_markdown, printable
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 
@@ -150,7 +149,7 @@ def read_key(folder: Path) -> Key:
         InputError: if the folder has no key, or a broken one.
     """
     path = folder / "key.json"
-    content = _read_json(path)
+    content = read_json(path)
     try:
         return Key(str(content["test"]), {name: str(piece["arm"]) for name, piece in content["pieces"].items()})
     except (KeyError, TypeError, AttributeError) as error:
@@ -166,8 +165,8 @@ def read_answers(path: Path, key: Key) -> dict[str, Answer]:
     Raises:
         InputError: if the file has no answers, or if they belong to another test or to a piece that is not in it.
     """
-    content = _read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
+    content = read_json(path)
+    if not isinstance(content.get("answers"), dict):
         raise InputError(
             f"{path} has no answers; give the file that the page of the test offers for download at its end"
         )
@@ -276,10 +275,3 @@ def _cells(estimate: Estimate, form: str) -> str:
     value = "–" if np.isnan(estimate.value) else f"{estimate.value:{form}}"  # noqa: RUF001
     interval = "–" if np.isnan(estimate.low) else f"{estimate.low:{form}} … {estimate.high:{form}}"  # noqa: RUF001
     return f"{value} | {interval}"
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error

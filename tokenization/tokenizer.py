@@ -9,7 +9,7 @@ Tokenizations with several vocabularies write rows of ids instead, one id from e
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +54,12 @@ __all__ = [
 MIDITOK_FILE = "miditok.json"
 # What MMM repeats in every track, over all tracks. More takes over 2 seconds and 0.5 GB.
 MAX_SHARED_EVENTS = 300_000
+# What MidiTok writes to it. It would set anything else as an attribute, methods included.
+_STORED = frozenset(
+    {"config", "tokenization", "_model", "_vocab_base", "_vocab_base_byte_to_token", "has_bpe"}
+    | {"miditok_version", "symusic_version", "hf_tokenizers_version"}
+)
+_MAX_TOKENS = 100_000
 # Elsewhere the trainers of `tokenizers` print empty lines instead of a bar.
 _SHOW_PROGRESS = sys.stderr.isatty()
 
@@ -280,13 +286,46 @@ def load_tokenizer(name: str, **hub_options: Any) -> MusicTokenizer:
             Passed to `transformers.utils.cached_file`: `revision`, `token`, `cache_dir`, `local_files_only` and so on.
 
     Raises:
-        InputError: if there is no `miditok.json`, or its tokenization isn't supported.
+        InputError: if there is no `miditok.json`, or it is not one that this package can read.
     """
     try:
         path = Path(cast(str, cached_file(name, MIDITOK_FILE, **hub_options)))
-        tokenization = json.loads(path.read_text()).get("tokenization")
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # JSON can be too deep for Python's stack
         reason = str(error).splitlines()[0]
         raise InputError(f"{name} is not a MIDI model: its {MIDITOK_FILE} cannot be read ({reason})") from error
-    check_tokenization(tokenization)
-    return getattr(miditok, tokenization)(params=path)
+    broken = f"{name} is not a MIDI model: its {MIDITOK_FILE} is damaged"
+    if not isinstance(content, dict):
+        raise InputError(f"{broken}: it holds no JSON object; save or download the model again")
+    check_tokenization(content.get("tokenization"))  # type: ignore[arg-type]  # checked there
+    if not isinstance(content.get("config"), dict):
+        raise InputError(f"{broken}: it holds no `config`; save or download the model again")
+    if unknown := content.keys() - _STORED:
+        raise InputError(f"{broken}: {min(unknown)!r} is not a part of a tokenizer; save or download the model again")
+    if (largest := max(_numbers(content["config"]))) > _MAX_TOKENS:
+        raise InputError(f"{broken}: an option of {largest:,} would give more than {_MAX_TOKENS:,} tokens of one kind")
+    try:
+        tokenizer: MusicTokenizer = getattr(miditok, content["tokenization"])(params=path)
+        special = [tokenizer[token] for token in (PAD, BOS, EOS)] if not tokenizer.is_multi_voc else [0, 1, 2]
+    except Exception as error:  # MidiTok checks little of what it reads, and `tokenizers` raises bare exceptions
+        reason = f"{type(error).__name__} {' '.join(str(error).split())}"
+        raise InputError(f"{broken} ({reason}); save or download the model again") from error
+    if special != [0, 1, 2]:
+        raise InputError(f"{broken}: PAD, BOS and EOS are not ids 0, 1 and 2; save or download the model again")
+    return tokenizer
+
+
+def _numbers(options: Any) -> Iterator[float]:
+    """How many tokens each option of a tokenizer asks for, at most, before MidiTok makes them."""
+    yield 0
+    if isinstance(options, dict):
+        for name, value in options.items():
+            yield from _numbers(value)
+            beats = str(name).rpartition("_")[2]  # of "0_4": 12
+            if beats.isdecimal() and isinstance(value, (int, float)):
+                yield int(beats) * value
+    elif isinstance(options, list):
+        for value in options:
+            yield from _numbers(value)
+    elif isinstance(options, (int, float)):
+        yield abs(options)

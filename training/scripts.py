@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import TrainerState
 from trl.scripts.utils import TrlParser
 
+from midimamba import loading
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import PackedBlocks
-from midimamba.errors import InputError, loading_generator
+from midimamba.errors import InputError
 from midimamba.files import flush_folder
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
@@ -87,7 +87,7 @@ class RecipeParser(TrlParser):
             raise InputError(f"there is no recipe {error.filename}; give a YAML file after --config") from error
         except yaml.YAMLError as error:
             raise InputError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
-        except (ValueError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # YAML of wrong types
             raise InputError(" ".join(str(error).split())) from error
         for part in parsed:
             if isinstance(part, TrainingArguments):
@@ -158,8 +158,7 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     Raises:
         InputError: if there is no checkpoint of that name, or its vocabulary is not the corpus's.
     """
-    with loading_generator(name):
-        model = MidiMambaForCausalLM.from_pretrained(name)
+    model = loading.load_generator(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"the generator {name!r} knows {model.config.vocab_size} tokens, the corpus has {processor.vocab_size}; "
@@ -194,11 +193,9 @@ def load_discriminator(
             raise InputError(str(error)) from error
     if arguments.discriminator not in ("cnn", "mamba"):
         try:
-            return MidiDiscriminator.from_pretrained(arguments.discriminator)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{arguments.discriminator!r} is neither cnn nor mamba nor generator nor a discriminator"
-            ) from error
+            return loading.load_discriminator(arguments.discriminator)
+        except InputError as error:
+            raise InputError(f"{arguments.discriminator!r} is neither cnn nor mamba nor generator: {error}") from error
     filters: dict[str, Any] = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
     try:
         config = MidiDiscriminatorConfig(
@@ -211,7 +208,7 @@ def load_discriminator(
             pad_token_id=getattr(generator.config, "pad_token_id", None) or 0,
             **{name: value for name, value in filters.items() if value is not None},
         )
-    except StrictDataclassError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if arguments.discriminator == "cnn":
         _drop_wide_filters(config, length)

@@ -44,8 +44,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        options = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # YAML can be too deep for Python's stack
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise InputError(f"{path} holds no options: write lines such as `num_velocities: 16`")
@@ -90,10 +90,10 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
 
 def _list_controls(model: str) -> None:
     """Print one control per line, with its values."""
-    from midimamba import MidiProcessor
+    from midimamba.loading import load_processor
     from midimamba.tokenization.controls import NO_CONTROLS
 
-    controls = MidiProcessor.from_pretrained(model).controls
+    controls = load_processor(model).controls
     if not controls:
         raise InputError(NO_CONTROLS)
     for name, values in controls.items():

@@ -13,7 +13,8 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.command_options import SamplingOptions
-from midimamba.errors import InputError, loading_generator
+from midimamba.errors import InputError
+from midimamba.loading import load_processor
 from midimamba.tokenization.tokenizations import BAR
 
 _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
@@ -34,11 +35,10 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     """A generator and its processor, from a folder or the Hub, on the best device there is.
 
     Raises:
-        InputError: if one of them is missing, or their vocabularies differ.
+        InputError: if one of them is missing or damaged, or their vocabularies differ.
     """
-    processor = MidiProcessor.from_pretrained(name)
-    with loading_generator(name):
-        model = load(name)
+    processor = load_processor(name)
+    model = load(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"{name}: the generator has {model.config.vocab_size} tokens, but its tokenizer {processor.vocab_size}; "
@@ -46,7 +46,19 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         )
     network: nn.Module = model  # the types of transformers' own `to` are wrong
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    _check_logits(model, name)
     return model, processor
+
+
+@torch.no_grad()
+def _check_logits(model: MidiMambaForCausalLM, name: str) -> None:
+    """Finite weights can still be so large that what they compute is not."""
+    first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    if not model(input_ids=first).logits.isfinite().all():
+        raise InputError(
+            f"the generator {name!r} computes NaN or infinity: its training has diverged or its files are damaged; "
+            "take an earlier checkpoint"
+        )
 
 
 def generate_scores(
