@@ -126,9 +126,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     generate = MidiMambaForCausalLM.generate
 
-    def spy(self: MidiMambaForCausalLM, ids: torch.Tensor, **options: Any) -> Any:
-        seen.extend(ids.tolist())
-        return generate(self, ids, **options)
+    def spy(self: MidiMambaForCausalLM, input_ids: torch.Tensor, **options: Any) -> Any:
+        seen.extend(input_ids.tolist())
+        return generate(self, input_ids, **options)
 
     monkeypatch.setattr(MidiMambaForCausalLM, "generate", spy)
     return seen

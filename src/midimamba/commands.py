@@ -114,8 +114,8 @@ def evaluate(options: EvaluateOptions) -> None:
     """`midimamba evaluate`: generated music beside held-out music."""
     from midimamba.evaluation.comparison import compare, model_figures, read_reference
     from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
-    from midimamba.evaluation.samples import Samples, read_folder
-    from midimamba.generation import generate_scores, load_pair
+    from midimamba.evaluation.samples import read_folder
+    from midimamba.generation import generate_samples, load_pair
 
     check_target(options.out)
     names = ["music", "reference", "split", "seed"]
@@ -127,7 +127,7 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         names += ["temperature", "top_p", "max_new_tokens"]
         model, processor = load_pair(options.music)
-        samples = Samples.of(generate_scores(model, processor, options.sampling))
+        samples = generate_samples(model, processor, options.sampling)
         figures = model_figures(
             model, processor, reference, options.num, options.length, options.temperature, options.seed
         )
@@ -147,8 +147,6 @@ def listen(options: ListenOptions) -> None:
     from midimamba.evaluation import listening
 
     out = _new_folder(options.out, "the test")
-    if min(options.num, options.bars) < 1:
-        raise InputError("--num and --bars must be positive")
     drawn = listening.draw_arms(options.paths, options.num, options.bars, options.seed)
     listening.write_listening_test(
         out,
