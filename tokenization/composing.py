@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .errors import InputError
 from .grammar import MidiGrammar
 from .grammar_tables import check_supported
+from .ingest import check_score
 from .sampling_limits import check_sampling
 from .tokenizations import BAR
 
@@ -170,7 +171,7 @@ def _draw_again(
         first = next(iter(reasons.values()))
         raise InputError(
             f"{len(reasons)} of {len(rows)} pieces are not music after {again + 1} draws ({first}): "
-            "train the model for longer, or use REMI, TSD or Structured, whose samples are always music"
+            "train the model for longer, or use REMI, TSD or Structured with default options, whose samples are always music"
         )
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=processor.pad_token_id)
 
@@ -180,7 +181,7 @@ def _reasons(processor: Any, rows: Sequence[Tensor], places: Sequence[int]) -> d
     found = {}
     for place in places:
         try:
-            if not processor.decode(rows[place]).note_num():
+            if not check_score(processor.decode(rows[place])).note_num():
                 found[place] = "they hold no note"
         except ValueError as error:
             found[place] = str(error)

@@ -18,13 +18,14 @@ from midimamba.command_options import (
 )
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
-from midimamba.files import is_taken
+from midimamba.files import check_can_be_made, is_taken
 
 
 def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
     from midimamba.corpus.build import tokenize_corpus
 
+    check_can_be_made(files.out)
     if files.tokenizer_config is not None:
         options = replace(options, tokenizer_options=_read_yaml(files.tokenizer_config))
     try:
@@ -55,6 +56,7 @@ def _new_folder(out: Path | None, content: str) -> Path:
     """The folder to write to. Refused early if nothing could be written there at the end."""
     if out is None:
         raise InputError(f"nowhere to write {content}: name a folder with --out")
+    check_can_be_made(out)
     if is_taken(out):
         raise InputError(f"{out} already exists: choose another --out or delete it")
     return out
@@ -117,6 +119,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from midimamba.evaluation.samples import read_folder
     from midimamba.generation import generate_samples, load_pair
 
+    check_can_be_made(options.out)
     check_target(options.out)
     names = ["music", "reference", "split", "seed"]
     reference = read_reference(options.reference, options.split, options.bars)
