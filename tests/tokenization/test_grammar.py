@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -262,6 +263,42 @@ def test_tsd_samples_also_hold_notes(tsd: MusicTokenizer, kind: str) -> None:
     processor = MidiProcessor(tsd)
     rows = sample(tsd, processor.grammar(), prefer(tsd, kind), rows=30, steps=MAX_SILENT_TOKENS)
     assert all(processor.decode(row).note_num() > 0 for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["Pitch", "PitchDrum", "Duration", "TimeShift_0.0.1", "none"])
+@pytest.mark.parametrize("model", ["untrained", "BPE"])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_no_onset_has_a_note_twice_or_too_many_or_a_foreign_program(
+    name: str, model: str, kind: str, scores: list[ScoreTick]
+) -> None:
+    tokenizer = build_tokenizer(name, drums_pitch_range=(60, 61))
+    if model != "untrained":
+        train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200, model)
+    processor = MidiProcessor(tokenizer, programs=[-1, 40])
+    preference = prefer(tokenizer, kind)
+    if "_" in kind and kind in tokenizer.vocab:
+        preference[tokenizer.vocab[kind]] = 60.0
+    for row in sample(tokenizer, processor.grammar(max_notes=4), preference, rows=20, steps=60):
+        score = processor.decode(row)
+        found = [(track.is_drum, track.program, n.time, n.pitch) for track in score.tracks for n in track.notes]
+        assert len(set(found)) == len(found) > 0
+        assert {-1 if is_drum else program for is_drum, program, _, _ in found} <= {-1, 40}
+        assert max(Counter(time for _, _, time, _ in found).values()) <= 4
+
+
+def test_reordered_cut_and_other_batches_are_judged_as_if_read_from_the_start(tokenizer: MusicTokenizer) -> None:
+    size = tokenizer.vocab_size
+    options = {"prompt_length": 5, "max_bars": 3}
+    rows = sample(tokenizer, MidiGrammar(tokenizer), torch.zeros(size), rows=6, steps=24, seed=4)
+    rows = [row for row in rows if len(row) == 24] or [[*rows[0]]]
+    ids = torch.tensor([[BOS, *row] for row in rows])
+    generator = torch.Generator().manual_seed(0)
+    grammar = MidiGrammar(tokenizer, **options)
+    for length in [5, 6, 7, 9, 10, 10, 12, 20, 6, 7]:
+        order = torch.randint(len(ids), (1 + length % 7,), generator=generator)
+        prefixes = ids[order, :length]
+        logits = torch.randn(len(order), size, generator=generator)
+        assert torch.equal(grammar(prefixes, logits), MidiGrammar(tokenizer, **options)(prefixes, logits))
 
 
 @pytest.mark.parametrize("max_empty_bars", [0, 1, 4])
