@@ -136,13 +136,9 @@ def _arguments(source: str, options: CorpusOptions) -> dict[str, Any]:
 
 def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     """The tokenizer that files are read with. Options that make no sense are refused here, before any work."""
-    valid, test = options.valid_fraction, options.test_fraction
-    if min(valid, test) < 0 or valid + test >= 1:
-        raise InputError(
-            f"validation and test fractions {valid} and {test} leave nothing to train on: choose smaller ones"
-        )
     if unknown := [name for name in options.controls if name not in CONTROLS]:
         raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
+    _check_labels(options)
     if options.tokenizer is not None:
         return load_tokenizer(options.tokenizer)
     tokenizer = build_tokenizer(options.tokenization, **options.tokenizer_options)
@@ -154,6 +150,19 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     if options.vocab_size is not None:
         check_vocab_size(tokenizer, options.vocab_size)
     return tokenizer
+
+
+def _check_labels(options: CorpusOptions) -> None:
+    """Refuse labels that would be taken for one another, or for a computed control."""
+    taken = {name: f"the computed control {name!r}" for name in CONTROLS} if options.controls else {}
+    for label in options.labels:
+        # As it is written in tokens. Requests do not distinguish upper and lower case.
+        name = control_token(label, "x").split("_")[0].split("-", 1)[1].lower()
+        if name in taken:
+            raise InputError(
+                f"the label {label!r} has the name of {taken[name]}: rename the column, or leave one of them out"
+            )
+        taken[name] = f"the label {label!r}"
 
 
 def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -213,7 +222,7 @@ def _save(
             "put some files in the split train"
         )
     tokenizer = base if options.tokenizer else _train(store, options)
-    processor = MidiProcessor(tokenizer)
+    processor = MidiProcessor(tokenizer, _programs(store, base, options))
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
         # `datasets` names its caches by the fingerprint: the same rows have the same one, and others another.
@@ -264,6 +273,17 @@ def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
         pieces = (piece.ids + len(tokens) for piece in store.pieces("train", order="place"))
         train_on_ids(tokenizer, _up_to(pieces, options.training_tokens), vocab_size, options.subword_model)
     return tokenizer
+
+
+def _programs(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> list[int] | None:
+    """The programs of the train split, and of the corpus whose tokenizer it takes; None if those are unknown."""
+    earlier = MidiProcessor.from_pretrained(options.tokenizer).programs if options.tokenizer else []
+    if base.is_multi_voc or earlier is None:
+        return None
+    programs = {index: int(token.split("_")[1]) for token, index in base.vocab.items() if token.startswith("Program_")}
+    ids = np.array(list(programs))
+    found = {int(index) for piece in store.pieces("train") for index in ids[np.isin(ids, piece.ids)]}
+    return sorted({*earlier, *(programs[index] for index in found)})
 
 
 def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:

@@ -17,8 +17,12 @@ from miditok import MuMIDI, MusicTokenizer, TokSequence
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 from transformers import BatchEncoding, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
+from .composing import Composed, compose
 from .controls import control_ids, controls_of
+from .errors import InputError
 from .grammar import MidiGrammar
 from .ingest import read_score
 from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, base_ids, fast_tokenizer, load_tokenizer, merge_ids
@@ -41,11 +45,15 @@ class MidiProcessor(ProcessorMixin):
             From [`~midimamba.tokenization.tokenizer.build_tokenizer`], trained or not. The text tokenizer `tokenizer`,
             which plain `AutoTokenizer` loads, is derived from it, so the two cannot disagree. It is `None` for
             several vocabularies: then every id below is a row of ids of shape (vocabularies,).
+        programs (`Sequence[int]`, *optional*):
+            The General MIDI programs of the training data, and -1 for drums: the grammar lets new music have no
+            others. By default all.
     """
 
-    def __init__(self, midi_tokenizer: MusicTokenizer) -> None:
+    def __init__(self, midi_tokenizer: MusicTokenizer, programs: Sequence[int] | None = None) -> None:
         super().__init__(None if midi_tokenizer.is_multi_voc else fast_tokenizer(midi_tokenizer))
         self.midi_tokenizer = midi_tokenizer
+        self.programs = None if programs is None else sorted(programs)
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in transformers, except that a part may be `None`, which transformers supports apart from this check."""
@@ -208,12 +216,20 @@ class MidiProcessor(ProcessorMixin):
         Raises:
             InputError: if there are no rules for the tokenization.
         """
-        return MidiGrammar(self.midi_tokenizer, **options)
+        return MidiGrammar(self.midi_tokenizer, **{"programs": self.programs, **options})
+
+    def compose(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Composed:
+        """Let a model continue what this processor returned; see [`~midimamba.tokenization.composing.compose`]."""
+        return compose(model, self, inputs, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `processor_config.json` holds: the class and its module. Everything else is in `miditok.json`."""
+        """What `processor_config.json` holds: the class, its module and `programs`. The rest is in `miditok.json`."""
         name = type(self).__name__
-        return {"processor_class": name, "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{name}"}}
+        config: dict[str, Any] = {
+            "processor_class": name,
+            "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{name}"},
+        }
+        return config if self.programs is None else config | {"programs": self.programs}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `miditok.json`, `processor_config.json`, the text tokenizer if there is one, and the code to read it.
@@ -234,7 +250,7 @@ class MidiProcessor(ProcessorMixin):
         custom_object_save(self, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        self.to_json_file(folder / "processor_config.json")
+        self.to_json_file(folder / PROCESSOR_NAME)
         (folder / MIDITOK_FILE).write_text(json.dumps(self.midi_tokenizer.to_dict(), indent=2))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
@@ -261,15 +277,29 @@ class MidiProcessor(ProcessorMixin):
                 `subfolder`, `proxies` and `user_agent`, also as in transformers. Others are ignored.
 
         Raises:
-            InputError: if there is no `miditok.json`.
+            InputError: if there is no `miditok.json`, or a file cannot be read.
         """
-        tokenizer = load_tokenizer(
-            str(pretrained_model_name_or_path),
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            revision=revision,
+        name = str(pretrained_model_name_or_path)
+        hub_options = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
             **{key: value for key, value in kwargs.items() if key in _MORE_HUB_OPTIONS},
-        )
-        return cls(tokenizer)
+        }
+        return cls(load_tokenizer(name, **hub_options), _load_programs(name, hub_options))
+
+
+def _load_programs(name: str, hub_options: Mapping[str, Any]) -> list[int] | None:
+    """The programs of the training data, from `processor_config.json`. Folders of earlier versions have none."""
+    path = cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
+    if path is None:
+        return None
+    try:
+        programs = json.loads(Path(path).read_text(encoding="utf-8")).get("programs")
+        if programs is None or all(program in range(-1, 128) for program in programs):
+            return programs
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{name}: its {PROCESSOR_NAME} cannot be read ({error}): save the processor again") from error
+    raise InputError(f"{name}: programs in {PROCESSOR_NAME} must be numbers from -1 to 127: save the processor again")

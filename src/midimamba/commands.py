@@ -18,7 +18,7 @@ from midimamba.command_options import (
 )
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
-from midimamba.files import is_taken
+from midimamba.files import check_can_be_made, is_taken
 from midimamba.text import show
 
 
@@ -26,6 +26,7 @@ def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
     from midimamba.corpus.build import tokenize_corpus
 
+    check_can_be_made(files.out)
     if files.tokenizer_config is not None:
         options = replace(options, tokenizer_options=_read_yaml(files.tokenizer_config))
     try:
@@ -56,6 +57,7 @@ def _new_folder(out: Path | None, content: str) -> Path:
     """The folder to write to. Refused early if nothing could be written there at the end."""
     if out is None:
         raise InputError(f"nowhere to write {content}: name a folder with --out")
+    check_can_be_made(out)
     if is_taken(out):
         raise InputError(f"{out} already exists: choose another --out or delete it")
     return out
@@ -115,9 +117,10 @@ def evaluate(options: EvaluateOptions) -> None:
     """`midimamba evaluate`: generated music beside held-out music."""
     from midimamba.evaluation.comparison import compare, model_figures, read_reference
     from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
-    from midimamba.evaluation.samples import Samples, read_folder
-    from midimamba.generation import generate_scores, load_pair
+    from midimamba.evaluation.samples import read_folder
+    from midimamba.generation import generate_samples, load_pair
 
+    check_can_be_made(options.out)
     check_target(options.out)
     names = ["music", "reference", "split", "seed"]
     reference = read_reference(options.reference, options.split, options.bars)
@@ -128,7 +131,7 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         names += ["temperature", "top_p", "max_new_tokens"]
         model, processor = load_pair(options.music)
-        samples = Samples.of(generate_scores(model, processor, options.sampling))
+        samples = generate_samples(model, processor, options.sampling)
         figures = model_figures(
             model, processor, reference, options.num, options.length, options.temperature, options.seed
         )
@@ -149,8 +152,6 @@ def listen(options: ListenOptions) -> None:
     from midimamba.evaluation import listening
 
     out = _new_folder(options.out, "the test")
-    if min(options.num, options.bars) < 1:
-        raise InputError("--num and --bars must be positive")
     drawn = listening.draw_arms(options.paths, options.num, options.bars, options.seed)
     listening.write_listening_test(
         out,

@@ -4,6 +4,7 @@ Everything is written to a hidden sibling, flushed to the disk and renamed. A ru
 sibling and its lock file; the next run for the same target puts back what was there and removes them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midimamba.errors import InputError
+
+# Of the hidden siblings of a target: scratch folders, locks, the journal of a store.
+_LONGEST_SUFFIX = 32
 
 # Locks of this process, so that what runs under a lock may take it again.
 _held: set[Path] = set()
@@ -42,6 +46,27 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_taken(target: Path) -> bool:
     """Whether there is something at `target` that a new folder would replace. An empty folder does not count."""
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
+def check_can_be_made(target: Path) -> None:
+    """Refuse a file or folder that cannot be written at the end, before any work. Nothing is created.
+
+    Raises:
+        InputError: if it is the current folder or the root, lies in a file or in a folder that cannot be written to,
+            or its name is too long.
+    """
+    if target.name in ("", ".."):
+        raise InputError(f"{target} is a folder that is there already: name a new one, such as {target / 'new'}")
+    try:
+        os.lstat(target.with_name(f".{target.name}{'x' * _LONGEST_SUFFIX}"))  # as long as what is written beside it
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{target.name[:40]}… is too long a name to write to: choose a shorter one") from error
+    folder = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), None)
+    if folder is None or not folder.is_dir():
+        raise InputError(f"{target} cannot be written, because {folder} is not a folder: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{target} cannot be written, because {folder} is read-only: choose another place")
 
 
 @contextmanager
