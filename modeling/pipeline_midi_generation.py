@@ -53,18 +53,19 @@ class MidiGenerationPipeline(Pipeline):
         return super().__call__(inputs, *args, **options)
 
     def preprocess(self, input_: Any, **options: Any) -> dict[str, Any]:
-        return dict(self.processor(input_, return_tensors="pt", **options))
+        return dict(self.processor(input_, return_tensors="pt", **options)) | {"prompt": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **generate_options: Any) -> ModelOutput:
         options = self._prepare_generate_kwargs(generate_options)
+        prompt = input_tensors.pop("prompt")  # of a batch, the list of them
         # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
         processors = LogitsProcessorList([*options.pop("logits_processor", ()), self.processor.grammar()])
         sequences = self.model.generate(**input_tensors, logits_processor=processors, **options)
-        return ModelOutput(sequences=sequences)
+        return ModelOutput(sequences=sequences, prompt=prompt)
 
     def postprocess(self, model_outputs: ModelOutput, **options: Any) -> list[Any]:
-        scores: list[Any] = self.processor.batch_decode(model_outputs["sequences"])
-        return scores
+        prompt = model_outputs["prompt"]
+        return [self.processor.continue_score(prompt, ids) for ids in model_outputs["sequences"]]
 
 
 __all__ = ["MidiGenerationPipeline"]

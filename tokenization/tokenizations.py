@@ -31,12 +31,16 @@ _DEFAULTS: dict[str, Any] = {
     "beat_res": {(0, 4): 12, (4, 12): 4},
     "num_velocities": 32,
     "use_tempos": True,
-    # 32 tempos in equal ratios: 6 % apart, about the smallest difference that a listener notices.
+    # Twelve tempos an octave, 5.9 % apart, about the smallest difference that a listener notices. Half, once and twice
+    # MIDI's own tempo of 120 are among them, exactly.
+    "tempo_range": (30, 240),
+    "num_tempos": 37,
     "log_tempos": True,
     "delete_equal_successive_tempo_changes": True,
     "use_time_signatures": True,
-    # The meters of MidiTok's default and a few more. A meter that is missing here is ignored; its notes are kept.
-    "time_signature_range": {4: [1, 2, 3, 4, 5, 6, 7, 8], 8: [3, 5, 6, 7, 9, 12]},
+    # Bars of any number of sixteenths can be written with one or a few of these. A denominator of 16 makes positions
+    # finer only where there is such a meter.
+    "time_signature_range": {4: list(range(1, 13)), 8: list(range(1, 13)), 16: [1, 3, 5, 7, 9, 11]},
     # MidiTok's own rests of an eighth of a beat are not a whole number of its steps, so everything after is shifted.
     "beat_res_rest": {(0, 2): 4, (2, 12): 2},
     # A program token at every change of instrument instead of before every note.

@@ -66,7 +66,7 @@ def generate_scores(
         model (`MidiMambaForCausalLM`): the generator.
         processor (`MidiProcessor`): its processor.
         options ([`~midimamba.command_options.SamplingOptions`], *optional*): how many pieces, how long, how daring.
-        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; it opens every result.
+        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; every result begins with it.
         controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
             `{"key": "C-major"}`; `processor.controls` has the names and their values.
 
@@ -103,7 +103,7 @@ def generate_scores(
                 stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
             )
             bar.update((index + 1) * limit - bar.n)  # a part ends early when all of its pieces do
-            scores += processor.batch_decode(cast(Tensor, sequences))
+            scores += [processor.continue_score(prompt, sequence) for sequence in cast(Tensor, sequences)]
     return scores
 
 
