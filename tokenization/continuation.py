@@ -165,8 +165,8 @@ def warn_of_shared_channels(score: ScoreTick) -> None:
         program = channels.setdefault(index % _MELODIC_CHANNELS, track.program) if not track.is_drum else track.program
         if program != track.program:
             warnings.warn(
-                f"the piece has {len(score.tracks)} tracks, but a MIDI file only {_MELODIC_CHANNELS} channels beside "
-                "that of the drums: some would sound like others; remove or merge tracks before writing it",
+                f"a piece has more instruments than a MIDI file has channels ({_MELODIC_CHANNELS} and one for drums): "
+                "some would sound like others; remove or merge tracks before writing it",
                 stacklevel=3,
             )
             return

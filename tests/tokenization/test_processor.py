@@ -26,6 +26,7 @@ SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
+    *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
 }
 
 
