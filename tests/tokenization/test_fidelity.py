@@ -272,7 +272,7 @@ def test_any_meter_can_be_encoded(name: str, meter: tuple[int, int]) -> None:
     assert sounds(found) == [(0, 60, beat, beat + 1) for beat in range(24)]
     assert processor.changes(score)
     describe(read_score(score))
-    measure(read_score(score))
+    measure([read_score(score)])
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZATIONS if name != "Structured"])
