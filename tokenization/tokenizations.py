@@ -103,17 +103,18 @@ def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (),
 
     Those of `ONE_STREAM` write one id per step. Those of `MULTI_VOCABULARY` write a row of ids per step, each from a
     vocabulary of its own that starts with PAD, BOS and EOS; no model here reads them. All three keep notes, velocities
-    and instruments as REMI does, on the same grid.
+    and instruments as REMI does, on the same grid. In all, bar lines, long notes, overlaps, pedals and tracks are
+    treated as [`~midimamba.tokenization.normalization.normalize`] says.
 
     Args:
         tokenization (`str`, *optional*, defaults to `"REMI"`):
             - `"REMI"`: time as bars and positions in them.
             - `"TSD"`: time as shifts between notes.
-            - `"MIDILike"`: an event for the start and one for the end of each note, as in MIDI: where notes of one
-              pitch and instrument overlap, the one that started first ends first.
+            - `"MIDILike"`: an event for the start and one for the end of each note, as in MIDI.
             - `"Structured"`: shift, program, pitch, velocity and duration for every note; no tempos, no meters, and
               no pause longer than 32 quarter notes.
-            - `"PerTok"`: bars of 4/4, shifts and microtiming; tempos, no meters.
+            - `"PerTok"`: bars of 4/4, shifts and microtiming; no meters; a change of tempo comes with the note before
+              it, or the bar line after that note.
             - `"MMM"`: one track after another, each as `base_tokenizer` (`"REMI"`, the default, or `"TSD"`).
             - `"BEAT"`: the piano roll of each beat at 4 steps a beat, with one velocity for each pitch in it.
             - `"CPWord"`: a row for every bar, position and note: 2.3 times fewer rows than REMI has tokens. It loses

@@ -61,6 +61,7 @@ def longer(prompt: ScoreTick) -> ScoreTick:
     """The prompt and more of it: a note for its piano, one for a new instrument, another tempo and another meter."""
     score = prompt.copy()
     start = 18 * score.ticks_per_quarter
+    score.tracks[1].controls.append(ControlChange(14 * score.ticks_per_quarter, 64, 0))
     score.tracks[2].notes.append(Note(start, 480, 64, 80))
     score.tracks.append(Track("more", 11, notes=[Note(start, 480, 50, 60)]))
     score.tempos.append(Tempo(start, 60.0))

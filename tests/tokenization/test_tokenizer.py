@@ -140,8 +140,10 @@ def test_base_ids_are_miditoks_ids_of_the_normalised_score(
         score.time_signatures.append(TimeSignature(score.end() // 2, 3, 2))
         score.tempos.append(Tempo(score.end() + 4800, 70.0))
         normalised = normalize_score(tokenizer, score)
-        assert base_ids(tokenizer, score) == tokenizer.encode(normalised.copy(), encode_ids=False).ids
-        assert normalize_score(tokenizer, normalised) == normalised
+        ids = base_ids(tokenizer, score)
+        assert ids == tokenizer.encode(normalised.copy(), encode_ids=False).ids
+        if tokenization not in ("BEAT", "PerTok"):  # one velocity per beat; a tempo comes with the note before it
+            assert base_ids(tokenizer, MidiProcessor(tokenizer).decode(ids)) == ids
 
 
 @pytest.mark.parametrize("base", ["REMI", "TSD"])
@@ -282,12 +284,12 @@ def test_velocities_survive_to_the_nearest_bin(tokenization: str, scores: list[S
         assert min(bins, key=lambda value: abs(value - velocity)) == pytest.approx(found[note], abs=4), note
 
 
-def test_midilike_ends_overlapping_notes_of_one_pitch_in_order(notes: Notes) -> None:
+def test_a_note_ends_where_its_pitch_is_struck_again_and_its_end_is_passed_on(notes: Notes) -> None:
     score = Score(480)
     score.tracks.append(Track(notes=[Note(0, 1920, 60, 64), Note(480, 480, 60, 64), Note(480, 480, 64, 64)]))
     tokenizer = build_tokenizer("MIDILike")
     decoded = notes(tokenizer.decode(base_sequence(tokenizer, score)))
-    assert decoded == [(0, False, 60, 0, 24), (0, False, 60, 12, 36), (0, False, 64, 12, 12)]
+    assert decoded == [(0, False, 60, 0, 12), (0, False, 60, 12, 36), (0, False, 64, 12, 12)]
 
 
 def test_beat_keeps_the_roll_of_every_beat(scores: list[ScoreTick], notes: Notes) -> None:
