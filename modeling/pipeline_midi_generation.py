@@ -59,19 +59,20 @@ class MidiGenerationPipeline(Pipeline):
         return super().__call__(inputs, *args, **options)
 
     def preprocess(self, input_: Any, **options: Any) -> dict[str, Any]:
-        return dict(self.processor(input_, return_tensors="pt", **options))
+        return dict(self.processor(input_, return_tensors="pt", **options)) | {"prompt": input_}
 
     def _forward(self, input_tensors: dict[str, Any], bars: int | None = None, **generate_options: Any) -> ModelOutput:
         options = self._prepare_generate_kwargs(generate_options)
+        prompt = input_tensors.pop("prompt")  # of a batch, the list of them
         composed = self.processor.compose(self.model, input_tensors, bars=bars, **options)
         composed.tell_unfinished([composed], bars)
         # `Pipeline` gives row i to input i.
         rows = composed.ids.unflatten(0, (len(input_tensors["input_ids"]), -1))
-        return ModelOutput(sequences=rows)  # (batch, num, time)
+        return ModelOutput(sequences=rows, prompt=prompt)  # (batch, num, time)
 
     def postprocess(self, model_outputs: ModelOutput, **options: Any) -> list[Any]:
-        scores: list[Any] = self.processor.batch_decode(model_outputs["sequences"][0])
-        return scores
+        prompt = model_outputs["prompt"]
+        return [self.processor.continue_score(prompt, ids) for ids in model_outputs["sequences"][0]]
 
 
 __all__ = ["MidiGenerationPipeline"]

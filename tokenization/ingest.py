@@ -7,6 +7,7 @@ take gigabytes and minutes, because every empty bar becomes tokens. So all of it
 
 import os
 import zlib
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, cast
@@ -14,6 +15,8 @@ from typing import IO, cast
 import numpy as np
 from symusic import Score
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
+
+from .open_notes import close_notes
 
 MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar", ".rmi"})
 
@@ -63,14 +66,20 @@ def read_score(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSeco
     Raises:
         MidiRefusedError: if the file cannot be read, is malformed, holds no note, or is beyond this module's limits.
     """
+    return _in_order(read_unordered(source)[0])
+
+
+def read_unordered(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond) -> tuple[ScoreTick, list[str]]:
+    """[`read_score`] with the tracks in the order of the source, and in plain English what was changed to read it."""
     if isinstance(source, ScoreTick):
-        return check_score(source)
+        return _checked(source), []
     if isinstance(source, ScoreQuarter | ScoreSecond):
-        return check_score(cast(ScoreTick, source.to("tick")))
+        return _checked(cast(ScoreTick, source.to("tick"))), []
     if isinstance(source, bytes):
-        return check_score(parse_midi(source)[0])
+        score, _, changes = _parse_leniently(source)
+        return _checked(score), changes
     try:
-        return read_score(read_content(Path(source)))
+        return read_unordered(read_content(Path(source)))
     except MidiRefusedError as error:
         raise MidiRefusedError(error.reason, str(source)) from error
 
@@ -131,7 +140,8 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
 
     Some old sequencers wrote data bytes above 127, which the standard forbids. Such a file is read with these bytes
     clamped: of 385 malformed files that symusic refuses, 96 have no other defect. A file compressed by gzip, or
-    wrapped in RIFF as Windows does (`.rmi`), is unwrapped, whatever its name.
+    wrapped in RIFF as Windows does (`.rmi`), is unwrapped, whatever its name. Notes that the file never ends are
+    ended, see [`~midimamba.tokenization.open_notes.close_notes`].
 
     Returns:
         `tuple[symusic.Score, bool]`: the unchecked score, and whether bytes were clamped to read it.
@@ -139,15 +149,23 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
     Raises:
         MidiRefusedError: if it is malformed, has no beats, or isn't a single piece.
     """
+    score, clamped, _ = _parse_leniently(content)
+    return score, clamped
+
+
+def _parse_leniently(content: bytes) -> tuple[ScoreTick, bool, list[str]]:
+    """[`parse_midi`], and in plain English what was changed."""
     content = _unwrap(content)
     if not content:
         raise MidiRefusedError("the file is empty")
     _check_header(content)
     try:
-        return _parse(content, sanitize=False), False
+        score, changes = _parse(content, sanitize=False)
+        return score, False, changes
     except MidiRefusedError as refusal:
         try:
-            return _parse(content, sanitize=True), True
+            score, changes = _parse(content, sanitize=True)
+            return score, True, ["data bytes above 127 read as 127", *changes]
         except MidiRefusedError:
             raise refusal from None  # the file's own defect, not what is left of it after clamping
 
@@ -186,9 +204,12 @@ def _check_header(content: bytes) -> None:
         raise MidiRefusedError("it is of MIDI format 2: independent patterns, not one piece")
 
 
-def _parse(content: bytes, sanitize: bool) -> ScoreTick:
+def _parse(content: bytes, sanitize: bool) -> tuple[ScoreTick, list[str]]:
     try:
-        return Score.from_midi(content, sanitize_data=sanitize)
+        parse = partial(Score.from_midi, sanitize_data=sanitize)
+        score, opened = close_notes(content, parse(content), parse)
+        notes = f"{opened:,} notes that never end" if opened > 1 else "1 note that never ends"
+        return score, [f"{notes}, ended with another of its pitch or with the track"] if opened else []
     except (RuntimeError, ValueError, IndexError, OverflowError) as error:
         detail = " ".join(str(error).split()).removeprefix("MiniMidi: ")
         raise MidiRefusedError(f"not a well-formed MIDI file ({detail})") from error
@@ -200,9 +221,17 @@ def check_score(score: ScoreTick) -> ScoreTick:
     Raises:
         MidiRefusedError: if it holds no note, impossible times, or more than this module's limits allow.
     """
+    return _in_order(_checked(score))
+
+
+def _checked(score: ScoreTick) -> ScoreTick:
     _check_size(score)
     _check_notes(score)
     _check_global_events(score)
+    return score
+
+
+def _in_order(score: ScoreTick) -> ScoreTick:
     # Files keep tracks and simultaneous notes in any order. In a fixed order (by instrument, duration, pitch) equal
     # music has equal tokens, and a decoded score has the tokens it came from.
     ordered = score.sort(inplace=False)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import miditok
 import numpy as np
 from miditok import MMM, MusicTokenizer, Structured, TokSequence
-from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
+from symusic.core import ScoreTick
 from tokenizers import Tokenizer, models, trainers
 from transformers.utils.hub import cached_file
 
@@ -25,6 +25,7 @@ from .choices import SUBWORD_MODELS
 from .errors import InputError
 from .hf_tokenizer import fast_tokenizer, word_starts
 from .ingest import MidiRefusedError
+from .normalization import normalize_score
 from .tokenizations import (
     BOS,
     EOS,
@@ -42,6 +43,7 @@ __all__ = [
     "build_tokenizer",
     "check_subword_model",
     "check_vocab_size",
+    "encode_normalized",
     "expand_ids",
     "fast_tokenizer",
     "load_tokenizer",
@@ -64,53 +66,14 @@ _MAX_TOKENS = 100_000
 _SHOW_PROGRESS = sys.stderr.isatty()
 
 
-def normalize_score(score: ScoreTick) -> ScoreTick:
-    """The score in the form in which it is tokenized: without what MidiTok would lose, and without what has no effect.
-
-    - Meters of half notes are written with quarters (3/2 as 6/4), which MidiTok would otherwise drop.
-    - Changes of tempo or meter that apply to no note are removed: those after the last onset, and a meter that
-      would start with the bar line after it.
-
-    For every score, `base_ids(tokenizer, score)` is `tokenizer.encode(normalize_score(score), encode_ids=False).ids`,
-    except that the rows of MuMIDI are padded.
-
-    Args:
-        score (`symusic.Score`):
-            Times in ticks. It is left as it is.
-
-    Returns:
-        `symusic.Score`: a copy.
-    """
-    score = score.copy()
-    for meter in score.time_signatures:
-        if meter.denominator == 2:
-            meter.numerator, meter.denominator = meter.numerator * 2, 4
-    last = _onsets(score).max(initial=0)
-    score.tempos = TempoTickList([tempo for tempo in score.tempos if tempo.time <= last])
-    score.time_signatures = _meters_until(last, score)
-    return score
-
-
 def _onsets(score: ScoreTick) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(track.notes.numpy()["time"] for track in score.tracks)])
 
 
-def _meters_until(last: int, score: ScoreTick) -> TimeSignatureTickList:
-    """The meters in force by tick `last`. MidiTok lets a meter start with the next bar line."""
-    kept = []
-    line, bar = 0.0, 4.0 * score.ticks_per_quarter
-    for meter in sorted(score.time_signatures, key=lambda meter: meter.time):
-        late = (meter.time - line) % bar
-        # A meter less than a position (a twelfth of a beat) behind the bar line is on it.
-        start = meter.time - late + (bar if late >= score.ticks_per_quarter / 12 else 0)
-        if start <= last:
-            kept.append(meter)
-            line, bar = start, meter.numerator * 4 * score.ticks_per_quarter / meter.denominator or bar
-    return TimeSignatureTickList(kept)
-
-
 def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
-    """The ids of the base tokens of a score, normalised by [`normalize_score`], before any subword model.
+    """The ids of the base tokens of a score, before any subword model.
+
+    The score is first put into the form that [`~midimamba.tokenization.normalization.normalize`] describes.
 
     Returns:
         `list[int]`, or for several vocabularies `list[list[int]]` of shape (time, vocabularies). MuMIDI's bars,
@@ -118,11 +81,15 @@ def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
 
     Raises:
         MidiRefusedError: if the tokenization cannot write the piece: Structured has no time shift for a long pause,
-            Octuple and MuMIDI no number for a bar beyond their `max_bar_embedding`.
+            Octuple and MuMIDI no number for a bar beyond their `max_bar_embedding`; or if it has very many long notes.
     """
+    return encode_normalized(tokenizer, normalize_score(tokenizer, score))
+
+
+def encode_normalized(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
+    """[`base_ids`] of a score that is normalised already."""
     if type(tokenizer) is Structured:
         _check_pauses(tokenizer, score)
-    score = normalize_score(score)
     if type(tokenizer) is MMM:
         _check_tracks(score)
         # MidiTok adds up the sequences of tracks one by one, which is quadratic: 17 seconds for 1,000 tracks.

@@ -78,7 +78,7 @@ def generate_scores(
         model (`MidiMambaForCausalLM`): the generator.
         processor (`MidiProcessor`): its processor.
         options ([`~midimamba.command_options.SamplingOptions`], *optional*): how many pieces, how long, how daring.
-        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; it opens every result.
+        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; every result begins with it.
         controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
             `{"key": "C-major"}`; `processor.controls` has the names and their values.
 
@@ -93,7 +93,7 @@ def generate_scores(
     options = options or SamplingOptions()
     inputs = processor(prompt, return_tensors="pt", controls=controls)
     parts = _compose(model, processor, inputs, options)
-    return [score for part in parts for score in processor.batch_decode(part.ids)]
+    return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
 
 
 def generate_samples(model: MidiMambaForCausalLM, processor: MidiProcessor, options: SamplingOptions) -> Samples:

@@ -7,12 +7,12 @@ from typing import cast
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from miditok import TokSequence
 from symusic import Note, Score, Tempo, Track
 from symusic.core import ScoreQuarter
 
 from midimamba.tokenization import ingest
 from midimamba.tokenization.ingest import MidiRefusedError, parse_midi, read_score
+from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer
 from support import make_score
 
@@ -175,7 +175,7 @@ def test_mutated_files_are_refused_or_can_be_encoded_and_decoded(
     event("read")
     ids = base_ids(TOKENIZER, score)
     assert ids
-    assert 0 < TOKENIZER.decode(TokSequence(ids=ids)).note_num() <= score.note_num()
+    assert 0 < MidiProcessor(TOKENIZER).decode(ids).note_num() <= score.note_num()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -27,6 +27,7 @@ CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
     *("grammar_tables.py", "composing.py", "sampling_limits.py"),
+    *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
 }
 
 
