@@ -330,7 +330,7 @@ def test_a_tokenizer_that_writes_pedals_keeps_them_and_the_notes() -> None:
 
 
 def open_notes() -> bytes:
-    """C4 twice of which one ends at 2, E4 that never ends though its track goes on until 4, and G4 in another track."""
+    """C4 twice of which one ends at 2, E4 that never ends though its track goes on until 4, and G4 in another one."""
     content = play((0, 1, 60)).dumps_midi()
     head, end = content[:14], b"\x00\xff\x2f\x00"
     first = b"\x00\x90\x3c\x50\x83\x60\x90\x3c\x50\x00\x90\x40\x50\x83\x60\x80\x3c\x00\x87\x40" + end[1:]
