@@ -188,11 +188,8 @@ class MidiMambaConfig(MambaConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; use silu, or another that transformers has")
         if self.mixer == "attention":
             self._check_heads()
-        if self.feed_forward == "moe":
-            if self.num_experts < 1:
-                raise ValueError(f"num_experts is {self.num_experts}; at least 1 is needed")
-            if not self.capacity_factor > 0:  # NaN as well
-                raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
+        if self.feed_forward == "moe" and not self.capacity_factor > 0:  # NaN as well
+            raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
 
     def _check_heads(self) -> None:
         heads, shared, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
