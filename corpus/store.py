@@ -433,8 +433,8 @@ class PieceStore:
 
     def splits_by(self) -> dict[str, int]:
         """How many pieces are in their splits by a manifest, a data set, or the hash."""
-        way = "CASE WHEN given THEN origin ELSE 'hash' END"
-        query = f"SELECT {way}, count(*) FROM pieces GROUP BY 1 ORDER BY 1 = 'hash', 1"
+        way = "CASE WHEN given THEN origin ELSE 'hash' END AS way"
+        query = f"SELECT {way}, count(*) FROM pieces GROUP BY way ORDER BY way = 'hash', way"
         return dict(self._db.execute(query).fetchall())
 
     def num_contradictions(self) -> int:
