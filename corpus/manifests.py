@@ -174,7 +174,9 @@ class _Table:
             if names.count(_plain(title)) > 1:
                 raise InputError(f"{self._name} has {names.count(_plain(title))} columns {title!r}: keep one")
         assert self.delimiter is not None
-        reader = csv.reader(io.StringIO(self._text), delimiter=self.delimiter, strict=True, skipinitialspace=True)
+        # Python's reader takes blanks before a quote, but none behind it.
+        text = re.sub(rf'" +(?={re.escape(self.delimiter)}|$)', '"', self._text, flags=re.MULTILINE)
+        reader = csv.reader(io.StringIO(text), delimiter=self.delimiter, strict=True, skipinitialspace=True)
         start, is_header = 1, True
         try:
             for row in reader:

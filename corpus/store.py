@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -21,6 +20,7 @@ import numpy as np
 
 from midimamba.corpus.entries import Entry, Refusal
 from midimamba.corpus.manifests import Label, fold, names_no_music
+from midimamba.corpus.sqlite_files import checksum, delete_store, explain, is_damage, tables_of
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
 
@@ -44,14 +44,6 @@ CREATE TEMP TABLE pieces (
     name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT, origin TEXT
 ) WITHOUT ROWID;
 """
-# What SQLite says of a file that is not as it wrote it: damaged, foreign, cut off, without our tables.
-_DAMAGE = {
-    sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_NOTADB,
-    sqlite3.SQLITE_ERROR,
-    sqlite3.SQLITE_FORMAT,
-    sqlite3.SQLITE_MISMATCH,
-}
 # An error shows this many rows of manifests.
 _SHOWN = 3
 # Rows between two commits: a killed run reads at most this many again.
@@ -111,37 +103,6 @@ def pack_ids(ids: Sequence[int] | Sequence[Sequence[int]]) -> bytes:
     return zlib.compress(np.asarray(ids, dtype=np.int32).tobytes(), level=1)
 
 
-def delete_store(path: Path) -> None:
-    """Remove a store and what SQLite may have left beside it. Nobody may have it open."""
-    for suffix in ("", "-journal", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def explain(path: Path, error: sqlite3.DatabaseError) -> Exception:
-    """What a user reads instead of an error of SQLite; bugs stay what they are."""
-    code = _code_of(error)
-    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        where = f"the disk of {path} or the folder for temporary files, {tempfile.gettempdir()}"
-        return InputError(f"{where}, is full ({error}): make room, then run the same command again")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return InputError(f"{path} is in use by another program ({error}): wait until it ends")
-    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return InputError(
-            f"{path} cannot be used ({error}): choose a folder that can be written to, or a shorter name"
-        )
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return InputError(f"{path} was damaged while it was in use ({error}): run the same command again")
-    return error
-
-
-def _code_of(error: sqlite3.DatabaseError) -> int | None:
-    """SQLite's primary error code; `None` for errors of Python's `sqlite3`."""
-    code = getattr(error, "sqlite_errorcode", None)
-    if code == sqlite3.SQLITE_IOERR_SHORT_READ:
-        return sqlite3.SQLITE_CORRUPT  # the file was cut off
-    return None if code is None else code & 0xFF
-
-
 class PieceStore:
     """The files of a source, and what reading made of them.
 
@@ -172,7 +133,7 @@ class PieceStore:
             self._open(path)
         except sqlite3.DatabaseError as error:
             self._db.close()
-            if _code_of(error) not in (None, *_DAMAGE):
+            if not is_damage(error):
                 raise explain(path, error) from error
             self.damage = str(error)
             delete_store(path)
@@ -193,7 +154,7 @@ class PieceStore:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("BEGIN EXCLUSIVE")
         self._db.commit()
-        if _tables(self._db):
+        if tables_of(self._db):
             self._check()
         self._db.executescript(_SCHEMA)
         self._db.executescript(_TEMPORARY)
@@ -207,14 +168,14 @@ class PieceStore:
         """
         with closing(sqlite3.connect(":memory:")) as ours:
             ours.executescript(_SCHEMA)
-            if _tables(self._db) != _tables(ours):
+            if tables_of(self._db) != tables_of(ours):
                 raise sqlite3.DatabaseError("it holds other tables than those of this version")
         (state,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if state != "ok":
             raise sqlite3.DatabaseError(" ".join(state.split()))
         self._db.text_factory = bytes  # what is damaged need not be text
         rows = self._db.execute("SELECT * FROM outcomes")
-        damaged = [(row[0],) for row in rows if _checksum(row[:-1]) != row[-1]]
+        damaged = [(row[0],) for row in rows if checksum(row[:-1]) != row[-1]]
         self._db.executemany("DELETE FROM outcomes WHERE sha256 = CAST(? AS TEXT)", damaged)
         self._db.text_factory = str
         self._db.commit()
@@ -361,7 +322,7 @@ class PieceStore:
             self.has_new_pieces = True
         else:
             row = (sha256, None, None, None, None, False, None, outcome.stage, outcome.reason, outcome.lost)
-        row = (*row, _checksum(row))
+        row = (*row, checksum(row))
         self._db.execute(f"INSERT OR REPLACE INTO outcomes VALUES ({', '.join('?' * len(row))})", row)
         self._db.execute("INSERT OR IGNORE INTO fresh VALUES (?)", (sha256,))
         self._unsaved += 1
@@ -433,8 +394,8 @@ class PieceStore:
 
     def splits_by(self) -> dict[str, int]:
         """How many pieces are in their splits by a manifest, a data set, or the hash."""
-        way = "CASE WHEN given THEN origin ELSE 'hash' END"
-        query = f"SELECT {way}, count(*) FROM pieces GROUP BY 1 ORDER BY 1 = 'hash', 1"
+        way = "CASE WHEN given THEN origin ELSE 'hash' END AS way"
+        query = f"SELECT {way}, count(*) FROM pieces GROUP BY way ORDER BY way = 'hash', way"
         return dict(self._db.execute(query).fetchall())
 
     def num_contradictions(self) -> int:
@@ -480,20 +441,6 @@ class PieceStore:
     def _count(self, table: str) -> int:
         (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
         return int(count)
-
-
-def _tables(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
-    return db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
-
-
-def _checksum(row: Sequence[Any]) -> int:
-    """Of an outcome, whether SQLite gave its text as `str` or as `bytes`."""
-    values = (value if isinstance(value, bytes) else str(_plain(value)).encode() for value in row)
-    return zlib.crc32(b"\0".join(values))
-
-
-def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, bool) else value
 
 
 def _controls_of(computed: str, labels: str | None) -> dict[str, list[str]]:

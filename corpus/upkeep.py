@@ -18,7 +18,8 @@ from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
 from midimamba.corpus.load import SPLITS
-from midimamba.corpus.store import PieceStore, delete_store, explain
+from midimamba.corpus.sqlite_files import delete_store, explain
+from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
 from midimamba.files import recover
 

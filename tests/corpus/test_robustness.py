@@ -230,9 +230,12 @@ def slowed() -> None:
     PieceStore.add_outcome = add_slowly  # type: ignore[method-assign,assignment]
 
 
+@pytest.mark.parametrize("rounds", [5] * 4)
 @pytest.mark.parametrize("place", ["new"], indirect=True)
-def test_of_two_runs_into_one_folder_one_is_refused_and_nothing_is_lost(place: Path, ground: Path) -> None:
-    for _ in range(20):
+def test_of_two_runs_into_one_folder_one_is_refused_and_nothing_is_lost(
+    rounds: int, place: Path, ground: Path
+) -> None:
+    for _ in range(rounds):
         ends = [run.end() for run in [Run(place, slowed) for _ in range(2)]]
         (won, said), (refused, why) = sorted(ends)
         assert (won, refused) == (0, 2), said + why
