@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, TOO_LARGE, MidiRefusedError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Rows of each split in which the column with bytes is looked for: the first one may hold none.
+_HEAD = 100
 # What `save_to_disk` leaves in a folder.
 _SAVED = ("dataset_dict.json", "dataset_info.json")
 
@@ -53,10 +56,11 @@ class DataSetFiles:
         self.source = source
         self._splits = _load(source, streaming)
         self._columns = columns
-        first = next((row for rows in self._splits.values() for row in rows), None)
-        if first is None:
+        head = [row for rows in self._splits.values() for row in islice(rows, _HEAD)]
+        if not head:
             raise InputError(f"the data set {source} holds no rows")
-        self._midi_column = self._find_midi_column(first, midi_column)
+        first = head[0]
+        self._midi_column = self._find_midi_column(head, midi_column)
         if missing := [column for column in columns if column not in first]:
             raise InputError(f"the data set {source} has no column {missing[0]!r}; its columns are {', '.join(first)}")
 
@@ -71,13 +75,14 @@ class DataSetFiles:
         for split, rows in self._splits.items():
             for index, row in enumerate(rows):
                 name = f"{split}/{index:08}"
-                content = _bytes_of(row[self._midi_column])
+                content = _bytes_of(row.get(self._midi_column))
                 size = len(content) if isinstance(content, bytes) else 0
-                labels = {column: str(row[column]) for column in self._columns if row[column] is not None}
+                labels = {column: str(row[column]) for column in self._columns if row.get(column) is not None}
                 yield Entry(name, Path(self.source), size), Label(name, self._split_of(split, row), labels), content
 
-    def _find_midi_column(self, first: Mapping[str, Any], wanted: str | None) -> str:
-        holding = [column for column, value in first.items() if isinstance(_bytes_of(value), bytes)]
+    def _find_midi_column(self, head: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+        first = head[0]
+        holding = [name for name in first if any(isinstance(_bytes_of(row.get(name)), bytes) for row in head)]
         if wanted is not None:
             if wanted not in first:
                 raise InputError(

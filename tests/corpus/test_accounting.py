@@ -172,7 +172,7 @@ def add_broken_link(folder: Path, name: str, rng: random.Random, expected: Expec
 
 
 def add_loop(folder: Path, name: str, rng: random.Random, expected: Expected) -> None:
-    (folder / name).symlink_to(rng.choice([".", "..", "/", folder]), target_is_directory=True)
+    (folder / name).symlink_to(rng.choice([".", "..", "/", str(folder)]), target_is_directory=True)
     expected.refuse()
 
 
