@@ -203,7 +203,7 @@ def add_archive(folder: Path, name: str, rng: random.Random, expected: Expected)
 
 def add_broken_archive(folder: Path, name: str, rng: random.Random, expected: Expected) -> None:
     suffix = rng.choice(sorted(PACKERS))
-    content = PACKERS[suffix]([("a.mid", midi(0)), ("b.mid", rng.randbytes(3000))])
+    content = PACKERS[suffix]([("a.mid", midi(0)), ("b.mid", rng.randbytes(30_000))])
     (folder / f"{name}{suffix}").write_bytes(rng.choice([b"", content[: len(content) // 2], b"x" * 1000]))
     expected.refuse()
 
