@@ -65,7 +65,7 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
 
     Args:
         source (`str`):
-            A folder, searched recursively; a `.zip`, `.tar`, `.tar.gz` or `.tgz` archive, which may also lie in such
+            A folder, searched recursively; a zip or tar archive (also `.tar.gz`, `.tar.bz2`, `.tar.xz`), also in such
             a folder; a data set with a column of MIDI bytes, in a folder or on the Hub (`owner/name`); or `chorales`:
             Bach's, from music21.
         out (`Path`):

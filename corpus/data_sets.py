@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from midimamba.tokenization.ingest import MAX_FILE_BYTES, TOO_LARGE, MidiRefused
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Names of a data set's only split that say nothing about its use. Like a lone train split, it is split by a hash.
 _UNDIVIDED = {"default", "all", "full", "complete", "whole", "data", "unsplit"}
+# Rows of each split in which the column with bytes is looked for: the first one may hold none.
+_HEAD = 100
 # What `save_to_disk` leaves in a folder.
 _SAVED = ("dataset_dict.json", "dataset_info.json")
 
@@ -56,10 +59,11 @@ class DataSetFiles:
         self._splits = _load(source, streaming)
         self._columns = columns
         self._own = {split: self._own_split(split) for split in self._splits}
-        first = next((row for rows in self._splits.values() for row in rows), None)
-        if first is None:
+        head = [row for rows in self._splits.values() for row in islice(rows, _HEAD)]
+        if not head:
             raise InputError(f"the data set {source} holds no rows")
-        self._midi_column = self._find_midi_column(first, midi_column)
+        first = head[0]
+        self._midi_column = self._find_midi_column(head, midi_column)
         if missing := [column for column in columns if column not in first]:
             raise InputError(f"the data set {source} has no column {missing[0]!r}; its columns are {', '.join(first)}")
         self._split_column = [column for column in first if column.strip().casefold() == "split"]
@@ -77,12 +81,13 @@ class DataSetFiles:
         for split, rows in self._splits.items():
             for index, row in enumerate(rows):
                 label = self._label(split, index, row)
-                content = _bytes_of(row[self._midi_column])
+                content = _bytes_of(row.get(self._midi_column))
                 size = len(content) if isinstance(content, bytes) else 0
                 yield Entry(label.name, Path(self.source), size), label, content
 
-    def _find_midi_column(self, first: Mapping[str, Any], wanted: str | None) -> str:
-        holding = [column for column, value in first.items() if isinstance(_bytes_of(value), bytes)]
+    def _find_midi_column(self, head: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+        first = head[0]
+        holding = [name for name in first if any(isinstance(_bytes_of(row.get(name)), bytes) for row in head)]
         if wanted is not None:
             if wanted not in first:
                 raise InputError(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import miditok
 import numpy as np
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 MIDITOK_FILE = "miditok.json"
-# What MMM repeats in every track, over all tracks. More takes over 2 seconds and 0.5 GB.
+# What MMM repeats in every track, over all tracks: 220,000 take a second.
 MAX_SHARED_EVENTS = 300_000
 # What MidiTok writes to it. It would set anything else as an attribute, methods included.
 _STORED = frozenset(
@@ -90,6 +90,7 @@ def encode_normalized(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     """[`base_ids`] of a score that is normalised already."""
     if type(tokenizer) is Structured:
         _check_pauses(tokenizer, score)
+    cast(Any, tokenizer)._insert_program_change_events = _insert_program_changes
     if type(tokenizer) is MMM:
         _check_tracks(score)
         # MidiTok adds up the sequences of tracks one by one, which is quadratic: 17 seconds for 1,000 tracks.
@@ -101,6 +102,32 @@ def encode_normalized(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     _check_bars(tokenizer, score)
     rows = tokenizer.encode(score, no_preprocess_score=True).ids
     return [row + [tokenizer.pad_token_id] * (len(tokenizer.vocab) - len(row)) for row in rows]
+
+
+class _Insertions(list[Any]):
+    """A list that remembers what is to be inserted into it."""
+
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__(items)
+        self.insertions: dict[int, Any] = {}
+
+    def insert(self, index: SupportsIndex, item: Any) -> None:
+        self.insertions[int(index)] = item
+
+
+def _insert_program_changes(events: list[Any]) -> None:
+    """MidiTok's method in linear time.
+
+    MidiTok inserts events into a list one by one, from the last to the first. With 100,000 notes on 1,000 tracks that
+    takes 5 to 50 seconds.
+    """
+    marked = _Insertions(events)
+    MusicTokenizer._insert_program_change_events(marked)
+    events[:] = [
+        item
+        for index, event in enumerate(events)
+        for item in ((marked.insertions[index], event) if index in marked.insertions else (event,))
+    ]
 
 
 def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:

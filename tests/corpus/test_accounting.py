@@ -172,7 +172,7 @@ def add_broken_link(folder: Path, name: str, rng: random.Random, expected: Expec
 
 
 def add_loop(folder: Path, name: str, rng: random.Random, expected: Expected) -> None:
-    (folder / name).symlink_to(rng.choice([".", "..", "/", folder]), target_is_directory=True)
+    (folder / name).symlink_to(rng.choice([".", "..", "/", str(folder)]), target_is_directory=True)
     expected.refuse()
 
 
@@ -203,7 +203,7 @@ def add_archive(folder: Path, name: str, rng: random.Random, expected: Expected)
 
 def add_broken_archive(folder: Path, name: str, rng: random.Random, expected: Expected) -> None:
     suffix = rng.choice(sorted(PACKERS))
-    content = PACKERS[suffix]([("a.mid", midi(0)), ("b.mid", rng.randbytes(3000))])
+    content = PACKERS[suffix]([("a.mid", midi(0)), ("b.mid", rng.randbytes(30_000))])
     (folder / f"{name}{suffix}").write_bytes(rng.choice([b"", content[: len(content) // 2], b"x" * 1000]))
     expected.refuse()
 

@@ -225,3 +225,11 @@ def test_content_of_a_row_is_bytes_or_a_reason(saved: Any) -> None:
     contents = [content for _, _, content in DataSetFiles(source)]
     assert contents[0] == b"x"
     assert isinstance(contents[1], MidiRefusedError)
+
+
+@pytest.mark.parametrize("form", ["disk", "parquet"])
+def test_the_column_is_found_although_the_first_row_is_empty(form: str, saved: Any, tmp_path: Path) -> None:
+    source = saved(Dataset.from_dict({"midi": [None, midi(0), midi(1)], "composer": ["a", "b", "c"]}), form)
+    report = tokenize_corpus(source, tmp_path / "out", CorpusOptions(vocab_size=None, num_workers=1))
+    used = sum(split["pieces"] for split in report["splits"].values())
+    assert (used, report["refused"], report["found"]) == (2, 1, 3)

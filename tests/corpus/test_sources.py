@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midimamba.corpus import archives
-from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.entries import Entry, Refusal, unique_name
 from midimamba.corpus.manifests import Label
 from midimamba.corpus.sources import list_source, read_entries
 from midimamba.errors import InputError
@@ -239,3 +239,21 @@ def test_a_damaged_archive_yields_files_or_reasons(
     except InputError:
         return
     assert all(isinstance(content, bytes | MidiRefusedError) for content in contents.values())
+
+
+@given(st.lists(st.text(alphabet="\\ud8cf0\ud800\udcff/a"), max_size=30))
+def test_different_names_stay_different_as_text(names: list[str]) -> None:
+    assert len({unique_name(name) for name in names}) == len(set(names))
+    for name in names:
+        unique_name(name).encode()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_archive_that_is_gone_or_another_when_it_is_read_is_a_reason(name: str, tmp_path: Path) -> None:
+    archive = WRITERS[name](tmp_path / name, CONTENT)
+    entries = entries_of(archive)
+    for damage in (archive.unlink, lambda: archive.write_bytes(b"other"), lambda: archive.write_bytes(b"")):
+        damage()
+        contents = list(read_entries(entries))
+        assert {entry.name for entry, _ in contents} == {entry.name for entry in entries}
+        assert all(isinstance(content, MidiRefusedError) or name == "music.tar" for _, content in contents)
