@@ -65,7 +65,7 @@ class Choice(NamedTuple):
 
 def choose_checkpoint(folder: Path) -> Choice:
     """The newest whole checkpoint of a run, and what is wrong with the newer ones."""
-    passed_over = []
+    passed_over: list[tuple[Path, Fault]] = []
     for checkpoint in reversed(checkpoints_in(folder)):
         fault = fault_of(checkpoint)
         if fault is None:

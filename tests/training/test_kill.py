@@ -81,7 +81,7 @@ def run(script: str, arguments: list[str], moment: Moment | None, counts: Path |
     from midimamba.training import adversarial, monitoring, pretrain
     from midimamba.training.process import training_process
 
-    monitoring.draw_piano_roll = lambda *_: None  # which takes most of the time
+    vars(monitoring)["draw_piano_roll"] = lambda *_: None  # drawing takes most of the time
     with training_process():
         (pretrain if script == "pretrain" else adversarial).main()
     if counts is not None:
