@@ -66,6 +66,8 @@ def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Re
         return
     manifests: dict[str, Entry] = {}
     for item in _list_files(source):
+        if isinstance(item, Refusal) and is_manifest(item.name):
+            raise InputError(f"{item.name}: {item.reason}; mend it or delete it")  # or its splits would be ignored
         if isinstance(item, Entry) and is_manifest(item.name):
             manifests[item.name] = item
             yield Skipped("a manifest")

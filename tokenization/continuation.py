@@ -30,8 +30,8 @@ def add_continuation(
 
     Nothing of the prompt changes, except that its time division may be multiplied, that its tracks go on, and that a
     sustain pedal it leaves pressed is lifted where it ends. New notes of an instrument go to the prompt's first track
-    of its program; a new instrument gets a track of its own. Where a note of the prompt sounds, a new note of its
-    pitch and program waits for its end, or is left out if it would have ended by then.
+    of its program; a new instrument gets a track of its own. While a note of the prompt sounds, new notes of its
+    pitch and program are left out: they would end it.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
@@ -104,7 +104,7 @@ def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
         if track.notes:
             homes.setdefault(_key(track), index)
     for track in new.tracks:
-        notes = [note for note in track.notes if _wait(note, sounding[_key(track), note.pitch])]
+        notes = [note for note in track.notes if _fits(note, sounding[_key(track), note.pitch])]
         if not notes:
             continue
         if _key(track) in homes:
@@ -116,16 +116,14 @@ def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
             score.tracks.append(Track(track.name, track.program, track.is_drum, notes=notes))
 
 
-def _wait(note: Note, sounding: list[tuple[int, int]]) -> bool:
-    """Let a note start after those that sound; whether anything of it is left."""
-    stop = note.end
-    for start, end in sorted(sounding):
+def _fits(note: Note, sounding: list[tuple[int, int]]) -> bool:
+    """Whether a note starts where its pitch is silent. It ends where a note of the prompt starts at the latest."""
+    for start, end in sounding:
         if start <= note.time < end:
-            note.time = end
-        elif note.time < start < stop:
-            stop = start
-    note.duration = stop - note.time
-    return bool(note.duration > 0)
+            return False
+        if note.time < start < note.end:
+            note.duration = start - note.time
+    return True
 
 
 def _add_tempos(score: ScoreTick, encoded: ScoreTick, continued: ScoreTick) -> None:

@@ -249,3 +249,10 @@ def test_held_out_pieces_are_held_out_whatever_else_has_their_notes(
     assert "5 rows of manifests name files" in said
     assert "splits: 4 by manifest.csv, 2 by hash" in said
     assert "1 pieces are given to several splits" in said
+
+
+def test_a_manifest_that_cannot_be_read_is_not_ignored(tmp_path: Path) -> None:
+    (tmp_path / "a.mid").touch()
+    (tmp_path / "manifest.csv").symlink_to(tmp_path / "gone.csv")
+    with pytest.raises(InputError, match=r"manifest\.csv: .*mend it or delete it"):
+        list(list_source(str(tmp_path)))
