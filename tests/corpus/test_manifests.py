@@ -56,7 +56,7 @@ TABLE = 'file,split,composer\n00.mid,test,x\n"more/Café, 2.kar",valid,\n'
     {
         "plain": TABLE.encode(),
         "titles in capitals": TABLE.replace("file,split", "File,SPLIT").encode(),
-        "padded": TABLE.replace(",", " , ").replace("Café , 2", "Café, 2").replace('"more', ' "more').encode(),
+        "padded": 'file , split, composer\n 00.mid ,test , x\n "more/Café, 2.kar" , valid , \n'.encode(),
         "UTF-8 with a mark": TABLE.encode("utf-8-sig"),
         "UTF-16": TABLE.encode("utf-16"),
         "UTF-16 without a mark": TABLE.encode("utf-16-le"),
