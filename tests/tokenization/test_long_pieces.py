@@ -44,7 +44,5 @@ def test_the_most_notes_on_the_most_tracks_take_seconds(name: str) -> None:
 
 
 def test_mmm_refuses_what_it_would_repeat_in_too_many_tracks() -> None:
-    with pytest.raises(
-        MidiRefusedError, match="MMM repeats 10,000 bars and changes of tempo and meter in each of 200"
-    ):
+    with pytest.raises(MidiRefusedError, match="MMM repeats 10,000 bars and changes of tempo and meter in each of"):
         base_ids(build_tokenizer("MMM"), long_score(200, 100, bars=10_000))
