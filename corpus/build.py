@@ -97,10 +97,7 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
             if earlier is not None and earlier["arguments"] == arguments and _is_whole(out, earlier):
-                if store.num_read():  # the corpus's own store was damaged, or is gone
-                    with whole_file(out / STORE_FILE) as unfinished:
-                        store.copy_to(unfinished)
-                tqdm.write(printable(f"{out} is already there"), file=sys.stderr)
+                _keep(out, store)
                 report = earlier | found.report()
             else:
                 with whole_folder(out, replace=earlier is not None) as folder:
@@ -109,6 +106,14 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
                         carry_over(out, folder, set(earlier["written"]))
             tqdm.write(found.describe(report), file=sys.stderr)
             return report
+
+
+def _keep(out: Path, store: PieceStore) -> None:
+    """Leave the corpus as it is, but mend its own store if that was damaged, or is gone."""
+    if store.num_read():
+        with whole_file(out / STORE_FILE) as unfinished:
+            store.copy_to(unfinished)
+    tqdm.write(printable(f"{out} is already there"), file=sys.stderr)
 
 
 def _is_whole(out: Path, earlier: Mapping[str, Any]) -> bool:

@@ -118,25 +118,47 @@ def publish(
     hub = Hub(token)
     with scratch_beside(folder) as scratch:
         if is_corpus:
-            uploads = [Upload("corpus", repo_id, scratch / "corpus", stale="data/*.parquet")]
-            others = left_out(folder, KNOWN_OF_CORPUS)
-            collect_corpus(folder, uploads[0].folder)
-            uploads = hub.prepare(uploads)
-            with _checking(folder, uploads[0].folder):
-                add_corpus_card(uploads[0].folder, uploads[0].repo_id, license)
+            uploads, others = _prepare_corpus(hub, scratch, folder, repo_id, license)
         else:
-            _check_checkpoints(folder, discriminator)
-            uploads = [Upload("generator", repo_id, scratch / "generator")]
-            others = left_out(folder, PUBLISHED)
-            evaluation = _collect_generator(folder, uploads[0].folder, report)
-            if discriminator is not None:
-                check_name(f"{repo_id}{_DISCRIMINATOR}")
-                uploads.append(Upload("discriminator", f"{repo_id}{_DISCRIMINATOR}", scratch / "discriminator"))
-                others += [f"{discriminator.name}/{name}" for name in left_out(discriminator, PUBLISHED)]
-                _collect_discriminator(discriminator, uploads[1].folder)
-            uploads = hub.prepare(uploads)
-            _add_cards(uploads, [folder, discriminator or folder], evaluation, license)
+            uploads, others = _prepare_models(hub, scratch, folder, repo_id, discriminator, report, license)
         return Published(hub.send(uploads, private), others)
+
+
+def _prepare_corpus(
+    hub: Hub, scratch: Path, folder: Path, repo_id: str, license: str | None
+) -> tuple[list[Upload], list[str]]:
+    """What is to be uploaded of a corpus, checked, and the names of what is not."""
+    uploads = [Upload("corpus", repo_id, scratch / "corpus", stale="data/*.parquet")]
+    others = left_out(folder, KNOWN_OF_CORPUS)
+    collect_corpus(folder, uploads[0].folder)
+    uploads = hub.prepare(uploads)
+    with _checking(folder, uploads[0].folder):
+        add_corpus_card(uploads[0].folder, uploads[0].repo_id, license)
+    return uploads, others
+
+
+def _prepare_models(
+    hub: Hub,
+    scratch: Path,
+    folder: Path,
+    repo_id: str,
+    discriminator: Path | None,
+    report: Path | None,
+    license: str | None,
+) -> tuple[list[Upload], list[str]]:
+    """The same of a generator and its discriminator."""
+    _check_checkpoints(folder, discriminator)
+    uploads = [Upload("generator", repo_id, scratch / "generator")]
+    others = left_out(folder, PUBLISHED)
+    evaluation = _collect_generator(folder, uploads[0].folder, report)
+    if discriminator is not None:
+        check_name(f"{repo_id}{_DISCRIMINATOR}")
+        uploads.append(Upload("discriminator", f"{repo_id}{_DISCRIMINATOR}", scratch / "discriminator"))
+        others += [f"{discriminator.name}/{name}" for name in left_out(discriminator, PUBLISHED)]
+        _collect_discriminator(discriminator, uploads[1].folder)
+    uploads = hub.prepare(uploads)
+    _add_cards(uploads, [folder, discriminator or folder], evaluation, license)
+    return uploads, others
 
 
 def check_target(repo_id: str, *, with_discriminator: bool = False, token: str | None = None) -> None:

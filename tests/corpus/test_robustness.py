@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 from datasets import DatasetDict
+from tqdm import tqdm
 
 from midimamba import files
 from midimamba.cli import main
@@ -50,6 +52,8 @@ class Run:
 def _tokenize(folder: Path, said: int, prepare: Callable[[], object]) -> NoReturn:
     code = 1
     try:
+        # tqdm's own lock is shared with the other processes, and a killed run takes it along.
+        tqdm.set_lock(threading.RLock())
         os.chdir(folder)
         os.dup2(said, 1)
         os.dup2(said, 2)
