@@ -61,7 +61,8 @@ class MidiGenerationPipeline(Pipeline):
     def preprocess(self, input_: Any, **options: Any) -> dict[str, Any]:
         return dict(self.processor(input_, return_tensors="pt", **options)) | {"prompt": input_}
 
-    def _forward(self, input_tensors: dict[str, Any], bars: int | None = None, **generate_options: Any) -> ModelOutput:
+    def _forward(self, input_tensors: dict[str, Any], **generate_options: Any) -> ModelOutput:
+        bars: int | None = generate_options.pop("bars", None)
         options = self._prepare_generate_kwargs(generate_options)
         prompt = input_tensors.pop("prompt")  # of a batch, the list of them
         composed = self.processor.compose(self.model, input_tensors, bars=bars, **options)

@@ -10,7 +10,7 @@ from math import lcm
 
 from miditok import MusicTokenizer
 from symusic import ControlChange, Note, Score, TimeSignature, Track
-from symusic.core import ScoreTick
+from symusic.core import NoteTickList, ScoreTick, TimeSignatureTickList
 
 from .musical_time import bar_starts, meters
 from .normalization import PRESSED, SUSTAIN, settle_notes
@@ -109,7 +109,7 @@ def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
             continue
         if _key(track) in homes:
             home = score.tracks[homes[_key(track)]]
-            home.notes.extend(notes)
+            home.notes.extend(NoteTickList(notes))
             home.notes.sort()
         else:
             homes[_key(track)] = len(score.tracks)
@@ -152,7 +152,7 @@ def _add_meters(score: ScoreTick, encoded: ScoreTick, continued: ScoreTick) -> N
         length = theirs.bar_length(1)
         if theirs.time <= last and (length != ours.bar_length(1) or (line - ours.time) % ours.bar_length(score.tpq)):
             found.insert(0, TimeSignature(line, *theirs[1:]))
-    score.time_signatures.extend(found)
+    score.time_signatures.extend(TimeSignatureTickList(found))
     score.time_signatures.sort()
 
 

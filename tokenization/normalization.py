@@ -67,7 +67,7 @@ def normalize(tokenizer: MusicTokenizer, score: ScoreTick) -> Normalized:
     written = [Meter(meter.time * quarter // PER_QUARTER, *meter[1:]) for meter in plan]
     grid = make_grid(tokenizer, written, quarter)
     base = score.resample(quarter, min_dur=1)
-    base.tracks = _Instruments(tokenizer, score, grid).write(base.tracks, changes)
+    base.tracks = TrackTickList(_Instruments(tokenizer, score, grid).write(base.tracks, changes))
     last = _last_onset(base)
     base.time_signatures = TimeSignatureTickList([TimeSignature(*meter) for meter in written if meter.time <= last])
     base.tempos = _tempos(tokenizer, base, grid, last, changes)
@@ -228,21 +228,21 @@ class _Instruments:
 
     def _sustain(self, sources: list[Track], pedals: dict[int, list[Ints]], notes: Notes) -> Floats:
         """The ends of notes as the sustain pedal has them."""
-        lifted = []
+        lifted: list[Floats] = []
         start = 0
         for track in sources:
             end = notes.end[start : start + len(track.notes)]
             start += len(track.notes)
             for intervals in (_pedals(track, self.score.end()), *pedals.get(track.program, [])):
                 if len(intervals):
-                    end = _lift(end, intervals * self.scale)
+                    end = _lift(end, (intervals * self.scale).astype(np.float64))
             lifted.append(end)
         end = np.concatenate(lifted)
         if not np.any(end > notes.end):
             return notes.end
         order = np.lexsort((notes.time, notes.pitch))
         following = np.empty(len(end))
-        following[order] = Notes(*(column[order] for column in notes)).following()
+        following[order] = notes.at(order).following()
         end = np.where(following > notes.end, np.minimum(end, following), notes.end)
         self.sustained += int((end > notes.end).sum())
         return end

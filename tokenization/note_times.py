@@ -41,8 +41,11 @@ class Notes(NamedTuple):
 
     def ordered(self) -> "Notes":
         """By pitch and onset."""
-        order = np.lexsort((self.time, self.pitch))
-        return Notes(*(column[order] for column in self))
+        return self.at(np.lexsort((self.time, self.pitch)))
+
+    def at(self, indices: Ints) -> "Notes":
+        """Some of the notes, in this order."""
+        return Notes(self.time[indices], self.end[indices], self.pitch[indices], self.velocity[indices])
 
 
 @dataclass(frozen=True)
@@ -138,18 +141,18 @@ class Grid:
             return notes, alike, tied
         onsets, ends, sources = [], [], []
         for index in long:
-            time, end = int(notes.time[index]), float(notes.end[index])
+            start, stop = int(notes.time[index]), float(notes.end[index])
             while True:
-                where = int(self.section(np.array([time]))[0])
+                where = int(self.section(np.array([start]))[0])
                 longest = int(self.durations[where][-1])
-                if end - time <= longest + self.steps[where] / 2:
+                if stop - start <= longest + self.steps[where] / 2:
                     break
-                onsets.append(time)
-                ends.append(float(time + longest))
+                onsets.append(start)
+                ends.append(float(start + longest))
                 sources.append(index)
-                time = int(self.round(np.array([time + longest]))[0])
-            onsets.append(time)
-            ends.append(end)
+                start = int(self.round(np.array([start + longest]))[0])
+            onsets.append(start)
+            ends.append(stop)
             sources.append(index)
         kept = np.setdiff1d(np.arange(len(notes.time)), long)
         source = np.concatenate([kept, np.array(sources)])
@@ -160,7 +163,7 @@ class Grid:
         pitch = notes.pitch[source]
         order = np.lexsort((time, pitch))
         cut = Notes(time, end, pitch, notes.velocity[source])
-        return Notes(*(column[order] for column in cut)), alike[source][order], tied[order]
+        return cut.at(order), alike[source][order], tied[order]
 
     def _is_tied(self, notes: Notes, alike: Ints, longest: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which notes of the longest duration decoding would join to the next: it starts at their end."""

@@ -50,9 +50,9 @@ def check_whole(name: str, value: Any, least: int, most: int) -> None:
     """Raise an [`InputError`] if an option is not a whole number from `least` to `most`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise InputError(f"{name} is {value!r}: give a whole number")
-    if value < least:
+    if int(value) < least:
         raise InputError(f"{name} is {value}: give at least {least}")
-    if value > most:
+    if int(value) > most:
         raise InputError(f"{name} is {value}: give at most {most}")
 
 
@@ -63,4 +63,4 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def _lies_within(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, Real) and math.isfinite(value) and least <= value <= most
+    return isinstance(value, Real) and math.isfinite(value) and least <= float(value) <= most

@@ -105,8 +105,8 @@ def music(draw: st.DrawFn, finest: int = 16) -> Music:
     return Music(draw(meters(finest)), notes, sorted(tempos))
 
 
-def sounds(score: ScoreTick) -> list[tuple[int, int, Fraction, Fraction]]:
-    """Sorted program (-1 for drums), pitch, onset and end."""
+def sounds(score: ScoreTick) -> list[tuple[int, int, Fraction | int, Fraction | int]]:
+    """Sorted program (-1 for drums), pitch, onset and end in quarter notes."""
     quarter = score.ticks_per_quarter
     return sorted(
         (-1 if track.is_drum else track.program, note.pitch, Fraction(note.time, quarter), Fraction(note.end, quarter))
@@ -280,7 +280,8 @@ def test_half_once_and_twice_midis_own_tempo_are_exact(name: str) -> None:
     processor = PROCESSORS[name]
     for tempos, expected in (([], 120.0), ([120.0], 120.0), ([60.0], 60.0), ([240.0], 240.0), ([300.0], 240.0)):
         score = play((0, 1, 60))
-        score.tempos.extend(Tempo(0, qpm) for qpm in tempos)
+        for qpm in tempos:
+            score.tempos.append(Tempo(0, qpm))
         assert processor.decode(processor.encode(score)).tempos[0].qpm == expected
         assert processor.changes(score) == (["tempo 300 is written as 240"] if tempos == [300.0] else [])
 
@@ -310,9 +311,8 @@ def test_the_sustain_pedal_lengthens_notes_until_it_is_lifted_or_their_pitch_is_
 
 def test_a_pedal_track_without_notes_applies_to_its_program_and_never_to_drums() -> None:
     score = play((0, 0.25, 60))
-    score.tracks.extend(
-        [Track(program=40, notes=[Note(0, 120, 60, 80)]), Track(is_drum=True, notes=[Note(0, 120, 40, 80)])]
-    )
+    score.tracks.append(Track(program=40, notes=[Note(0, 120, 60, 80)]))
+    score.tracks.append(Track(is_drum=True, notes=[Note(0, 120, 40, 80)]))
     pedal = Track(program=40)
     pedal.pedals.append(Pedal(0, 960))
     score.tracks.append(pedal)

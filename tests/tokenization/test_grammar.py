@@ -288,7 +288,7 @@ def test_no_onset_has_a_note_twice_or_too_many_or_a_foreign_program(
 
 def test_reordered_cut_and_other_batches_are_judged_as_if_read_from_the_start(tokenizer: MusicTokenizer) -> None:
     size = tokenizer.vocab_size
-    options = {"prompt_length": 5, "max_bars": 3}
+    options: dict[str, Any] = {"prompt_length": 5, "max_bars": 3}
     rows = sample(tokenizer, MidiGrammar(tokenizer), torch.zeros(size), rows=6, steps=24, seed=4)
     rows = [row for row in rows if len(row) == 24] or [[*rows[0]]]
     ids = torch.tensor([[BOS, *row] for row in rows])
@@ -360,7 +360,7 @@ def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool,
         for tokenizer in tokenizers:  # byte-pair encoding learns the same ids but for the shift
             train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200)
     size = tokenizers[0].vocab_size
-    options = {"max_bars": 3} if name == "REMI" else {}
+    options: dict[str, Any] = {"max_bars": 3} if name == "REMI" else {}
     plain, controlled = (MidiGrammar(tokenizer, **options) for tokenizer in tokenizers)
     for row in sample(tokenizers[0], plain, torch.zeros(size), rows=6, steps=20):
         for length in range(0, len(row) + 1, 2):
