@@ -276,6 +276,7 @@ def test_what_is_never_music_ends_in_one_line_and_is_counted_when_measured(monke
     assert (samples.total, len(samples.refused)) == (3, 3)
 
 
+@pytest.mark.slow
 def test_pieces_have_exactly_the_bars_asked_for_or_one_line_says_not(
     untrained: MidiMambaForCausalLM, processor: MidiProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
