@@ -89,13 +89,16 @@ def locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        with suppress(OSError):
+        try:
             owner = file.read_text()
+        except OSError:  # it is gone again, or was never there
             raise InputError(
-                f"{target} is being written by another run{f' ({owner})' if owner else ''}: "
-                "wait until it ends, or choose another name"
+                f"{target} cannot be locked for writing: wait for a run that just ended, or choose another place"
             ) from error
-        raise InputError(f"{target} is being written by another run: try again") from error
+        raise InputError(
+            f"{target} is being written by another run{f' ({owner})' if owner else ''}: "
+            "wait until it ends, or choose another name"
+        ) from error
     try:
         _held.add(target)
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
