@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from measure import finish, make_parser
-from midimamba.corpus.sources import Entry, list_source, read_entries
+from midimamba.corpus.entries import Entry
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 from midimamba.tokenization.processor import MidiProcessor
@@ -57,7 +58,7 @@ def notes_of(score: ScoreTick) -> list[Note]:
 
 def count_kept(tokenizer: MusicTokenizer, score: ScoreTick) -> tuple[int, int]:
     """The number of notes that are decoded correctly, and the number of notes."""
-    expected = notes_of(tokenizer.preprocess_score(normalize_score(score)))
+    expected = notes_of(tokenizer.preprocess_score(normalize_score(tokenizer, score)))
     found = notes_of(tokenizer.decode(TokSequence(ids=base_ids(tokenizer, score))))
     if type(tokenizer).__name__ == "PerTok":
         close = (
@@ -102,7 +103,7 @@ def check(coders: Coders, content: bytes) -> Counter[str] | None:
     except MidiRefusedError:
         return None
     counts = Counter(files=1, tokens=len(ids), kept=kept, notes=notes)
-    sequence = untrained.encode(normalize_score(score), encode_ids=False)
+    sequence = untrained.encode(normalize_score(untrained, score), encode_ids=False)
     text = " ".join(untrained[index] for index in ids)
     for model, (tokenizer, reloaded, plain) in coders.items():
         theirs, again = encode_on(tokenizer, sequence), encode_on(reloaded, sequence)

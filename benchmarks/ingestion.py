@@ -13,8 +13,9 @@ from pathlib import Path
 
 from measure import finish, make_parser
 from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.entries import Entry
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.sources import Entry, list_source
+from midimamba.corpus.sources import list_source
 
 
 def main() -> None:

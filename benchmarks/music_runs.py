@@ -225,7 +225,9 @@ def figures_of(
     seed: int,
 ) -> Measured:
     """All figures of `midimamba evaluate` that samples have."""
-    sampling = SamplingOptions(settings.num, settings.bars, temperature=temperature, top_p=1.0, seed=seed)
+    sampling = SamplingOptions(
+        settings.num, settings.bars, temperature=temperature, top_p=1.0, seed=seed, at_most=True
+    )
     samples = Samples.of(generate_scores(model, processor, sampling))
     found = compare(samples, _reference(settings.data, split, settings.bars), settings.length, seed)
     repetition = {name: Figure(found.features[name].samples, found.features[name].real.value) for name in REPETITION}

@@ -12,8 +12,9 @@ from miditok.pytorch_data import DatasetMIDI
 from miditok.utils import split_files_for_training
 
 from measure import finish, make_parser
+from midimamba.corpus.entries import Entry
 from midimamba.corpus.packing import PackedBlocks
-from midimamba.corpus.sources import Entry, list_source, read_entries
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.tokenization.ingest import read_score
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, merge_ids, train_on_ids
 

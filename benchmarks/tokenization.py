@@ -23,9 +23,10 @@ from miditok import MusicTokenizer
 from symusic import Note, Score, Track
 
 from measure import finish, make_parser
+from midimamba.corpus.entries import Entry
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import Entry, list_source, read_entries
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.corpus.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer
 

@@ -22,11 +22,13 @@ from tqdm import tqdm
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import CHORALES, MANIFEST, NO_MUSIC21
+from midimamba.corpus.reading import Found, read_source
+from midimamba.corpus.sources import CHORALES, NO_MUSIC21
 from midimamba.corpus.store import PieceStore, StoredPiece
+from midimamba.corpus.upkeep import STORE_FILE, carry_over, contents, reading_store, showing_causes, target_of, tidy
 from midimamba.errors import InputError
-from midimamba.files import is_taken, whole_file, whole_folder, write_whole
+from midimamba.files import is_taken, locked, read_json, whole_file, whole_folder, write_whole
+from midimamba.text import for_json, printable
 from midimamba.tokenization.choices import CONTROLS
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.processor import MidiProcessor
@@ -39,30 +41,31 @@ from midimamba.tokenization.tokenizer import (
     train_on_ids,
 )
 
-# Beside the data set: the result of reading every file, for the next run.
-STORE_FILE = "pieces.sqlite"
 # A label with more values says which piece it is, not what kind.
 MAX_LABEL_VALUES = 1_000
+# What `corpus.json` says, among other things.
+_REPORTED = {"splits", "split_by", "refused", "duplicates", "vocab_size", "arguments", "written"}
 
 
 def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None) -> dict[str, Any]:
     """Tokenize MIDI files into splits by piece, and save the data set and its processor.
 
     A piece's split is what a `manifest.csv` in the source says, in a table with the columns `file` (relative to the
-    manifest) and `split` (train, valid, validation or test), or what a data set says. Other pieces' splits are decided
-    by a hash of the name and the seed, so adding files moves no piece. If a split gets no piece, it takes one of those
-    from the largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces
-    with the same notes are kept once. Every file is read in a worker process with bounded time and memory. Those that
-    cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes could not be read),
-    `stage` (read, check or tokenize) and `reason`.
+    manifest) and `split` (train, test, or validation, also called valid, val, dev or eval), or what a data set says. A
+    row that names no file, or a split with another name, is an error. Other pieces' splits are decided by a hash of
+    the name and the seed, so adding files moves no piece. If a split gets no piece, it takes one of those from the
+    largest: the one whose hash is nearest. The subword model is learned from the train split alone. Pieces with the
+    same notes are kept once, and held out if one of them is. Every file is read in a worker process with bounded time
+    and memory. Those that cannot be used are listed in `quarantine.jsonl` with `path`, `sha256` (null if the bytes
+    could not be read), `stage` (read, check or tokenize) and `reason`.
 
     Memory does not grow with the number of files. What was read is kept beside `out`: an interrupted run continues
     where it stopped. Where `out` is the corpus of the same source and options, only new and changed files are read,
-    and it is replaced if there are any.
+    and it is replaced if there are any. What somebody else put into it stays. Equal input gives equal bytes.
 
     Args:
         source (`str`):
-            A folder, searched recursively; a `.zip`, `.tar`, `.tar.gz` or `.tgz` archive, which may also lie in such
+            A folder, searched recursively; a zip or tar archive (also `.tar.gz`, `.tar.bz2`, `.tar.xz`), also in such
             a folder; a data set with a column of MIDI bytes, in a folder or on the Hub (`owner/name`); or `chorales`:
             Bach's, from music21.
         out (`Path`):
@@ -75,33 +78,47 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
         be read, how many pieces were `split_by` which rule, the tokenizer's fingerprint, arguments, versions.
 
     Raises:
-        InputError: if nothing can be tokenized, an option makes no sense, or `out` holds something else.
+        InputError: if nothing can be tokenized, an option makes no sense, `out` holds something else or is being
+            written by another run, or a disk is full.
     """
     options = options or CorpusOptions()
     base = _base_tokenizer(options)
     if base.is_multi_voc:  # there is no subword model
         options = replace(options, vocab_size=None)
-    arguments = _arguments(source, options)
-    earlier = _earlier(out, arguments)
-    path = _reading_store(out)
-    try:
-        with PieceStore(path, _reader(base, source, options), len(base.vocab) if base.is_multi_voc else 1) as store:
-            read_source(_files_of(source, options), store, base, options)
+    out = target_of(out)
+    reader = _reader(base, source, options)
+    with locked(out):
+        tidy(out)
+        arguments = _arguments(source, options)
+        earlier = _earlier(out, arguments)
+        with reading_store(out, reader, len(base.vocab) if base.is_multi_voc else 1) as store, showing_causes():
+            found = read_source(_files_of(source, options), store, base, options)
             if reused := store.num_reused():
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
-            if earlier is not None and earlier["arguments"] == arguments:
-                tqdm.write(f"{out} is already there", file=sys.stderr)
-                path.unlink()
-                return earlier
-            with whole_folder(out, replace=earlier is not None) as folder:
-                report = _save(folder, store, base, options, arguments)
-                store.close()
-                path.replace(folder / STORE_FILE)
+            if earlier is not None and earlier["arguments"] == arguments and _is_whole(out, earlier):
+                _keep(out, store)
+                report = earlier | found.report()
+            else:
+                with whole_folder(out, replace=earlier is not None) as folder:
+                    report = _save(folder, store, base, options, arguments, found)
+                    if earlier is not None:
+                        carry_over(out, folder, set(earlier["written"]))
+            tqdm.write(found.describe(report), file=sys.stderr)
             return report
-    except InputError:
-        path.unlink(missing_ok=True)
-        raise
+
+
+def _keep(out: Path, store: PieceStore) -> None:
+    """Leave the corpus as it is, but mend its own store if that was damaged, or is gone."""
+    if store.num_read():
+        with whole_file(out / STORE_FILE) as unfinished:
+            store.copy_to(unfinished)
+    tqdm.write(printable(f"{out} is already there"), file=sys.stderr)
+
+
+def _is_whole(out: Path, earlier: Mapping[str, Any]) -> bool:
+    """Whether everything is there that the run wrote which made the corpus."""
+    return all((out / name).exists() for name in earlier["written"] if name != STORE_FILE)
 
 
 def _files_of(source: str, options: CorpusOptions) -> str | DataSetFiles:
@@ -124,13 +141,9 @@ def _arguments(source: str, options: CorpusOptions) -> dict[str, Any]:
 
 def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     """The tokenizer that files are read with. Options that make no sense are refused here, before any work."""
-    valid, test = options.valid_fraction, options.test_fraction
-    if min(valid, test) < 0 or valid + test >= 1:
-        raise InputError(
-            f"validation and test fractions {valid} and {test} leave nothing to train on: choose smaller ones"
-        )
     if unknown := [name for name in options.controls if name not in CONTROLS]:
         raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
+    _check_labels(options)
     if options.tokenizer is not None:
         return load_tokenizer(options.tokenizer)
     tokenizer = build_tokenizer(options.tokenization, **options.tokenizer_options)
@@ -144,28 +157,31 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     return tokenizer
 
 
+def _check_labels(options: CorpusOptions) -> None:
+    """Refuse labels that would be taken for one another, or for a computed control."""
+    taken = {name: f"the computed control {name!r}" for name in CONTROLS} if options.controls else {}
+    for label in options.labels:
+        # As it is written in tokens. Requests do not distinguish upper and lower case.
+        name = control_token(label, "x").split("_")[0].split("-", 1)[1].lower()
+        if name in taken:
+            raise InputError(
+                f"the label {label!r} has the name of {taken[name]}: rename the column, or leave one of them out"
+            )
+        taken[name] = f"the label {label!r}"
+
+
 def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of the corpus at `out`, if it was made with the same arguments, perhaps from other files."""
     if not is_taken(out):
         return None
     try:
-        report: dict[str, Any] = json.loads((out / "corpus.json").read_text())
+        report = read_json(out / "corpus.json")
         made_with = {key: value for key, value in report["arguments"].items() if key != "files"}
-    except (OSError, ValueError, LookupError):
+    except (InputError, LookupError, AttributeError):
         made_with = {}
-    if made_with != arguments:
+    if made_with != arguments or not report.keys() >= _REPORTED:
         raise InputError(f"{out} exists already and holds something else: delete it or choose another folder")
     return report
-
-
-def _reading_store(out: Path) -> Path:
-    """Where this run keeps what it reads. It continues from an interrupted run, or from the corpus that is there."""
-    path = out.with_name(f".{out.name}.{STORE_FILE}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and (out / STORE_FILE).exists():
-        with whole_file(path) as unfinished:
-            shutil.copyfile(out / STORE_FILE, unfinished)
-    return path
 
 
 def _reader(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
@@ -187,42 +203,62 @@ def _digest(value: Any) -> str:
 
 
 def _save(
-    folder: Path, store: PieceStore, base: MusicTokenizer, options: CorpusOptions, arguments: dict[str, Any]
+    folder: Path,
+    store: PieceStore,
+    base: MusicTokenizer,
+    options: CorpusOptions,
+    arguments: dict[str, Any],
+    found: Found,
 ) -> dict[str, Any]:
     """Split, train, encode and write everything into `folder`."""
     store.assign_splits(options.valid_fraction, options.test_fraction, options.seed)
     counts = store.counts()
+    ways = ", ".join(f"{count:,} by {way}" for way, count in store.splits_by().items())
+    tqdm.write(f"splits: {ways or 'no pieces'}", file=sys.stderr)
+    if several := store.num_contradictions():
+        tqdm.write(f"{several:,} pieces are given to several splits: they are held out", file=sys.stderr)
     if not counts["pieces"]:
         first = next(store.refusals(), None)
         why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"
-        raise InputError(f"no file of {arguments['source']} can be used: {why}")
+        raise InputError(f"no file of {arguments['source']} can be used: {why}{found.reasons()}")
     if not counts["train"]:
         raise InputError(
-            f"the {MANIFEST} leaves no usable piece to train on: put some of its files in the split train"
+            f"the splits that {arguments['source']} gives leave no usable piece to train on: "
+            "put some files in the split train"
         )
     tokenizer = base if options.tokenizer else _train(store, options)
-    processor = MidiProcessor(tokenizer)
+    processor = MidiProcessor(tokenizer, _programs(store, base, options))
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
-        dataset = DatasetDict({split: _encode(folder, split, store, processor, shift, progress) for split in SPLITS})
+        # `datasets` names its caches by the fingerprint: the same rows have the same one, and others another.
+        fingerprint = _digest([arguments, tokenizer.to_dict()])
+        dataset = DatasetDict(
+            {
+                split: _encode(folder, split, f"{fingerprint}-{split}", store, processor, shift, progress)
+                for split in SPLITS
+            }
+        )
         # `datasets` 5.2 writes no file for an empty split unless `num_shards` is set, and then cannot load it.
         dataset.save_to_disk(str(folder), num_shards={split: None if len(dataset[split]) else 1 for split in SPLITS})
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     processor.save_pretrained(folder / "tokenizer")
-    with (folder / "quarantine.jsonl").open("w") as file:
+    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
         for refusal in store.refusals():
             row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(for_json(row) + "\n")
+    store.copy_to(folder / STORE_FILE)
     report = {
         "splits": {split: _count(dataset[split]) for split in SPLITS},
         "split_by": {"given": counts["given"], "hash": counts["pieces"] - counts["given"]},
+        **found.report(),
         **{name: counts[name] for name in ("refused", "sanitized", "duplicates")},
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": _digest(tokenizer.to_dict()),
         "arguments": arguments,
         "versions": _versions(["miditok", "symusic"]),
+        "written": [*contents(folder), "corpus.json"],
     }
-    write_whole(folder / "corpus.json", json.dumps(report, indent=2) + "\n")
+    write_whole(folder / "corpus.json", for_json(report, indent=2) + "\n")
     return report
 
 
@@ -244,6 +280,17 @@ def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
     return tokenizer
 
 
+def _programs(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> list[int] | None:
+    """The programs of the train split, and of the corpus whose tokenizer it takes; None if those are unknown."""
+    earlier = MidiProcessor.from_pretrained(options.tokenizer).programs if options.tokenizer else []
+    if base.is_multi_voc or earlier is None:
+        return None
+    programs = {index: int(token.split("_")[1]) for token, index in base.vocab.items() if token.startswith("Program_")}
+    ids = np.array(list(programs))
+    found = {int(index) for piece in store.pieces("train") for index in ids[np.isin(ids, piece.ids)]}
+    return sorted({*earlier, *(programs[index] for index in found)})
+
+
 def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
     """As many of the first pieces as hold `count` ids together, or all."""
     total = 0
@@ -257,7 +304,13 @@ def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
 
 
 def _encode(
-    folder: Path, split: str, store: PieceStore, processor: MidiProcessor, shift: int, progress: "tqdm[Any]"
+    folder: Path,
+    split: str,
+    fingerprint: str,
+    store: PieceStore,
+    processor: MidiProcessor,
+    shift: int,
+    progress: "tqdm[Any]",
 ) -> Dataset:
     """A split as Arrow files, written piece by piece."""
     features = _features(processor)
@@ -279,7 +332,7 @@ def _encode(
         features=features,
         split=split,
         cache_dir=str(folder / ".cache"),
-        fingerprint=f"{folder.name}-{split}",
+        fingerprint=fingerprint,
         writer_batch_size=100,
     )
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from midimamba.errors import InputError
 from midimamba.tokenization.choices import CONTROLS, SUBWORD_MODELS, TOKENIZATIONS
+from midimamba.tokenization.sampling_limits import MAX_SIZE, check_fraction, check_whole
 
 
 def integer_or_none(text: str) -> int | None:
@@ -42,7 +44,8 @@ class CorpusOptions:
         controls (`Sequence[str]`, *optional*):
             Computed controls that prefix each piece, from [`~midimamba.tokenization.choices.CONTROLS`].
         labels (`Sequence[str]`, *optional*):
-            Columns of the manifest, or of the data set, that prefix each piece.
+            Columns of the manifest, or of the data set, that prefix each piece. Beside `controls`, none may have the
+            name of a computed control.
 
     > Parameters that control the splits
 
@@ -63,6 +66,9 @@ class CorpusOptions:
             Read a data set from the Hub row by row, without downloading it first.
         num_workers (`int`, *optional*):
             Processes that read files, by default one per processor. The result does not depend on it.
+
+    Raises:
+        InputError: if a number makes no sense.
     """
 
     tokenization: str = field(
@@ -136,3 +142,15 @@ class CorpusOptions:
     num_workers: int | None = field(
         default=None, metadata={"group": "reading", "help": "processes that read files; by default one per processor"}
     )
+
+    def __post_init__(self) -> None:
+        for name, least in (("vocab_size", 1), ("training_tokens", 1), ("limit", 1), ("num_workers", 1)):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, least, MAX_SIZE)
+        valid, test = self.valid_fraction, self.test_fraction
+        check_fraction("valid_fraction", valid)
+        check_fraction("test_fraction", test)
+        if valid + test >= 1:
+            raise InputError(
+                f"validation and test fractions {valid} and {test} leave nothing to train on: choose smaller ones"
+            )

@@ -5,8 +5,10 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,8 +20,10 @@ from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
 from midimamba.corpus.data_sets import DataSetFiles
+from midimamba.corpus.entries import OTHER_SUFFIXES, Entry, Refusal, Skipped
+from midimamba.corpus.manifests import Label
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.sources import CHORALES, Entry, Label, Refusal, list_source, read_entries
+from midimamba.corpus.sources import CHORALES, list_source, read_entries
 from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.corpus.workers import MAX_SECONDS, Lost, Mark, run_bounded
 from midimamba.tokenization.controls import describe
@@ -28,6 +32,9 @@ from midimamba.tokenization.tokenizer import base_ids
 
 # The stages of a file in a worker; a refusal names the one that it did not pass.
 STAGES = ("read", "check", "tokenize")
+# Of reasons why files are skipped. Further suffixes are counted together.
+_MAX_REASONS = 20
+_BEYOND_LIMIT = "beyond the limit"
 # music21 takes 0.4 seconds for a usual chorale and 4 for the longest. These files are known to be good,
 # so the bound is only against a hang.
 _MUSICXML_SECONDS = 60.0
@@ -35,9 +42,52 @@ _MUSICXML_SECONDS = 60.0
 _Content = bytes | MidiRefusedError
 
 
+@dataclass
+class Found:
+    """The files of a source. Each is used, a duplicate, refused or skipped.
+
+    Args:
+        files (`int`, *optional*, defaults to 0):
+            How many there are. Folders and archives are what they hold, unless they cannot be read or hold nothing.
+        skipped (`Counter`, *optional*):
+            How many are not even refused, by reason.
+    """
+
+    files: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, item: Entry | Refusal | Skipped) -> None:
+        """Count one more file, or several that are skipped."""
+        count = item.count if isinstance(item, Skipped) else 1
+        self.files += count
+        if isinstance(item, Skipped):
+            self.skipped[item.reason] += count
+
+    def report(self) -> dict[str, Any]:
+        """What `corpus.json` holds of it: the most frequent reasons first."""
+        ranked = sorted((+self.skipped).items(), key=lambda item: (-item[1], item[0]))
+        reasons = dict(ranked[:_MAX_REASONS])
+        if rest := sum(count for _, count in ranked[_MAX_REASONS:]):
+            reasons[OTHER_SUFFIXES] = reasons.get(OTHER_SUFFIXES, 0) + rest
+        return {"found": self.files, "skipped": reasons}
+
+    def reasons(self) -> str:
+        """Why files are skipped, in brackets and after a space, or nothing."""
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.report()["skipped"].items())
+        return f" ({reasons})" if reasons else ""
+
+    def describe(self, report: Mapping[str, Any]) -> str:
+        """What became of all files, in one line, from what `corpus.json` holds of the others."""
+        return (
+            f"{self.files:,} files found: {sum(split['pieces'] for split in report['splits'].values()):,} used, "
+            f"{report['duplicates']:,} duplicates, {report['refused']:,} refused (quarantine.jsonl), "
+            f"{sum(self.skipped.values()):,} skipped{self.reasons()}"
+        )
+
+
 def read_source(
     source: str | DataSetFiles, store: PieceStore, tokenizer: MusicTokenizer, options: CorpusOptions
-) -> None:
+) -> Found:
     """Read every file of a source that the store does not know yet.
 
     Args:
@@ -50,15 +100,21 @@ def read_source(
         options (`CorpusOptions`):
             Of which `labels`, `limit` and `num_workers` are used, and whether there are any `controls`.
 
+    Returns:
+        `Found`: how many files there are, and how many of them are skipped.
+
     Raises:
         InputError: as [`list_source`].
     """
     workers = options.num_workers or os.cpu_count() or 1
+    found = Found()
     if isinstance(source, DataSetFiles):
         total = min(len(source), options.limit or sys.maxsize) or None
-        files = _list_rows(islice(source, options.limit), store)
+        if options.limit is not None and len(source) > options.limit:
+            found.add(Skipped(_BEYOND_LIMIT, len(source) - options.limit))
+        files = _list_rows(islice(source, options.limit), store, found)
     else:
-        _list_files(source, store, options.labels, options.limit)
+        _list_files(source, store, options.labels, options.limit, found)
         total, files = store.num_files(), read_entries(store.entries())
     max_seconds = _MUSICXML_SECONDS if source == CHORALES else MAX_SECONDS
     with tqdm(total=total, desc="Reading", unit="file") as progress:
@@ -73,24 +129,34 @@ def read_source(
             underway.discard(sha256)
             progress.update()
     store.finish_reading()
+    return found
 
 
-def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: int | None) -> None:
+def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: int | None, found: Found) -> None:
     with tqdm(desc="Listing", unit="file", leave=False, delay=2) as progress:
         for item in list_source(source, columns):
+            if isinstance(item, Label):
+                store.add_label(item)
+                continue
+            found.add(item)
             if isinstance(item, Entry):
                 store.add_file(item)
                 progress.update()
-            elif isinstance(item, Label):
-                store.add_label(item)
-            else:
+            elif isinstance(item, Refusal):
                 store.add_refusal(item)
+    if matched := store.check_labels():
+        tqdm.write(matched, file=sys.stderr)
     if limit is not None:
+        listed = store.num_files()
         store.keep_first(limit)
+        found.skipped[_BEYOND_LIMIT] += listed - store.num_files()
 
 
-def _list_rows(rows: Iterable[tuple[Entry, Label, _Content]], store: PieceStore) -> Iterator[tuple[Entry, _Content]]:
+def _list_rows(
+    rows: Iterable[tuple[Entry, Label, _Content]], store: PieceStore, found: Found
+) -> Iterator[tuple[Entry, _Content]]:
     for entry, label, content in rows:
+        found.add(entry)
         store.add_label(label)
         yield entry, content
 

@@ -1,116 +1,60 @@
 """Where MIDI files come from: a folder, an archive, a folder with archives in it, or the chorales of music21.
 
-Archives are read as they are. Nothing is unpacked to the disk, so the names of members are only names, whatever path
-they claim.
+Archives, and archives in them, are read as they are. Nothing is unpacked to the disk, so the names of members are only
+names, whatever path they claim.
 """
 
-import csv
-import gzip
 import hashlib
 import io
-import os
-import tarfile
-import zipfile
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from contextlib import redirect_stderr
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from midimamba.errors import InputError
-from midimamba.tokenization.ingest import (
-    MAX_FILE_BYTES,
-    MIDI_SUFFIXES,
-    TOO_LARGE,
-    MidiRefusedError,
-    read_content,
+from midimamba.corpus.archives import (
+    ARCHIVE_SUFFIXES,
+    MAX_MEMBERS,
+    Archive,
+    Budget,
+    Member,
+    describe,
+    is_archive,
+    kind_of,
+    opened,
+    read_member,
 )
+from midimamba.corpus.entries import MUSICXML_SUFFIXES, OTHER_SUFFIXES, Entry, Refusal, Skipped, unique_name
+from midimamba.corpus.folders import walk
+from midimamba.corpus.manifests import Label, is_manifest, read_manifests
+from midimamba.errors import InputError
+from midimamba.tokenization.ingest import MidiRefusedError, is_midi, open_regular, read_content
 
 CHORALES = "chorales"
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 NO_MUSIC21 = 'the chorales come with music21: pip install "midimamba[demo]"'
-MANIFEST = "manifest.csv"
-# Name, size and place of a member, the last as in `Entry`.
-_Member = tuple[str, int, int | str]
-# What a manifest may call the splits.
-_SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
+# Files of a data set, which is read as one only where no MIDI file is.
+DATA_SUFFIXES = (".parquet", ".arrow")
+# These may hold music as well, but Python cannot read them.
+_OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz", ".tar.lz4", ".tar.z", ".lha", ".lzh", ".sit", ".cab", ".dmg")
 # The only one of music21's Bach entries that isn't a chorale: a prelude for keyboard.
 _NOT_A_CHORALE = "bwv846"
-_MUSICXML_SUFFIXES = (".mxl", ".xml")
+# A suffix of more characters, the dot included, is the end of a title.
+_MAX_SUFFIX = 8
+_REPLACED = "a member of an archive with the name of a later one"
+_Item = Entry | Refusal | Skipped
+# An entry, and the way to it: its place in an archive, or the four parts of `Entry.member`.
+_Wanted = tuple[Entry, list[int | str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of a source.
+def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Refusal | Skipped | Label]:
+    """The MIDI files of a source in any order, what else there is in it, and what its manifests say about files.
 
-    Args:
-        name (`str`):
-            The path within the source; of a member of an archive, the archive's with the member's appended.
-        path (`Path`):
-            The file, or the archive that it is in.
-        size (`int`):
-            In bytes, as the folder or the archive says.
-        member (`int` or `str`, *optional*):
-            Where it is in the archive: its offset in a tar file, its name in a zip file.
-    """
-
-    name: str
-    path: Path
-    size: int
-    member: int | str | None = None
-
-    @property
-    def is_musicxml(self) -> bool:
-        """Whether it is one of music21's chorales; everything else is MIDI."""
-        return self.member is None and self.path.suffix in _MUSICXML_SUFFIXES
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A file that is not used.
-
-    Args:
-        name (`str`):
-            As in [`Entry`].
-        sha256 (`str`, *optional*):
-            Of its bytes, if they could be read.
-        stage (`str`):
-            `"read"`, `"check"` or `"tokenize"`.
-        reason (`str`):
-            Why, in plain words.
-    """
-
-    name: str
-    sha256: str | None
-    stage: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a manifest says about a file.
-
-    Args:
-        name (`str`):
-            As in [`Entry`].
-        split (`str`, *optional*):
-            `"train"`, `"validation"` or `"test"`.
-        labels (`dict[str, str]`):
-            Values of the requested columns.
-    """
-
-    name: str
-    split: str | None
-    labels: dict[str, str]
-
-
-def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Refusal | Label]:
-    """The MIDI files of a source in any order, its broken archives, and what its manifests say about files.
+    Names are unique. Every file of the source, those in archives included, is in exactly one of the items.
 
     Args:
         source (`str`):
-            A folder, searched recursively, archives included; an archive; or `chorales`.
+            A folder, searched recursively, linked folders and archives included; an archive; or `chorales`.
         columns (sequence of `str`, *optional*):
             Columns of manifests to read as labels.
 
@@ -122,115 +66,190 @@ def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Re
         return
     manifests: dict[str, Entry] = {}
     for item in _list_files(source):
-        if isinstance(item, Entry) and _is_manifest(item.name):
-            manifests[item.name] = item  # where an archive holds a name twice, the later one counts
+        if isinstance(item, Refusal) and is_manifest(item.name):
+            raise InputError(f"{item.name}: {item.reason}; mend it or delete it")  # or its splits would be ignored
+        if isinstance(item, Entry) and is_manifest(item.name):
+            manifests[item.name] = item
+            yield Skipped("a manifest")
         else:
             yield item
-    known: set[str] = set()
-    for entry, content in read_entries(manifests.values()):
-        yield from _read_manifest(entry, content, columns, known)
-    if missing := [column for column in columns if column not in known]:
-        there = f"the columns are {', '.join(sorted(known))}" if known else f"no {MANIFEST} has a column 'file'"
-        raise InputError(f"{source}: no {MANIFEST} has a column {missing[0]!r}; {there}")
+    yield from read_manifests(read_entries(manifests.values()), source, columns)
+
+
+def holds_data_set(folder: Path) -> bool:
+    """Whether a folder holds files of a data set, and no MIDI file, neither by itself nor in an archive."""
+    archives, found = [], False
+    for item in walk(folder):
+        if not isinstance(item, Refusal):
+            name, path, _ = item
+            if _is_wanted(name) and is_midi(name):
+                return False
+            if _is_wanted(name) and is_archive(name):
+                archives.append(path)
+            found |= name.lower().endswith(DATA_SUFFIXES)
+    return found and not any(isinstance(item, Entry) for path in archives for item in _list_archive(path, ""))
 
 
 def read_entries(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
     """The bytes of every entry, or why there are none. An archive is opened once for all entries in a row."""
     for path, group in groupby(entries, key=lambda entry: entry.path):
         members = list(group)
-        if isinstance(members[0].member, str):
-            yield from _read_zip(path, members)
-        elif members[0].member is not None:
-            yield from _read_tar(path, members)
-        else:
+        if members[0].member is None:
             yield from zip(members, map(_read_file, members), strict=True)
+            continue
+        # In the order in which they lie in the archive, so that a compressed file is read once.
+        wanted = sorted(((entry, _way_to(entry)) for entry in members), key=lambda pair: pair[1])
+        try:
+            with open_regular(path) as file:
+                yield from _read_archive(file, path.name, Budget(path.stat().st_size), wanted)
+        except (MidiRefusedError, OSError) as error:  # the archive was there when it was listed
+            reason = error.reason if isinstance(error, MidiRefusedError) else describe(error)
+            yield from ((entry, MidiRefusedError(reason)) for entry, _ in wanted)
 
 
-def _list_files(source: str) -> Iterator[Entry | Refusal]:
-    """MIDI files, manifests and broken archives."""
+def _list_files(source: str) -> Iterator[_Item]:
     path = Path(source)
     if path.is_dir():
-        yield from _list_folder(path)
+        for item in walk(path):
+            if isinstance(item, Refusal):
+                yield item
+            else:
+                yield from _list_file(*item)
         return
-    if not (path.is_file() and _is_archive(path)):
+    if not (path.is_file() and is_archive(path.name)):
         raise InputError(
             f"{source} is not a folder, an archive ({', '.join(ARCHIVE_SUFFIXES)}) or a data set on the Hub "
             f"(owner/name): name one with MIDI files, or write {CHORALES}"
         )
     try:
-        yield from _list_archive(path, path.name)
+        yield from _list_archive(path, unique_name(path.name), alone=True)
     except MidiRefusedError as error:
         raise InputError(f"{source}: {error.reason}") from error
 
 
-def _list_folder(root: Path) -> Iterator[Entry | Refusal]:
-    for folder, _, files in os.walk(root):
-        for file in files:
-            path = Path(folder, file)
-            name = _printable(path.relative_to(root).as_posix())
-            if not (_is_midi(file) or _is_manifest(file) or _is_archive(path)) or not path.is_file():
-                continue
-            if not _is_archive(path):
-                yield Entry(name, path, path.stat().st_size)
-                continue
-            try:
-                yield from _list_archive(path, name)
-            except MidiRefusedError as error:
-                yield Refusal(name, _digest_of(path), "read", error.reason)
+def _list_file(name: str, path: Path, size: int) -> Iterable[_Item]:
+    if _is_wanted(name) and is_archive(name):
+        return _list_archive(path, name)
+    return [_by_name(Entry(name, path, size))]
 
 
-def _list_archive(path: Path, name: str) -> list[Entry]:
-    """The MIDI files and manifests in an archive.
+def _list_archive(path: Path, name: str, alone: bool = False) -> list[_Item]:
+    """What an archive holds. If it is broken: it itself, refused.
 
     Raises:
-        MidiRefusedError: if the archive is broken.
+        MidiRefusedError: if it is broken and `alone`, the whole source.
     """
     try:
-        members = list(_zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path))
-    except Exception as error:
-        # Python's archive readers answer hostile archives with struct.error, RecursionError, MemoryError and more.
-        raise MidiRefusedError(f"the archive cannot be read ({_describe(error)})") from error
-    wanted = [member for member in members if _is_midi(member[0]) or _is_manifest(member[0])]
-    return [Entry(_printable(f"{name}/{inner}"), path, size, place) for inner, size, place in wanted]
+        with open_regular(path) as file:
+            budget = Budget(path.stat().st_size)
+            with opened(file, path.name, budget) as archive:
+                return _list_members(archive, Entry(name, path, 0), budget)
+    except MidiRefusedError as error:
+        if alone:
+            raise
+        return [Refusal(name, _digest_of(path), "read", error.reason)]
 
 
-def _zip_members(path: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if not info.is_dir():
-                yield info.filename, info.file_size, info.filename
+def _list_members(archive: Archive, outer: Entry, budget: Budget, way: Sequence[int | str] = ()) -> list[_Item]:
+    """What an archive holds: `outer`, or one in it, to which `way` leads.
+
+    Raises:
+        MidiRefusedError: if it is broken.
+    """
+    items: dict[str, Entry | Refusal] = {}
+    skipped: dict[str, int] = {}
+    for count, member in enumerate(archive.members(), 1):
+        if count > MAX_MEMBERS:
+            raise MidiRefusedError(f"it holds more than {MAX_MEMBERS:,} files")
+        for item in _list_member(archive, member, outer, budget, way):
+            if isinstance(item, Skipped):
+                skipped[item.reason] = skipped.get(item.reason, 0) + item.count
+            else:
+                if items.pop(item.name, None):
+                    skipped[_REPLACED] = skipped.get(_REPLACED, 0) + 1
+                items[item.name] = item
+    if not items and not skipped:
+        skipped["an empty archive"] = 1
+    return [*items.values(), *(Skipped(reason, count) for reason, count in skipped.items())]
 
 
-def _tar_members(path: Path) -> Iterator[_Member]:
-    with _open_tar(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
-        for info in archive:
-            if info.isreg() and not info.issparse():
-                yield info.name, info.size, info.offset_data
-        # tarfile takes a damaged header for the end of the archive. The end is zeros, or nothing.
-        stream.seek(archive.offset)
-        if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"a damaged header at byte {archive.offset:,}")
+def _list_member(
+    archive: Archive, member: Member, outer: Entry, budget: Budget, way: Sequence[int | str]
+) -> Iterable[_Item]:
+    name = f"{outer.name}/{unique_name(member.name)}"
+    place = json.dumps([*way, member.place]).encode() if way else member.place
+    item = _by_name(Entry(name, outer.path, member.size, place))
+    if isinstance(item, Entry) and member.defect:
+        return [Refusal(name, None, "read", member.defect)]
+    if not (isinstance(item, Entry) and is_archive(name)):
+        return [item]
+    if way:
+        return [Refusal(name, None, "read", "it is an archive in an archive in an archive: unpack one of them")]
+    content = read_member(archive, member.place, member.size)
+    if isinstance(content, MidiRefusedError):
+        return [Refusal(name, None, "read", content.reason)]
+    try:
+        with opened(io.BytesIO(content), name, budget) as inner:
+            return _list_members(inner, Entry(name, outer.path, 0), budget, (member.place, member.size, kind_of(name)))
+    except MidiRefusedError as error:
+        return [Refusal(name, hashlib.sha256(content).hexdigest(), "read", error.reason)]
 
 
-class _TarStream:
-    """The content of a tar file for `tarfile`, which reads a header at once, however large it claims to be."""
+def _by_name(entry: Entry) -> _Item:
+    """A file by its name alone: an entry if it is a MIDI file, a manifest or an archive."""
+    name = PurePosixPath(entry.name).name.lower()
+    if not _is_wanted(entry.name):
+        return Skipped("a resource fork of macOS")
+    if is_midi(name) or is_manifest(entry.name) or is_archive(name):
+        return entry
+    if name.endswith(_OTHER_ARCHIVES):
+        return Refusal(entry.name, None, "read", "archives of this kind are not read: unpack it")
+    suffix = PurePosixPath(name).suffix
+    if suffix in DATA_SUFFIXES:
+        return Skipped(f"a data set's file beside MIDI files ({suffix})")
+    usual = suffix[1:].isascii() and suffix[1:].isalnum() and len(suffix) <= _MAX_SUFFIX
+    return Skipped(f"not MIDI ({suffix or 'no suffix'})" if usual or not suffix else OTHER_SUFFIXES)
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.seek = file.seek
-        self.tell = file.tell
 
-    def read(self, size: int) -> bytes:
-        if size > MAX_FILE_BYTES:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return self._file.read(size)
+def _is_wanted(name: str) -> bool:
+    """macOS writes `__MACOSX/._name` beside a file into archives, and `._name` on other systems' disks."""
+    parts = name.split("/")
+    return not parts[-1].startswith("._") and "__MACOSX" not in parts
 
 
-@contextmanager
-def _open_tar(path: Path) -> Iterator[_TarStream]:
-    compressed = path.suffix.lower() in (".gz", ".tgz")
-    with gzip.open(path) if compressed else path.open("rb") as file:
-        yield _TarStream(cast(IO[bytes], file))
+def _way_to(entry: Entry) -> list[int | str]:
+    place = entry.member
+    return json.loads(place) if isinstance(place, bytes) else [cast(int | str, place)]
+
+
+def _read_archive(
+    file: IO[bytes], name: str, budget: Budget, wanted: list[_Wanted]
+) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
+    done = 0
+    try:
+        with opened(file, name, budget) as archive:
+            for way, group in groupby(wanted, key=lambda pair: pair[1][:3]):
+                for item in _read_at(archive, way, list(group), budget):
+                    yield item
+                    done += 1
+    except MidiRefusedError as error:
+        yield from ((entry, error) for entry, _ in wanted[done:])
+
+
+def _read_at(
+    archive: Archive, way: list[int | str], wanted: list[_Wanted], budget: Budget
+) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
+    """A member, or all that is wanted of an archive in the archive."""
+    place, *rest = way
+    if not rest:
+        yield from ((entry, read_member(archive, place, entry.size)) for entry, _ in wanted)
+        return
+    size, kind = cast(tuple[int, str], rest)
+    content = read_member(archive, place, size)
+    if isinstance(content, MidiRefusedError):
+        yield from ((entry, content) for entry, _ in wanted)
+        return
+    yield from _read_archive(io.BytesIO(content), kind, budget, [(entry, full[3:]) for entry, full in wanted])
 
 
 def _read_file(entry: Entry) -> bytes | MidiRefusedError:
@@ -240,66 +259,12 @@ def _read_file(entry: Entry) -> bytes | MidiRefusedError:
         return error
 
 
-def _read_tar(path: Path, entries: list[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
-    """Members in the order of their offsets, so that a compressed file is read once."""
-    with _open_tar(path) as stream:
-        for entry in sorted(entries, key=lambda entry: cast(int, entry.member)):
-            yield entry, _read_member(stream, entry)
-
-
-def _read_zip(path: Path, entries: list[Entry]) -> Iterator[tuple[Entry, bytes | MidiRefusedError]]:
-    with zipfile.ZipFile(path) as archive:
-        for entry in entries:
-            yield entry, _read_member(archive, entry)
-
-
-def _read_member(archive: _TarStream | zipfile.ZipFile, entry: Entry) -> bytes | MidiRefusedError:
-    if entry.size > MAX_FILE_BYTES:
-        return MidiRefusedError(TOO_LARGE)
+def _digest_of(path: Path) -> str | None:
+    """Of a file that is small enough to be read."""
     try:
-        if isinstance(archive, zipfile.ZipFile):
-            with archive.open(cast(str, entry.member)) as file:
-                return file.read(MAX_FILE_BYTES)
-        archive.seek(cast(int, entry.member))
-        return archive.read(entry.size)
-    except Exception as error:  # as for the archive: a wrong checksum, a password, an unknown compression …
-        return MidiRefusedError(f"it cannot be read from the archive ({_describe(error)})")
-
-
-def _read_manifest(
-    entry: Entry, content: bytes | MidiRefusedError, columns: Sequence[str], known: set[str]
-) -> Iterator[Label]:
-    """What a manifest says about files, which it names relative to itself. Its columns are added to `known`.
-
-    A manifest without a column `file` is about something else.
-    """
-    if isinstance(content, MidiRefusedError):
-        raise InputError(f"{entry.name}: {content.reason}")
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
-    try:
-        if "file" not in (rows.fieldnames or ()):
-            return
-        known.update(rows.fieldnames or ())
-        for row in rows:
-            name = entry.name.removesuffix(MANIFEST) + (row["file"] or "")
-            labels = {column: value for column in columns if (value := (row.get(column) or "").strip())}
-            yield Label(name, split_named(row.get("split")), labels)
-    except KeyError as error:
-        raise InputError(
-            f"{entry.name}, line {rows.line_num}: split {error} is unknown: write one of {', '.join(_SPLIT_NAMES)}"
-        ) from error
-    except csv.Error as error:
-        raise InputError(f"{entry.name}, line {rows.line_num}: not a CSV table ({error})") from error
-
-
-def split_named(name: str | None) -> str | None:
-    """The split that a manifest or a data set calls `name`; `None` if it gives none.
-
-    Raises:
-        KeyError: if there is no such split.
-    """
-    name = (name or "").strip().lower()
-    return _SPLIT_NAMES[name] if name else None
+        return hashlib.sha256(read_content(path)).hexdigest()
+    except MidiRefusedError:
+        return None
 
 
 def _find_chorales() -> Iterator[Entry]:
@@ -309,37 +274,7 @@ def _find_chorales() -> Iterator[Entry]:
     except ImportError as error:
         raise InputError(NO_MUSIC21) from error
     # Three more are Humdrum encodings (.krn) of chorales that are also there as MusicXML; one of them does not parse.
-    paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in _MUSICXML_SUFFIXES]
+    paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in MUSICXML_SUFFIXES]
     for path in paths:
         if path.stem != _NOT_A_CHORALE:
             yield Entry(f"bach/{path.stem}", path, path.stat().st_size)
-
-
-def _is_midi(name: str) -> bool:
-    return Path(name).suffix.lower() in MIDI_SUFFIXES
-
-
-def _is_manifest(name: str) -> bool:
-    return name.rpartition("/")[2] == MANIFEST
-
-
-def _is_archive(path: Path) -> bool:
-    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
-
-
-def _printable(name: str) -> str:
-    """A name that is not text in any encoding can be neither written as JSON nor stored by Arrow."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def _describe(error: Exception) -> str:
-    """An error in one line, without the path that an error of the operating system repeats."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-
-
-def _digest_of(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None

@@ -10,15 +10,17 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from midimamba.corpus.sources import Entry, Label, Refusal
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label, fold, names_no_music
+from midimamba.corpus.sqlite_files import checksum, delete_store, explain, is_damage, tables_of
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
 
@@ -26,17 +28,24 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reader (fingerprint TEXT);
 CREATE TABLE IF NOT EXISTS outcomes (
     sha256 TEXT PRIMARY KEY, ids BLOB, content TEXT, num_notes INTEGER, seconds REAL, sanitized INTEGER,
-    controls TEXT, stage TEXT, reason TEXT, lost INTEGER
+    controls TEXT, stage TEXT, reason TEXT, lost INTEGER, checksum INTEGER
 ) WITHOUT ROWID;
+"""
+# What only this run needs. It may be on another disk: SQLite keeps it in the system's folder for temporary files.
+_TEMPORARY = """
 CREATE TEMP TABLE fresh (sha256 TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TEMP TABLE files (
     name TEXT PRIMARY KEY, container BLOB, member, size INTEGER, sha256 TEXT, stage TEXT, reason TEXT
 ) WITHOUT ROWID;
-CREATE TEMP TABLE labels (name TEXT PRIMARY KEY, split TEXT, labels TEXT) WITHOUT ROWID;
+CREATE TEMP TABLE labels (
+    name TEXT PRIMARY KEY, split TEXT, labels TEXT, origin TEXT, place TEXT
+) WITHOUT ROWID;
 CREATE TEMP TABLE pieces (
-    name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT
+    name TEXT PRIMARY KEY, sha256 TEXT, split TEXT, given INTEGER, place REAL, labels TEXT, origin TEXT
 ) WITHOUT ROWID;
 """
+# An error shows this many rows of manifests.
+_SHOWN = 3
 # Rows between two commits: a killed run reads at most this many again.
 _COMMIT_EVERY = 200
 
@@ -99,7 +108,7 @@ class PieceStore:
 
     Args:
         path (`Path`):
-            The SQLite file. Made if it is not there.
+            The SQLite file. Made if it is not there. A damaged one loses what is damaged, if need be everything.
         reader (`str`):
             A digest of everything that reading depends on, apart from the file itself. If it changes, everything is
             read again.
@@ -107,23 +116,28 @@ class PieceStore:
             Ids per step.
 
     Raises:
-        InputError: if another run uses the file, or it isn't one of ours.
+        InputError: if another run uses the file, or the disk is full.
     """
 
     def __init__(self, path: Path, reader: str, vocabularies: int = 1) -> None:
         self._vocabularies = vocabularies
         self._unsaved = 0
+        # What was damaged, or nothing.
+        self.damage = ""
+        # Whether this run read a file that can be used.
+        self.has_new_pieces = False
+        # Rows of manifests that name a file, one that is no music, and none.
+        self._matched = self._others = self._missing = 0
+        self._shown: list[str] = []
         try:
-            # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
-            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("BEGIN EXCLUSIVE")
-            self._db.commit()
-            self._db.executescript(_SCHEMA)
+            self._open(path)
         except sqlite3.DatabaseError as error:
-            raise InputError(
-                f"{path} cannot be used ({error}): another run may be using it; if not, delete it"
-            ) from error
+            self._db.close()
+            if not is_damage(error):
+                raise explain(path, error) from error
+            self.damage = str(error)
+            delete_store(path)
+            self._open(path)
         if self._db.execute("SELECT fingerprint FROM reader").fetchone() != (reader,):
             self._db.execute("DELETE FROM outcomes")
             self._db.execute("DELETE FROM reader")
@@ -131,17 +145,57 @@ class PieceStore:
         self._db.execute("DELETE FROM outcomes WHERE lost")
         self._db.commit()
 
+    def _open(self, path: Path) -> None:
+        try:
+            # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
+            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+        except sqlite3.DatabaseError as error:
+            raise explain(path, error) from error
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("BEGIN EXCLUSIVE")
+        self._db.commit()
+        if tables_of(self._db):
+            self._check()
+        self._db.executescript(_SCHEMA)
+        self._db.executescript(_TEMPORARY)
+        self._db.create_function("fold", 1, fold, deterministic=True)
+
+    def _check(self) -> None:
+        """Remove what was read if it is not what was written. SQLite checks the order of its pages, but no content.
+
+        Raises:
+            sqlite3.DatabaseError: if nothing can be used.
+        """
+        with closing(sqlite3.connect(":memory:")) as ours:
+            ours.executescript(_SCHEMA)
+            if tables_of(self._db) != tables_of(ours):
+                raise sqlite3.DatabaseError("it holds other tables than those of this version")
+        (state,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            raise sqlite3.DatabaseError(" ".join(state.split()))
+        self._db.text_factory = bytes  # what is damaged need not be text
+        rows = self._db.execute("SELECT * FROM outcomes")
+        damaged = [(row[0],) for row in rows if checksum(row[:-1]) != row[-1]]
+        self._db.executemany("DELETE FROM outcomes WHERE sha256 = CAST(? AS TEXT)", damaged)
+        self._db.text_factory = str
+        self._db.commit()
+        if damaged:
+            self.damage = f"{len(damaged)} of its rows are not as they were written"
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Save, and let go of the file."""
-        with suppress(sqlite3.ProgrammingError):  # it is closed already
+        # Everything that a good end needs is saved. After an error, a full disk say, this saves what it can.
+        with suppress(sqlite3.Error):
             self._db.commit()
         self._db.close()
+
+    def copy_to(self, target: Path) -> None:
+        """Write what was read to a file that is empty or not there. The same outcomes give the same bytes."""
+        self._db.commit()
+        self._db.execute("PRAGMA schema_version = 1")  # a copy counts one more, and copies of copies differ
+        self._db.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(target),))
 
     # ---- files ----
 
@@ -161,10 +215,63 @@ class PieceStore:
         )
 
     def add_label(self, label: Label) -> None:
-        """Note what a manifest says of a file."""
+        """Note what a manifest says of a file that is listed already, or a data set of one that will be.
+
+        Raises:
+            InputError: if something else was said of it before.
+        """
+        name = label.name if label.candidates is None else self._find(label.candidates)
+        if name is None:
+            if names_no_music(label.name):
+                self._others += 1
+            else:
+                self._missing += 1
+                if self._missing <= _SHOWN:
+                    self._shown.append(f"{label.name!r} ({label.place})")
+            return
+        self._matched += label.candidates is not None
+        split, labels = label.split, label.labels
+        query = "SELECT split, labels, place FROM labels WHERE name = ?"
+        if before := self._db.execute(query, (name,)).fetchone():
+            earlier = {"split": before[0]} | json.loads(before[1])
+            for column, value in ({"split": split} | labels).items():
+                if None not in (value, earlier.get(column)) and value != earlier[column]:
+                    raise InputError(
+                        f"{label.place}: {column} {value!r} for {name}, but {before[2]} says {earlier[column]!r}: "
+                        "keep one of the two"
+                    )
+            split, labels = split or before[0], json.loads(before[1]) | labels
         self._db.execute(
-            "INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", (label.name, label.split, json.dumps(label.labels))
+            "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?)",
+            (name, split, json.dumps(labels), label.origin, label.place),
         )
+
+    def _find(self, candidates: Iterable[str]) -> str | None:
+        """The first file with one of these names, or with one that only looks different if no other looks like it."""
+        self._db.execute("CREATE INDEX IF NOT EXISTS by_looks ON files (fold(name))")
+        for candidate in candidates:
+            if self._db.execute("SELECT 1 FROM files WHERE name = ?", (candidate,)).fetchone():
+                return candidate
+            query = "SELECT name FROM files WHERE fold(name) = ? LIMIT 2"
+            if len(found := self._db.execute(query, (fold(candidate),)).fetchall()) == 1:
+                return str(found[0][0])
+        return None
+
+    def check_labels(self) -> str:
+        """How many rows of manifests name a file, as a line to print; nothing if there are no rows.
+
+        Raises:
+            InputError: if some name no file.
+        """
+        if self._missing:
+            more = " and others" if self._missing > _SHOWN else ""
+            rows = self._missing + self._matched + self._others
+            raise InputError(
+                f"{self._missing:,} of {rows:,} rows of manifests name no file, or one of several: "
+                f"{', '.join(self._shown)}{more}: write paths relative to the manifest"
+            )
+        others = f", {self._others:,} name files that are no MIDI files" if self._others else ""
+        return f"{self._matched:,} rows of manifests name files{others}" if self._matched or self._others else ""
 
     def keep_first(self, count: int) -> None:
         """Forget all files but the first `count` by name."""
@@ -181,6 +288,10 @@ class PieceStore:
     def num_reused(self) -> int:
         """Files that an earlier run read."""
         return self._count("files WHERE sha256 NOT NULL AND sha256 NOT IN (SELECT sha256 FROM fresh)")
+
+    def num_read(self) -> int:
+        """Different contents that this run read."""
+        return self._count("fresh")
 
     def entries(self) -> Iterator[Entry]:
         """The listed files, those of an archive together and in the order they lie in."""
@@ -208,8 +319,10 @@ class PieceStore:
         if isinstance(outcome, Piece):
             facts = (outcome.num_notes, outcome.seconds, outcome.sanitized, json.dumps(outcome.controls))
             row = (sha256, outcome.ids, outcome.content, *facts, None, None, False)
+            self.has_new_pieces = True
         else:
             row = (sha256, None, None, None, None, False, None, outcome.stage, outcome.reason, outcome.lost)
+        row = (*row, checksum(row))
         self._db.execute(f"INSERT OR REPLACE INTO outcomes VALUES ({', '.join('?' * len(row))})", row)
         self._db.execute("INSERT OR IGNORE INTO fresh VALUES (?)", (sha256,))
         self._unsaved += 1
@@ -247,16 +360,21 @@ class PieceStore:
     def assign_splits(self, valid_fraction: float, test_fraction: float, seed: int) -> None:
         """Find the pieces, and the split of each.
 
-        Of files with the same notes, the first by name is the piece. Where no split is given, a hash of the name
-        decides: test, validation and train are intervals of [0, 1). If a wanted split stays empty, it takes a piece
-        from the largest: the one whose hash is nearest.
+        Of files with the same notes, one is the piece: one that is in the test split, otherwise in the validation
+        split, otherwise in the train split, otherwise any; of several, the first by name. So nothing is trained on
+        that is also held out. Where no split is given, a hash of the name decides: test, validation and train are
+        intervals of [0, 1). If a wanted split stays empty, it takes a piece from the largest: the one whose hash is
+        nearest.
         """
         self._db.create_function("place_of", 1, lambda name: _hash(name, seed), deterministic=True)
         self._db.execute(
-            "INSERT INTO pieces SELECT first, sha256, coalesce(split, CASE WHEN place_of(first) < ? THEN 'test' "
-            "WHEN place_of(first) < ? THEN 'validation' ELSE 'train' END), split IS NOT NULL, place_of(first), labels "
-            "FROM (SELECT min(name) AS first, sha256 FROM files JOIN outcomes USING (sha256) WHERE ids IS NOT NULL "
-            "GROUP BY content) LEFT JOIN labels ON labels.name = first",
+            "INSERT INTO pieces SELECT name, sha256, coalesce(split, CASE WHEN place_of(name) < ? THEN 'test' "
+            "WHEN place_of(name) < ? THEN 'validation' ELSE 'train' END), split IS NOT NULL, place_of(name), labels, "
+            "origin FROM (SELECT name, sha256, split, labels, origin, "
+            "row_number() OVER (PARTITION BY content ORDER BY "
+            "CASE split WHEN 'test' THEN 0 WHEN 'validation' THEN 1 WHEN 'train' THEN 2 ELSE 3 END, name) AS rank "
+            "FROM files JOIN outcomes USING (sha256) LEFT JOIN labels USING (name) WHERE ids IS NOT NULL) "
+            "WHERE rank = 1",
             (test_fraction, test_fraction + valid_fraction),
         )
         for split, fraction in (("train", 1.0), ("test", test_fraction), ("validation", valid_fraction)):
@@ -273,6 +391,19 @@ class PieceStore:
                 f"(SELECT name FROM pieces WHERE split = ? AND NOT given ORDER BY place {order} LIMIT 1)",
                 (split, largest),
             )
+
+    def splits_by(self) -> dict[str, int]:
+        """How many pieces are in their splits by a manifest, a data set, or the hash."""
+        way = "CASE WHEN given THEN origin ELSE 'hash' END AS way"
+        query = f"SELECT {way}, count(*) FROM pieces GROUP BY way ORDER BY way = 'hash', way"
+        return dict(self._db.execute(query).fetchall())
+
+    def num_contradictions(self) -> int:
+        """Pieces whose files are given to several splits."""
+        return self._count(
+            "(SELECT content FROM files JOIN outcomes USING (sha256) JOIN labels USING (name) "
+            "WHERE ids IS NOT NULL GROUP BY content HAVING count(DISTINCT split) > 1)"
+        )
 
     def pieces(self, split: str, order: str = "name") -> Iterator[StoredPiece]:
         """The pieces of a split, by `name`, or by `place`: at random, but always the same."""

@@ -174,6 +174,8 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends its workers
     # What the fork shares is never garbage. Collections that walk through it take time and copy its memory.
     gc.freeze()
+    # Nor are the events of a long piece. Walking through all of them again and again takes a third of its time.
+    gc.disable()
     _bound_memory(max_extra_bytes)
 
     def mark(value: int) -> None:
@@ -187,6 +189,7 @@ def _serve(
             except MemoryError:
                 message = Lost(f"it took more than {max_extra_bytes / 2**30:g} GB of memory")
             connection.send(message)
+            gc.collect()
 
 
 def _bound_memory(extra_bytes: int) -> None:

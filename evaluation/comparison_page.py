@@ -1,6 +1,5 @@
 """The page of a comparison: tables with intervals and floors, overlaid distributions, piano rolls."""
 
-import json
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -26,6 +25,7 @@ from midimamba.evaluation.rendering import (
     save_figure,
 )
 from midimamba.evaluation.report_page import bullet_list
+from midimamba.text import for_json, for_link, for_markdown
 
 ROLLS = 2
 REAL, SAMPLES = "#8a93a0", "#1f77b4"
@@ -115,7 +115,7 @@ def write_comparison(out: Path, title: str, found: Comparison, reference: Refere
         page = _page(title, found, f"{out.stem}-features.png", rolls, settings)
         (folder / f"{out.stem}.md").write_text(page, encoding="utf-8")
         report = {"features": found.features, "figures": found.figures, "settings": settings}
-        (folder / out.name).write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n")
+        (folder / out.name).write_text(for_json(to_json(report), indent=2) + "\n", encoding="utf-8")
         # The report itself comes last: if it exists, so do the other files.
         for file in sorted(folder.iterdir(), key=lambda file: file.name == out.name):
             file.replace(out.parent / file.name)
@@ -202,14 +202,14 @@ def _draw_histogram(axes: Any, name: str, samples: Vector, real: Vector) -> None
 
 def _page(title: str, found: Comparison, plot: str, rolls: list[str], settings: dict[str, Any]) -> str:
     sections = [
-        f"# {title}",
+        f"# {for_markdown(title)}",
         figures_table(found.figures),
         EXPLANATION,
         "## Musical features",
         features_table(found.features),
-        f"![Distributions of the features]({plot})",
+        f"![Distributions of the features]({for_link(plot)})",
         "## Piano rolls",
-        *(f"![{Path(roll).stem}]({roll})" for roll in rolls),
+        *(f"![{for_markdown(Path(roll).stem)}]({for_link(roll)})" for roll in rolls),
         "## How it was measured",
         bullet_list(settings),
     ]

@@ -5,14 +5,13 @@ bars and played by the same instrument at the same loudness.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from symusic.core import ScoreTick
@@ -24,7 +23,8 @@ from midimamba.evaluation.features import opening
 from midimamba.evaluation.listening_page import listening_page
 from midimamba.evaluation.rendering import render_wave
 from midimamba.evaluation.samples import midi_files
-from midimamba.files import whole_folder
+from midimamba.files import read_json, whole_folder
+from midimamba.text import for_json, for_markdown, printable
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
 
 WORST, BEST = 1, 5
@@ -137,7 +137,7 @@ def write_listening_test(
             for name, (arm, index) in found.items()
         }
         content = {"test": test, "seed": seed, "bars": bars, "pieces": key}
-        (scratch / "key.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (scratch / "key.json").write_text(for_json(content, indent=2) + "\n", encoding="utf-8")
         (scratch / "index.html").write_text(listening_page(test, names), encoding="utf-8")
 
 
@@ -149,7 +149,7 @@ def read_key(folder: Path) -> Key:
         InputError: if the folder has no key, or a broken one.
     """
     path = folder / "key.json"
-    content = _read_json(path)
+    content = read_json(path)
     try:
         return Key(str(content["test"]), {name: str(piece["arm"]) for name, piece in content["pieces"].items()})
     except (KeyError, TypeError, AttributeError) as error:
@@ -165,8 +165,8 @@ def read_answers(path: Path, key: Key) -> dict[str, Answer]:
     Raises:
         InputError: if the file has no answers, or if they belong to another test or to a piece that is not in it.
     """
-    content = _read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
+    content = read_json(path)
+    if not isinstance(content.get("answers"), dict):
         raise InputError(
             f"{path} has no answers; give the file that the page of the test offers for download at its end"
         )
@@ -228,10 +228,10 @@ def scores_table(scores: ListeningScores) -> str:
     ]
     for arm, score in scores.arms.items():
         figures = f"{_cells(score.rating, '.2f')} | {_cells(score.person, '.0%')}"
-        rows.append(f"| {arm} | {score.answers} of {score.asked} | {figures} |")
+        rows.append(f"| {for_markdown(arm)} | {score.answers} of {score.asked} | {figures} |")
     rows += ["", "| difference of mean ratings | value | 95 % interval |", "|---|---:|---:|"]
     for (first, second), difference in scores.differences.items():
-        rows.append(f"| {first} minus {second} | {_cells(difference, '+.2f')} |")
+        rows.append(f"| {for_markdown(first)} minus {for_markdown(second)} | {_cells(difference, '+.2f')} |")
     listeners = f"{scores.listeners} listener{'s' * (scores.listeners != 1)}."
     return "\n".join([*rows, "", f"{listeners} {EXPLANATION}"])
 
@@ -240,7 +240,7 @@ def _draw(folder: Path, num: int, bars: int, seed: int) -> Draw:
     files = midi_files(folder)
     random.Random(seed).shuffle(files)
     draw = Draw({}, [])
-    for file in tqdm(files, desc=f"reading {folder.name}", leave=False, disable=None):
+    for file in tqdm(files, desc=f"reading {printable(folder.name)}", leave=False, disable=None):
         if len(draw.pieces) == num:
             break
         with suppress(MidiRefusedError):
@@ -275,10 +275,3 @@ def _cells(estimate: Estimate, form: str) -> str:
     value = "–" if np.isnan(estimate.value) else f"{estimate.value:{form}}"  # noqa: RUF001
     interval = "–" if np.isnan(estimate.low) else f"{estimate.low:{form}} … {estimate.high:{form}}"  # noqa: RUF001
     return f"{value} | {interval}"
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error

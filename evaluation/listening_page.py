@@ -1,11 +1,12 @@
 """The page of a listening test: one HTML file that plays the pieces and keeps the answers, without a server."""
 
 from collections.abc import Sequence
-from html import escape
+
+from midimamba.text import for_html, for_link
 
 _PIECE = """\
 <section class="piece" data-file="{file}" aria-label="Piece">
-<audio controls preload="metadata" src="{file}"></audio>
+<audio controls preload="metadata" src="{link}"></audio>
 <fieldset>
 <legend>How much do you like it?</legend>
 {ratings}
@@ -168,13 +169,14 @@ def listening_page(test: str, files: Sequence[str]) -> str:
     """
     pieces = "".join(
         _PIECE.format(
-            file=escape(file),
+            file=for_html(file),
+            link=for_link(file),
             ratings=_choices(f"rating-{index}", _RATINGS),
             authors=_choices(f"person-{index}", _AUTHORS),
         )
         for index, file in enumerate(files)
     )
-    page = _PAGE.replace("@TEST@", escape(test)).replace("@COUNT@", str(len(files)))
+    page = _PAGE.replace("@TEST@", for_html(test)).replace("@COUNT@", str(len(files)))
     return page.replace("@PIECES@", pieces)
 
 

@@ -12,6 +12,7 @@ from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
 from midimamba.files import write_whole
+from midimamba.text import printable, shortened
 from midimamba.tokenization.musical_time import bar_starts
 
 Audio = NDArray[np.float64]
@@ -19,6 +20,7 @@ Audio = NDArray[np.float64]
 PITCH_CLASSES = ("C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B")
 BLACK_KEYS = frozenset({1, 3, 6, 8, 10})
 INK, FAINT = "#2b2f36", "#dde1e6"
+_MAX_NAME = 40  # signs of a title or name; a longer one leaves no room for the music
 PEAK = 0.9  # of full scale: a resampler or lossy encoder overshoots a little, and would clip at 1
 
 
@@ -172,12 +174,17 @@ def quiet(axes: Any) -> None:
 
 
 def _track_name(track: Any) -> str:
-    return _literal(track.name) or ("Drums" if track.is_drum else f"Program {track.program}")
+    return _literal(track.name.strip()) or ("Drums" if track.is_drum else f"Program {track.program}")
 
 
 def _literal(text: str) -> str:
-    """Escape dollar signs: Matplotlib reads text between two of them as a formula, and raises if it is not one."""
-    return text.replace("$", r"\$")
+    """One short line that Matplotlib shows as it is.
+
+    It reads text between two dollar signs as a formula, and raises if it is not one. It leaves what begins with an
+    underscore out of legends, so that a space comes first.
+    """
+    text = shortened(printable(text), _MAX_NAME).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _summary(tracks: list[Any], seconds: float) -> str:

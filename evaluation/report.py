@@ -6,7 +6,6 @@ Everything is measured on the test split, which neither training phase has used.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ from midimamba.evaluation.report_curves import draw_curves
 from midimamba.evaluation.report_page import ORDERS, Report, report_page, training_settings
 from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
-from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.loading import load_discriminator, load_generator
+from midimamba.text import for_json
 
 NEEDED = (
     "data",
@@ -57,10 +56,16 @@ def write_report(run: Path, seed: int = 0, num_samples: int = 64, length: int | 
         if not (run / part).exists():
             raise InputError(f"{run} is not a finished run: it has no {part}; train one, for example with `make demo`")
     training = training_settings(run / "generator")
+    for name in ("sequence_length", "prompt_length"):
+        if type(training.get(name)) is not int or training[name] < 0:
+            raise InputError(
+                f"{run / 'generator' / 'training_args.json'} has no whole number {name!r}, which the measures need: "
+                "copy the file of the run again"
+            )
     report = _measure(run, seed, num_samples, length or training["sequence_length"], training["prompt_length"])
     report["training"] = training
     draw_curves(run / "pretrained", run / "generator", run / "curves.png")
-    write_whole(run / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(run / "report.json", for_json(report, indent=2) + "\n")
     write_whole(run / "report.md", report_page(run, report))
     return report
 
@@ -83,10 +88,10 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
     # Neighbouring blocks belong to one piece and repeat each other, so choose from the whole split.
     real = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    discriminator = MidiDiscriminator.from_pretrained(run / "generator-discriminator", device_map=device)
+    discriminator = load_discriminator(run / "generator-discriminator", device_map=device)
     report: Report = {}
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
-        model = MidiMambaForCausalLM.from_pretrained(run / folder, device_map=device)
+        model = load_generator(run / folder, device_map=device)
         samples = fresh_samples(model, real[:, :prompt_length], length, seed)
         report[phase] = {
             "held_out_nll": held_out_nll(model, blocks, collator),

@@ -1,10 +1,11 @@
 """The curves of a run, from the log of transformers' Trainer: four small plots in one picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from midimamba.errors import InputError
 from midimamba.evaluation.rendering import FAINT, INK, new_figure, quiet, save_figure
+from midimamba.files import read_json
 
 Log = list[dict[str, float]]
 
@@ -92,5 +93,16 @@ def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
 
 
 def _read_log(folder: Path) -> Log:
-    log: Log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    path = folder / "trainer_state.json"
+    log = read_json(path).get("log_history")
+    if not isinstance(log, list) or not all(_is_row(row) for row in log):
+        raise InputError(f"{path} has no `log_history` of numbers: copy the file of the run again")
     return log
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it holds a step and numbers, as far as they are drawn."""
+    shown = {*DISCRIMINATOR, *REWARD, *DIVERSITY, "eval_loss", "entropy", "step"}
+    return (
+        isinstance(row, dict) and all(isinstance(row.get(name, 0), (int, float)) for name in shown) and "step" in row
+    )

@@ -1,8 +1,10 @@
 """The page of a run's report, and the parts of it that a model card shows as well."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from midimamba.files import read_json
+from midimamba.text import as_code, for_link, for_markdown
 
 Report = dict[str, Any]
 
@@ -20,6 +22,26 @@ ONE_RUN = (
     "rewards also sharpen a policy, so such a claim needs both as controls, several seeds, and likelihood and "
     "diversity side by side."
 )
+
+
+def check_report(report: Report) -> None:
+    """
+    Check that the report of a run has every figure that its table and its interpretation show.
+
+    Raises:
+        KeyError: if one is missing.
+        TypeError: if one is not a number.
+    """
+    diversity = [*(f"distinct_{n}" for n in ORDERS), "self_bleu_4"]
+    tuned = [*diversity, "held_out_nll", "accuracy", "accuracy_real", "accuracy_fake"]
+    sizes = ["fresh_samples", "tokens_per_sequence"]
+    for part, names in (("before", tuned), ("after", tuned), ("real", diversity), ("settings", sizes)):
+        for name in names:
+            value = report[part][name]
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{part}.{name} is {type(value).__name__} and not a number")
+    if not report["before"]["held_out_nll"]:
+        raise TypeError("before.held_out_nll is 0, so nothing can be compared with it")
 
 
 def evaluation_table(report: Report) -> str:
@@ -63,27 +85,28 @@ def sample_gallery(run: Path) -> str:
     entries = []
     for picture in sorted((run / "samples").glob("*.png")):
         files = [("MIDI", picture.with_suffix(".mid")), ("sound", picture.with_suffix(".wav"))]
-        links = [f"[{label}](samples/{file.name})" for label, file in files if file.exists()]
-        entries.append(f"![Piano roll of {picture.stem}](samples/{picture.name})\n\n{' · '.join(links)}")
+        links = [f"[{label}]({for_link(f'samples/{file.name}')})" for label, file in files if file.exists()]
+        roll = f"![Piano roll of {for_markdown(picture.stem)}]({for_link(f'samples/{picture.name}')})"
+        entries.append(f"{roll}\n\n{' · '.join(links)}")
     return "\n\n".join(entries)
 
 
 def training_settings(folder: Path) -> dict[str, Any]:
     """The options of `folder`'s `training_args.json` that a reader asks for first; empty if there is no such file."""
     file = folder / "training_args.json"
-    options = json.loads(file.read_text()) if file.exists() else {}
+    options = read_json(file) if file.exists() else {}
     return {name: options[name] for name in SETTINGS if options.get(name) is not None}
 
 
 def bullet_list(settings: dict[str, Any]) -> str:
     """`{"d_steps": 1}` -> ``- `d_steps`: 1``, one per line."""
-    return "\n".join(f"- `{name}`: {value}" for name, value in settings.items())
+    return "\n".join(f"- {as_code(name)}: {for_markdown(str(value))}" for name, value in settings.items())
 
 
 def report_page(run: Path, report: Report) -> str:
     """The report of a run as Markdown."""
     sections = [
-        f"# {run.resolve().name}",
+        f"# {for_markdown(run.resolve().name)}",
         evaluation_table(report),
         interpretation(report),
         "![Curves of both training phases](curves.png)",

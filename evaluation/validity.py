@@ -11,8 +11,6 @@ from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import expand_ids
 
-_ROWS = 64  # prefixes that the grammar checks at once
-
 
 def grammar_errors(processor: MidiProcessor, sequences: Sequence[Sequence[int]]) -> list[float]:
     """
@@ -43,19 +41,16 @@ def grammar_errors(processor: MidiProcessor, sequences: Sequence[Sequence[int]])
         if not len(checked):
             shares.append(float("nan"))
             continue
-        wrong = sum(_count_forbidden(grammar, sequence, steps, vocab) for steps in checked.split(_ROWS))
-        shares.append(wrong / len(checked))
+        shares.append(_count_forbidden(grammar, sequence, checked, vocab) / len(checked))
     return shares
 
 
 def _count_forbidden(grammar: MidiGrammar, sequence: Tensor, steps: Tensor, vocab: int) -> int:
     """The number of tokens at these ascending steps that the grammar forbids after the tokens before them."""
-    width = int(steps[-1])
-    # Prefixes of different lengths in one batch: padding on the left changes nothing.
-    places = torch.arange(width) - (width - steps)[:, None]
-    prefixes = torch.where(places >= 0, sequence[places.clamp(min=0)], 0)
-    scores = grammar(prefixes, torch.zeros(len(steps), vocab))
-    return int(scores.gather(1, sequence[steps, None]).isneginf().sum())
+    scores = torch.zeros(1, vocab)
+    # From one prefix to the next, the grammar reads only what is new.
+    judged = (grammar(sequence[None, :step], scores)[0, sequence[step]] for step in steps.tolist())
+    return sum(bool(score.isneginf()) for score in judged)
 
 
 def syntax_errors(processor: MidiProcessor, ids: Sequence[int]) -> float:

@@ -2,9 +2,8 @@
 
 import json
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from midimamba.corpus.load import SPLITS
+from midimamba.errors import InputError
 from midimamba.evaluation.report_page import bullet_list
+from midimamba.text import as_code, for_markdown, shortened
 
 TAGS = ["midi", "music", "midimamba", "symbolic-music"]
 # How the tokenizer of a corpus was made. These arguments have no effect if a tokenizer was given.
@@ -34,6 +35,9 @@ def dataset_card(repo_id: str, report: Mapping[str, Any], quarantine: Path, lice
 
     Returns:
         `DatasetCard`: the card.
+
+    Raises:
+        InputError: if a line of the quarantine is not what `midimamba tokenize` writes.
     """
     pieces = sum(counts["pieces"] for counts in report["splits"].values())
     # `datasets` 5.2 refuses all splits if one of them has no rows.
@@ -46,8 +50,7 @@ def dataset_card(repo_id: str, report: Mapping[str, Any], quarantine: Path, lice
         size_categories=size_category(pieces),
         configs=[{"config_name": "default", "data_files": data_files}],
     )
-    with quarantine.open(encoding="utf-8") as lines:
-        stages, reasons = _count_refusals(json.loads(line) for line in lines)
+    stages, reasons = _count_refusals(quarantine)
     return DatasetCard.from_template(
         data,
         template_str=(files("midimamba.hub_cards") / "dataset_card.md").read_text(encoding="utf-8"),
@@ -88,15 +91,20 @@ def _settings(report: Mapping[str, Any]) -> dict[str, str]:
         arguments = {name: value for name, value in arguments.items() if name not in _OF_NEW_TOKENIZERS}
     elif "vocab_size" not in arguments:
         arguments = {**arguments, "subword_model": "none"}
-        del arguments["training_tokens"]
+        arguments.pop("training_tokens", None)
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     settings = arguments | {
-        "vocab_size": f"{report['vocab_size']:,}",
+        "vocab_size": _sizes(report["vocab_size"]),
         "fingerprint": f"{report['fingerprint']} (of the tokenizer)",
         "versions": versions,
     }
     settings.pop("files", None)
     return {name: _plain(value) for name, value in settings.items()}
+
+
+def _sizes(sizes: int | list[int]) -> str:
+    """A tokenizer of several vocabularies has a size for each."""
+    return ", ".join(f"{size:,}" for size in ([sizes] if isinstance(sizes, int) else sizes))
 
 
 def _plain(value: Any) -> str:
@@ -116,17 +124,62 @@ def _splitting(report: Mapping[str, Any]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _count_refusals(rows: Iterable[Mapping[str, str]]) -> tuple[Counter[str], Counter[tuple[str, str]]]:
+def check_corpus_report(report: Mapping[str, Any]) -> None:
+    """
+    Check that a `corpus.json` has what a card needs.
+
+    Raises:
+        LookupError: if something is missing; the message says what.
+        TypeError: if something is of another type.
+    """
+    for name in ("splits", "split_by", "arguments", "versions"):
+        _need(report, name, dict)
+    for name in ("sanitized", "duplicates"):
+        _need(report, name, int)
+    _need(report, "vocab_size", int, list)
+    _need(report, "fingerprint", str)
+    for name in ("given", "hash"):
+        _need(report["split_by"], name, int)
+    for name in ("vocab_size", "tokenizer", "training_tokens"):
+        _need(report["arguments"], name, int, str, type(None))
+    for split in SPLITS:
+        _need(report["splits"], split, dict)
+        for name in ("pieces", "tokens", "notes"):
+            _need(report["splits"][split], name, int)
+        _need(report["splits"][split], "hours", float, int)
+
+
+def _need(content: Mapping[str, Any], name: str, *kinds: type) -> None:
+    if name not in content:
+        raise LookupError(f"its corpus.json has no {name}")
+    if not isinstance(content[name], kinds) or isinstance(content[name], bool):
+        raise TypeError(f"its corpus.json has {type(content[name]).__name__} for {name}")
+
+
+def _count_refusals(quarantine: Path) -> tuple[Counter[str], Counter[tuple[str, str]]]:
     """The number of files refused at each stage, and at each stage for each reason, with its numbers replaced."""
     stages, reasons = Counter[str](), Counter[tuple[str, str]]()
-    for row in rows:
-        stages[row["stage"]] += 1
-        reasons[row["stage"], _NUMBER.sub("N", row["reason"])] += 1
+    for stage, reason in _read_refusals(quarantine):
+        stages[stage] += 1
+        reasons[stage, _NUMBER.sub("N", reason)] += 1
     return stages, reasons
 
 
+def _read_refusals(quarantine: Path) -> Iterator[tuple[str, str]]:
+    """Stage and reason of every line."""
+    with quarantine.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{quarantine}, line {number} is not JSON ({error}): tokenize again") from error
+            if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("stage", "reason")):
+                raise InputError(f"{quarantine}, line {number} has no stage and reason as text: tokenize again")
+            yield row["stage"], row["reason"]
+
+
 def _left_out(report: Mapping[str, Any], stages: Counter[str]) -> str:
-    counts = ", ".join(f"{count:,} at the stage `{stage}`" for stage, count in stages.most_common())
+    counts = ", ".join(f"{count:,} at the stage {as_code(stage)}" for stage, count in stages.most_common())
     return " ".join(
         [
             f"{stages.total():,} files were refused: {counts}." if stages else "No file was refused.",
@@ -142,7 +195,7 @@ def _reason_table(reasons: Counter[tuple[str, str]]) -> str:
         return ""
     rows = ["| files | stage | reason |", "|---:|---|---|"]
     for (stage, reason), count in reasons.most_common(_MAX_REASONS):
-        text = textwrap.shorten(reason, _MAX_REASON_LENGTH, placeholder=" …").replace("|", "\\|")
-        rows.append(f"| {count:,} | {stage} | {text} |")
+        text = for_markdown(shortened(reason, _MAX_REASON_LENGTH))
+        rows.append(f"| {count:,} | {for_markdown(shortened(stage, _MAX_REASON_LENGTH))} | {text} |")
     others = reasons.total() - sum(count for _, count in reasons.most_common(_MAX_REASONS))
     return "\n".join([*rows, f"\nOther reasons account for {others:,} refused files."] if others else rows)

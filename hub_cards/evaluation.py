@@ -1,13 +1,15 @@
 """The evaluation section of a card and its files, from the report of a run or of `midimamba evaluate`."""
 
-import json
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import features_from_json, figures_from_json
 from midimamba.evaluation.comparison_page import EXPLANATION, features_table, figures_table
-from midimamba.evaluation.report_page import evaluation_table, interpretation, sample_gallery
+from midimamba.evaluation.report_page import check_report, evaluation_table, interpretation, sample_gallery
+from midimamba.files import read_json
+from midimamba.text import for_link
 
 _WRITE_ONE = "write one with `midimamba evaluate` or `python -m midimamba.evaluation.report RUN`"
 PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
@@ -42,10 +44,10 @@ def read_evaluation(file: Path) -> Evaluation:
         InputError: if it is neither.
     """
     try:
-        report = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not a report: {error}; {_WRITE_ONE}") from error
-    keys = set(report) if isinstance(report, dict) else set()
+        report = read_json(file)
+    except InputError as error:
+        raise InputError(f"{error}, which is not a report; {_WRITE_ONE}") from error
+    keys = set(report)
     try:
         if {"before", "after", "real", "settings"} <= keys:
             return _of_run(file, report)
@@ -53,10 +55,14 @@ def read_evaluation(file: Path) -> Evaluation:
             return _of_comparison(file, report)
     except KeyError as error:
         raise InputError(f"{file} is a report of another version, without {error}; {_WRITE_ONE}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} is not a report, because {reason}; {_WRITE_ONE}") from error
     raise InputError(f"{file} is not a report; {_WRITE_ONE}")
 
 
 def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
+    check_report(report)
     run = file.parent
     found = {path.relative_to(run).as_posix(): path for pattern in PUBLISHED_OF_RUN for path in run.glob(pattern)}
     return Evaluation(
@@ -70,8 +76,11 @@ def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
 
 
 def _of_comparison(file: Path, report: dict[str, Any]) -> Evaluation:
-    pictures = {path.name: path for path in sorted(file.parent.glob(f"{file.stem}-*.png"))}
+    pictures = {path.name: path for path in sorted(file.parent.glob(f"{escape(file.stem)}-*.png"))}
     features, settings = f"{file.stem}-features.png", report["settings"]
+    for name in ("samples", "reference_pieces", "bars_per_piece"):
+        if not isinstance(settings[name], int):
+            raise TypeError(f"settings.{name} is {type(settings[name]).__name__} and not a number")
     measured = (
         f"{settings['samples']} samples are compared with {settings['reference_pieces']} pieces of held-out music, by "
         f"the first {settings['bars_per_piece']} bars of each."
@@ -81,7 +90,7 @@ def _of_comparison(file: Path, report: dict[str, Any]) -> Evaluation:
         f"{figures_table(figures_from_json(report['figures']))}\n\n"
         f"{features_table(features_from_json(report['features']))}",
         f"{measured} {EXPLANATION}",
-        f"![Distributions of the features]({features})" if features in pictures else "",
-        "\n\n".join(f"![Piano roll of a sample]({name})" for name in rolls),
+        f"![Distributions of the features]({for_link(features)})" if features in pictures else "",
+        "\n\n".join(f"![Piano roll of a sample]({for_link(name)})" for name in rolls),
         {**pictures, "evaluation.json": file},
     )

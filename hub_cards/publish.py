@@ -1,23 +1,28 @@
 """Publish networks on the Hub: two repositories with cards, and of each folder only the files that a user loads."""
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from safetensors import safe_open
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
 from midimamba.errors import InputError
 from midimamba.evaluation.report_page import bullet_list, training_settings
+from midimamba.files import read_json
 from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.text import for_markdown
+from midimamba.tokenization.processor import MidiProcessor
 
 from .evaluation import Evaluation, read_evaluation
-from .publish_corpus import publish_corpus
+from .publish_corpus import KNOWN_OF_CORPUS, add_corpus_card, collect_corpus
+from .upload import Hub, Upload, check_license, check_name, copy_file, copy_known, left_out, scratch_beside
 
 # The files that a user loads or reads. No other file is uploaded: optimizer states and checkpoints are large, and
 # pickles run code.
@@ -27,15 +32,20 @@ PUBLISHED = (
     *("training_args.json", "evaluation.json", "README.md"),
     # The code of the processor, for users who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
+    *("grammar_tables.py", "composing.py", "sampling_limits.py"),
+    *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
     # The generator's own code, of layouts that transformers has no class for.
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(
         "look_back.py",
+        "look_back_numba.py",
         "recurrent_cache.py",
         "layer_states.py",
         "frame.py",
+        "config_checks.py",
         "stock_names.py",
+        "whole_weights.py",
         "selective_scan.py",
         "scan_backends.py",
         "scan_chunked.py",
@@ -47,6 +57,20 @@ PUBLISHED = (
     ),
 )
 TAGS = ["midi", "music", "mamba", "seqgan"]
+_DISCRIMINATOR = "-discriminator"
+
+
+class Published(NamedTuple):
+    """
+    What was published.
+
+    Args:
+        urls (`dict[str, str]`): the addresses of `generator` and, if there is one, `discriminator`; or of `corpus`.
+        left_out (`list[str]`): files and folders that are not known and so were not uploaded.
+    """
+
+    urls: dict[str, str]
+    left_out: list[str]
 
 
 def publish(
@@ -58,14 +82,16 @@ def publish(
     license: str | None = None,
     private: bool = False,
     token: str | None = None,
-) -> dict[str, str]:
+) -> Published:
     """
     Upload a generator to `repo_id`, and its discriminator to `<repo_id>-discriminator`, each in one commit.
 
-    A folder with a `corpus.json` is a corpus, and is uploaded to the data set repository `repo_id`; see
-    [`~midimamba.hub_cards.publish_corpus.publish_corpus`].
+    A folder with a `corpus.json` is a corpus, and is uploaded to the data set repository `repo_id`.
 
-    A card is added to the upload, unless the folder has a `README.md`, which is uploaded unchanged.
+    Everything is first built in a scratch folder and checked there: the files, whether the networks load, the report
+    and the cards. Only then is a repository created. Links are refused, unknown files stay here, and access tokens and
+    passwords are replaced by `[removed]` in all text. A card is added to the upload, unless the folder has a
+    `README.md`.
 
     Args:
         folder (`Path`): written by `save_pretrained` of the model and of its processor, or by `midimamba tokenize`.
@@ -75,46 +101,160 @@ def publish(
             evaluation section of the cards and `evaluation.json`; its pictures, and the samples of a run, are uploaded
             as well.
         license (`str`, *optional*): the identifier of the Hub, such as `"cc-by-4.0"`; left out of the card by default.
-        private (`bool`, *optional*, defaults to `False`): whether repositories that are created are private.
+        private (`bool`, *optional*, defaults to `False`): whether repositories that are created are private. One that
+            exists and is public is then refused.
         token (`str`, *optional*): the token for the Hub; that of `hf auth login` by default.
 
     Returns:
-        `dict[str, str]`: the addresses of `generator` and, if there is one, `discriminator`; or of `corpus`.
+        [`Published`]: the addresses, and what was left out.
 
     Raises:
-        InputError: if a folder is neither a checkpoint nor a corpus, the report cannot be read, or the Hub refuses.
+        InputError: if a folder is neither a checkpoint nor a corpus, if a file in it is broken, if the report cannot
+            be read, or if the Hub cannot be reached or refuses.
     """
-    api = HfApi(token=token)
-    if (folder / "corpus.json").is_file():
-        if discriminator is not None or report is not None:
-            raise InputError(
-                f"{folder} is a corpus; leave out --discriminator and --report, which belong to a generator"
-            )
-        with _naming_refusals(repo_id):
-            return publish_corpus(api, folder, repo_id, license=license, private=private)
+    is_corpus = (folder / "corpus.json").is_file()
+    if is_corpus and (discriminator is not None or report is not None):
+        raise InputError(f"{folder} is a corpus; leave out --discriminator and --report, which belong to a generator")
+    check_license(license)
+    check_name(repo_id)
+    hub = Hub(token)
+    with scratch_beside(folder) as scratch:
+        if is_corpus:
+            uploads, others = _prepare_corpus(hub, scratch, folder, repo_id, license)
+        else:
+            uploads, others = _prepare_models(hub, scratch, folder, repo_id, discriminator, report, license)
+        return Published(hub.send(uploads, private), others)
+
+
+def _prepare_corpus(
+    hub: Hub, scratch: Path, folder: Path, repo_id: str, license: str | None
+) -> tuple[list[Upload], list[str]]:
+    """What is to be uploaded of a corpus, checked, and the names of what is not."""
+    uploads = [Upload("corpus", repo_id, scratch / "corpus", stale="data/*.parquet")]
+    others = left_out(folder, KNOWN_OF_CORPUS)
+    collect_corpus(folder, uploads[0].folder)
+    uploads = hub.prepare(uploads)
+    with _checking(folder, uploads[0].folder):
+        add_corpus_card(uploads[0].folder, uploads[0].repo_id, license)
+    return uploads, others
+
+
+def _prepare_models(
+    hub: Hub,
+    scratch: Path,
+    folder: Path,
+    repo_id: str,
+    discriminator: Path | None,
+    report: Path | None,
+    license: str | None,
+) -> tuple[list[Upload], list[str]]:
+    """The same of a generator and its discriminator."""
     _check_checkpoints(folder, discriminator)
+    uploads = [Upload("generator", repo_id, scratch / "generator")]
+    others = left_out(folder, PUBLISHED)
+    evaluation = _collect_generator(folder, uploads[0].folder, report)
+    if discriminator is not None:
+        check_name(f"{repo_id}{_DISCRIMINATOR}")
+        uploads.append(Upload("discriminator", f"{repo_id}{_DISCRIMINATOR}", scratch / "discriminator"))
+        others += [f"{discriminator.name}/{name}" for name in left_out(discriminator, PUBLISHED)]
+        _collect_discriminator(discriminator, uploads[1].folder)
+    uploads = hub.prepare(uploads)
+    _add_cards(uploads, [folder, discriminator or folder], evaluation, license)
+    return uploads, others
+
+
+def check_target(repo_id: str, *, with_discriminator: bool = False, token: str | None = None) -> None:
+    """
+    Check before long work whether something could be published.
+
+    Args:
+        repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token.
+        with_discriminator (`bool`, *optional*, defaults to `False`): whether a discriminator is published as well.
+        token (`str`, *optional*): the token for the Hub; that of `hf auth login` by default.
+
+    Raises:
+        InputError: if a name is impossible, if there is no token that may write, or if the Hub cannot be reached.
+    """
+    for name in (repo_id, f"{repo_id}{_DISCRIMINATOR}")[: 1 + with_discriminator]:
+        check_name(name)
+    Hub(token).resolve([Upload("generator", repo_id, Path())])
+
+
+def _collect_generator(source: Path, target: Path, report: Path | None) -> Evaluation | None:
+    """Fill `target` with what is uploaded of a generator, and check that it loads."""
     evaluation = None if report is None else read_evaluation(report)
-    with _naming_refusals(repo_id):
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        card = _generator_card(folder, url.repo_id, evaluation, license)
-        _upload(api, url.repo_id, folder, card, evaluation)
-        urls = {"generator": str(url)}
-        if discriminator is not None:
-            url = api.create_repo(f"{repo_id}-discriminator", private=private, exist_ok=True)
-            card = _discriminator_card(discriminator, url.repo_id, evaluation, license)
-            _upload(api, url.repo_id, discriminator, card)
-            urls["discriminator"] = str(url)
-    return urls
+    copy_known(source, PUBLISHED, target)
+    if report is not None and evaluation is not None:
+        for name, file in evaluation.files.items():
+            copy_file(report.parent, file, target / name)
+    with _checking(source, target):
+        if evaluation is None and (target / "evaluation.json").exists():
+            read_evaluation(target / "evaluation.json")
+        _check_json(target)
+        processor = MidiProcessor.from_pretrained(target)
+        model = MidiMambaForCausalLM.from_pretrained(target)
+        if model.config.vocab_size != processor.vocab_size:
+            raise InputError(
+                f"{target}: the generator has {model.config.vocab_size} tokens, but its tokenizer "
+                f"{processor.vocab_size}; save the generator and its processor together again"
+            )
+    return evaluation
+
+
+def _collect_discriminator(source: Path, target: Path) -> None:
+    """Fill `target` with what is uploaded of a discriminator, and check that it loads."""
+    copy_known(source, PUBLISHED, target)
+    with _checking(source, target):
+        _check_json(target)
+        MidiDiscriminator.from_pretrained(target)
+
+
+def _add_cards(
+    uploads: Sequence[Upload], sources: Sequence[Path], evaluation: Evaluation | None, license: str | None
+) -> None:
+    """Write a card where the owner has written none."""
+    makers = {"generator": _generator_card, "discriminator": _discriminator_card}
+    for upload, source in zip(uploads, sources, strict=False):
+        card = upload.folder / "README.md"
+        if not card.exists():
+            with _checking(source, upload.folder):
+                makers[upload.kind](upload.folder, upload.repo_id, evaluation, license).save(card)
 
 
 @contextmanager
-def _naming_refusals(repo_id: str) -> Iterator[None]:
-    """Turn a refusal of the Hub into an [`InputError`]."""
+def _checking(source: Path, target: Path) -> Iterator[None]:
+    """Turn what broken files raise into an [`InputError`] that names `source` and not its copy in `target`."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the Hub refused {repo_id!r}: {reason}; check the name, and `hf auth login`") from error
+    except InputError as error:
+        raise InputError(str(error).replace(str(target), str(source))) from error
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError),
+        *(FileNotFoundError, SafetensorError, StrictDataclassError),
+    ) as error:
+        reason = " ".join(str(error).split()).replace(str(target), str(source)) or type(error).__name__
+        raise InputError(
+            f"{source} cannot be published, because it does not load ({reason}): save it again"
+        ) from error
+    except OSError as error:
+        if error.errno is not None:  # a full disk, for example
+            raise
+        reason = " ".join(str(error).split()).replace(str(target), str(source))
+        raise InputError(
+            f"{source} cannot be published, because it does not load ({reason}): save it again"
+        ) from error
+
+
+def _check_json(folder: Path) -> None:
+    """Check every JSON file, and that an index of weights names only files that are there."""
+    for file in sorted(folder.glob("*.json")):
+        content = read_json(file)
+        if file.name.endswith(".safetensors.index.json"):
+            shards = content.get("weight_map")
+            names = set(shards.values()) if isinstance(shards, dict) else {None}
+            there = {path.name for path in folder.glob("*.safetensors")}
+            if not names <= there:
+                raise InputError(f"{file} names weights that are not beside it: save the model again")
 
 
 def _check_checkpoints(generator: Path, discriminator: Path | None) -> None:
@@ -146,11 +286,15 @@ def _generator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, l
 
 def _architecture(folder: Path) -> dict[str, Any]:
     """The kind of language model, and how transformers alone loads it."""
-    config = json.loads((folder / "config.json").read_text())
-    model_type = config["model_type"]
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
     if model_type == MidiMambaConfig.model_type:
-        return {"kind": config["layout"], "loads_as": "with its own code", "trust": ", trust_remote_code=True"}
-    kind, name = {model_type: (layout, name) for layout, (model_type, name) in STOCK.items()}[model_type]
+        kind = for_markdown(str(config.get("layout")))
+        return {"kind": kind, "loads_as": "with its own code", "trust": ", trust_remote_code=True"}
+    stock = {model_type: (layout, name) for layout, (model_type, name) in STOCK.items()}
+    if model_type not in stock:
+        raise InputError(f"{folder / 'config.json'} has the model_type {model_type!r}, which is not a generator's")
+    kind, name = stock[model_type]
     return {"kind": kind.capitalize(), "loads_as": f"a stock `{name}`, no remote code", "trust": ""}
 
 
@@ -161,7 +305,7 @@ def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | Non
         data,
         folder,
         repo_id=repo_id,
-        generator_id=repo_id.removesuffix("-discriminator"),
+        generator_id=repo_id.removesuffix(_DISCRIMINATOR),
         measures=evaluation and evaluation.of_discriminator,
     )
 
@@ -186,12 +330,3 @@ def _count_parameters(folder: Path) -> int:
         with safe_open(file, framework="np") as weights:
             total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return total
-
-
-def _upload(api: HfApi, repo_id: str, folder: Path, card: ModelCard, evaluation: Evaluation | None = None) -> None:
-    contents: dict[str, bytes | Path] = {"README.md": str(card).encode()}
-    contents |= {file.name: file for pattern in PUBLISHED for file in folder.glob(pattern)}
-    if evaluation is not None:
-        contents |= evaluation.files
-    operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
-    api.create_commit(repo_id, operations, commit_message="Publish with midimamba")

@@ -1,83 +1,88 @@
 """Publish a corpus as a data set: rows as Parquet files, the tokenizer and a card, in one commit."""
 
-import json
+import errno
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from huggingface_hub import HfApi
 
 from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.errors import InputError
+from midimamba.files import read_json
+from midimamba.text import for_json
 
-from .dataset_card import dataset_card
+from .dataset_card import check_corpus_report, dataset_card
+from .upload import copy_file, refuse_links
 
 # In Arrow, the format on disk; the Parquet files are smaller.
 MAX_SHARD_BYTES = 500_000_000
-# The keys of `corpus.json` that a card needs.
-_REPORTED = {"splits", "split_by", "sanitized", "duplicates", "vocab_size", "fingerprint", "arguments", "versions"}
+_COPIED = ("README.md", "quarantine.jsonl", "tokenizer/*.json", "tokenizer/*.py")
+# What is read: files that are copied, the report and the rows, which are written again without paths of this machine.
+KNOWN_OF_CORPUS = (
+    *_COPIED,
+    *("corpus.json", "dataset_dict.json", "data/*.parquet"),
+    *(f"{split}/{name}" for split in SPLITS for name in ("*.arrow", "dataset_info.json", "state.json")),
+)
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def publish_corpus(
-    api: HfApi, folder: Path, repo_id: str, *, license: str | None = None, private: bool = False
-) -> dict[str, str]:
+def collect_corpus(folder: Path, target: Path) -> None:
     """
-    Upload a corpus to the data set repository `repo_id`, in one commit.
-
-    The rows of an earlier corpus in the repository are deleted. A card is added to the upload, unless the folder has a
-    `README.md`. Paths of this machine are not published.
+    Fill `target` with what is uploaded of a corpus, and check it. Paths of this machine are not published.
 
     Args:
-        api (`HfApi`): the client of the Hub.
         folder (`Path`): written by `midimamba tokenize`, or downloaded from a data set repository.
-        repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
-        license (`str`, *optional*): the identifier of the Hub; left out of the card by default.
-        private (`bool`, *optional*, defaults to `False`): whether a repository that is created is private.
-
-    Returns:
-        `dict[str, str]`: the address of the `corpus`.
+        target (`Path`): the folder to make.
 
     Raises:
-        InputError: if the folder is not a complete corpus.
+        InputError: if the folder is not a complete corpus, or a file in it is a link.
     """
+    for pattern in KNOWN_OF_CORPUS:
+        for file in folder.glob(pattern):
+            refuse_links(folder, file)
     report, dataset = _read_corpus(folder)
-    url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    # The disk of the corpus has room for a second one; the temporary folder of the system may be small, or in memory.
-    room = folder.resolve().parent
-    with tempfile.TemporaryDirectory(dir=room if os.access(room, os.W_OK) else None, prefix=".publish-") as scratch:
-        upload = Path(scratch)
-        _collect(folder, report, dataset, upload)
-        if not (upload / "README.md").exists():
-            dataset_card(url.repo_id, report, upload / "quarantine.jsonl", license).save(upload / "README.md")
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=upload,
-            repo_type="dataset",
-            commit_message="Publish with midimamba",
-            delete_patterns="data/*.parquet",
-        )
-    return {"corpus": str(url)}
+    target.mkdir()
+    for pattern in _COPIED:
+        for file in sorted(folder.glob(pattern)):
+            copy_file(folder, file, target / file.relative_to(folder), may_be_empty=file.name == "quarantine.jsonl")
+    (target / "corpus.json").write_text(for_json(report, indent=2) + "\n", encoding="utf-8")
+    for split in SPLITS:
+        write_parquet(dataset[split], target / "data", split)
+
+
+def add_corpus_card(target: Path, repo_id: str, license: str | None) -> None:
+    """
+    Write a card to `target`, unless the owner has written one.
+
+    Args:
+        target (`Path`): filled by [`collect_corpus`].
+        repo_id (`str`): `"owner/name"`.
+        license (`str`, *optional*): the identifier of the Hub.
+    """
+    if not (target / "README.md").exists():
+        report = read_json(target / "corpus.json")
+        dataset_card(repo_id, report, target / "quarantine.jsonl", license).save(target / "README.md")
 
 
 def _read_corpus(folder: Path) -> tuple[dict[str, Any], DatasetDict]:
     """The report of a corpus, without paths of this machine, and its rows."""
     try:
-        report = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        if missing := _REPORTED - set(report):
-            raise LookupError(f"its corpus.json has no {min(missing)}")
+        report = read_json(folder / "corpus.json")
+        check_corpus_report(report)
         if not (folder / "quarantine.jsonl").is_file():
             raise LookupError("it has no quarantine.jsonl")
         dataset, _ = load_corpus(folder)
         if missing := set(SPLITS) - set(dataset):
             raise LookupError(f"it has no split {min(missing)}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        for split in SPLITS:
+            if len(dataset[split]) != report["splits"][split]["pieces"]:
+                raise LookupError(f"its corpus.json counts other pieces in the split {split} than there are")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         reason = " ".join(str(error).split())
         raise InputError(
             f"{folder} is not a complete corpus: {reason}; write it again with `midimamba tokenize`"
@@ -87,7 +92,7 @@ def _read_corpus(folder: Path) -> tuple[dict[str, Any], DatasetDict]:
 
 def without_paths(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a corpus, with paths cut to their last part: `/home/me/songs.zip` becomes `songs.zip`."""
-    named = {name: arguments[name] for name in ("source", "tokenizer") if arguments.get(name) is not None}
+    named = {name: arguments[name] for name in ("source", "tokenizer") if isinstance(arguments.get(name), str)}
     return {**arguments, **{name: _without_path(value) for name, value in named.items()}}
 
 
@@ -98,18 +103,6 @@ def _without_path(name: str) -> str:
     # A name that can be a repository on the Hub is one, or `chorales`. Any other is a path, maybe from another system,
     # and this class knows both kinds of slashes.
     return name if _REPOSITORY.fullmatch(name) else PureWindowsPath(name).name
-
-
-def _collect(folder: Path, report: Mapping[str, Any], dataset: DatasetDict, upload: Path) -> None:
-    """Fill the folder `upload` with the files for the Hub: only known names, whatever else the corpus folder has."""
-    for pattern in ("README.md", "quarantine.jsonl", "tokenizer/*.json", "tokenizer/*.py"):
-        for file in folder.glob(pattern):
-            target = upload / file.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-    (upload / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for split in SPLITS:
-        write_parquet(dataset[split], upload / "data", split)
 
 
 def write_parquet(dataset: Dataset, folder: Path, split: str) -> None:

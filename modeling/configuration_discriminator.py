@@ -1,7 +1,17 @@
 """Configuration of the discriminator."""
 
+import os
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .config_checks import check_sizes, read_config
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "filter_sizes", "num_filters"),
+    *("num_hidden_layers", "state_size", "expand", "conv_kernel", "num_labels"),
+)
 
 
 @strict
@@ -51,6 +61,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:
+        check_sizes({**kwargs, **vars(self)}, _SIZES)
         # One logit, the log-odds that a sequence is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)
         super().__post_init__(**kwargs)
@@ -59,10 +70,36 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
         """One of the two kinds, with one number of filters for every width."""
         if self.kind not in ("cnn", "mamba"):
             raise ValueError(f"discriminator kind {self.kind!r} is unknown; use 'cnn' or 'mamba'")
+        if not self.filter_sizes:
+            raise ValueError("filter_sizes is empty; give at least one width")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if len(self.filter_sizes) != len(self.num_filters):
             raise ValueError(
                 f"{len(self.filter_sizes)} filter_sizes need as many num_filters, not {len(self.num_filters)}"
             )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the configuration of a discriminator.
+
+        Raises:
+            ValueError: if it belongs to another kind of model.
+        """
+        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config:
+            raise ValueError(f"{pretrained_model_name_or_path} has no config.json")
+        if config.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a model of type {config.get('model_type')!r}, not a discriminator"
+            )
+        return config, unused
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_config(json_file)
 
 
 __all__ = ["MidiDiscriminatorConfig"]

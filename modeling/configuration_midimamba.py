@@ -1,11 +1,15 @@
 """Configuration of the generator."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
+from transformers.activations import ACT2CLS
+
+from .config_checks import check_positive, check_sizes, read_config
 
 # The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
 # attend instead.
@@ -22,6 +26,13 @@ STOCK = {
     "mamba": (MambaConfig.model_type, "MambaForCausalLM"),
     "transformer": (LlamaConfig.model_type, "LlamaForCausalLM"),
 }
+
+_SIZES_OF_TENSORS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", "time_step_rank"),
+    *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("mlp_intermediate_size", "num_experts", "moe_intermediate_size", "num_labels"),
+)
+_POSITIVE = ("layer_norm_epsilon", "rms_norm_eps", "rope_theta")
 
 # Named sizes: width, number of Mamba mixers in the `mamba` layout, attention heads, the size of the MLP beside a Mamba
 # and beside an attention mixer, and the width of a head in a hybrid, whose attention is as large as a Mamba mixer. A
@@ -123,6 +134,7 @@ class MidiMambaConfig(MambaConfig):
     position_token_ids: list[list[int]] | tuple[list[int], ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_numbers({**kwargs, **vars(self)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -202,6 +214,8 @@ class MidiMambaConfig(MambaConfig):
         """The layout is one of those named, and its shape is possible."""
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+        if self.hidden_act not in ACT2CLS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; use silu, or another that transformers has")
         if self.layout == "hybrid":
             wrong = [index for index in self.attention_layers or () if not 0 <= index < self.num_hidden_layers]
             if wrong or not self.attention_layers:
@@ -211,17 +225,20 @@ class MidiMambaConfig(MambaConfig):
                 )
         elif self.attention_layers:
             raise ValueError(f"attention_layers is for layout 'hybrid', not {self.layout!r}")
+        self._check_look_back()
+        if "attention" in self.mixers:
+            self._check_heads()
+        if self.feed_forward == "moe" and not self.capacity_factor > 0:  # NaN as well
+            raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
+
+    def _check_look_back(self) -> None:
         if any(lag < 1 for lag in self.lookback_bars):
             raise ValueError(f"lookback_bars is {list(self.lookback_bars)}; each lag must be at least 1")
         if self.lookback_bars and not self.bar_token_ids:
             raise ValueError("lookback_bars needs bar_token_ids, the ids that open a bar")
-        if "attention" in self.mixers:
-            self._check_heads()
-        if self.feed_forward == "moe":
-            if self.num_experts < 1:
-                raise ValueError(f"num_experts is {self.num_experts}; at least 1 is needed")
-            if self.capacity_factor <= 0:
-                raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
+        positions = [index for index, _ in self.position_token_ids]
+        if any(not 0 <= index < self.vocab_size for index in (*self.bar_token_ids, *positions)):
+            raise ValueError(f"bar_token_ids and position_token_ids must lie below vocab_size ({self.vocab_size})")
 
     def _check_heads(self) -> None:
         heads, shared, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
@@ -243,15 +260,22 @@ class MidiMambaConfig(MambaConfig):
                 Llama with parts that the `transformer` layout lacks.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config:
+            raise ValueError(f"{pretrained_model_name_or_path} has no config.json")
         kind = config.get("model_type")
         if kind not in (MambaConfig.model_type, LlamaConfig.model_type, cls.model_type):
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a model of type {kind!r}, not a Mamba language model, "
                 "nor a Llama one"
             )
+        _check_numbers(config)
         if kind == LlamaConfig.model_type:
             config = _from_llama(config, str(pretrained_model_name_or_path))
         return {**config, "model_type": cls.model_type}, unused
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_config(json_file)
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: the fields as a stock configuration names them where there is one."""
@@ -265,6 +289,11 @@ class MidiMambaConfig(MambaConfig):
             config = _to_llama(config)
         model_type, architecture = STOCK[self.layout]
         return {**config, "model_type": model_type, "architectures": [architecture]}
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    check_sizes(config, _SIZES_OF_TENSORS)
+    check_positive(config, _POSITIVE)
 
 
 def _to_llama(config: dict[str, Any]) -> dict[str, Any]:

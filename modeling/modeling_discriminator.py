@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import WeightTransform
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -16,7 +15,8 @@ from .configuration_discriminator import MidiDiscriminatorConfig
 from .configuration_midimamba import MidiMambaConfig
 from .modeling_midimamba import MidiMambaForCausalLM, MidiMambaModel
 from .recurrent_cache import RecurrentCache
-from .stock_names import stock_names_for_loading, write_stock_names
+from .stock_names import write_stock_names
+from .whole_weights import WholeWeights
 
 # What a discriminator of kind mamba takes over from a generator, and what it cannot choose.
 _SHAPE = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel")
@@ -70,7 +70,7 @@ class ConvolutionEncoder(nn.Module):
         return carry * F.relu(candidate) + (1 - carry) * features
 
 
-class MidiDiscriminator(PreTrainedModel):
+class MidiDiscriminator(WholeWeights):
     """Sequence classification with one logit; `sigmoid(logit)` is the probability that the sequence is real.
 
     Loads with `AutoModelForSequenceClassification` once `midimamba` is imported.
@@ -79,6 +79,7 @@ class MidiDiscriminator(PreTrainedModel):
     config_class = MidiDiscriminatorConfig
     config: MidiDiscriminatorConfig
     _weight_conversions: list[WeightTransform]
+    _own_weights = ("encoder.", "score.")
     base_model_prefix = "encoder"
 
     def __init__(self, config: MidiDiscriminatorConfig):
@@ -106,8 +107,8 @@ class MidiDiscriminator(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """As transformers does it, from a checkpoint with the names of a stock Mamba for kind `mamba`."""
-        loaded = stock_names_for_loading(super().from_pretrained, *args, **kwargs)
+        """See [`~midimamba.modeling.whole_weights.WholeWeights.from_pretrained`]."""
+        loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(model.encoder, MidiMambaModel):
             write_stock_names(model, model.encoder.config)

@@ -8,7 +8,7 @@ a state, and states are updated in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from .layer_states import CacheMismatchError, LayerState
 from .look_back import LookBack
 from .mamba_mixer import MidiMambaMixer
 from .recurrent_cache import RecurrentCache
-from .stock_names import read_stock_names, stock_names_for_loading, write_stock_names
+from .stock_names import read_stock_names, write_stock_names
+from .whole_weights import WholeWeights
 
 _MIXERS: dict[str, type[nn.Module]] = {"mamba": MidiMambaMixer, "attention": MidiMambaAttention}
 _FEED_FORWARDS: dict[str, type[nn.Module]] = {"mlp": SwiGLU, "moe": SwitchExperts}
@@ -110,7 +111,7 @@ def _apply_norm(norm: MambaRMSNorm, hidden_states: Tensor) -> Tensor:
     return normed
 
 
-class MidiMambaPreTrainedModel(MambaPreTrainedModel):
+class MidiMambaPreTrainedModel(WholeWeights, MambaPreTrainedModel):
     """Loading, saving and initialisation, as transformers does them for its Mamba.
 
     On disk, weights have the names of the stock classes, see [`~midimamba.modeling.stock_names`].
@@ -119,6 +120,7 @@ class MidiMambaPreTrainedModel(MambaPreTrainedModel):
     config_class = MidiMambaConfig
     config: MidiMambaConfig
     _weight_conversions: list[WeightTransform]
+    _own_weights: ClassVar[tuple[str, ...]] = ("backbone.",)
     _no_split_modules = ["MidiMambaBlock"]  # noqa: RUF012 (transformers' interface)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -130,8 +132,8 @@ class MidiMambaPreTrainedModel(MambaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """As transformers does it, from a checkpoint with stock names."""
-        loaded = stock_names_for_loading(super().from_pretrained, *args, **kwargs)
+        """See [`~midimamba.modeling.whole_weights.WholeWeights.from_pretrained`]."""
+        loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         write_stock_names(model, model.config)
         return loaded
@@ -154,6 +156,8 @@ class MidiMambaPreTrainedModel(MambaPreTrainedModel):
 
 class MidiMambaModel(MidiMambaPreTrainedModel):
     """Embeddings, `num_hidden_layers` blocks and the final norm."""
+
+    _own_weights = ("embeddings.", "look_back.", "layers.", "norm.", "norm_f.")
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__(config)
@@ -278,6 +282,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     `transformer` it saves one; in the other three, a checkpoint with its code, for `trust_remote_code=True`.
     """
 
+    _own_weights = ("backbone.", "lm_head.")
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 (transformers' interface)
 
     def __init__(self, config: MidiMambaConfig):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig, LogitsProcessorList, Pipeline
+from transformers import GenerationConfig, Pipeline
 from transformers.utils.generic import ModelOutput
 
 from .modeling_midimamba import MidiMambaForCausalLM
@@ -23,11 +23,14 @@ class MidiGenerationPipeline(Pipeline):
 
     - controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
       `{"key": "C-major"}`; `pipeline.processor.controls` has the names and their values;
+    - num, seed, bars and at_most: as in [`~midimamba.command_options.SamplingOptions`], by default one piece, torch's
+      random state, and no limit of bars;
     - everything that `generate` takes. By default it samples, with `top_p=0.95`, at most 1,024 new tokens.
 
     Raises:
         MidiRefusedError: if a prompt cannot be used.
-        InputError: if a control or its value is unknown, or valid music cannot be guaranteed for the tokenization.
+        InputError: if a control or its value is unknown, an option makes no sense, the model computes NaN, or pieces
+            are not music where the tokenization has no grammar.
     """
 
     model: MidiMambaForCausalLM
@@ -50,21 +53,27 @@ class MidiGenerationPipeline(Pipeline):
         # `Pipeline` refuses a call without input; here it means a new piece.
         if inputs is None:
             return super().__call__([inputs], *args, **options)[0]
+        # `Pipeline` takes a tuple for a single input, and looks at the first of a list even if it is empty.
+        if isinstance(inputs, tuple | list):
+            return super().__call__(list(inputs), *args, **options) if inputs else []
         return super().__call__(inputs, *args, **options)
 
     def preprocess(self, input_: Any, **options: Any) -> dict[str, Any]:
-        return dict(self.processor(input_, return_tensors="pt", **options))
+        return dict(self.processor(input_, return_tensors="pt", **options)) | {"prompt": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **generate_options: Any) -> ModelOutput:
+        bars: int | None = generate_options.pop("bars", None)
         options = self._prepare_generate_kwargs(generate_options)
-        # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
-        processors = LogitsProcessorList([*options.pop("logits_processor", ()), self.processor.grammar()])
-        sequences = self.model.generate(**input_tensors, logits_processor=processors, **options)
-        return ModelOutput(sequences=sequences)
+        prompt = input_tensors.pop("prompt")  # of a batch, the list of them
+        composed = self.processor.compose(self.model, input_tensors, bars=bars, **options)
+        composed.tell_unfinished([composed], bars)
+        # `Pipeline` gives row i to input i.
+        rows = composed.ids.unflatten(0, (len(input_tensors["input_ids"]), -1))
+        return ModelOutput(sequences=rows, prompt=prompt)  # (batch, num, time)
 
     def postprocess(self, model_outputs: ModelOutput, **options: Any) -> list[Any]:
-        scores: list[Any] = self.processor.batch_decode(model_outputs["sequences"])
-        return scores
+        prompt = model_outputs["prompt"]
+        return [self.processor.continue_score(prompt, ids) for ids in model_outputs["sequences"][0]]
 
 
 __all__ = ["MidiGenerationPipeline"]

@@ -137,7 +137,7 @@ def sample(model: Any, prompts: Tensor, length: int, ending: Ending = NEVER, tem
     Raises:
         ValueError: if the temperature is not positive, or the model cannot be sampled from.
     """
-    if temperature <= 0:
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, but must be positive")
     policy = as_policy(model)
     batch, prompt = prompts.shape

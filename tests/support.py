@@ -64,7 +64,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def make_score(seed: int, bars: int = 6, programs: tuple[int, ...] = (0, 40, 73), drums: bool = True) -> ScoreTick:
-    """A random score on the tokenizer's grid, with meters of quarters, so that only velocity is rounded."""
+    """A random score on the tokenizer's grid, without overlaps of one pitch and with meters of quarters, so that only
+    velocity is rounded."""
     rng = random.Random(seed)
     score = Score(TICKS_PER_QUARTER)
     beats = [rng.choice((2, 3, 4, 5)) for _ in range(bars)]
@@ -84,6 +85,9 @@ def make_score(seed: int, bars: int = 6, programs: tuple[int, ...] = (0, 40, 73)
             for _ in range(rng.randint(1, 5)):
                 time = start + rng.randrange(beats[bar] * 12) * GRID
                 for pitch in rng.sample(range(128), rng.choice((1, 1, 3))):
-                    track.notes.append(Note(time, rng.randint(1, 48) * GRID, pitch, rng.randint(1, 127)))
+                    note = Note(time, rng.randint(1, 48) * GRID, pitch, rng.randint(1, 127))
+                    others = (other for other in track.notes if other.pitch == pitch)
+                    if all(other.end <= note.time or note.end <= other.time for other in others):
+                        track.notes.append(note)
         score.tracks.append(track)
     return score

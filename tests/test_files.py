@@ -103,3 +103,10 @@ def test_json_that_is_no_object_is_refused_by_name(tmp_path: Path, content: str)
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=r"state\.json"):
         read_json(file)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder that refuses every file")
+def test_a_place_where_no_lock_can_be_made_is_refused() -> None:
+    with pytest.raises((InputError, OSError)) as refusal, locked(Path("/proc/out")):
+        pass
+    assert "another run" not in str(refusal.value)

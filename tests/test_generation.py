@@ -1,5 +1,7 @@
 """`midimamba generate`: samples always hold notes, whatever the model, and continue their prompts."""
 
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,15 @@ from transformers import LogitsProcessorList
 import support
 from midimamba import MidiMambaForCausalLM, MidiProcessor, generation
 from midimamba.command_options import SamplingOptions
+from midimamba.corpus.build import tokenize_corpus
+from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
-from midimamba.generation import generate_scores, load_pair
+from midimamba.generation import generate_samples, generate_scores, load_pair
+from midimamba.tokenization import composing
+from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.controls import control_token
+from midimamba.tokenization.grammar_tables import SUPPORTED
+from midimamba.tokenization.musical_time import count_bars
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
 
@@ -24,8 +32,12 @@ def untrained(processor: MidiProcessor) -> MidiMambaForCausalLM:
     return make_generator(vocab_size=processor.vocab_size)
 
 
-def onsets(score: ScoreTick) -> set[tuple[int, int, int]]:
-    return {(track.program, note.time, note.pitch) for track in score.tracks for note in track.notes}
+def onsets(score: ScoreTick) -> set[tuple[int, Fraction, int]]:
+    """Program, onset in quarter notes, pitch."""
+    division = score.ticks_per_quarter
+    return {
+        (track.program, Fraction(note.time, division), note.pitch) for track in score.tracks for note in track.notes
+    }
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
@@ -52,11 +64,10 @@ def test_a_continuation_opens_with_its_prompt_and_continues_it(
     untrained: MidiMambaForCausalLM, processor: MidiProcessor
 ) -> None:
     prompt = make_score(3, bars=4)
-    opening = processor.decode(processor.encode(prompt))
     for score in generate_scores(
         untrained, processor, SamplingOptions(num=3, bars=2, max_new_tokens=80, top_p=1.0), prompt=prompt
     ):
-        assert onsets(opening) < onsets(score)
+        assert onsets(prompt) < onsets(score)
         bars = processor.tokenizer.decode(processor.encode(score)).split().count("Bar_None")
         assert bars <= 4 + 2
 
@@ -126,9 +137,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     generate = MidiMambaForCausalLM.generate
 
-    def spy(self: MidiMambaForCausalLM, ids: torch.Tensor, **options: Any) -> Any:
-        seen.extend(ids.tolist())
-        return generate(self, ids, **options)
+    def spy(self: MidiMambaForCausalLM, input_ids: torch.Tensor, **options: Any) -> Any:
+        seen.extend(input_ids.tolist())
+        return generate(self, input_ids, **options)
 
     monkeypatch.setattr(MidiMambaForCausalLM, "generate", spy)
     return seen
@@ -152,7 +163,7 @@ def test_controls_are_put_before_new_music_and_before_a_prompt(
     (score,) = generate_scores(
         model, controlled, SamplingOptions(num=1, bars=1, max_new_tokens=20), prompt=prompt, controls=asked
     )
-    assert onsets(controlled.decode(controlled.encode(prompt))) <= onsets(score)
+    assert onsets(prompt) <= onsets(score)
     assert prompts == [[1, 3, 4, 5], [1, 3, 4, 5, *controlled.encode(prompt)[1:]]]
 
 
@@ -219,10 +230,139 @@ def test_tokenizations_without_bars_also_generate(name: str) -> None:
     )
 
 
-def test_a_tokenization_that_the_grammar_does_not_know_is_refused() -> None:
-    processor = MidiProcessor(build_tokenizer("MIDILike"))
-    with pytest.raises(InputError, match="not MIDILike"):
-        generate_scores(make_generator(vocab_size=processor.vocab_size), processor)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in ONE_STREAM), ("REMI", {"use_sustain_pedals": True}), ("TSD", {"use_rests": True})],
+)
+def test_every_tokenization_generates_from_files_to_files(
+    name: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    composing._say_once.cache_clear()
+    monkeypatch.setattr(composing, "DRAWS", 200)  # an untrained model rarely writes music by chance
+    (tmp_path / "midi").mkdir()
+    for seed in range(3):
+        make_score(seed, bars=2, programs=(0,)).dump_midi(tmp_path / "midi" / f"{seed}.mid")
+    corpus = CorpusOptions(tokenization=name, tokenizer_options=options, vocab_size=None, num_workers=1)
+    tokenize_corpus(str(tmp_path / "midi"), tmp_path / "data", corpus)
+    processor = MidiProcessor.from_pretrained(tmp_path / "data" / "tokenizer")
+    processor.save_pretrained(tmp_path / "model")
+    make_generator(vocab_size=processor.vocab_size).save_pretrained(tmp_path / "model")
+    short = ("--num", 2, "--bars", 1, "--max-new-tokens", 60, "--top-p", 1)
+    assert command(monkeypatch, tmp_path / "model", *short, "--out", tmp_path / "out") == 0
+    assert all(Score(file).note_num() for file in (tmp_path / "out").iterdir())
+    lines = [record.message for record in caplog.records if "the grammar" in record.message]
+    assert len(lines) == (0 if name in SUPPORTED and not options else 1)
+
+
+def test_what_is_never_music_ends_in_one_line_and_is_counted_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = MidiProcessor(build_tokenizer("PerTok"))
+    model = make_generator(vocab_size=processor.vocab_size)
+    drawn = []
+
+    def broken(self: MidiProcessor, ids: Any) -> ScoreTick:
+        drawn.append(ids)
+        raise ValueError("PerTok cannot decode these ids")
+
+    monkeypatch.setattr(MidiProcessor, "decode", broken)
+    options = SamplingOptions(num=3, max_new_tokens=16)
+    with pytest.raises(InputError, match="3 of 3 pieces are not music after 8 draws \\(PerTok cannot decode"):
+        generate_scores(model, processor, options)
+    assert len(drawn) == 3 * 8
+    samples = generate_samples(model, processor, options)
+    assert (samples.total, len(samples.refused)) == (3, 3)
+
+
+@pytest.mark.slow
+def test_pieces_have_exactly_the_bars_asked_for_or_one_line_says_not(
+    untrained: MidiMambaForCausalLM, processor: MidiProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def bars(score: ScoreTick) -> int:
+        last = max(int(track.notes.numpy()["time"].max()) for track in score.tracks if track.notes)
+        return count_bars(score, last + 1)
+
+    exact = SamplingOptions(num=20, bars=5, top_p=1.0)
+    assert {bars(score) for score in generate_scores(untrained, processor, exact)} == {5}
+    prompt = make_score(3, bars=3)
+    assert {bars(score) for score in generate_scores(untrained, processor, exact, prompt=prompt)} == {3 + 5}
+    at_most = {bars(score) for score in generate_scores(untrained, processor, replace(exact, at_most=True))}
+    assert max(at_most) <= 5
+    assert len(at_most) > 1
+    assert not caplog.records
+    generate_scores(untrained, processor, SamplingOptions(num=18, bars=9, max_new_tokens=16))
+    assert [record.message for record in caplog.records] == [
+        "18 of 18 pieces stop before 9 new bars are full: raise max_new_tokens"
+    ]
+
+
+def test_a_continuation_keeps_to_the_instruments_and_leaves_the_end_of_its_prompt_alone(
+    untrained: MidiMambaForCausalLM, processor: MidiProcessor
+) -> None:
+    prompt = make_score(7, bars=2, programs=(0,), drums=False)
+    opening = onsets(prompt)
+    last = max(time for _, time, _ in opening)
+    for score in generate_scores(untrained, processor, SamplingOptions(num=16, bars=2, top_p=1.0), prompt=prompt):
+        assert {track.program for track in score.tracks if not track.is_drum} == {0}
+        assert not any(track.is_drum for track in score.tracks)
+        assert {note for note in onsets(score) if note[1] <= last} == opening
+
+
+def test_weights_that_hold_nan_are_named(processor: MidiProcessor) -> None:
+    model = make_generator(vocab_size=processor.vocab_size)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="weights hold NaN"):
+        generate_scores(model, processor, SamplingOptions(num=1, max_new_tokens=16))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("temperature", value) for value in ("0", "-1", "inf", "nan", "1e-40")),
+        *(("top-p", value) for value in ("0", "1.5", "2", "nan", "-0.1")),
+        *(("bars", "0"), ("num", "0"), ("num", "-1"), ("max-new-tokens", "0"), ("max-new-tokens", "1")),
+        *(("seed", "-1"), ("seed", str(10**20))),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_any_work(
+    option: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = option
+    assert command(monkeypatch, "no/model", f"--{name}={value}", "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {name.replace('-', '_')} is ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        (".", "is a folder that is there already"),
+        ("/", "is a folder that is there already"),
+        ("file/out", "is not a folder"),
+        ("file/deep/out", "is not a folder"),
+        ("x" * 300, "too long a name"),
+        ("x" * 240, "too long a name"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    out: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ("generate", "no/model", "--out", out),
+        ("tokenize", "chorales", "--out", out),
+        ("evaluate", "no/model", "--reference", "nowhere", "--out", out),
+        ("listen", "a", "b", "--out", out),
+    ):
+        assert support.command(monkeypatch, *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_callers_random_state_is_left_alone(untrained: MidiMambaForCausalLM, processor: MidiProcessor) -> None:

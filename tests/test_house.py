@@ -24,10 +24,21 @@ FOLDERS = ("modeling", "tokenization", "corpus", "evaluation", "hub_cards", "tra
 MAY_IMPORT = {
     "modeling": set(),
     "tokenization": {"errors"},
-    "corpus": {"errors", "files", "tokenization"},
-    "evaluation": {"errors", "files", "modeling", "tokenization", "corpus"},
-    "hub_cards": {"errors", "files", "modeling", "tokenization", "corpus", "evaluation"},
-    "training": {"errors", "files", "runtime", "modeling", "tokenization", "corpus", "evaluation", "hub_cards"},
+    "corpus": {"errors", "files", "text", "tokenization"},
+    "evaluation": {"errors", "files", "text", "loading", "modeling", "tokenization", "corpus"},
+    "hub_cards": {"errors", "files", "text", "modeling", "tokenization", "corpus", "evaluation"},
+    "training": {
+        "errors",
+        "files",
+        "text",
+        "loading",
+        "runtime",
+        "modeling",
+        "tokenization",
+        "corpus",
+        "evaluation",
+        "hub_cards",
+    },
 }
 
 

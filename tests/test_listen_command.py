@@ -72,12 +72,12 @@ def test_files_that_are_passed_over_are_reported(
             ("composer", "machine", "--out", "out", "--num", "4"),
             "composer has 3 pieces to listen to in 3 MIDI files",
         ),
-        (("composer", "machine", "--out", "out", "--num", "0"), "must be positive"),
-        (("composer", "machine", "--out", "out", "--bars", "0"), "must be positive"),
+        (("composer", "machine", "--out", "out", "--num", "0"), "num is 0: give at least 1"),
+        (("composer", "machine", "--out", "out", "--bars", "0"), "bars is 0: give at least 1"),
         (("empty", "composer", "--out", "out"), "empty has 0 pieces to listen to in 0 MIDI files"),
         (("composer", "machine"), "name a folder with --out"),
         (("composer", "machine", "--out", "machine"), "machine already exists"),
-        (("--score", "machine", "answers.json"), "machine/key.json cannot be read as JSON"),
+        (("--score", "machine", "answers.json"), "machine/key.json cannot be read: No such file"),
         (("--score", "machine", "answers.json", "--out", "out"), "leave out --out"),
         (("--score", "machine", "answers.json", "./answers.json"), "named twice"),
     ],
@@ -134,8 +134,8 @@ def test_answers_become_tables(
     ("content", "reason"),
     [
         (None, "No such file"),
-        ("{", "cannot be read as JSON"),
-        ("[1]", "has no answers"),
+        ("{", "is not JSON that can be read"),
+        ("[1]", "holds list, not a JSON object"),
         ('{"test": "TEST"}', "has no answers"),
         ('{"test": "0123", "answers": {}}', "answers another test: its id is '0123' and not 'TEST'"),
         ('{"answers": {}}', "answers another test: its id is None"),
@@ -183,7 +183,8 @@ def test_a_changed_key_is_refused_in_a_line(
 ) -> None:
     (tmp_path / "key.json").write_text(content)
     assert command(monkeypatch, "--score", tmp_path, "answers.json") == 2
-    assert "key.json is not the key of a listening test" in capsys.readouterr().err
+    reason = "holds list, not a JSON object" if content == "[]" else "is not the key of a listening test"
+    assert f"key.json {reason}" in capsys.readouterr().err
 
 
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from midimamba.cli import COMMANDS, build_parser
 from midimamba.corpus.options import CorpusOptions
+from midimamba.errors import InputError
 from midimamba.options import add_options, read_options
 
 
@@ -77,3 +79,18 @@ def test_the_vocabulary_may_be_none() -> None:
     for text, value in (("none", None), ("None", None), ("12", 12)):
         args = build_parser().parse_args(["tokenize", "x", "--out", "y", "--vocab-size", text])
         assert read_options(CorpusOptions, args) == CorpusOptions(vocab_size=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("valid_fraction", value) for value in (float("nan"), -0.1, 1.0, 2.0, float("inf"))),
+        *(("test_fraction", value) for value in (float("nan"), 0.95)),
+        *((name, value) for name in ("limit", "num_workers", "training_tokens", "vocab_size") for value in (0, -1)),
+        *(("vocab_size", 10**20), ("limit", 1.5)),
+    ],
+)
+def test_numbers_of_a_corpus_that_make_no_sense_are_refused(name: str, value: float) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(InputError, match=f"{name} is |leave nothing to train on"):
+        CorpusOptions(**options)

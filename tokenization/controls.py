@@ -21,7 +21,12 @@ from .musical_time import KEYS, best_keys, count_bars, mean_tempo, meter_spans
 
 # MidiTok's tokens are of the form Type_Value. It has no type that starts like this: its `ControlChange` has no hyphen.
 _PREFIX = "Control-"
-_TOKEN = re.compile(rf"{_PREFIX}[^\s_]+_[^\s_]+")
+# Neither white space nor what acts unseen where a vocabulary is shown: controls, marks of direction, hidden signs.
+_SIGNS = (
+    r"[^\s_\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e007f]+"
+)
+_TOKEN = re.compile(rf"{_PREFIX}{_SIGNS}_{_SIGNS}")
 
 DRUMS = "drums"
 # General MIDI's names; where sounds share a program, the first.
@@ -47,15 +52,21 @@ def control_token(name: str, value: str) -> str:
         name (`str`):
             One of `CONTROLS`, or the name of a label.
         value (`str`):
-            In name and value, a run of white space or underscores becomes a hyphen: tokens have neither.
+            In name and value, a run of white space, underscores or hidden signs (controls, marks of direction) becomes
+            a hyphen: tokens have none.
 
     Raises:
         InputError: if nothing is left of either.
     """
-    slugs = ["-".join(re.findall(r"[^\s_]+", part)) for part in (name, value)]
+    slugs = [_slug(part) for part in (name, value)]
     if not all(slugs):
         raise InputError(f"a control needs a name and a value, not {name!r} and {value!r}")
     return f"{_PREFIX}{'_'.join(slugs)}"
+
+
+def _slug(text: str) -> str:
+    """A name or value as tokens hold it."""
+    return "-".join(re.findall(_SIGNS, text))
 
 
 def check_control_tokens(tokens: Sequence[str]) -> None:
@@ -87,7 +98,8 @@ def control_ids(tokenizer: MusicTokenizer, values: Mapping[str, str | Sequence[s
         tokenizer (`miditok.MusicTokenizer`):
             From [`~midimamba.tokenization.tokenizer.build_tokenizer`].
         values (`Mapping[str, str | Sequence[str]]`):
-            Names of controls, each with one value or several.
+            Names of controls, each with one value or several. Upper and lower case are the same, unless names or
+            values differ in nothing else.
 
     Raises:
         InputError: if the tokenizer has no such control or value; the message names those it has.
@@ -97,14 +109,26 @@ def control_ids(tokenizer: MusicTokenizer, values: Mapping[str, str | Sequence[s
         raise InputError(NO_CONTROLS)
     ids = set()
     for name, given in values.items():
-        if name not in known:
+        control = _match(name, list(known))
+        if control is None:
             raise InputError(f"there is no control {name!r}: {_choices(name, list(known))}")
         for value in [given] if isinstance(given, str) else given:
-            token = control_token(name, value)
-            if token not in tokenizer.vocab:
-                raise InputError(f"control {name!r} has no value {value!r}: {_choices(value, known[name])}")
-            ids.add(tokenizer.vocab[token])
+            match = _match(value, known[control])
+            if match is None:
+                raise InputError(f"control {control!r} has no value {value!r}: {_choices(value, known[control])}")
+            ids.add(tokenizer.vocab[control_token(control, match)])
     return sorted(ids)
+
+
+def _match(wanted: str, known: list[str]) -> str | None:
+    """The one of `known` that is `wanted`, as tokens are written; without regard to case if that leaves only one."""
+    slug = _slug(wanted)
+    if slug in known:
+        return slug
+    alike = [name for name in known if name.lower() == slug.lower()]
+    if len(alike) > 1:
+        raise InputError(f"{wanted!r} may be {' or '.join(alike)}: write one of them exactly")
+    return alike[0] if alike else None
 
 
 def _choices(wanted: str, known: list[str]) -> str:

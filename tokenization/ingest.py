@@ -5,17 +5,24 @@ ZeroDivisionError, ticks beyond 2³¹ turn negative and end in a KeyError, and 6
 take gigabytes and minutes, because every empty bar becomes tokens. So all of it is checked before tokenising.
 """
 
+import os
+import zlib
+from functools import partial
 from pathlib import Path
-from typing import cast
+from stat import S_ISREG
+from typing import IO, cast
 
 import numpy as np
 from symusic import Score
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 
-MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar"})
+from .open_notes import close_notes
+
+MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar", ".rmi"})
 
 # A whole opera as MIDI is under 2 MB; beyond this it is not music, and reading it may exhaust the memory.
 MAX_FILE_BYTES = 16 * 2**20
+NOT_REGULAR = "it is not a regular file"
 TOO_LARGE = f"the file is larger than {MAX_FILE_BYTES // 2**20} MB"
 # The longest piano performances have some 30,000 notes. "Black MIDI" has millions, of which no model learns anything.
 MAX_NOTES = 100_000
@@ -59,37 +66,82 @@ def read_score(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSeco
     Raises:
         MidiRefusedError: if the file cannot be read, is malformed, holds no note, or is beyond this module's limits.
     """
+    return _in_order(read_unordered(source)[0])
+
+
+def read_unordered(source: str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond) -> tuple[ScoreTick, list[str]]:
+    """[`read_score`] with the tracks in the order of the source, and in plain English what was changed to read it."""
     if isinstance(source, ScoreTick):
-        return check_score(source)
+        return _checked(source), []
     if isinstance(source, ScoreQuarter | ScoreSecond):
-        return check_score(cast(ScoreTick, source.to("tick")))
+        return _checked(cast(ScoreTick, source.to("tick"))), []
     if isinstance(source, bytes):
-        return check_score(parse_midi(source)[0])
+        score, _, changes = _parse_leniently(source)
+        return _checked(score), changes
     try:
-        return read_score(read_content(Path(source)))
+        return read_unordered(read_content(Path(source)))
     except MidiRefusedError as error:
         raise MidiRefusedError(error.reason, str(source)) from error
+
+
+def is_midi(name: str) -> bool:
+    """Whether a file of this name is a MIDI file, perhaps compressed (`.mid.gz`)."""
+    return name.lower().removesuffix(".gz").endswith(tuple(MIDI_SUFFIXES))
 
 
 def read_content(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        MidiRefusedError: if it cannot be read or is larger than `MAX_FILE_BYTES`.
+        MidiRefusedError: if it cannot be read, is not a regular file, or is larger than `MAX_FILE_BYTES`.
+    """
+    with open_regular(path) as file:
+        try:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise MidiRefusedError(TOO_LARGE)
+            # Files of /proc have more bytes than they say. The log of the kernel has none, for now, which is None.
+            content = cast(bytes | None, file.read(MAX_FILE_BYTES + 1))
+        except OSError as error:
+            raise MidiRefusedError(f"the file cannot be read ({error.strerror})") from error
+    if content is None:
+        raise MidiRefusedError("the file cannot be read (it keeps the reader waiting)")
+    if len(content) > MAX_FILE_BYTES:
+        raise MidiRefusedError(TOO_LARGE)
+    return content
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read bytes. Pipes, sockets and devices are refused unopened: reading them may never end.
+
+    Raises:
+        MidiRefusedError: if it cannot be opened, or is not a regular file.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise MidiRefusedError(TOO_LARGE)
-        return path.read_bytes()
-    except OSError as error:
-        raise MidiRefusedError(f"the file cannot be read ({error.strerror})") from error
+        if not S_ISREG(path.stat().st_mode):
+            raise MidiRefusedError(NOT_REGULAR)
+        # Another process may have put a pipe in its place since.
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+        if S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    except MidiRefusedError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError for a path that holds a null byte
+        raise MidiRefusedError(f"the file cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    raise MidiRefusedError(NOT_REGULAR)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
     """Parse the content of a MIDI file, leniently if necessary.
 
     Some old sequencers wrote data bytes above 127, which the standard forbids. Such a file is read with these bytes
-    clamped: of 385 malformed files that symusic refuses, 96 have no other defect.
+    clamped: of 385 malformed files that symusic refuses, 96 have no other defect. A file compressed by gzip, or
+    wrapped in RIFF as Windows does (`.rmi`), is unwrapped, whatever its name. Notes that the file never ends are
+    ended, see [`~midimamba.tokenization.open_notes.close_notes`].
 
     Returns:
         `tuple[symusic.Score, bool]`: the unchecked score, and whether bytes were clamped to read it.
@@ -97,16 +149,48 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
     Raises:
         MidiRefusedError: if it is malformed, has no beats, or isn't a single piece.
     """
+    score, clamped, _ = _parse_leniently(content)
+    return score, clamped
+
+
+def _parse_leniently(content: bytes) -> tuple[ScoreTick, bool, list[str]]:
+    """[`parse_midi`], and in plain English what was changed."""
+    content = _unwrap(content)
     if not content:
         raise MidiRefusedError("the file is empty")
     _check_header(content)
     try:
-        return _parse(content, sanitize=False), False
+        score, changes = _parse(content, sanitize=False)
+        return score, False, changes
     except MidiRefusedError as refusal:
         try:
-            return _parse(content, sanitize=True), True
+            score, changes = _parse(content, sanitize=True)
+            return score, True, ["data bytes above 127 read as 127", *changes]
         except MidiRefusedError:
             raise refusal from None  # the file's own defect, not what is left of it after clamping
+
+
+def _unwrap(content: bytes) -> bytes:
+    """The MIDI file in a gzip or RIFF file; other content as it is."""
+    if content[:2] == b"\x1f\x8b":
+        try:
+            decoder = zlib.decompressobj(wbits=31)
+            content = decoder.decompress(content, MAX_FILE_BYTES + 1)
+        except zlib.error as error:
+            raise MidiRefusedError(f"it is compressed, and damaged ({error})") from error
+        if len(content) > MAX_FILE_BYTES:
+            raise MidiRefusedError(TOO_LARGE)
+        if not decoder.eof:
+            raise MidiRefusedError("it is compressed, and its end is missing")
+    if content[:4] != b"RIFF" or content[8:12] != b"RMID":
+        return content
+    place = 12
+    while place + 8 <= len(content):
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        if content[place : place + 4] == b"data":
+            return content[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2  # chunks are padded to even lengths
+    raise MidiRefusedError("it is a RIFF file without MIDI data")
 
 
 def _check_header(content: bytes) -> None:
@@ -120,9 +204,12 @@ def _check_header(content: bytes) -> None:
         raise MidiRefusedError("it is of MIDI format 2: independent patterns, not one piece")
 
 
-def _parse(content: bytes, sanitize: bool) -> ScoreTick:
+def _parse(content: bytes, sanitize: bool) -> tuple[ScoreTick, list[str]]:
     try:
-        return Score.from_midi(content, sanitize_data=sanitize)
+        parse = partial(Score.from_midi, sanitize_data=sanitize)
+        score, opened = close_notes(content, parse(content), parse)
+        notes = f"{opened:,} notes that never end" if opened > 1 else "1 note that never ends"
+        return score, [f"{notes}, ended with another of its pitch or with the track"] if opened else []
     except (RuntimeError, ValueError, IndexError, OverflowError) as error:
         detail = " ".join(str(error).split()).removeprefix("MiniMidi: ")
         raise MidiRefusedError(f"not a well-formed MIDI file ({detail})") from error
@@ -134,9 +221,17 @@ def check_score(score: ScoreTick) -> ScoreTick:
     Raises:
         MidiRefusedError: if it holds no note, impossible times, or more than this module's limits allow.
     """
+    return _in_order(_checked(score))
+
+
+def _checked(score: ScoreTick) -> ScoreTick:
     _check_size(score)
     _check_notes(score)
     _check_global_events(score)
+    return score
+
+
+def _in_order(score: ScoreTick) -> ScoreTick:
     # Files keep tracks and simultaneous notes in any order. In a fixed order (by instrument, duration, pitch) equal
     # music has equal tokens, and a decoded score has the tokens it came from.
     ordered = score.sort(inplace=False)

@@ -17,11 +17,19 @@ from miditok import MuMIDI, MusicTokenizer, TokSequence
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 from transformers import BatchEncoding, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import PROCESSOR_NAME, logging
+from transformers.utils.hub import cached_file
 
+from .composing import Composed, compose
+from .continuation import add_continuation, warn_of_shared_channels
 from .controls import control_ids, controls_of
+from .errors import InputError
 from .grammar import MidiGrammar
-from .ingest import read_score
-from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, base_ids, fast_tokenizer, load_tokenizer, merge_ids
+from .ingest import check_score, read_unordered
+from .normalization import normalize, settle_notes
+from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, encode_normalized, fast_tokenizer, load_tokenizer, merge_ids
+
+logger = logging.get_logger(__name__)
 
 Midi = str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond
 Controls = Mapping[str, str | Sequence[str]]
@@ -41,11 +49,15 @@ class MidiProcessor(ProcessorMixin):
             From [`~midimamba.tokenization.tokenizer.build_tokenizer`], trained or not. The text tokenizer `tokenizer`,
             which plain `AutoTokenizer` loads, is derived from it, so the two cannot disagree. It is `None` for
             several vocabularies: then every id below is a row of ids of shape (vocabularies,).
+        programs (`Sequence[int]`, *optional*):
+            The General MIDI programs of the training data, and -1 for drums: the grammar lets new music have no
+            others. By default all.
     """
 
-    def __init__(self, midi_tokenizer: MusicTokenizer) -> None:
+    def __init__(self, midi_tokenizer: MusicTokenizer, programs: Sequence[int] | None = None) -> None:
         super().__init__(None if midi_tokenizer.is_multi_voc else fast_tokenizer(midi_tokenizer))
         self.midi_tokenizer = midi_tokenizer
+        self.programs = None if programs is None else sorted(programs)
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in transformers, except that a part may be `None`, which transformers supports apart from this check."""
@@ -146,7 +158,11 @@ class MidiProcessor(ProcessorMixin):
         prefix += self.control_ids(controls or {})
         if midi is None:
             return prefix
-        return prefix + merge_ids(self.midi_tokenizer, base_ids(self.midi_tokenizer, read_score(midi)))
+        score, changes = read_unordered(midi)
+        score, more = normalize(self.midi_tokenizer, check_score(score))
+        for change in changes + more:
+            logger.info("%s", change)
+        return prefix + merge_ids(self.midi_tokenizer, encode_normalized(self.midi_tokenizer, score))
 
     def control_ids(self, values: Controls) -> list[int]:
         """The ids that ask for `values`, in the order of the vocabulary, whatever the order given.
@@ -173,6 +189,13 @@ class MidiProcessor(ProcessorMixin):
         Raises:
             ValueError: if `ids` holds more than one sequence, or rows of several vocabularies that aren't music.
         """
+        score = self._score(self._music(ids))
+        settle_notes(self.midi_tokenizer, score)
+        warn_of_shared_channels(score)
+        return score
+
+    def _music(self, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> list[Any]:
+        """The ids of one sequence that are music."""
         tokenizer = self.midi_tokenizer
         shape = (-1, len(tokenizer.vocab)) if tokenizer.is_multi_voc else (-1,)
         steps = torch.as_tensor(ids, dtype=torch.long).cpu()
@@ -181,9 +204,14 @@ class MidiProcessor(ProcessorMixin):
         if steps.numel() and (steps.dim() != len(shape) or steps.shape[1:] != shape[1:]):
             raise ValueError(f"decode takes one sequence, not shape {tuple(steps.shape)}: use batch_decode")
         steps = steps.reshape(shape)
-        music = steps[self._is_music(steps)].tolist()
+        music: list[Any] = steps[self._is_music(steps)].tolist()
+        return music
+
+    def _score(self, music: list[Any]) -> ScoreTick:
+        """What MidiTok decodes."""
+        tokenizer = self.midi_tokenizer
         try:
-            return tokenizer.decode(TokSequence(ids=music, are_ids_encoded=tokenizer.is_trained))
+            return tokenizer.decode(TokSequence(ids=list(music), are_ids_encoded=tokenizer.is_trained))
         except (LookupError, ValueError) as error:
             raise ValueError(f"{type(tokenizer).__name__} cannot decode these ids, which are not music") from error
 
@@ -198,6 +226,44 @@ class MidiProcessor(ProcessorMixin):
             known[:, _MUMIDI_COLUMNS:] |= steps[:, _MUMIDI_COLUMNS:] == self.pad_token_id
         return known.all(dim=1)
 
+    def continue_score(self, prompt: Midi | None, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> ScoreTick:
+        """A prompt with what was sampled after it.
+
+        The prompt's own tracks, names, velocities, controllers, tempos and meters stay as they are, and new notes,
+        tempos and meters are added; see [`~midimamba.tokenization.continuation.add_continuation`].
+
+        Args:
+            prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*):
+                What was encoded as the prompt. `None` for a piece from scratch, which is decoded.
+            ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
+                One sequence as for `decode`. Its music begins with that of the prompt.
+
+        Raises:
+            MidiRefusedError: if the prompt cannot be used.
+            ValueError: if `ids` is more than one sequence, not music, or does not begin with the prompt.
+        """
+        if prompt is None:
+            return self.decode(ids)
+        score = read_unordered(prompt)[0]
+        opening, music = self.encode(score, add_bos=False), self._music(ids)
+        if music[: len(opening)] != opening:
+            raise ValueError("the ids do not begin with those of the prompt: give the prompt that was encoded")
+        result = add_continuation(self.midi_tokenizer, score, self._score(opening), self._score(music))
+        warn_of_shared_channels(result)
+        return result
+
+    def changes(self, midi: Midi) -> list[str]:
+        """What encoding changes in a piece, in plain English, such as `"1 bar of 15/16 written as 7/8 + 1/16"`.
+
+        Notes and tempos that only move to the nearest position, duration, velocity or tempo of the tokenizer are not
+        listed. `encode` logs the same list at level INFO.
+
+        Raises:
+            MidiRefusedError: if the piece cannot be used.
+        """
+        score, read = read_unordered(midi)
+        return read + normalize(self.midi_tokenizer, check_score(score)).changes
+
     def batch_decode(self, ids: Sequence[Sequence[Any]] | torch.Tensor) -> list[ScoreTick]:
         """[`decode`] of every sequence of a batch of shape (batch, time), or of a list of sequences of any length."""
         return [self.decode(sequence) for sequence in ids]
@@ -208,12 +274,20 @@ class MidiProcessor(ProcessorMixin):
         Raises:
             InputError: if there are no rules for the tokenization.
         """
-        return MidiGrammar(self.midi_tokenizer, **options)
+        return MidiGrammar(self.midi_tokenizer, **{"programs": self.programs, **options})
+
+    def compose(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Composed:
+        """Let a model continue what this processor returned; see [`~midimamba.tokenization.composing.compose`]."""
+        return compose(model, self, inputs, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `processor_config.json` holds: the class and its module. Everything else is in `miditok.json`."""
+        """What `processor_config.json` holds: the class, its module and `programs`. The rest is in `miditok.json`."""
         name = type(self).__name__
-        return {"processor_class": name, "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{name}"}}
+        config: dict[str, Any] = {
+            "processor_class": name,
+            "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{name}"},
+        }
+        return config if self.programs is None else config | {"programs": self.programs}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `miditok.json`, `processor_config.json`, the text tokenizer if there is one, and the code to read it.
@@ -234,7 +308,7 @@ class MidiProcessor(ProcessorMixin):
         custom_object_save(self, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        self.to_json_file(folder / "processor_config.json")
+        self.to_json_file(folder / PROCESSOR_NAME)
         (folder / MIDITOK_FILE).write_text(json.dumps(self.midi_tokenizer.to_dict(), indent=2))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
@@ -261,15 +335,29 @@ class MidiProcessor(ProcessorMixin):
                 `subfolder`, `proxies` and `user_agent`, also as in transformers. Others are ignored.
 
         Raises:
-            InputError: if there is no `miditok.json`.
+            InputError: if there is no `miditok.json`, or a file cannot be read.
         """
-        tokenizer = load_tokenizer(
-            str(pretrained_model_name_or_path),
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            revision=revision,
+        name = str(pretrained_model_name_or_path)
+        hub_options = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
             **{key: value for key, value in kwargs.items() if key in _MORE_HUB_OPTIONS},
-        )
-        return cls(tokenizer)
+        }
+        return cls(load_tokenizer(name, **hub_options), _load_programs(name, hub_options))
+
+
+def _load_programs(name: str, hub_options: Mapping[str, Any]) -> list[int] | None:
+    """The programs of the training data, from `processor_config.json`. Folders of earlier versions have none."""
+    path = cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
+    if path is None:
+        return None
+    try:
+        programs = json.loads(Path(path).read_text(encoding="utf-8")).get("programs")
+        if programs is None or all(program in range(-1, 128) for program in programs):
+            return programs
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{name}: its {PROCESSOR_NAME} cannot be read ({error}): save the processor again") from error
+    raise InputError(f"{name}: programs in {PROCESSOR_NAME} must be numbers from -1 to 127: save the processor again")

@@ -31,12 +31,16 @@ _DEFAULTS: dict[str, Any] = {
     "beat_res": {(0, 4): 12, (4, 12): 4},
     "num_velocities": 32,
     "use_tempos": True,
-    # 32 tempos in equal ratios: 6 % apart, about the smallest difference that a listener notices.
+    # Twelve tempos an octave, 5.9 % apart, about the smallest difference that a listener notices. Half, once and twice
+    # MIDI's own tempo of 120 are among them, exactly.
+    "tempo_range": (30, 240),
+    "num_tempos": 37,
     "log_tempos": True,
     "delete_equal_successive_tempo_changes": True,
     "use_time_signatures": True,
-    # The meters of MidiTok's default and a few more. A meter that is missing here is ignored; its notes are kept.
-    "time_signature_range": {4: [1, 2, 3, 4, 5, 6, 7, 8], 8: [3, 5, 6, 7, 9, 12]},
+    # Bars of any number of sixteenths can be written with one or a few of these. A denominator of 16 makes positions
+    # finer only where there is such a meter.
+    "time_signature_range": {4: list(range(1, 13)), 8: list(range(1, 13)), 16: [1, 3, 5, 7, 9, 11]},
     # MidiTok's own rests of an eighth of a beat are not a whole number of its steps, so everything after is shifted.
     "beat_res_rest": {(0, 2): 4, (2, 12): 2},
     # A program token at every change of instrument instead of before every note.
@@ -99,17 +103,18 @@ def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (),
 
     Those of `ONE_STREAM` write one id per step. Those of `MULTI_VOCABULARY` write a row of ids per step, each from a
     vocabulary of its own that starts with PAD, BOS and EOS; no model here reads them. All three keep notes, velocities
-    and instruments as REMI does, on the same grid.
+    and instruments as REMI does, on the same grid. In all, bar lines, long notes, overlaps, pedals and tracks are
+    treated as [`~midimamba.tokenization.normalization.normalize`] says.
 
     Args:
         tokenization (`str`, *optional*, defaults to `"REMI"`):
             - `"REMI"`: time as bars and positions in them.
             - `"TSD"`: time as shifts between notes.
-            - `"MIDILike"`: an event for the start and one for the end of each note, as in MIDI: where notes of one
-              pitch and instrument overlap, the one that started first ends first.
+            - `"MIDILike"`: an event for the start and one for the end of each note, as in MIDI.
             - `"Structured"`: shift, program, pitch, velocity and duration for every note; no tempos, no meters, and
               no pause longer than 32 quarter notes.
-            - `"PerTok"`: bars of 4/4, shifts and microtiming; tempos, no meters.
+            - `"PerTok"`: bars of 4/4, shifts and microtiming; no meters; a change of tempo comes with the note before
+              it, or the bar line after that note.
             - `"MMM"`: one track after another, each as `base_tokenizer` (`"REMI"`, the default, or `"TSD"`).
             - `"BEAT"`: the piano roll of each beat at 4 steps a beat, with one velocity for each pitch in it.
             - `"CPWord"`: a row for every bar, position and note: 2.3 times fewer rows than REMI has tokens. It loses

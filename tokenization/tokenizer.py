@@ -9,15 +9,15 @@ Tokenizations with several vocabularies write rows of ids instead, one id from e
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import miditok
 import numpy as np
-from miditok import MusicTokenizer, Structured, TokSequence
-from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
+from miditok import MMM, MusicTokenizer, Structured, TokSequence
+from symusic.core import ScoreTick
 from tokenizers import Tokenizer, models, trainers
 from transformers.utils.hub import cached_file
 
@@ -25,6 +25,7 @@ from .choices import SUBWORD_MODELS
 from .errors import InputError
 from .hf_tokenizer import fast_tokenizer, word_starts
 from .ingest import MidiRefusedError
+from .normalization import normalize_score
 from .tokenizations import (
     BOS,
     EOS,
@@ -42,6 +43,7 @@ __all__ = [
     "build_tokenizer",
     "check_subword_model",
     "check_vocab_size",
+    "encode_normalized",
     "expand_ids",
     "fast_tokenizer",
     "load_tokenizer",
@@ -53,57 +55,26 @@ __all__ = [
 ]
 
 MIDITOK_FILE = "miditok.json"
+# What MMM repeats in every track, over all tracks: 220,000 take a second.
+MAX_SHARED_EVENTS = 300_000
+# What MidiTok writes to it. It would set anything else as an attribute, methods included.
+_STORED = frozenset(
+    {"config", "tokenization", "_model", "_vocab_base", "_vocab_base_byte_to_token", "has_bpe"}
+    | {"miditok_version", "symusic_version", "hf_tokenizers_version"}
+)
+_MAX_TOKENS = 100_000
 # Elsewhere the trainers of `tokenizers` print empty lines instead of a bar.
 _SHOW_PROGRESS = sys.stderr.isatty()
-
-
-def normalize_score(score: ScoreTick) -> ScoreTick:
-    """The score in the form in which it is tokenized: without what MidiTok would lose, and without what has no effect.
-
-    - Meters of half notes are written with quarters (3/2 as 6/4), which MidiTok would otherwise drop.
-    - Changes of tempo or meter that apply to no note are removed: those after the last onset, and a meter that
-      would start with the bar line after it.
-
-    For every score, `base_ids(tokenizer, score)` is `tokenizer.encode(normalize_score(score), encode_ids=False).ids`,
-    except that the rows of MuMIDI are padded.
-
-    Args:
-        score (`symusic.Score`):
-            Times in ticks. It is left as it is.
-
-    Returns:
-        `symusic.Score`: a copy.
-    """
-    score = score.copy()
-    for meter in score.time_signatures:
-        if meter.denominator == 2:
-            meter.numerator, meter.denominator = meter.numerator * 2, 4
-    last = _onsets(score).max(initial=0)
-    score.tempos = TempoTickList([tempo for tempo in score.tempos if tempo.time <= last])
-    score.time_signatures = _meters_until(last, score)
-    return score
 
 
 def _onsets(score: ScoreTick) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(track.notes.numpy()["time"] for track in score.tracks)])
 
 
-def _meters_until(last: int, score: ScoreTick) -> TimeSignatureTickList:
-    """The meters in force by tick `last`. MidiTok lets a meter start with the next bar line."""
-    kept = []
-    line, bar = 0.0, 4.0 * score.ticks_per_quarter
-    for meter in sorted(score.time_signatures, key=lambda meter: meter.time):
-        late = (meter.time - line) % bar
-        # A meter less than a position (a twelfth of a beat) behind the bar line is on it.
-        start = meter.time - late + (bar if late >= score.ticks_per_quarter / 12 else 0)
-        if start <= last:
-            kept.append(meter)
-            line, bar = start, meter.numerator * 4 * score.ticks_per_quarter / meter.denominator or bar
-    return TimeSignatureTickList(kept)
-
-
 def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
-    """The ids of the base tokens of a score, normalised by [`normalize_score`], before any subword model.
+    """The ids of the base tokens of a score, before any subword model.
+
+    The score is first put into the form that [`~midimamba.tokenization.normalization.normalize`] describes.
 
     Returns:
         `list[int]`, or for several vocabularies `list[list[int]]` of shape (time, vocabularies). MuMIDI's bars,
@@ -111,11 +82,21 @@ def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
 
     Raises:
         MidiRefusedError: if the tokenization cannot write the piece: Structured has no time shift for a long pause,
-            Octuple and MuMIDI no number for a bar beyond their `max_bar_embedding`.
+            Octuple and MuMIDI no number for a bar beyond their `max_bar_embedding`; or if it has very many long notes.
     """
+    return encode_normalized(tokenizer, normalize_score(tokenizer, score))
+
+
+def encode_normalized(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
+    """[`base_ids`] of a score that is normalised already."""
     if type(tokenizer) is Structured:
         _check_pauses(tokenizer, score)
-    score = normalize_score(score)
+    cast(Any, tokenizer)._insert_program_change_events = _insert_program_changes
+    if type(tokenizer) is MMM:
+        _check_tracks(score)
+        # MidiTok adds up the sequences of tracks one by one, which is quadratic: 17 seconds for 1,000 tracks.
+        tracks = tokenizer.encode(score, encode_ids=False, concatenate_track_sequences=False)
+        return [id_ for track in cast(list[TokSequence], tracks) for id_ in track.ids]
     if not tokenizer.is_multi_voc:
         return tokenizer.encode(score, encode_ids=False).ids
     score = tokenizer.preprocess_score(score)
@@ -124,12 +105,49 @@ def base_ids(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     return [row + [tokenizer.pad_token_id] * (len(tokenizer.vocab) - len(row)) for row in rows]
 
 
+class _Insertions(list[Any]):
+    """A list that remembers what is to be inserted into it."""
+
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__(items)
+        self.insertions: dict[int, Any] = {}
+
+    def insert(self, index: SupportsIndex, item: Any) -> None:
+        self.insertions[int(index)] = item
+
+
+def _insert_program_changes(events: list[Any]) -> None:
+    """MidiTok's method in linear time.
+
+    MidiTok inserts events into a list one by one, from the last to the first. With 100,000 notes on 1,000 tracks that
+    takes 5 to 50 seconds.
+    """
+    marked = _Insertions(events)
+    MusicTokenizer._insert_program_change_events(marked)
+    events[:] = [
+        item
+        for index, event in enumerate(events)
+        for item in ((marked.insertions[index], event) if index in marked.insertions else (event,))
+    ]
+
+
 def _check_pauses(tokenizer: Structured, score: ScoreTick) -> None:
     """MidiTok's Structured shortens a pause for which it has no time shift, so everything after it comes too early."""
     limit = max(last for _, last in tokenizer.config.beat_res)
     onsets = np.sort(_onsets(score))
     if np.diff(onsets, prepend=0).max(initial=0) > limit * score.ticks_per_quarter:
         raise MidiRefusedError(f"no note starts for more than {limit} quarter notes, which Structured cannot write")
+
+
+def _check_tracks(score: ScoreTick) -> None:
+    """MMM repeats bars and changes of tempo and meter in every track, so a small file may have a billion tokens."""
+    quarters = int(_onsets(score).max(initial=0)) // score.ticks_per_quarter
+    shared = quarters // 4 + len(score.tempos) + len(score.time_signatures)
+    if len(score.tracks) * shared > MAX_SHARED_EVENTS:
+        raise MidiRefusedError(
+            f"MMM repeats {shared:,} bars and changes of tempo and meter in each of {len(score.tracks):,} tracks; "
+            f"the limit is {MAX_SHARED_EVENTS:,} in all"
+        )
 
 
 def _check_bars(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
@@ -284,13 +302,46 @@ def load_tokenizer(name: str, **hub_options: Any) -> MusicTokenizer:
             Passed to `transformers.utils.cached_file`: `revision`, `token`, `cache_dir`, `local_files_only` and so on.
 
     Raises:
-        InputError: if there is no `miditok.json`, or its tokenization isn't supported.
+        InputError: if there is no `miditok.json`, or it is not one that this package can read.
     """
     try:
         path = Path(cast(str, cached_file(name, MIDITOK_FILE, **hub_options)))
-        tokenization = json.loads(path.read_text()).get("tokenization")
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # JSON can be too deep for Python's stack
         reason = str(error).splitlines()[0]
         raise InputError(f"{name} is not a MIDI model: its {MIDITOK_FILE} cannot be read ({reason})") from error
-    check_tokenization(tokenization)
-    return getattr(miditok, tokenization)(params=path)
+    broken = f"{name} is not a MIDI model: its {MIDITOK_FILE} is damaged"
+    if not isinstance(content, dict):
+        raise InputError(f"{broken}: it holds no JSON object; save or download the model again")
+    check_tokenization(content.get("tokenization"))  # type: ignore[arg-type]  # checked there
+    if not isinstance(content.get("config"), dict):
+        raise InputError(f"{broken}: it holds no `config`; save or download the model again")
+    if unknown := content.keys() - _STORED:
+        raise InputError(f"{broken}: {min(unknown)!r} is not a part of a tokenizer; save or download the model again")
+    if (largest := max(_numbers(content["config"]))) > _MAX_TOKENS:
+        raise InputError(f"{broken}: an option of {largest:,} would give more than {_MAX_TOKENS:,} tokens of one kind")
+    try:
+        tokenizer: MusicTokenizer = getattr(miditok, content["tokenization"])(params=path)
+        special = [tokenizer[token] for token in (PAD, BOS, EOS)] if not tokenizer.is_multi_voc else [0, 1, 2]
+    except Exception as error:  # MidiTok checks little of what it reads, and `tokenizers` raises bare exceptions
+        reason = f"{type(error).__name__} {' '.join(str(error).split())}"
+        raise InputError(f"{broken} ({reason}); save or download the model again") from error
+    if special != [0, 1, 2]:
+        raise InputError(f"{broken}: PAD, BOS and EOS are not ids 0, 1 and 2; save or download the model again")
+    return tokenizer
+
+
+def _numbers(options: Any) -> Iterator[float]:
+    """How many tokens each option of a tokenizer asks for, at most, before MidiTok makes them."""
+    yield 0
+    if isinstance(options, dict):
+        for name, value in options.items():
+            yield from _numbers(value)
+            beats = str(name).rpartition("_")[2]  # of "0_4": 12
+            if beats.isdecimal() and isinstance(value, (int, float)):
+                yield int(beats) * value
+    elif isinstance(options, list):
+        for value in options:
+            yield from _numbers(value)
+    elif isinstance(options, (int, float)):
+        yield abs(options)

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from midimamba.errors import InputError, exit_on_input_error
+from midimamba.errors import InputError
 from midimamba.runtime import limit_spinning
+from midimamba.training.process import training_process
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from midimamba.corpus.augmentation import Augmentation
     from midimamba.tokenization.processor import MidiProcessor
     from midimamba.training.adversarial_config import AdversarialConfig
@@ -42,6 +45,18 @@ class AdversarialArguments:
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
     d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
 
+    def __post_init__(self) -> None:
+        numbers = (
+            self.d_hidden_size,
+            self.d_num_hidden_layers,
+            *(self.d_filter_sizes or ()),
+            *(self.d_num_filters or ()),
+        )
+        if min(numbers) < 1:
+            raise InputError("d_hidden_size, d_num_hidden_layers, d_filter_sizes and d_num_filters must be at least 1")
+        if not 0 <= self.d_dropout < 1:
+            raise InputError(f"d_dropout is {self.d_dropout}, but must be in [0, 1)")
+
 
 def main() -> None:
     """Read the options, then tune."""
@@ -67,8 +82,28 @@ def tune(
     """Tune, save both networks, publish if asked.
 
     Raises:
-        InputError: if model, data and options do not fit together, or there is nothing to resume.
+        InputError: if model, data and options do not fit together, there is nothing to resume, or another run writes
+            into the same folders.
     """
+    from midimamba.training.resume import claimed
+    from midimamba.training.whole_checkpoints import output_folder
+
+    output = output_folder(training_args)
+    with claimed(output, discriminator_folder(output)):
+        _tune(script_args, lora_args, augmentation, training_args)
+
+
+def discriminator_folder(output: "Path") -> "Path":
+    """Where the discriminator of a run is saved: beside the generator."""
+    return output.with_name(f"{output.name}-discriminator")
+
+
+def _tune(
+    script_args: AdversarialArguments,
+    lora_args: "LoraArguments",
+    augmentation: "Augmentation",
+    training_args: "AdversarialConfig",
+) -> None:
     from transformers import set_seed
     from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -77,23 +112,27 @@ def tune(
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
     from midimamba.training.lora import lora_config
-    from midimamba.training.scripts import (
-        check_resumes,
-        find_resume_point,
-        load_blocks,
-        load_discriminator,
-        load_generator,
-    )
+    from midimamba.training.publishing import take_over_push
+    from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
+    from midimamba.training.scripts import load_blocks, load_discriminator, load_generator
+    from midimamba.training.whole_checkpoints import output_folder
 
     resume = find_resume_point(training_args)
+    d_output = discriminator_folder(output_folder(training_args))
+    if training_args.resume_from_checkpoint is None and (d_output / "config.json").exists():
+        raise InputError(
+            f"{d_output} holds the discriminator of another run; choose another --output_dir or delete it"
+        )
     length = training_args.sequence_length
     train, validation, processor = load_blocks(script_args.data, length, augmentation, training_args.seed)
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
     discriminator = load_discriminator(script_args, model, length)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
-    # Trainer would push optimizer states and pickled arguments along; we publish once, at the end, what users load.
-    push, training_args.push_to_hub = training_args.push_to_hub, False
+    arguments = [training_args, augmentation, lora_args, script_args]
+    recipe = recipe_of(arguments, (train, validation), model, is_given=True)
+    check_recipe(resume, recipe, training_args.world_size)
+    push = take_over_push(training_args, with_discriminator=True)
     try:
         trainer = AdversarialTrainer(
             model=model,
@@ -108,30 +147,27 @@ def tune(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    trainer.recipe = recipe
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        save(trainer, processor, [training_args, augmentation, lora_args, script_args], push)
-    trainer.end()
+        save(trainer, processor, arguments, push)
 
 
 def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:
     """Write the two networks, and publish them if asked."""
-    from midimamba.hub_cards.publish import publish
-    from midimamba.training.guard import output_folder
+    from midimamba.training.publishing import publish_run
     from midimamba.training.scripts import announce, save_model
+    from midimamba.training.whole_checkpoints import output_folder
 
     output = output_folder(trainer.args)
-    d_output = output.with_name(f"{output.name}-discriminator")
-    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    d_output = discriminator_folder(output)
     save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
-    save_model(output, trainer.generator_for_saving, processor, arguments=arguments)
+    save_model(output, trainer.generator_for_saving, processor, arguments=arguments, state=trainer.state)
     announce(f"the generator is in {output}, the discriminator in {d_output}")
     if push:
-        repo, private = trainer.args.hub_model_id or output.name, bool(trainer.args.hub_private_repo)
-        for url in publish(output, repo, discriminator=d_output, private=private).values():
-            announce(f"published {url}")
+        publish_run(trainer.args, output, d_output)
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with training_process():
         main()

@@ -1,14 +1,14 @@
 """The options of adversarial fine-tuning."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-# What a number may be, in words and as a test, and for which options. An option that is unset passes; NaN never does.
-_ALLOWED: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    (
+from midimamba.training.option_checks import TRAINER_RULES, Rule, check_numbers
+
+_RULES = (
+    Rule(
         "at least 1",
         lambda value: value >= 1,
         (
@@ -16,8 +16,8 @@ _ALLOWED: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("d_steps", "d_epochs", "num_eval_samples"),
         ),
     ),
-    ("at least 2", lambda value: value >= 2, ("group_size",)),
-    (
+    Rule("at least 2", lambda value: value >= 2, ("group_size",)),
+    Rule(
         "at least 0",
         lambda value: value >= 0,
         (
@@ -25,11 +25,11 @@ _ALLOWED: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("d_max_grad_norm", "max_nll_drift", "max_self_bleu_increase"),
         ),
     ),
-    ("greater than 0", lambda value: value > 0, ("advantage_clip", "kl_target", "rollout_memory_mb")),
-    ("in [0, 1)", lambda value: 0 <= value < 1, ("rollout_momentum", "replay_fraction", "ema_decay")),
-    ("in (0, 1)", lambda value: 0 < value < 1, ("ppo_clip",)),
-    ("in [0, 0.5)", lambda value: 0 <= value < 0.5, ("label_smoothing",)),
-    ("in [0.5, 1]", lambda value: 0.5 <= value <= 1, ("d_max_accuracy",)),
+    Rule("greater than 0", lambda value: value > 0, ("advantage_clip", "kl_target", "rollout_memory_mb")),
+    Rule("in [0, 1)", lambda value: 0 <= value < 1, ("rollout_momentum", "replay_fraction", "ema_decay")),
+    Rule("in (0, 1)", lambda value: 0 < value < 1, ("ppo_clip",)),
+    Rule("in [0, 0.5)", lambda value: 0 <= value < 0.5, ("label_smoothing",)),
+    Rule("in [0.5, 1]", lambda value: 0.5 <= value <= 1, ("d_max_accuracy",)),
 )
 
 # The sections of the help.
@@ -264,11 +264,7 @@ class AdversarialConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for allowed, holds, names in _ALLOWED:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"{name} is {value}, but must be {allowed}")
+        check_numbers(self, (*TRAINER_RULES, *_RULES))
         # The command line refuses other choices itself; a recipe and a caller's code do not.
         for name in ("estimator", "reward", "baseline"):
             value, choices = getattr(self, name), _choices(name)

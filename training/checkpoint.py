@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from midimamba.errors import InputError
-from midimamba.files import whole_file, write_whole
+from midimamba.files import read_json, whole_file, write_whole
 from midimamba.training.credit import Credit
 from midimamba.training.discriminator_update import DiscriminatorUpdate
 from midimamba.training.generator_update import GeneratorLoss
 from midimamba.training.guard import Guard
 from midimamba.training.policies import load_policy, save_policy, save_tensors
+from midimamba.training.whole_checkpoints import seal_of
 
 DISCRIMINATOR_FILE = "discriminator.safetensors"
 D_OPTIMIZER_FILE = "discriminator_optimizer.pt"
@@ -82,7 +83,9 @@ class AdversarialState:
             InputError: if the run that wrote it had other options.
         """
         expected = [DISCRIMINATOR_FILE, D_OPTIMIZER_FILE, STATE_FILE, *self.policies]
-        if self.args.replay_fraction:
+        # A process that the run did not have before remembers nothing.
+        remembers = self.args.replay_fraction and self.args.process_index < seal_of(folder)["processes"]
+        if remembers:
             expected.append(self._replay_file)
         missing = [name for name in expected if not (folder / name).exists()]
         if missing:
@@ -93,9 +96,9 @@ class AdversarialState:
         self.discriminator_update.optimizer.load_state_dict(optimizer)
         for name, policy in self.policies.items():
             load_policy(policy, folder / name)
-        if self.args.replay_fraction:
+        if remembers:
             self.discriminator_update.replay.sequences = load_file(folder / self._replay_file)["input_ids"].to(device)
-        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+        state: dict[str, Any] = read_json(folder / STATE_FILE)
         self.generator_loss.kl_coef = state["kl_coef"]
         self.credit.load_state_dict(state["baseline"], device)
         return self.guard.load_state_dict(state["guard"])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainingArguments
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from midimamba.files import write_whole
+from midimamba.files import read_json, write_whole
 from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.whole_checkpoints import output_folder
 
-TRAINER_STATE_FILE = "trainer_state.json"
 ROLLBACKS_FILE = "rollbacks.json"
 
 MAX_ROLLBACKS = 3
 """How often a run goes back before it ends with its last good checkpoint."""
-
-
-def output_folder(args: TrainingArguments) -> Path:
-    """Where a run writes. `TrainingArguments` fills `output_dir` in, although its type allows `None`."""
-    return Path(str(args.output_dir))
 
 
 class DivergedError(Exception):
@@ -63,7 +54,7 @@ class Guard:
         """A run starts, or goes on from a checkpoint: then the roll-backs after that checkpoint count as well."""
         self.last_good = None if checkpoint is None else Path(checkpoint)
         if checkpoint is not None and self._file.exists():
-            self.rollbacks = int(json.loads(self._file.read_text())["rollbacks"])
+            self.rollbacks = int(read_json(self._file).get("rollbacks", 0))
         elif self.accelerator.is_main_process:
             self._file.unlink(missing_ok=True)
 
@@ -139,20 +130,3 @@ def scale_learning_rates(optimizer: Any, factor: float, scheduler: Any = None) -
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
         scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # what Trainer logs
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in a folder. Half-written ones, which a killed process leaves, are skipped."""
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    steps = [int(match[1]) for child in folder.glob("*") if (match := pattern.fullmatch(child.name))]
-    checkpoints = [folder / f"{PREFIX_CHECKPOINT_DIR}-{step}" for step in sorted(steps, reverse=True)]
-    return next((str(checkpoint) for checkpoint in checkpoints if is_complete(checkpoint)), None)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint is whole: Trainer writes its own state last, so that is there and can be read."""
-    try:
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
-    except (OSError, ValueError):
-        return False
-    return True

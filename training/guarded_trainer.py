@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -20,6 +20,7 @@ from midimamba.errors import InputError
 from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, sample
+from midimamba.text import show
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.checkpoint import (
     AVERAGED_POLICY_FILE,
@@ -32,11 +33,8 @@ from midimamba.training.discriminator_update import DiscriminatorUpdate
 from midimamba.training.generator_update import GeneratorLoss
 from midimamba.training.guard import (
     MAX_ROLLBACKS,
-    TRAINER_STATE_FILE,
     DivergedError,
     Guard,
-    last_complete_checkpoint,
-    output_folder,
     scale_learning_rates,
 )
 from midimamba.training.lora import merged
@@ -44,14 +42,20 @@ from midimamba.training.metrics import Metrics
 from midimamba.training.monitoring import Monitor, SampleLog, spread_blocks
 from midimamba.training.policies import distance, follow, frozen_copy, load_policy, weights_of
 from midimamba.training.rollout import Rollouts
+from midimamba.training.whole_checkpoints import (
+    TRAINER_STATE_FILE,
+    WholeCheckpointTrainer,
+    choose_checkpoint,
+    output_folder,
+)
 
 
-class GuardedTrainer(Trainer):
+class GuardedTrainer(WholeCheckpointTrainer):
     """
     A `Trainer` with a second network, whose runs go back when they go wrong and resume bit for bit. The algorithm is
     in [`AdversarialTrainer`], which makes the parts that are named here.
 
-    Of Trainer's private methods it overrides one, `_save_rng_state`, which says why. It calls a few when it goes back.
+    It overrides none of Trainer's private methods. It calls a few when it goes back.
     """
 
     args: AdversarialConfig
@@ -145,7 +149,8 @@ class GuardedTrainer(Trainer):
         """
         checkpoint: str | bool | None = resume_from_checkpoint
         if checkpoint is True:
-            checkpoint = last_complete_checkpoint(output_folder(self.args)) or True  # Trainer says there is none
+            chosen = choose_checkpoint(output_folder(self.args)).checkpoint
+            checkpoint = True if chosen is None else str(chosen)  # for True, Trainer says there is none
         self.guard.begin(checkpoint if isinstance(checkpoint, str) else None)
         while True:
             self._resumed_from = checkpoint if isinstance(checkpoint, str) else None
@@ -195,7 +200,7 @@ class GuardedTrainer(Trainer):
 
     def _announce(self, message: str) -> None:
         if self.is_world_process_zero():
-            sys.stderr.write(f"{message}\n")
+            show(message, file=sys.stderr)
 
     # ---- after every step ----
 
@@ -273,29 +278,12 @@ class GuardedTrainer(Trainer):
 
     # ---- checkpoints: everything a resumed run needs to go on bit for bit ----
 
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Where a checkpoint of this step is."""
-        return output_folder(self.args) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; a checkpoint gets the rest of the run's state as well."""
         is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
-        if is_checkpoint and self.args.should_save:
-            # Trainer writes its state last, and its presence says that a checkpoint is whole. This one may have been
-            # written before, by a run that went on from an earlier checkpoint.
-            (Path(str(output_dir)) / TRAINER_STATE_FILE).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
         if is_checkpoint:
             self.adversarial_state.save(Path(str(output_dir)))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for all processes before Trainer writes its state, which says that a checkpoint is whole.
-
-        Trainer has no hook between the last file of a process and that state.
-        """
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
 
     def load_adversarial_state(self, checkpoint: str) -> None:
         """Read what [`~GuardedTrainer.save_model`] added to a checkpoint, and scale the learning rates as it says."""

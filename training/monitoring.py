@@ -20,6 +20,7 @@ from midimamba.files import write_whole
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.modeling.scoring import score
+from midimamba.text import show
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.adversarial_config import AdversarialConfig
 
@@ -149,7 +150,7 @@ class SampleLog:
             try:
                 score = self.processor.decode(ids)
             except ValueError as error:
-                sys.stderr.write(f"sample {index} of step {step} is not written: {error}\n")
+                show(f"sample {index} of step {step} is not written: {error}", file=sys.stderr)
                 continue
             write_whole(file, score.dumps_midi())
             if self._draws:
@@ -160,7 +161,7 @@ class SampleLog:
             draw_piano_roll(score, file, f"step {step}")
         except InputError as error:
             self._draws = False
-            sys.stderr.write(f"samples are written without piano rolls: {error}\n")
+            show(f"samples are written without piano rolls: {error}", file=sys.stderr)
             return
         for callback in self.callbacks.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from midimamba.errors import InputError, exit_on_input_error
+from midimamba.errors import InputError
 from midimamba.runtime import limit_spinning
+from midimamba.training.process import training_process
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,6 +59,12 @@ class PretrainArguments:
     carry_state: bool = field(
         default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
     )
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise InputError(
+                f"sequence_length is {self.sequence_length}, but must be at least 2: a token and the next"
+            )
 
 
 def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "MidiMambaConfig":
@@ -118,27 +125,37 @@ def train(
     """Train, keep the best, save.
 
     Raises:
-        InputError: if model, data and options do not fit together, or there is nothing to resume.
+        InputError: if model, data and options do not fit together, there is nothing to resume, or another run writes
+            into the same folder.
     """
-    from transformers import Trainer, set_seed
+    from midimamba.training.lora import lora_config
+    from midimamba.training.resume import claimed
+    from midimamba.training.whole_checkpoints import output_folder
+
+    if lora_config(lora_args) is not None and script_args.model is None:
+        raise InputError("use_peft needs --model, a generator to adapt: adapters of a new one would learn little")
+    with claimed(output_folder(training_args)):
+        _train(script_args, lora_args, augmentation, training_args)
+
+
+def _train(
+    script_args: PretrainArguments,
+    lora_args: "LoraArguments",
+    augmentation: "Augmentation",
+    training_args: "TrainingArguments",
+) -> None:
+    from transformers import set_seed
     from transformers.utils import SAFE_WEIGHTS_NAME
 
     from midimamba.corpus.packing import BlockCollator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-    from midimamba.training.guard import output_folder
     from midimamba.training.lora import add_adapters, lora_config, merged
-    from midimamba.training.scripts import (
-        announce,
-        check_resumes,
-        find_resume_point,
-        load_blocks,
-        load_generator,
-        save_model,
-    )
+    from midimamba.training.publishing import publish_run, take_over_push
+    from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
+    from midimamba.training.scripts import announce, load_blocks, load_generator, save_model
+    from midimamba.training.whole_checkpoints import WholeCheckpointTrainer, output_folder
 
     peft_config = lora_config(lora_args)
-    if peft_config is not None and script_args.model is None:
-        raise InputError("use_peft needs --model, a generator to adapt: adapters of a new one would learn little")
     resume = find_resume_point(training_args)
     length = script_args.sequence_length
     blocks, validation, processor = load_blocks(script_args.data, length, augmentation, training_args.seed)
@@ -148,7 +165,11 @@ def train(
     else:
         model = MidiMambaForCausalLM(new_config(script_args, processor))
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model})
-    trainer = Trainer(
+    arguments = (training_args, augmentation, lora_args, script_args)
+    recipe = recipe_of(arguments, (blocks, validation), model, is_given=script_args.model is not None)
+    check_recipe(resume, recipe, training_args.world_size)
+    push = take_over_push(training_args)
+    trainer = WholeCheckpointTrainer(
         model=model if peft_config is None else add_adapters(model, peft_config),
         args=training_args,
         data_collator=BlockCollator.for_processor(processor, script_args.carry_state),
@@ -156,17 +177,18 @@ def train(
         eval_dataset=validation,
         processing_class=processor,
     )
+    trainer.recipe = recipe
     if trainer.is_world_process_zero():
         announce(f"{model.num_parameters():,} parameters, {len(blocks):,} blocks of {length} tokens")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         output = output_folder(training_args)
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
-        save_model(output, merged(model), processor, arguments=(training_args, augmentation, lora_args, script_args))
+        save_model(output, merged(model), processor, arguments=arguments, state=trainer.state)
         announce(f"the generator is in {output}")
-    trainer.end()
+        if push:
+            publish_run(training_args, output)
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with training_process():
         main()

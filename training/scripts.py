@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import TrainerState
 from trl.scripts.utils import TrlParser
 
+from midimamba import loading
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import PackedBlocks
-from midimamba.errors import InputError, loading_generator
+from midimamba.errors import InputError
+from midimamba.files import flush_folder
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-from midimamba.modeling.stock_names import plain_name
+from midimamba.text import show
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.training.guard import is_complete, last_complete_checkpoint, output_folder
+from midimamba.training.option_checks import TRAINER_RULES, check_numbers
+from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
 
 if TYPE_CHECKING:
     from midimamba.training.adversarial import AdversarialArguments
@@ -85,14 +87,24 @@ class RecipeParser(TrlParser):
             raise InputError(f"there is no recipe {error.filename}; give a YAML file after --config") from error
         except yaml.YAMLError as error:
             raise InputError(f"the recipe is no YAML: {' '.join(str(error).split())}") from error
-        except (ValueError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # YAML of wrong types
             raise InputError(" ".join(str(error).split())) from error
         for part in parsed:
             if isinstance(part, TrainingArguments):
+                _check_trainer_options(part)
                 # Trainer would write `use_cache: false` into every saved model, and make its users' `generate` slow.
                 # While training, the model keeps no state anyway.
                 part.use_cache = True
         return parsed
+
+
+def _check_trainer_options(options: TrainingArguments) -> None:
+    try:
+        check_numbers(options, TRAINER_RULES)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if options.save_only_model and options.save_strategy != "no":
+        raise InputError("save_only_model writes checkpoints that cannot be resumed: leave it out")
 
 
 def _value_or_none(convert: Any, text: str) -> Any:
@@ -146,8 +158,7 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     Raises:
         InputError: if there is no checkpoint of that name, or its vocabulary is not the corpus's.
     """
-    with loading_generator(name):
-        model = MidiMambaForCausalLM.from_pretrained(name)
+    model = loading.load_generator(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"the generator {name!r} knows {model.config.vocab_size} tokens, the corpus has {processor.vocab_size}; "
@@ -182,11 +193,9 @@ def load_discriminator(
             raise InputError(str(error)) from error
     if arguments.discriminator not in ("cnn", "mamba"):
         try:
-            return MidiDiscriminator.from_pretrained(arguments.discriminator)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{arguments.discriminator!r} is neither cnn nor mamba nor generator nor a discriminator"
-            ) from error
+            return loading.load_discriminator(arguments.discriminator)
+        except InputError as error:
+            raise InputError(f"{arguments.discriminator!r} is neither cnn nor mamba nor generator: {error}") from error
     filters: dict[str, Any] = {"filter_sizes": arguments.d_filter_sizes, "num_filters": arguments.d_num_filters}
     try:
         config = MidiDiscriminatorConfig(
@@ -199,7 +208,7 @@ def load_discriminator(
             pad_token_id=getattr(generator.config, "pad_token_id", None) or 0,
             **{name: value for name, value in filters.items() if value is not None},
         )
-    except StrictDataclassError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if arguments.discriminator == "cnn":
         _drop_wide_filters(config, length)
@@ -216,69 +225,32 @@ def _drop_wide_filters(config: MidiDiscriminatorConfig, length: int) -> None:
         config.filter_sizes, config.num_filters = map(list, zip(*fitting, strict=True))
 
 
-def find_resume_point(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from. `--resume_from_checkpoint true` takes the last whole one, if there is any.
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    *others: Any,
+    arguments: Sequence[Any] = (),
+    state: TrainerState | None = None,
+) -> None:
+    """Write a model, whatever else has `save_pretrained`, the arguments as text, and the history of the run, all at
+    once.
+
+    The files are complete and on the disk before the first appears in `folder`, which may hold checkpoints already;
+    the configuration comes last, so that its presence marks a finished run.
 
     Raises:
-        InputError: if the output folder holds an earlier run that was not asked to be resumed, or the checkpoint is
-            missing.
-    """
-    output = output_folder(args)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if (output / "config.json").exists():
-        raise InputError(f"{output} holds a finished run; choose another --output_dir or delete it")
-    if args.resume_from_checkpoint is None:
-        if last:
-            raise InputError(
-                f"{last} is there from an earlier run; add --resume_from_checkpoint true, or delete {output}"
-            )
-        return None
-    if str(args.resume_from_checkpoint).lower() == "true":  # YAML gives a bool
-        return last_complete_checkpoint(output)
-    if not is_complete(Path(args.resume_from_checkpoint)):
-        raise InputError(f"{args.resume_from_checkpoint} is no checkpoint to resume from")
-    return str(args.resume_from_checkpoint)
-
-
-def check_resumes(checkpoint: str | None, networks: Mapping[str, PreTrainedModel]) -> None:
-    """Refuse to go on, with these networks, from a checkpoint that others wrote.
-
-    Args:
-        checkpoint (`str`, *optional*): the checkpoint; without one everything fits.
-        networks (`Mapping[str, PreTrainedModel]`): by the name of their file. One that is not there, as of a generator
-            whose checkpoints hold adapters, is left to the trainer.
-
-    Raises:
-        InputError: if a tensor is missing or has another shape.
-    """
-    for file, network in networks.items():
-        path = Path(checkpoint or "") / file
-        if checkpoint is None or not path.exists():
-            continue
-        with safe_open(path, "pt") as saved:
-            theirs = {plain_name(name): list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-        ours = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-        other = next((name for name in sorted(theirs) if theirs[name] != ours.get(name)), None)
-        if other is not None:
-            raise InputError(
-                f"{path} is of another network: {other} has shape {theirs[other]} there, and here "
-                f"{ours.get(other, 'is no such tensor')}; resume with the options the run was started with"
-            )
-
-
-def save_model(folder: Path, model: PreTrainedModel, *others: Any, arguments: Sequence[Any] = ()) -> None:
-    """Write a model, whatever else has `save_pretrained`, and the arguments as text, all at once.
-
-    The files are complete before the first appears in `folder`, which may hold checkpoints already; the configuration
-    comes last, so that its presence marks a finished run.
+        InputError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merged = {key: value for part in arguments for key, value in _as_dict(part).items()}
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=LITTER, dir=folder) as scratch:
         for item in (model, *others):
             item.save_pretrained(scratch)
         text = json.dumps(merged, indent=2, sort_keys=True, default=str) + "\n"
         (Path(scratch) / "training_args.json").write_text(text)
+        if state is not None:
+            state.save_to_json(str(Path(scratch) / TRAINER_STATE_FILE))
+        flush_folder(Path(scratch))
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
 
@@ -295,4 +267,4 @@ def _as_dict(arguments: Any) -> dict[str, Any]:
 
 def announce(message: str) -> None:
     """One line for the person who waits."""
-    sys.stderr.write(f"{message}\n")
+    show(message, file=sys.stderr)

@@ -53,11 +53,13 @@ def load(name: str, **kwargs: Any) -> "MidiMambaForCausalLM":
         name (`str`): a folder, or a repository on the Hub, that holds a checkpoint of this package or of any
             transformers `MambaForCausalLM` or plain `LlamaForCausalLM`.
         kwargs: as for `from_pretrained`.
-    """
-    from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 
-    model: MidiMambaForCausalLM = MidiMambaForCausalLM.from_pretrained(name, **kwargs)
-    return model
+    Raises:
+        InputError: if there is no whole generator, or its weights are not finite.
+    """
+    from midimamba.loading import load_generator
+
+    return load_generator(name, **kwargs)
 
 
 if not TYPE_CHECKING:  # a type checker knows the names above, and would take any other for one

@@ -4,10 +4,10 @@ The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from midimamba.errors import InputError
+from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,24 @@ class SamplingOptions:
 
     Args:
         num (`int`, *optional*, defaults to 4): number of pieces.
-        bars (`int`, *optional*, defaults to 16): at most this many new bars per piece. TSD and Structured have no bar
-            tokens: there only `max_new_tokens` ends a piece.
-        max_new_tokens (`int`, *optional*, defaults to 2048): at most this many new tokens per piece; at least 16.
-        temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder.
+        bars (`int`, *optional*, defaults to 16): this many new bars per piece. TSD and Structured have no bar tokens:
+            there the model or `max_new_tokens` ends a piece.
+        max_new_tokens (`int`, *optional*, defaults to 2048): at most this many new tokens per piece; at least 16. A
+            piece that needs more has fewer bars.
+        temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder; from 0.001 to 1000.
         top_p (`float`, *optional*, defaults to 0.95): draw from the most likely tokens with this total probability.
-        seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces.
+        seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces; not negative.
+        at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`
+            new bars.
+
+    Raises:
+        InputError: if a value makes no sense.
     """
 
     num: int = field(default=4, metadata={"group": "sampling", "help": "number of pieces"})
-    bars: int = field(default=16, metadata={"group": "sampling", "help": "at most this many new bars per piece"})
+    bars: int = field(
+        default=16, metadata={"group": "sampling", "help": "new bars per piece; TSD and Structured have no bars"}
+    )
     max_new_tokens: int = field(
         default=2048, metadata={"group": "sampling", "help": "at most this many new tokens per piece"}
     )
@@ -54,6 +62,16 @@ class SamplingOptions:
         metadata={"group": "sampling", "help": "draw from the most likely tokens with this total probability"},
     )
     seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
+    at_most: bool = field(
+        default=False,
+        metadata={
+            "group": "sampling",
+            "help": "let a piece end where the model ends it, after at most --bars bars",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_sampling(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -122,15 +140,16 @@ class EvaluateOptions:
     )
 
     def __post_init__(self) -> None:
-        if min(self.bars, self.num) < 1 or self.temperature <= 0:
-            raise InputError("--bars, --num and --temperature must be positive")
-        if self.length < 4:
-            raise InputError("--length must be at least 4 tokens: distinct-4 counts sequences of four")
+        check_whole("seed", self.seed, 0, MAX_NUMPY_SEED)
+        check_whole("length", self.length, 4, MAX_SIZE)  # distinct-4 counts sequences of four
+        _ = self.sampling  # checks the rest
 
     @property
     def sampling(self) -> SamplingOptions:
-        """How a generator is sampled for the comparison."""
-        return SamplingOptions(self.num, self.bars, self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        """How a generator is sampled for the comparison. Real pieces end where they end, and so do these."""
+        return SamplingOptions(
+            self.num, self.bars, self.max_new_tokens, self.temperature, self.top_p, self.seed, at_most=True
+        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +182,10 @@ class ListenOptions:
             "help": "a test made before: print what its listeners thought of each folder",
         },
     )
+
+    def __post_init__(self) -> None:
+        check_sampling(num=self.num, bars=self.bars)
+        check_whole("seed", self.seed, 0, MAX_NUMPY_SEED)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from midimamba.command_options import (
 )
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
-from midimamba.files import is_taken
+from midimamba.files import check_can_be_made, is_taken
+from midimamba.text import show
 
 
 def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
     from midimamba.corpus.build import tokenize_corpus
 
+    check_can_be_made(files.out)
     if files.tokenizer_config is not None:
         options = replace(options, tokenizer_options=_read_yaml(files.tokenizer_config))
     try:
@@ -36,15 +38,15 @@ def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
         print(f"{split:>10}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
     print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
     if report["refused"]:
-        print(f"{report['refused']:,} files refused: {files.out / 'quarantine.jsonl'} says why")
+        show(f"{report['refused']:,} files refused: {files.out / 'quarantine.jsonl'} says why")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        options = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # YAML can be too deep for Python's stack
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise InputError(f"{path} holds no options: write lines such as `num_velocities: 16`")
@@ -55,6 +57,7 @@ def _new_folder(out: Path | None, content: str) -> Path:
     """The folder to write to. Refused early if nothing could be written there at the end."""
     if out is None:
         raise InputError(f"nowhere to write {content}: name a folder with --out")
+    check_can_be_made(out)
     if is_taken(out):
         raise InputError(f"{out} already exists: choose another --out or delete it")
     return out
@@ -84,19 +87,19 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
             if options.render:
                 draw_piano_roll(score, folder / f"{name}.png", title=name)
                 render_wave(score, folder / f"{name}.wav")
-    print(f"{len(scores)} pieces in {out}")
+    show(f"{len(scores)} pieces in {out}")
 
 
 def _list_controls(model: str) -> None:
     """Print one control per line, with its values."""
-    from midimamba import MidiProcessor
+    from midimamba.loading import load_processor
     from midimamba.tokenization.controls import NO_CONTROLS
 
-    controls = MidiProcessor.from_pretrained(model).controls
+    controls = load_processor(model).controls
     if not controls:
         raise InputError(NO_CONTROLS)
     for name, values in controls.items():
-        print(f"{name}: {' '.join(values)}")
+        show(f"{name}: {' '.join(values)}")
 
 
 def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
@@ -114,9 +117,10 @@ def evaluate(options: EvaluateOptions) -> None:
     """`midimamba evaluate`: generated music beside held-out music."""
     from midimamba.evaluation.comparison import compare, model_figures, read_reference
     from midimamba.evaluation.comparison_page import check_target, figures_table, write_comparison
-    from midimamba.evaluation.samples import Samples, read_folder
-    from midimamba.generation import generate_scores, load_pair
+    from midimamba.evaluation.samples import read_folder
+    from midimamba.generation import generate_samples, load_pair
 
+    check_can_be_made(options.out)
     check_target(options.out)
     names = ["music", "reference", "split", "seed"]
     reference = read_reference(options.reference, options.split, options.bars)
@@ -127,7 +131,7 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         names += ["temperature", "top_p", "max_new_tokens"]
         model, processor = load_pair(options.music)
-        samples = Samples.of(generate_scores(model, processor, options.sampling))
+        samples = generate_samples(model, processor, options.sampling)
         figures = model_figures(
             model, processor, reference, options.num, options.length, options.temperature, options.seed
         )
@@ -136,7 +140,8 @@ def evaluate(options: EvaluateOptions) -> None:
     settings = {name: getattr(options, name) for name in names}
     write_comparison(options.out, f"{options.music} beside {options.reference}", found, reference, settings)
     print(figures_table(found.figures))
-    print(f"\nthe whole report is in {options.out.with_suffix('.md')}")
+    print()
+    show(f"the whole report is in {options.out.with_suffix('.md')}")
 
 
 def listen(options: ListenOptions) -> None:
@@ -147,8 +152,6 @@ def listen(options: ListenOptions) -> None:
     from midimamba.evaluation import listening
 
     out = _new_folder(options.out, "the test")
-    if min(options.num, options.bars) < 1:
-        raise InputError("--num and --bars must be positive")
     drawn = listening.draw_arms(options.paths, options.num, options.bars, options.seed)
     listening.write_listening_test(
         out,
@@ -159,8 +162,8 @@ def listen(options: ListenOptions) -> None:
     )
     for arm, draw in drawn.items():
         if draw.passed_over:
-            print(f"{arm}: passed over {len(draw.passed_over)} files that cannot be read or heard")
-    print(f"{options.num * len(drawn)} pieces in {out}: give listeners everything in it except key.json")
+            show(f"{arm}: passed over {len(draw.passed_over)} files that cannot be read or heard")
+    show(f"{options.num * len(drawn)} pieces in {out}: give listeners everything in it except key.json")
 
 
 def _score_answers(test: Path, options: ListenOptions) -> None:
@@ -179,7 +182,7 @@ def publish(options: PublishOptions) -> None:
     """`midimamba publish`: a run or a corpus to the Hub."""
     from midimamba.hub_cards.publish import publish as publish_run
 
-    urls = publish_run(
+    done = publish_run(
         options.folder,
         options.repo,
         discriminator=options.discriminator,
@@ -187,8 +190,10 @@ def publish(options: PublishOptions) -> None:
         license=options.license,
         private=options.private,
     )
-    for name, url in urls.items():
-        print(f"{name}: {url}")
+    for name, url in done.urls.items():
+        show(f"{name}: {url}")
+    if done.left_out:
+        show(f"not uploaded, because only files with known names are: {', '.join(done.left_out)}", file=sys.stderr)
 
 
 def info() -> None:

@@ -3,41 +3,37 @@
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from json import JSONDecodeError
+from pathlib import Path
 
 from midimamba.text import printable
 
-__all__ = ["InputError", "exit_on_input_error", "loading_generator", "reaching_hub"]
+__all__ = ["InputError", "check_hub", "exit_on_input_error", "reaching_hub"]
 
 # What the user can mend, and how. Any other error of the operating system is a bug, and shows where it comes from.
 _ADVICE = {
     errno.ENOSPC: "make room on that disk, then run the same command again",
     errno.EDQUOT: "make room in your quota, then run the same command again",
+    errno.EFBIG: "choose a disk for larger files, or raise the limit, then run the same command again",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a file or folder that you may use",
     errno.EPERM: "choose a file or folder that you may use",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a folder that is not inside a file",
 }
+# What helps when the Hub refuses, by the status of its answer.
+_HUB_ADVICE = {
+    401: "log in with `hf auth login`",
+    403: "check what your token may do, or use another with `hf auth login`",
+    429: "wait, then run the same command again",
+}
+_PATIENCE = 10  # seconds, with the Hub
 _INTERRUPTED = 130  # the exit code that shells give to a program that Ctrl-C ended
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do, in one line."""
-
-
-@contextmanager
-def loading_generator(name: str) -> Iterator[None]:
-    """Turn what `from_pretrained` raises for a missing, foreign or broken checkpoint into an [`InputError`]."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"no generator can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    except StrictDataclassError as error:  # names on a second line which field of the configuration is wrong
-        raise InputError(f"no generator can be loaded from {name!r}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -47,17 +43,48 @@ def reaching_hub(purpose: str) -> Iterator[None]:
     Args:
         purpose (`str`): what could not be done, such as `"you/bach cannot be created"`.
     """
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    import huggingface_hub.errors as hub
 
+    # The base class of all errors of the client that huggingface_hub uses: httpx or, since its version 2.4, httpx2.
+    connection_error: type[Exception] = hub.HTTPError  # type: ignore[attr-defined]
     try:
         yield
-    except HfHubHTTPError as error:
+    except hub.HfHubHTTPError as error:
+        status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split())
-        raise InputError(f"{purpose}: the Hub answers {error.response.status_code} ({said})") from error
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        advice = _HUB_ADVICE.get(status, "try again later" if status >= 500 else "check the name of the repository")
+        raise InputError(f"{purpose}: the Hub answers {status} ({said}): {advice}") from error
+    except JSONDecodeError as error:  # what answers is a login page of the network, for example
+        raise InputError(f"{purpose}: what answers is not the Hub: check the connection") from error
+    except (connection_error, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{purpose}: the Hub cannot be reached ({reason}): check the connection") from error
+
+
+def check_hub(name: str, repo_type: str = "model") -> None:
+    """Ask the Hub once for a repository that is not on this machine, before loaders ask for half a minute.
+
+    What is here already, and a refusal by the Hub, is left to the loaders.
+
+    Args:
+        name (`str`): a folder or the name of a repository.
+        repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
+
+    Raises:
+        InputError: if the Hub cannot be reached, or is out of order.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    here = Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *name.split("/")])
+    if constants.HF_HUB_OFFLINE or Path(name).exists() or here.exists():
+        return
+    with reaching_hub(f"{name} cannot be loaded"), suppress(HFValidationError):
+        try:
+            HfApi().repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
+        except HfHubHTTPError as error:
+            if error.response.status_code >= 500:  # which loaders would try again as well
+                raise
 
 
 @contextmanager

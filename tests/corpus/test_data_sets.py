@@ -1,10 +1,11 @@
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
@@ -75,6 +76,71 @@ def test_a_column_split_is_honoured(saved: Any, tmp_path: Path) -> None:
     dataset, _ = load_corpus(tmp_path / "out")
     assert "train/00000001" in dataset["validation"]["name"]
     assert "train/00000002" in dataset["test"]["name"]
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+@pytest.mark.parametrize("name", ["val", "dev", "Eval", "valid"])
+def test_held_out_splits_are_known_by_their_usual_names(name: str, form: str, saved: Any) -> None:
+    parts = {"training": rows(1), name: rows(1, 1), "testing": rows(1, 2)}
+    if form == "parquet" and name == "Eval":
+        pytest.skip("`datasets` finds splits of Parquet files by names in lower case")
+    if form == "parquet":
+        parts = {{"training": "train", "testing": "test"}.get(split, split): part for split, part in parts.items()}
+    source = saved(DatasetDict({split: Dataset.from_dict(part) for split, part in parts.items()}), form)
+    splits = [label.split for _, label, _ in DataSetFiles(source)]
+    assert sorted(map(str, splits)) == ["test", "train", "validation"]
+
+
+def test_a_column_split_knows_the_same_names_in_classes_as_well(saved: Any) -> None:
+    names = ["train", "val", "test"]
+    table = rows(4) | {"Split": [0, 1, 2, None], "genre": [2, 1, 0, 0]}
+    classes = ClassLabel(names=names), ClassLabel(names=["march", "folk", "waltz"])
+    data = Dataset.from_dict(table).cast_column("Split", classes[0]).cast_column("genre", classes[1])
+    labels = [label for _, label, _ in DataSetFiles(saved(data, "arrow"), columns=["genre"])]
+    assert [label.split for label in labels] == ["train", "validation", "test", None]
+    assert [label.labels["genre"] for label in labels] == ["waltz", "folk", "march", "march"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "column", "message"),
+    [
+        (
+            ["train", "fold3"],
+            None,
+            "has a split 'fold3', which may be held out: rename it to train, validation or test",
+        ),
+        (["train[:80]"], None, r"has a split 'train\[:80\]'"),
+        (["piano", "guitar"], None, "has a split 'piano'"),
+        (["train"], "fold3", "row train/00000000: split 'fold3' is unknown: write train, test, or validation"),
+        (["train"], 3, "split '3' is unknown"),
+        (["train", "test"], "train", "row test/00000000: the column 'split' says train, but .* split 'test'"),
+    ],
+)
+def test_an_unknown_split_is_refused_by_name(
+    parts: list[str], column: str | int | None, message: str, saved: Any, tmp_path: Path
+) -> None:
+    column_of = {"split": [column] * 2} if column is not None else {}
+    tables = {part: Dataset.from_dict(rows(2, 2 * i) | column_of) for i, part in enumerate(parts)}
+    folder = tmp_path / "data"
+    for part, table in tables.items():
+        table.save_to_disk(str(folder / part if len(parts) > 1 else folder))
+        if len(parts) == 1:  # what `load_dataset(..., split="train[:80]").save_to_disk` writes
+            state = json.loads((folder / "state.json").read_text()) | {"_split": part}
+            (folder / "state.json").write_text(json.dumps(state))
+    if len(parts) > 1:
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": parts}))
+    with pytest.raises(InputError, match=message):
+        tokenize_corpus(str(folder), tmp_path / "out", CorpusOptions(vocab_size=None))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_undivided_data_set_is_split_by_the_hash_and_a_lone_test_split_is_not(saved: Any, tmp_path: Path) -> None:
+    for name, expected in (("default", {None}), ("train", {None}), ("test", {"test"}), ("dev", {"validation"})):
+        folder = tmp_path / name
+        DatasetDict({name: Dataset.from_dict(rows(2))}).save_to_disk(str(folder))
+        assert {label.split for _, label, _ in DataSetFiles(str(folder))} == expected
+    with pytest.raises(InputError, match="leave no usable piece to train on"):
+        tokenize_corpus(str(tmp_path / "test"), tmp_path / "out", CorpusOptions(vocab_size=None))
 
 
 def test_files_are_taken_from_structs_and_bad_rows_are_quarantined(saved: Any, tmp_path: Path) -> None:
@@ -159,3 +225,11 @@ def test_content_of_a_row_is_bytes_or_a_reason(saved: Any) -> None:
     contents = [content for _, _, content in DataSetFiles(source)]
     assert contents[0] == b"x"
     assert isinstance(contents[1], MidiRefusedError)
+
+
+@pytest.mark.parametrize("form", ["disk", "parquet"])
+def test_the_column_is_found_although_the_first_row_is_empty(form: str, saved: Any, tmp_path: Path) -> None:
+    source = saved(Dataset.from_dict({"midi": [None, midi(0), midi(1)], "composer": ["a", "b", "c"]}), form)
+    report = tokenize_corpus(source, tmp_path / "out", CorpusOptions(vocab_size=None, num_workers=1))
+    used = sum(split["pieces"] for split in report["splits"].values())
+    assert (used, report["refused"], report["found"]) == (2, 1, 3)

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midimamba.corpus import sources
-from midimamba.corpus.sources import Entry, Label, Refusal, list_source, read_entries
+from midimamba.corpus import archives
+from midimamba.corpus.entries import Entry, Refusal, unique_name
+from midimamba.corpus.manifests import Label
+from midimamba.corpus.sources import list_source, read_entries
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
 
@@ -46,10 +48,6 @@ WRITERS: dict[str, Callable[[Path, dict[str, bytes]], Path]] = {
 
 def entries_of(source: Path) -> list[Entry]:
     return sorted((item for item in list_source(str(source)) if isinstance(item, Entry)), key=lambda entry: entry.name)
-
-
-def labels_of(source: Path, *columns: str) -> dict[str, tuple[str | None, dict[str, str]]]:
-    return {i.name: (i.split, i.labels) for i in list_source(str(source), columns) if isinstance(i, Label)}
 
 
 def contents_of(source: Path) -> dict[str, bytes | MidiRefusedError]:
@@ -201,56 +199,23 @@ def test_what_is_neither_folder_nor_archive_is_refused(name: str, tmp_path: Path
         entries_of(tmp_path / name)
 
 
-def test_manifests_name_files_beside_them(tmp_path: Path) -> None:
-    table = "\ufefffile,split,composer\na.mid,Train,x\nmore/b.MID, valid ,\nmore/deep/c.kar,,\ngone.mid,test,\n"
+def test_what_a_manifest_says_is_listed_after_all_files(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.mid").touch()
     (tmp_path / "sub" / "manifest.csv").write_text("split,file\ntest,a.mid\n")
-    for name, write in (("music.zip", write_zip), ("music.tgz", write_tar)):
-        write(
-            tmp_path / name,
-            {f"top/{file}": data for file, data in CONTENT.items()} | {"top/manifest.csv": table.encode()},
-        )
-    given = labels_of(tmp_path, "composer")
-    archives = {
-        f"{name}/top/{file}": label
-        for name in ("music.zip", "music.tgz")
-        for file, label in {
-            "a.mid": ("train", {"composer": "x"}),
-            "more/b.MID": ("validation", {}),
-            "more/deep/c.kar": (None, {}),
-            "gone.mid": ("test", {}),
-        }.items()
+    write_zip(tmp_path / "z.zip", {"manifest.csv": b"file,split\nb.mid,train\n", "b.mid": b"b"})
+    items = list(list_source(str(tmp_path)))
+    labels = [item for item in items if isinstance(item, Label)]
+    assert items[-len(labels) :] == labels
+    assert {(label.place, label.split) for label in labels} == {
+        ("sub/manifest.csv, line 2", "test"),
+        ("z.zip/manifest.csv, line 2", "train"),
     }
-    assert given == archives | {"sub/a.mid": ("test", {})}
     assert not any("manifest" in entry.name for entry in entries_of(tmp_path))
 
 
-def test_a_manifest_about_something_else_is_ignored_and_a_senseless_one_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.mid").touch()
-    manifest = tmp_path / "manifest.csv"
-    for table in ("", "split,composer\ntrain,x\n", "\0\1"):
-        manifest.write_text(table)
-        assert labels_of(tmp_path) == {}
-    manifest.write_text("file,split\nb.mid,train\na.mid,tset\n")
-    with pytest.raises(InputError, match=r"manifest\.csv, line 3: split 'tset' is unknown: write one of train, valid"):
-        labels_of(tmp_path)
-
-
-def test_a_label_that_no_manifest_has_is_refused_with_those_it_has(tmp_path: Path) -> None:
-    (tmp_path / "a.mid").touch()
-    with pytest.raises(
-        InputError, match=r"no manifest\.csv has a column 'genre'; no manifest\.csv has a column 'file'"
-    ):
-        labels_of(tmp_path, "genre")
-    (tmp_path / "manifest.csv").write_text("file,composer\na.mid, J. S. Bach \n")
-    assert labels_of(tmp_path, "composer") == {"a.mid": (None, {"composer": "J. S. Bach"})}
-    with pytest.raises(InputError, match=r"no manifest\.csv has a column 'genre'; the columns are composer, file"):
-        labels_of(tmp_path, "genre")
-
-
 def test_nothing_larger_than_a_file_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 600)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 600)
     (refusal, *_) = contents_of(write_tar(tmp_path / "music.tar", {"a.mid": bytes(601)})).values()
     assert isinstance(refusal, MidiRefusedError)
 
@@ -274,3 +239,21 @@ def test_a_damaged_archive_yields_files_or_reasons(
     except InputError:
         return
     assert all(isinstance(content, bytes | MidiRefusedError) for content in contents.values())
+
+
+@given(st.lists(st.text(alphabet="\\ud8cf0\ud800\udcff/a"), max_size=30))
+def test_different_names_stay_different_as_text(names: list[str]) -> None:
+    assert len({unique_name(name) for name in names}) == len(set(names))
+    for name in names:
+        unique_name(name).encode()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_archive_that_is_gone_or_another_when_it_is_read_is_a_reason(name: str, tmp_path: Path) -> None:
+    archive = WRITERS[name](tmp_path / name, CONTENT)
+    entries = entries_of(archive)
+    for damage in (archive.unlink, lambda: archive.write_bytes(b"other"), lambda: archive.write_bytes(b"")):
+        damage()
+        contents = list(read_entries(entries))
+        assert {entry.name for entry, _ in contents} == {entry.name for entry in entries}
+        assert all(isinstance(content, MidiRefusedError) or name == "music.tar" for _, content in contents)

@@ -1,11 +1,16 @@
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from midimamba.corpus.sources import Entry, Label, Refusal
+from midimamba.corpus.entries import Entry, Refusal
+from midimamba.corpus.manifests import Label
 from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.errors import InputError
 
@@ -158,12 +163,108 @@ def test_a_later_run_knows_what_was_read_but_what_was_lost(tmp_path: Path) -> No
         assert not store.knows("a")
 
 
-def test_two_runs_cannot_share_a_store_and_another_file_is_refused(tmp_path: Path) -> None:
-    with PieceStore(tmp_path / "store", "reader"), pytest.raises(InputError, match="another run may be using it"):
+def test_two_runs_cannot_share_a_store(tmp_path: Path) -> None:
+    with (
+        PieceStore(tmp_path / "store", "reader"),
+        pytest.raises(InputError, match="is in use by another program"),
+    ):
         PieceStore(tmp_path / "store", "reader")
-    (tmp_path / "other").write_text("something else " * 100)
-    with pytest.raises(InputError, match="if not, delete it"):
-        PieceStore(tmp_path / "other", "reader")
+
+
+def test_the_same_outcomes_are_the_same_bytes_whatever_their_order(tmp_path: Path) -> None:
+    pieces = [(str(seed), a_piece(seed)) for seed in range(30)]
+    for name, order in (("a", pieces), ("b", pieces[::-1])):
+        with PieceStore(tmp_path / name, "reader") as store:
+            for sha256, piece in order:
+                store.add_outcome(sha256, piece)
+            store.copy_to(tmp_path / f"{name}-copy")
+    assert (tmp_path / "a-copy").read_bytes() == (tmp_path / "b-copy").read_bytes()
+
+
+def a_piece(seed: int) -> Piece:
+    ids = np.random.default_rng(seed).integers(0, 300, 200).tolist()
+    return Piece(pack_ids(ids), f"{seed}", seed, seed / 7, bool(seed % 2), {"meter": [f"{seed}/4"]})
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A store with thirty outcomes."""
+    path = tmp_path_factory.mktemp("sound") / "store"
+    with PieceStore(path, "reader") as store:
+        for seed in range(30):
+            store.add_outcome(str(seed), a_piece(seed))
+        store.add_outcome("bad", Refused("why", "read"))
+    return path.read_bytes()
+
+
+def foreign(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("CREATE TABLE outcomes (a)")
+
+
+def unlike(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as file:
+        file.executescript("ALTER TABLE outcomes RENAME COLUMN ids TO a")
+
+
+def change_a_row(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("UPDATE outcomes SET ids = zeroblob(9) WHERE sha256 = '3'")
+        file.commit()
+
+
+@pytest.mark.parametrize(
+    ("harm", "kept"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), 0),
+        (lambda path: path.write_bytes(b"something else " * 100), 0),
+        (foreign, 0),
+        (unlike, 0),
+        (change_a_row, 30),
+    ],
+    ids=["cut off", "garbage", "another database", "another table", "a row"],
+)
+def test_a_damaged_store_loses_what_is_damaged_and_says_so(
+    harm: Callable[[Path], object], kept: int, sound: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    path.write_bytes(sound)
+    harm(path)
+    with PieceStore(path, "reader") as store:
+        assert store.damage
+        assert sum(store.knows(str(seed)) for seed in (*range(30), "bad")) == kept
+        store.add_outcome("3", a_piece(3))
+    with PieceStore(path, "reader") as store:
+        assert not store.damage
+        assert store.knows("3")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(harm=st.lists(st.tuples(st.integers(0, 2**17), st.integers(0, 255)), min_size=1, max_size=4))
+def test_no_damaged_byte_changes_a_result(
+    harm: list[tuple[int, int]], sound: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "harmed"
+    content = bytearray(sound)
+    for place, value in harm:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    with PieceStore(path, "reader") as store:
+        for seed in range(30):
+            sha256 = str(seed)
+            store.add_file(Entry(sha256, Path(sha256), 1), sha256)
+            if not store.knows(sha256):
+                store.add_outcome(sha256, a_piece(seed))
+        store.finish_reading()
+        store.assign_splits(0.0, 0.0, 0)
+        for piece in store.pieces("train"):
+            expected = a_piece(int(piece.name))
+            assert pack_ids(piece.ids.tolist()) == expected.ids
+            assert (piece.num_notes, piece.seconds) == (expected.num_notes, expected.seconds)
+            assert piece.controls == expected.controls
+        assert store.counts()["pieces"] == 30
+        assert store.counts()["sanitized"] == 15
 
 
 def test_the_digest_changes_with_files_bytes_splits_and_labels(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 OWNER = "you"
 COMMIT = "0" * 40
+LATE = 0.5  # seconds
 
 Repositories = dict[str, dict[str, bytes]]
 """By repository name, with `datasets/` before that of a data set, the content of every path."""
@@ -30,14 +32,21 @@ class FakeHub(ThreadingHTTPServer):
 
     Args:
         repositories (`dict`): everything that was committed, by repository and path.
+        created (`list`): every repository that was created, in order.
         private (`set`): the repositories that were created as private.
         commits (`list`): the repository of every commit.
+        role (`str`): what tokens may do: `"write"` or `"read"`.
+        faults (`dict[str, int | None]`): by pattern of method and path, the status with which such a request is
+            refused, `None` to close the connection without an answer, or 0 to answer late.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: Repositories = {}
+        self.created: list[str] = []
         self.private: set[str] = set()
+        self.role = "write"
+        self.faults: dict[str, int | None] = {}
         self.commits: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -73,11 +82,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._fails():
+            return
         if self.path == "/api/repos/create":
             self._create(**json.loads(body))
         elif self.path == "/api/validate-yaml":
             front = json.loads(body)["content"].split("---")[1]
-            self._send_json({"errors": [] if "tags:" in front else [{"message": "no tags"}], "warnings": []})
+            errors = [] if "tags:" in front else [{"message": "no tags"}]
+            self._send_json({"errors": errors, "warnings": []}, status=400 if errors else 200)
         elif match := re.fullmatch(_REPOSITORY + "/(preupload|commit)/main", self.path):
             if match[3] == "preupload":
                 self._preupload(json.loads(body))
@@ -88,7 +100,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
-        if match := re.fullmatch(_REPOSITORY + "(?:/revision/[^/]+)?", path):
+        if self._fails():
+            return
+        if path == "/api/whoami-v2":
+            token = {"accessToken": {"role": self.server.role}}
+            self._send_json({"name": OWNER, "type": "user", "orgs": [], "auth": token})
+        elif match := re.fullmatch(_REPOSITORY + "(?:/revision/[^/]+)?", path):
             self._describe(_key(match[1], match[2]))
         elif match := re.fullmatch(_REPOSITORY + "/tree/[^/]+(?:/(.+))?", path):
             below = f"{match[3]}/" if match[3] else ""
@@ -111,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         if visibility == "private":
             self.server.private.add(repository)
         known = repository in self.server.repositories
+        if not known:
+            self.server.created.append(repository)
         self.server.repositories.setdefault(repository, {})
         return self._send_json({"url": f"{self.server.url}/{repository}"}, status=409 if known else 200)
 
@@ -134,7 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repository not in self.server.repositories:
             return self._refuse(404, "RepoNotFound")
         siblings = [{"rfilename": path} for path in self.server.repositories[repository]]
-        return self._send_json({"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings})
+        private = repository in self.server.private
+        return self._send_json(
+            {"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings, "private": private}
+        )
 
     def _tree(self, repository: str) -> list[dict[str, Any]]:
         files = self.server.repositories[repository]
@@ -151,6 +173,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound")
         content = self.server.repositories[repository][path]
         return self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+
+    def _fails(self) -> bool:
+        """Whether this request is one of the faults; then it has been dealt with."""
+        for pattern, status in self.server.faults.items():
+            if re.search(pattern, f"{self.command} {self.path}"):
+                if not status:
+                    time.sleep(0 if status is None else LATE)
+                    self.close_connection = True
+                else:
+                    self._refuse(status, "Fault")
+                return True
+        return False
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})

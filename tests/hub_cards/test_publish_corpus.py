@@ -130,7 +130,7 @@ def test_rows_tokenizer_and_reports_are_uploaded_and_nothing_else(files: dict[st
     assert set(files) == rows | tokenizer | {"README.md", "corpus.json", "quarantine.jsonl"}
     for name in tokenizer | {"quarantine.jsonl"}:
         assert files[name] == (corpus / name).read_bytes()
-    assert not list(corpus.parent.glob(".publish-*"))
+    assert not list(corpus.parent.glob(".*"))
     assert not (corpus / "README.md").exists()
 
 
@@ -222,7 +222,7 @@ def test_a_smaller_corpus_replaces_a_larger_one_and_a_card_of_the_owner_is_kept(
     assert done.returncode == 2
     assert hub.repositories["datasets/you/own"]["README.md"].endswith(b"My own words.\n")
     refusal = done.stderr.splitlines()[-1]
-    assert refusal.startswith("error: the Hub refused 'them/data'")
+    assert refusal.startswith("error: them/data cannot be created: the Hub answers 403")
     assert "403" in refusal
     again = hub.repositories["datasets/you/again"]
     assert [shards(again, split) for split in SPLITS] == [[f"data/{split}-00000-of-00001.parquet"] for split in SPLITS]
@@ -317,9 +317,7 @@ def test_options_of_generators_are_refused(corpus: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("missing", ["tokenizer", "train", "quarantine.jsonl", "dataset_dict.json"])
 def test_an_incomplete_corpus_is_refused_before_anything_is_sent(corpus: Path, tmp_path: Path, missing: str) -> None:
-    for file in corpus.iterdir():
-        if file.name != missing:
-            (tmp_path / file.name).symlink_to(file)
+    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True, ignore=lambda _, names: {missing} & set(names))
     with pytest.raises(InputError, match="is not a complete corpus") as refusal:
         publish(tmp_path, "you/data")
     assert "\n" not in str(refusal.value)
@@ -330,6 +328,79 @@ def test_a_foreign_corpus_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "corpus.json").write_text(content)
     with pytest.raises(InputError, match="is not a complete corpus"):
         publish(tmp_path, "you/data")
+
+
+BROKEN: dict[str, list[bytes | tuple[str, object]]] = {
+    "corpus.json": [
+        *(b"null", b"[]", b"[" * 100_000, b"\xff", b"{"),
+        ("splits", []),
+        ("splits", {"train": {}, "validation": {}, "test": {}}),
+        ("split_by", {"given": "<b>", "hash": 0}),
+        ("duplicates", "many"),
+        ("vocab_size", None),
+        ("arguments", {"source": 3}),
+        ("versions", "new"),
+    ],
+    "quarantine.jsonl": [b"null\n", b"[]\n", b'"a"\n', b"[" * 100_000, b"\xff\n", b'{"stage": "read"}\n', b"{"],
+    "tokenizer/miditok.json": [b"null", b"[]", b"[" * 100_000, b"\xff"],
+    "dataset_dict.json": [b"null", b"[]", b"{}", b"\xff"],
+    "train/dataset_info.json": [b"null", b"[]", b"\xff"],
+    "train/state.json": [b"null", b"[]", b"{}", b"\xff"],
+    "train/data-00000-of-00001.arrow": [b"none", b""],
+    "README.md": [b"---\n[\n---\n", b"\xff", b""],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, place) for name, contents in BROKEN.items() for place in range(len(contents))]
+)
+def test_a_broken_corpus_is_one_line_and_creates_nothing(
+    name: str, place: int, corpus: Path, tmp_path: Path, online: FakeHub
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(corpus, broken)
+    content = BROKEN[name][place]
+    if isinstance(content, bytes):
+        (broken / name).write_bytes(content)
+    else:
+        report = json.loads((corpus / name).read_text())
+        (broken / name).write_text(json.dumps(report | {content[0]: content[1]}))
+    with pytest.raises(InputError) as refusal:
+        publish(broken, "you/data")
+    assert len(str(refusal.value).splitlines()) == 1
+    assert ".publish" not in str(refusal.value)
+    assert online.created == online.commits == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "quarantine.jsonl", "tokenizer/notes.json", "tokenizer", "train", "test/state.json"]
+)
+def test_links_in_a_corpus_are_refused(name: str, corpus: Path, tmp_path: Path, online: FakeHub) -> None:
+    linked, elsewhere = tmp_path / "linked", tmp_path / "elsewhere"
+    shutil.copytree(corpus, linked)
+    if (linked / name).exists():
+        (linked / name).rename(elsewhere)
+    else:
+        elsewhere.write_text("{}")
+    (linked / name).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"{Path(name).name} is a link"):
+        publish(linked, "you/data")
+    assert not online.created
+
+
+def test_secrets_in_a_corpus_are_removed(corpus: Path, tmp_path: Path, online: FakeHub) -> None:
+    token = "hf_" + "abcDEF123" * 4
+    shutil.copytree(corpus, tmp_path / "data")
+    report = json.loads((corpus / "corpus.json").read_text())
+    report["arguments"] |= {"hub_token": "quiet", "source": f"https://me:{token}@example.org/songs"}
+    (tmp_path / "data" / "corpus.json").write_text(json.dumps(report))
+    row = json.dumps({"path": token, "sha256": None, "stage": "read", "reason": f"HF_TOKEN={token}"})
+    (tmp_path / "data" / "quarantine.jsonl").write_text(f"{row}\n")
+    publish(tmp_path / "data", "you/data")
+    for name, content in online.repositories["datasets/you/data"].items():
+        assert token.encode() not in content, name
+        assert b"quiet" not in content, name
 
 
 def test_a_folder_that_is_neither_generator_nor_corpus_is_refused(tmp_path: Path) -> None:

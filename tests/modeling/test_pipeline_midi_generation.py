@@ -1,16 +1,21 @@
 """`pipeline("midi-generation")`: what transformers' users try first."""
 
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from symusic import Score
 from symusic.core import ScoreTick
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import LogitsProcessor, Pipeline, pipeline
 
 from midimamba import MidiGenerationPipeline, MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MidiRefusedError
+from midimamba.tokenization.musical_time import count_bars
 from support import make_generator, make_score
 
 
@@ -30,21 +35,22 @@ def compose(folder: Path) -> MidiGenerationPipeline:
     return loaded
 
 
-def notes(score: ScoreTick) -> set[tuple[int, int, int]]:
-    return {(track.program, note.time, note.pitch) for track in score.tracks for note in track.notes}
+def notes(score: ScoreTick) -> set[tuple[int, Fraction, int]]:
+    """Program, onset in quarter notes, pitch."""
+    division = score.ticks_per_quarter
+    return {
+        (track.program, Fraction(note.time, division), note.pitch) for track in score.tracks for note in track.notes
+    }
 
 
-def test_it_takes_the_fast_class_and_continues_a_file(
-    compose: MidiGenerationPipeline, processor: MidiProcessor, tmp_path: Path
-) -> None:
+def test_it_takes_the_fast_class_and_continues_a_file(compose: MidiGenerationPipeline, tmp_path: Path) -> None:
     assert isinstance(compose.model, MidiMambaForCausalLM)
     prompt = make_score(3, bars=4)
     prompt.dump_midi(tmp_path / "prompt.mid")
-    opening = notes(processor.decode(processor.encode(prompt)))
     torch.manual_seed(0)
     scores = compose(str(tmp_path / "prompt.mid"), num_return_sequences=3, max_new_tokens=40)
     assert len(scores) == 3
-    assert all(opening < notes(score) for score in scores)
+    assert all(notes(prompt) < notes(score) for score in scores)
 
 
 def test_several_prompts_and_none(compose: MidiGenerationPipeline) -> None:
@@ -67,7 +73,91 @@ def test_the_grammar_has_the_last_word(compose: MidiGenerationPipeline, processo
             return scores
 
     (score,) = compose(make_score(1, bars=2), max_new_tokens=20, logits_processor=[PreferPadding()])
-    assert notes(score) > notes(processor.decode(processor.encode(make_score(1, bars=2))))
+    assert notes(score) > notes(make_score(1, bars=2))
+
+
+KINDS = {
+    "scores": lambda prompts, folder: prompts,
+    "bytes": lambda prompts, folder: [prompt.dumps_midi() for prompt in prompts],
+    "files": lambda prompts, folder: [str(write(prompt, folder)) for prompt in prompts],
+    "tuple": lambda prompts, folder: tuple(prompts),
+    "generator": lambda prompts, folder: (prompt for prompt in prompts),
+    "data set": lambda prompts, folder: Prompts(prompts),
+}
+
+
+class Prompts(Dataset[ScoreTick]):
+    def __init__(self, prompts: list[ScoreTick]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> ScoreTick:
+        return self.prompts[index]
+
+
+def write(score: ScoreTick, folder: Path) -> Path:
+    file = folder / f"{len(list(folder.iterdir()))}.mid"
+    score.dump_midi(file)
+    return file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num", "batch_size"), [(2, 3), (2, 2), (1, 3)])
+def test_batches_give_what_single_prompts_give(
+    compose: MidiGenerationPipeline, kind: str, num: int, batch_size: int, tmp_path: Path
+) -> None:
+    # Of three lengths, so that two are padded. Beams draw nothing.
+    music = [make_score(seed, bars=bars) for seed, bars in ((1, 2), (2, 1), (3, 3))]
+    prompts = [Score.from_midi(score.dumps_midi()) for score in music]
+    options: dict[str, Any] = {"num_beams": 2, "do_sample": False, "num_return_sequences": num, "max_new_tokens": 16}
+    alone = [[score.dumps_midi() for score in compose(prompt, **options)] for prompt in prompts]
+    results = compose(KINDS[kind](prompts, tmp_path), batch_size=batch_size, **options)
+    assert [[score.dumps_midi() for score in scores] for scores in results] == alone
+    assert [len(scores) for scores in alone] == [num] * 3
+
+
+def test_batches_of_new_pieces_and_no_inputs(compose: MidiGenerationPipeline) -> None:
+    results = compose([None, None, None], batch_size=2, num=2, max_new_tokens=30)
+    assert [len(scores) for scores in results] == [2, 2, 2]
+    assert all(score.note_num() for scores in results for score in scores)
+    assert compose([]) == []
+
+
+def test_bars_and_seed_are_those_of_the_command(
+    compose: MidiGenerationPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [make_score(1, bars=2), make_score(2, bars=4)]
+    runs = [compose(prompts, batch_size=2, num=2, bars=2, seed=5, max_new_tokens=400) for _ in range(2)]
+    assert [[score.dumps_midi() for score in pair] for pair in runs[0]] == [
+        [score.dumps_midi() for score in pair] for pair in runs[1]
+    ]
+    for scores, bars in zip(runs[0], (2, 4), strict=True):
+        for score in scores:
+            last = max(int(track.notes.numpy()["time"].max()) for track in score.tracks if track.notes)
+            assert count_bars(score, last + 1) == bars + 2
+    assert not caplog.records
+    compose(prompts, bars=8, seed=5, max_new_tokens=20)
+    assert [record.message for record in caplog.records] == [
+        "1 of 1 pieces stop before 8 new bars are full: raise max_new_tokens"
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 2}, {"temperature": float("nan")}, {"bars": 0}, {"seed": -1}, {"num": 0}]
+)
+def test_options_that_make_no_sense_are_refused(compose: MidiGenerationPipeline, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(options))} is "):
+        compose(None, **options)
+
+
+def test_weights_that_hold_nan_are_named(processor: MidiProcessor) -> None:
+    model = make_generator(vocab_size=processor.vocab_size)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="weights hold NaN"):
+        MidiGenerationPipeline(model, processor=processor)(None)
 
 
 def test_what_cannot_be_used_is_named(compose: MidiGenerationPipeline) -> None:

@@ -220,6 +220,21 @@ def test_a_tokenizer_names_its_controls_in_its_order() -> None:
     assert control_ids(tokenizer, values) == [3, 5, 6]
 
 
+def test_requests_do_not_distinguish_case_unless_values_differ_in_nothing_else() -> None:
+    pairs = [
+        ("key", "C-major"),
+        ("key", "F#-minor"),
+        ("My label", "Bach"),
+        ("My label", "BACH"),
+        ("My label", "Satie"),
+    ]
+    tokenizer = build_tokenizer(controls=[control_token(*pair) for pair in pairs])
+    assert control_ids(tokenizer, {"KEY": ["c-MAJOR", "f#-Minor"]}) == [3, 4]
+    assert control_ids(tokenizer, {"my label": ["BACH", "satie"]}) == [6, 7]
+    with pytest.raises(InputError, match="'bach' may be Bach or BACH: write one of them exactly"):
+        control_ids(tokenizer, {"my-LABEL": "bach"})
+
+
 def test_refusals_name_the_choices() -> None:
     tokens = [control_token("composer", "Bach, J. S."), *(control_token("key", key) for key in KEYS)]
     tokenizer = build_tokenizer(controls=tokens)
@@ -227,7 +242,7 @@ def test_refusals_name_the_choices() -> None:
         ({"kye": "C-major"}, r"no control 'kye': choose one of composer, key$"),
         ({"composer": "Bax"}, r"control 'composer' has no value 'Bax': choose one of Bach,-J\.-S\.$"),
         ({"key": "c-MAJ"}, r"control 'key' has no value 'c-MAJ': the nearest of 24 are C-major, [^,]*(, [^,]*){3}$"),
-        ({"key": ["C-major", " "]}, "needs a name and a value"),
+        ({"key": ["C-major", " "]}, "control 'key' has no value ' '"),
     ):
         with pytest.raises(InputError, match=message) as refusal:
             control_ids(tokenizer, values)

@@ -1,4 +1,6 @@
-from collections.abc import Sequence
+import copy
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ from transformers import LogitsProcessorList, MambaConfig, MambaForCausalLM
 
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import control_token
-from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, SUPPORTED, MidiGrammar
+from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, MidiGrammar
+from midimamba.tokenization.grammar_tables import SUPPORTED
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, expand_ids, merge_ids, train_tokenizer
+from support import make_score
 
 PAD, BOS, EOS = 0, 1, 2
 CONTROL_TOKENS = [control_token(*pair) for pair in (("key", "C-major"), ("instruments", "drums"), ("bars", "1-8"))]
@@ -43,36 +47,63 @@ NEXT = {
 class Reader:
     """The rules of REMI once more, read token by token and slowly."""
 
-    def __init__(self, max_empty_bars: int = 2) -> None:
-        self.max_empty_bars = max_empty_bars
+    def __init__(
+        self,
+        max_empty_bars: int = 2,
+        max_notes: int = 32,
+        programs: Collection[int] = range(-1, 128),
+        bars: int | None = None,
+    ) -> None:
+        self.max_empty_bars, self.max_notes, self.programs, self.exact_bars = max_empty_bars, max_notes, programs, bars
         self.last: str | None = None
-        self.position, self.limit, self.drums = -1, 48, False
+        self.position, self.limit, self.program = -1, 48, 0
         self.silence = self.empty = self.bars = self.notes = 0
+        self.onset: set[tuple[int, int]] = set()  # (program, pitch)
+        self.held = False
+
+    def continue_prompt(self) -> None:
+        """What was read is a prompt."""
+        self.held, self.bars = True, 0
 
     def read(self, tokens: list[str]) -> bool:
         """Whether `tokens` may follow what was read before."""
         return all(self._read(*token.split("_")) for token in tokens) and self._in_time()
 
+    def may_end(self) -> bool:
+        """Whether the end may follow."""
+        return self.last == "Duration" and not self.held and self.exact_bars in (None, self.bars)
+
     def _in_time(self) -> bool:
         assert self.last is not None
-        return self.last == "Duration" or self.silence + TO_NOTE[self.last] <= MAX_SILENT_TOKENS
+        if self.last == "Duration":
+            return True
+        to_note = TO_NOTE[self.last]
+        if self.program not in self.programs and self.last not in ("Pitch", "PitchDrum", "Velocity"):
+            to_note += 1  # a program
+        return self.silence + to_note <= MAX_SILENT_TOKENS
 
     def _read(self, kind: str, value: str) -> bool:
         if kind not in NEXT[self.last]:
             return False
         self.last = kind
         self.silence += 1
+        if kind in ("Bar", "Position"):
+            self.onset, self.held = set(), False
         if kind == "Bar":
             self.position = -1
             self.bars += 1
             self.empty += 1
-            return self.empty <= self.max_empty_bars + 1
+            return self.empty <= self.max_empty_bars + 1 and (self.exact_bars is None or self.bars <= self.exact_bars)
         if kind == "TimeSig":
             self.limit = int(value.split("/")[0]) * 12
         if kind == "Program":
-            self.drums = value == "-1"
+            self.program = int(value)
+            return self._is_room() and self.program in self.programs
         if kind in ("Pitch", "PitchDrum"):
-            return self.drums == (kind == "PitchDrum")
+            note = (self.program, int(value))
+            fits = self._is_room() and self.program in self.programs and note not in self.onset
+            self.onset.add(note)
+            return fits and (self.program == -1) == (kind == "PitchDrum")
         if kind == "Position":
             before, self.position = self.position, int(value)
             return before < self.position < self.limit
@@ -83,8 +114,11 @@ class Reader:
             return in_time
         return True
 
+    def _is_room(self) -> bool:
+        return not self.held and len(self.onset) < self.max_notes
 
-def read(tokenizer: MusicTokenizer, ids: list[int], **options: int) -> Reader:
+
+def read(tokenizer: MusicTokenizer, ids: Sequence[int], **options: Any) -> Reader:
     reader = Reader(**options)
     for index in ids:
         assert reader.read(expand(tokenizer, index)), (index, ids)
@@ -147,19 +181,48 @@ def prefer(tokenizer: MusicTokenizer, kind: str) -> torch.Tensor:
     return torch.tensor([60.0 if first == kind else 0.0 for first in firsts])
 
 
+def assert_judged_slowly(
+    tokenizer: MusicTokenizer, grammar: MidiGrammar, prompt: Sequence[int], row: Sequence[int], **rules: Any
+) -> None:
+    """Every id is allowed after `prompt` and `row` exactly if the slow reader would read its tokens."""
+    judged = grammar(torch.tensor([[BOS, *prompt, *row]]), torch.zeros(1, tokenizer.vocab_size))[0] > -torch.inf
+    reader = read(tokenizer, prompt, **rules)
+    if prompt:
+        reader.continue_prompt()
+    for index in row:
+        assert reader.read(expand(tokenizer, index))
+    for index in range(EOS + 1, tokenizer.vocab_size):
+        expected = copy.deepcopy(reader).read(expand(tokenizer, index))
+        assert bool(judged[index]) == expected, (row, expand(tokenizer, index))
+    assert not judged[PAD]
+    assert not judged[BOS]
+    assert bool(judged[EOS]) == reader.may_end()
+
+
 def test_every_id_is_judged_as_if_its_tokens_were_read(tokenizer: MusicTokenizer) -> None:
     grammar = MidiGrammar(tokenizer)
-    size = tokenizer.vocab_size
-    tokens = [expand(tokenizer, index) for index in range(size)]
-    for row in sample(tokenizer, grammar, torch.zeros(size), rows=4, steps=25):
+    for row in sample(tokenizer, grammar, torch.zeros(tokenizer.vocab_size), rows=4, steps=25):
         for length in range(0, len(row) + 1, 3):
-            allowed = grammar(torch.tensor([[BOS, *row[:length]]]), torch.zeros(1, size))[0] == 0
-            for index in range(3, size):
-                reader = read(tokenizer, row[:length])
-                assert bool(allowed[index]) == reader.read(tokens[index]), (row[:length], tokens[index])
-            assert not allowed[PAD]
-            assert not allowed[BOS]
-            assert bool(allowed[EOS]) == (read(tokenizer, row[:length]).last == "Duration")
+            assert_judged_slowly(tokenizer, grammar, [], row[:length])
+
+
+@pytest.mark.parametrize("kind", ["none", "Pitch", "PitchDrum", "Program", "Duration", "Bar"])
+def test_ids_are_judged_one_by_one_under_all_rules(tokenizer: MusicTokenizer, kind: str) -> None:
+    rules: dict[str, Any] = {"max_notes": 3, "programs": {-1, 40, 73}, "max_empty_bars": 1}
+    grammar = MidiGrammar(tokenizer, **rules, min_bars=2, max_bars=2)
+    for row in sample(tokenizer, grammar, prefer(tokenizer, kind), rows=2, steps=24, seed=2):
+        for length in range(len(row) + 1):
+            assert_judged_slowly(tokenizer, grammar, [], row[:length], **rules, bars=2)
+
+
+def test_ids_are_judged_one_by_one_after_a_prompt(tokenizer: MusicTokenizer, scores: list[ScoreTick]) -> None:
+    prompt = merge_ids(tokenizer, base_ids(tokenizer, make_score(3, bars=2, programs=(0, 40), drums=False)))
+    grammar = MidiGrammar(tokenizer, programs=[73], max_bars=2, min_bars=2, prompt_length=len(prompt) + 1)
+    preference = torch.zeros(tokenizer.vocab_size)
+    for row in sample(tokenizer, grammar, preference, rows=3, steps=20, prefix=[BOS, *prompt]):
+        for length in range(0, len(row) - len(prompt) + 1, 2):
+            new = row[len(prompt) :][:length]
+            assert_judged_slowly(tokenizer, grammar, prompt, new, programs={0, 40}, bars=2)
 
 
 def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, tsd: MusicTokenizer, scores: list[ScoreTick]) -> None:
@@ -200,6 +263,42 @@ def test_tsd_samples_also_hold_notes(tsd: MusicTokenizer, kind: str) -> None:
     processor = MidiProcessor(tsd)
     rows = sample(tsd, processor.grammar(), prefer(tsd, kind), rows=30, steps=MAX_SILENT_TOKENS)
     assert all(processor.decode(row).note_num() > 0 for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["Pitch", "PitchDrum", "Duration", "TimeShift_0.0.1", "none"])
+@pytest.mark.parametrize("model", ["untrained", "BPE"])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_no_onset_has_a_note_twice_or_too_many_or_a_foreign_program(
+    name: str, model: str, kind: str, scores: list[ScoreTick]
+) -> None:
+    tokenizer = build_tokenizer(name, drums_pitch_range=(60, 61))
+    if model != "untrained":
+        train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200, model)
+    processor = MidiProcessor(tokenizer, programs=[-1, 40])
+    preference = prefer(tokenizer, kind)
+    if "_" in kind and kind in tokenizer.vocab:
+        preference[tokenizer.vocab[kind]] = 60.0
+    for row in sample(tokenizer, processor.grammar(max_notes=4), preference, rows=20, steps=60):
+        score = processor.decode(row)
+        found = [(track.is_drum, track.program, n.time, n.pitch) for track in score.tracks for n in track.notes]
+        assert len(set(found)) == len(found) > 0
+        assert {-1 if is_drum else program for is_drum, program, _, _ in found} <= {-1, 40}
+        assert max(Counter(time for _, _, time, _ in found).values()) <= 4
+
+
+def test_reordered_cut_and_other_batches_are_judged_as_if_read_from_the_start(tokenizer: MusicTokenizer) -> None:
+    size = tokenizer.vocab_size
+    options: dict[str, Any] = {"prompt_length": 5, "max_bars": 3}
+    rows = sample(tokenizer, MidiGrammar(tokenizer), torch.zeros(size), rows=6, steps=24, seed=4)
+    rows = [row for row in rows if len(row) == 24] or [[*rows[0]]]
+    ids = torch.tensor([[BOS, *row] for row in rows])
+    generator = torch.Generator().manual_seed(0)
+    grammar = MidiGrammar(tokenizer, **options)
+    for length in [5, 6, 7, 9, 10, 10, 12, 20, 6, 7]:
+        order = torch.randint(len(ids), (1 + length % 7,), generator=generator)
+        prefixes = ids[order, :length]
+        logits = torch.randn(len(order), size, generator=generator)
+        assert torch.equal(grammar(prefixes, logits), MidiGrammar(tokenizer, **options)(prefixes, logits))
 
 
 @pytest.mark.parametrize("max_empty_bars", [0, 1, 4])
@@ -261,7 +360,7 @@ def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool,
         for tokenizer in tokenizers:  # byte-pair encoding learns the same ids but for the shift
             train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200)
     size = tokenizers[0].vocab_size
-    options = {"max_bars": 3} if name == "REMI" else {}
+    options: dict[str, Any] = {"max_bars": 3} if name == "REMI" else {}
     plain, controlled = (MidiGrammar(tokenizer, **options) for tokenizer in tokenizers)
     for row in sample(tokenizers[0], plain, torch.zeros(size), rows=6, steps=20):
         for length in range(0, len(row) + 1, 2):

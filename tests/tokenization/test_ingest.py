@@ -1,3 +1,4 @@
+import gzip
 import re
 import struct
 from collections.abc import Callable
@@ -7,12 +8,12 @@ from typing import cast
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from miditok import TokSequence
 from symusic import Note, Score, Tempo, Track
 from symusic.core import ScoreQuarter
 
+from midimamba import MidiProcessor
 from midimamba.tokenization import ingest
-from midimamba.tokenization.ingest import MidiRefusedError, parse_midi, read_score
+from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError, parse_midi, read_score
 from midimamba.tokenization.tokenizer import base_ids, build_tokenizer
 from support import make_score
 
@@ -175,7 +176,7 @@ def test_mutated_files_are_refused_or_can_be_encoded_and_decoded(
     event("read")
     ids = base_ids(TOKENIZER, score)
     assert ids
-    assert 0 < TOKENIZER.decode(TokSequence(ids=ids)).note_num() <= score.note_num()
+    assert 0 < MidiProcessor(TOKENIZER).decode(ids).note_num() <= score.note_num()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -186,3 +187,38 @@ def test_arbitrary_bytes_are_refused_or_can_be_encoded(content: bytes) -> None:
     except MidiRefusedError:
         return
     assert base_ids(TOKENIZER, score)
+
+
+def wrapped(content: bytes, before: bytes = b"") -> bytes:
+    """As Windows does it, in a RIFF file."""
+    data = b"data" + len(content).to_bytes(4, "little") + content + b"\0" * (len(content) % 2)
+    return b"RIFF" + (4 + len(before) + len(data)).to_bytes(4, "little") + b"RMID" + before + data
+
+
+@pytest.mark.parametrize("suffix", [".rmi", ".mid"])
+def test_a_file_in_riff_or_gzip_is_unwrapped(suffix: str, tmp_path: Path, processor: MidiProcessor) -> None:
+    score = Score(480)
+    score.tracks.append(Track())
+    score.tracks[0].notes.extend([Note(480 * index, 240, pitch, 80) for index, pitch in enumerate((60, 62, 64))])
+    plain = bytes(score.dumps_midi())
+    chunk = b"LIST" + (5).to_bytes(4, "little") + b"INFO\0\0"  # of odd length, so it is padded
+    for content in (wrapped(plain), wrapped(plain, before=chunk), gzip.compress(plain), gzip.compress(wrapped(plain))):
+        (tmp_path / f"a{suffix}").write_bytes(content)
+        for source in (content, tmp_path / f"a{suffix}"):
+            assert [note.pitch for note in read_score(source).tracks[0].notes] == [60, 62, 64]
+            assert processor(source)["input_ids"] == processor(plain)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (wrapped(b"")[:12], "a RIFF file without MIDI data"),
+        (b"RIFF\xff\xff\xff\xffRMIDLIST\xff\xff\xff\xff", "a RIFF file without MIDI data"),
+        (gzip.compress(bytes(MAX_FILE_BYTES + 1), mtime=0), "larger than 16 MB"),
+        (gzip.compress(smf(b""), mtime=0)[:-9], "it is compressed, and its end is missing"),
+        (b"\x1f\x8b" + bytes(20), "it is compressed, and damaged"),
+    ],
+)
+def test_what_is_wrapped_badly_is_refused(content: bytes, reason: str) -> None:
+    with pytest.raises(MidiRefusedError, match=reason):
+        read_score(content)

@@ -86,7 +86,7 @@ def test_special_tokens_come_first_in_every_vocabulary(processor: MidiProcessor)
 def test_ids_are_miditoks_in_rows_of_equal_length(processor: MidiProcessor, scores: list[ScoreTick]) -> None:
     tokenizer = processor.midi_tokenizer
     for score in scores[:10]:
-        theirs = tokenizer.encode(normalize_score(read_score(score))).ids
+        theirs = tokenizer.encode(normalize_score(tokenizer, read_score(score))).ids
         rows = processor.encode(score)
         assert rows[0] == [BOS] * width(processor)
         assert rows[1:] == [row + [PAD] * (width(processor) - len(row)) for row in theirs]
@@ -104,7 +104,7 @@ def test_a_round_trip_keeps_all_that_the_grid_keeps(
         ids = processor.encode(score)
         decoded = processor.decode(ids)
         assert notes(decoded) == notes(score)
-        kept = tokenizer.preprocess_score(normalize_score(read_score(score)))
+        kept = tokenizer.preprocess_score(normalize_score(tokenizer, read_score(score)))
         assert velocities(decoded) == velocities(kept)
         assert tempos_at_notes(decoded) == pytest.approx(tempos_at_notes(kept), abs=0.01)
         assert processor.encode(decoded) == ids

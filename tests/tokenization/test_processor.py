@@ -26,6 +26,8 @@ SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
+    *("grammar_tables.py", "composing.py", "sampling_limits.py"),
+    *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
 }
 
 
@@ -162,6 +164,33 @@ def test_save_and_load_give_the_same_processor(
     loaded = MidiProcessor.from_pretrained(tmp_path)
     assert loaded.vocab_size == processor.vocab_size
     assert loaded.encode(scores[0]) == processor.encode(scores[0])
+
+
+def test_programs_of_the_training_data_are_kept_and_bound_the_grammar(tmp_path: Path) -> None:
+    processor = MidiProcessor(build_tokenizer(), programs=[40, -1])
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["programs"] == [-1, 40]
+    loaded = MidiProcessor.from_pretrained(tmp_path)
+    assert loaded.programs == [-1, 40]
+    vocab = loaded.midi_tokenizer.vocab
+    start = [loaded.bos_token_id, *(vocab[token] for token in ("Bar_None", "TimeSig_4/4", "Position_0"))]
+    judged = loaded.grammar()(torch.tensor([start]), torch.zeros(1, len(vocab)))[0]
+    assert {token for token in vocab if token.startswith("Program_") and judged[vocab[token]] == 0} == {
+        "Program_-1",
+        "Program_40",
+    }
+    (tmp_path / "processor_config.json").unlink()  # as in folders of earlier versions
+    assert MidiProcessor.from_pretrained(tmp_path).programs is None
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", '{"programs": 3}', '{"programs": [200]}', '{"programs": ["a"]}', "{"]
+)
+def test_programs_that_cannot_be_are_refused(content: str, tmp_path: Path) -> None:
+    MidiProcessor(build_tokenizer()).save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(content)
+    with pytest.raises(InputError, match="processor_config"):
+        MidiProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tokenization", ONE_STREAM)

@@ -14,8 +14,8 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation import rendering
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
-from midimamba.training.guard import output_folder
 from midimamba.training.monitoring import LOGGED_SAMPLES, peak_memory_mb
+from midimamba.training.whole_checkpoints import output_folder
 from support import make_discriminator, make_generator, make_score
 from trainer_support import LENGTH, PLAIN, make_trainer
 

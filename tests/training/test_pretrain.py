@@ -48,6 +48,43 @@ def test_an_impossible_model_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("learning_rate", "nan", "learning_rate is nan, but must be at least 0"),
+        ("learning_rate", "inf", "learning_rate is inf, but must be at least 0"),
+        ("weight_decay", -1, "weight_decay is -1.0, but must be at least 0"),
+        ("per_device_train_batch_size", 0, "per_device_train_batch_size is 0, but must be at least 1"),
+        ("num_train_epochs", -1, "num_train_epochs is -1.0, but must be greater than 0"),
+        ("max_steps", 0, "max_steps is 0, but must be -1, for any, or at least 1"),
+        ("save_steps", 0, "save_steps is 0.0, but must be greater than 0"),
+        ("save_total_limit", 0, "save_total_limit is 0, but must be at least 1"),
+        ("seed", -1, "seed is -1, but must be in"),
+        ("sequence_length", 1, "sequence_length is 1, but must be at least 2"),
+        ("adam_beta1", 1, "adam_beta1 is 1.0, but must be in"),
+        ("save_only_model", True, "checkpoints that cannot be resumed"),
+        ("resume_from_checkpoint", "false", "resume_from_checkpoint false says nothing"),
+    ],
+)
+def test_impossible_options_are_refused_before_any_work(
+    option: str,
+    value: object,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--data", "nowhere", "--output_dir", str(tmp_path / "out"), "--use_cpu", f"--{option}", str(value)]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2
+    assert len(said) == 1
+    assert message in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("layout", ["moe-mamba", "transformer"])
 def test_pretraining_learns_and_writes_what_loads(
     layout: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,64 @@
+"""What a `config.json` must be before anything is built from it, for it may come from anyone."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_COUNT = 1024  # of layers and labels, each of which is made one by one
+_COUNTS = ("num_hidden_layers", "num_labels")
+MAX_SIZE = (
+    2**24
+)  # of any width or vocabulary: far beyond what is used, and products of three still fit 64 bits or fail
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON can be too deep for Python's stack
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object")
+    return content
+
+
+def check_sizes(values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse sizes of which no network can be built, before one is tried.
+
+    Args:
+        values (`Mapping[str, Any]`): fields of a configuration.
+        names (`Iterable[str]`): those that are whole numbers or lists of them. They may be `None` or `"auto"`.
+
+    Raises:
+        ValueError: if one of them is anything else, or out of bounds.
+    """
+    for name in names:
+        value = values.get(name)
+        limit = MAX_COUNT if name in _COUNTS else MAX_SIZE
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            if size in (None, "auto"):
+                continue
+            if type(size) is not int or not 1 <= size <= limit:  # `true` is an int as well
+                raise ValueError(f"{name} is {size!r}; it must be a whole number between 1 and {limit:,}")
+
+
+def check_positive(values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse numbers that would make every activation infinite or NaN.
+
+    Raises:
+        ValueError: if one of `names` is a number that is not finite and above 0.
+    """
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}; it must be a finite number above 0")
+
+
+__all__ = ["check_positive", "check_sizes", "read_config"]

@@ -1,0 +1,65 @@
+"""`--push_to_hub` of the training scripts: one upload at the end, checked before training."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from midimamba.errors import InputError
+from midimamba.training.publishing import publish_run, take_over_push
+
+from .fake_hub import FakeHub
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+def arguments(folder: Path, **options: object) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_pretraining_pushes_once_and_only_what_users_load(
+    online: FakeHub, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        **{"data": corpus, "output_dir": tmp_path / "model", "hidden_size": 16, "num_hidden_layers": 1},
+        **{"sequence_length": 32, "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True},
+        **{"eval_steps": 1, "save_steps": 1, "logging_steps": 1, "push_to_hub": True, "hub_model_id": "you/tiny"},
+        **{"hub_token": "hf_ofTheUserWhoPublishes", "hub_private_repo": True},
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(TRAINING / "recipes/chorales-cpu.yaml"), *flags])
+    runpy.run_path(str(TRAINING / "pretrain.py"), run_name="__main__")
+    assert online.created == online.commits == ["you/tiny"]
+    assert online.private == {"you/tiny"}
+    files = online.repositories["you/tiny"]
+    assert {"model.safetensors", "config.json", "miditok.json", "README.md"} <= set(files)
+    assert not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
+    assert not any(b"hf_ofTheUserWhoPublishes" in content for content in files.values())
+    assert "hub_token" not in json.loads(files["training_args.json"])
+
+
+def test_a_push_that_cannot_work_is_refused_before_training(online: FakeHub, tmp_path: Path) -> None:
+    assert not take_over_push(arguments(tmp_path / "model"))
+    args = arguments(tmp_path / "model", push_to_hub=True)
+    assert take_over_push(args, with_discriminator=True)
+    assert not args.push_to_hub
+    with pytest.raises(InputError, match="cannot be the name"):
+        take_over_push(arguments(tmp_path / "my model", push_to_hub=True))
+    with pytest.raises(InputError, match="cannot be the name"):
+        take_over_push(arguments(tmp_path / ("x" * 90), push_to_hub=True), with_discriminator=True)
+    online.role = "read"
+    with pytest.raises(InputError, match="may only read"):
+        take_over_push(arguments(tmp_path / "model", push_to_hub=True))
+    assert not online.created
+
+
+def test_a_hub_out_of_reach_leaves_the_run_as_it_is(online: FakeHub, pretrained: Path) -> None:
+    online.faults["."] = 503
+    before = {file.name: file.read_bytes() for file in pretrained.iterdir()}
+    with pytest.raises(InputError, match="the Hub answers 503"):
+        publish_run(arguments(pretrained, push_to_hub=True, hub_model_id="you/x"), pretrained)
+    assert {file.name: file.read_bytes() for file in pretrained.iterdir()} == before
