@@ -55,7 +55,7 @@ class MidiMambaConfig(MambaConfig):
 
     Two layouts compute what a class of transformers computes, and are *written* as its configuration: `mamba` as a
     `MambaConfig`, `transformer` as a `LlamaConfig`. Such a checkpoint loads anywhere, without this package. They are
-    read from one as well. The other three are written together with the code that reads them.
+    read from one as well. The others are written together with the code that reads them.
 
     Args:
         layout (`str`, *optional*, defaults to `"mamba"`):

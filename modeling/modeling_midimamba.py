@@ -214,8 +214,8 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         if self.look_back is not None:
             if input_ids is None:
                 raise ValueError("a model that looks back needs input_ids, not inputs_embeds")
-            state, past = (None, 0) if cache is None else (cache.look_back, cache.seen_tokens)
-            hidden_states = hidden_states + self.look_back(input_ids, self.embeddings, begins, state, past)
+            memory, past = (None, 0) if cache is None else (cache.look_back, cache.seen_tokens)
+            hidden_states = hidden_states + self.look_back(input_ids, self.embeddings, begins, memory, past)
         frame = Frame(mask=mask, begins=begins)
         states: Sequence[LayerState | None] = [None] * len(self.layers)
         if cache is not None:
@@ -279,7 +279,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     """The generator: [`MidiMambaModel`] with a language-modelling head, tied to the embeddings by default.
 
     Reads any `MambaForCausalLM` checkpoint and any plain `LlamaForCausalLM` checkpoint. In layouts `mamba` and
-    `transformer` it saves one; in the other three, a checkpoint with its code, for `trust_remote_code=True`.
+    `transformer` it saves one; in the others, a checkpoint with its code, for `trust_remote_code=True`.
     """
 
     _own_weights = ("backbone.", "lm_head.")

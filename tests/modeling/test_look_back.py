@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from support import make_generator
 
 LAGS = (1, 2, 4)
 # Of a small vocabulary: 3 and 4 open a bar, 4 at its position 2; 5 to 8 set positions; 9 and 10 are notes.
-BARS, POSITIONS = [3, 4], [[4, 2], [5, 0], [6, 1], [7, 2], [8, 5]]
+BARS, PAIRS = [3, 4], [(4, 2), (5, 0), (6, 1), (7, 2), (8, 5)]
 PAD, BOS = 0, 1
-LOOK_BACK = {"lookback_bars": list(LAGS), "bar_token_ids": BARS, "position_token_ids": POSITIONS}
+LOOK_BACK: dict[str, Any] = {
+    "lookback_bars": list(LAGS),
+    "bar_token_ids": BARS,
+    "position_token_ids": [list(pair) for pair in PAIRS],
+}
 
 
 Find = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -55,7 +60,7 @@ def music(batch: int, time: int, seed: int = 1) -> Tensor:
 
 def align_slowly(row: list[int]) -> list[list[tuple[int, bool, bool]]]:
     """The definition, token by token: the id that followed, whether there is one, whether the token repeats."""
-    positions = dict(POSITIONS)
+    positions: dict[int, int] = dict(PAIRS)
     bars: list[list[int]] = []  # of the piece so far: the indices of each bar's tokens
     place: dict[int, tuple[int, int]] = {}  # position and count of ids since, of every token
     result = []
@@ -196,13 +201,18 @@ def test_padding_on_the_left_changes_nothing(model: MidiMambaForCausalLM, first:
 @pytest.mark.parametrize(
     "options", [{"do_sample": False}, {"num_beams": 3}, {"do_sample": False, "num_return_sequences": 1}]
 )
-def test_generate_with_a_cache_is_generate_without(model: MidiMambaForCausalLM, options: dict[str, object]) -> None:
+def test_generate_with_a_cache_is_generate_without(model: MidiMambaForCausalLM, options: dict[str, Any]) -> None:
     ids = music(2, 30)
     ids[0, :6] = PAD
-    inputs = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": 2}
-    cached = model.generate(ids, use_cache=True, **inputs, **options)
-    assert isinstance(cached, Tensor)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **inputs, **options))
+    inputs: dict[str, Any] = {
+        "attention_mask": (ids != PAD).long(),
+        "max_new_tokens": 12,
+        "pad_token_id": PAD,
+        "eos_token_id": 2,
+    }
+    results = [model.generate(ids, use_cache=use_cache, **inputs, **options) for use_cache in (True, False)]
+    cached, fresh = (result for result in results if isinstance(result, Tensor))
+    assert torch.equal(cached, fresh)
 
 
 def test_a_cache_of_a_model_that_does_not_look_back_is_refused(model: MidiMambaForCausalLM) -> None:
