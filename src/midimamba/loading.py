@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,6 +18,8 @@ from midimamba.files import read_json
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.processor import MidiProcessor
+
+Network = TypeVar("Network", MidiMambaForCausalLM, MidiDiscriminator)
 
 # Transformers and peft check little of what they read: a wrong type or number in a file shows as any of these.
 _UNUSABLE = (
@@ -43,10 +45,7 @@ def load_generator(name: str | Path, **options: Any) -> MidiMambaForCausalLM:
     Raises:
         InputError: if there is no whole generator, or its weights are not finite.
     """
-    with _loading("generator", name, options):
-        model: MidiMambaForCausalLM = MidiMambaForCausalLM.from_pretrained(name, **options)
-        _check_finite(model)
-    return model
+    return _load(MidiMambaForCausalLM, "generator", name, options)
 
 
 def load_processor(name: str | Path) -> MidiProcessor:
@@ -72,8 +71,12 @@ def load_discriminator(name: str | Path, **options: Any) -> MidiDiscriminator:
     Raises:
         InputError: if there is no whole discriminator, or its weights are not finite.
     """
-    with _loading("discriminator", name, options):
-        model: MidiDiscriminator = MidiDiscriminator.from_pretrained(name, **options)
+    return _load(MidiDiscriminator, "discriminator", name, options)
+
+
+def _load(network: type[Network], kind: str, name: str | Path, options: Mapping[str, Any]) -> Network:
+    with _loading(kind, name, options):
+        model: Network = network.from_pretrained(name, **options)
         _check_finite(model)
     return model
 
