@@ -22,6 +22,8 @@ from .layer_states import LookBackState
 # A place is bar * _PLACES + position * _PER_POSITION + count. There are 131,072 bars before 32 bits are full.
 _PLACES = 8192
 _PER_POSITION = 32
+# By how much an embedding is narrowed before each lag projects it.
+_NARROWER = 4
 
 
 class LookBack(nn.Module):
@@ -36,14 +38,18 @@ class LookBack(nn.Module):
         super().__init__()
         self.lags = tuple(config.lookback_bars)
         self.bos_token_id = config.bos_token_id
-        # The embeddings of the tokens serve for all lags; each lag has a projection of its own.
-        self.projection = nn.Linear(len(self.lags) * config.hidden_size, config.hidden_size, bias=False)
+        # The embeddings of the tokens, narrowed, serve for all lags; each lag has a projection of its own. In two steps
+        # both learn faster than one matrix of full rank does, and sampling is cheaper.
+        width = max(1, config.hidden_size // _NARROWER)
+        self.narrow = nn.Linear(config.hidden_size, width, bias=False)
+        self.projection = nn.Linear(len(self.lags) * width, config.hidden_size, bias=False)
         self.repeats = nn.Parameter(torch.zeros(len(self.lags), config.hidden_size))
         self.config = config
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of every id, shape `(vocab,)` each: whether it opens a bar, and the last position that it sets or -1.
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every id, shape `(vocab,)` each: whether it opens a bar, and the last position that it sets or -1. Then
+        the lags.
 
         They follow from the configuration, so they are no weights, and are made when they are first needed.
         """
@@ -53,7 +59,7 @@ class LookBack(nn.Module):
             position = torch.full((self.config.vocab_size,), -1)
             for index, value in self.config.position_token_ids:
                 position[index] = value
-            self._tables = opens_bar.to(device), position.to(device)
+            self._tables = opens_bar.to(device), position.to(device), torch.tensor(self.lags, device=device)
         return self._tables
 
     def forward(
@@ -71,20 +77,21 @@ class LookBack(nn.Module):
         Returns:
             `Tensor` of shape `(batch, time, hidden)`.
         """
-        followers, matches = self.find(ids, begins, state, past)
-        shown = embeddings(followers) * (matches > 0).unsqueeze(-1)
-        added: Tensor = self.projection(shown.flatten(2)) + (matches == 2).to(self.repeats.dtype) @ self.repeats
+        followers, found, repeated = self.find(ids, begins, state, past)
+        dtype = self.repeats.dtype
+        shown = self.narrow(embeddings(followers)) * found.to(dtype).unsqueeze(-1)
+        added: Tensor = self.projection(shown.flatten(2)) + repeated.to(dtype) @ self.repeats
         return added
 
     def find(
         self, ids: Tensor, begins: Tensor | None, state: LookBackState | None, past: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Find the tokens that followed the aligned places, and keep these tokens for the next call. See `forward`.
 
         Returns:
-            Two `LongTensor` of shape `(batch, time, lags)`: the ids that followed, or 0; and 0 where nothing is
-            aligned, 1 where something is, 2 where it is the same token at the same place, so that this token repeats.
+            Three tensors of shape `(batch, time, lags)`: the ids that followed, or 0; 1.0 where something is aligned,
+            or 0.0; and 1.0 where it is the same token at the same place, so that this token repeats, or 0.0.
         """
         if state is None:
             state = LookBackState.empty(self.config, len(ids), torch.float32, ids.device)
@@ -98,26 +105,16 @@ class LookBack(nn.Module):
 
     def _find_by_kernel(
         self, ids: Tensor, begins: Tensor | None, state: LookBackState, past: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from .look_back_numba import align_
 
-        opens_bar, position = self.tables(ids.device)
-        followers, matches = ids.new_empty(2, *ids.shape, len(self.lags))
+        shape = *ids.shape, len(self.lags)
+        followers, (found, repeated) = ids.new_empty(shape), torch.empty(2, *shape)
         starts = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
-        tensors = (
-            ids,
-            starts,
-            opens_bar,
-            position,
-            torch.tensor(self.lags),
-            state.ids,
-            state.places,
-            followers,
-            matches,
-        )
+        tensors = (ids, starts, *self.tables(ids.device), state.ids, state.places, followers, found, repeated)
         bos = -1 if self.bos_token_id is None else self.bos_token_id
         align_(*(tensor.numpy() for tensor in tensors), past, bos, _PLACES, _PER_POSITION)
-        return followers, matches
+        return followers, found, repeated
 
     def number(self, ids: Tensor, begins: Tensor | None, latest: Tensor | None) -> Tensor:
         """
@@ -137,7 +134,7 @@ class LookBack(nn.Module):
         is_begin = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
         if self.bos_token_id is not None:
             is_begin = is_begin | (ids == self.bos_token_id)
-        opens_bar, position = (table[ids] for table in self.tables(ids.device))
+        opens_bar, position = (table[ids] for table in self.tables(ids.device)[:2])
         if latest is None:
             latest = ids.new_full((len(ids), 1), _PLACES)
         bar, within = latest // _PLACES, latest % _PLACES
@@ -159,7 +156,9 @@ class LookBack(nn.Module):
         value = torch.where(mark > 0, value, within // _PER_POSITION)
         return number * _PLACES + value * _PER_POSITION + counted.clamp(max=_PER_POSITION - 1)
 
-    def align(self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor) -> tuple[Tensor, Tensor]:
+    def align(
+        self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Look back from tokens at their places.
 
@@ -170,16 +169,15 @@ class LookBack(nn.Module):
         Returns:
             As `find`.
         """
-        lags = torch.tensor(self.lags, device=ids.device)
-        wanted = places[..., None] - lags * (2 * _PLACES)
+        wanted = places[..., None] - self.tables(ids.device)[2] * (2 * _PLACES)
         found = torch.searchsorted(all_places, wanted.flatten(1).to(all_places.dtype), right=True) - 1
         index = found.clamp(min=0)
         at = all_places.gather(1, index).view_as(wanted)
         is_in_bar = places[..., None] // _PLACES % 2 == 0
         is_found = is_in_bar & (found >= 0).view_as(wanted) & (at // _PLACES == wanted // _PLACES)
-        is_same = (at == wanted) & (all_ids.gather(1, index).view_as(wanted) == ids[..., None])
+        is_same = is_found & (at == wanted) & (all_ids.gather(1, index).view_as(wanted) == ids[..., None])
         followers = all_ids.gather(1, (index + 1).clamp(max=all_ids.shape[1] - 1)).view_as(wanted)
-        return followers.long() * is_found, is_found.long() * (1 + is_same.long())
+        return followers.long() * is_found, is_found.float(), is_same.float()
 
 
 @cache

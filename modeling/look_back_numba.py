@@ -18,7 +18,8 @@ def align_(
     all_ids: Any,
     all_places: Any,
     followers: Any,
-    matches: Any,
+    found: Any,
+    repeated: Any,
     past: int,
     bos: int,
     places: int,
@@ -36,8 +37,8 @@ def align_(
         all_ids, all_places (`array` of shape `(batch, at least past + time)`): of all tokens; those of the next are
             written.
         followers (`array` of shape `(batch, time, lags)`): receives the ids that followed the aligned places, or 0.
-        matches (`array` of shape `(batch, time, lags)`): receives 0 where nothing is aligned, 1 where something is,
-            and 2 where it is the same token at the same place.
+        found, repeated (`array` of shape `(batch, time, lags)`): receive 1 where something is aligned, and where it
+            is the same token at the same place; 0 elsewhere.
         past (`int`): tokens before these.
         bos (`int`): begin-of-sequence, or -1.
         places, per_position (`int`): the places of a bar, and of a position in it.
@@ -64,7 +65,8 @@ def align_(
             place = number * places + within
             all_ids[b, now], all_places[b, now] = token, place
             for index in range(len(lags)):
-                followers[b, t, index] = matches[b, t, index] = 0
+                followers[b, t, index] = 0
+                found[b, t, index] = repeated[b, t, index] = 0
                 if number % 2:
                     continue
                 wanted = place - 2 * places * lags[index]
@@ -76,9 +78,9 @@ def align_(
                     else:
                         high = middle
                 if low and all_places[b, low - 1] // places == wanted // places:
-                    is_same = all_places[b, low - 1] == wanted and all_ids[b, low - 1] == token
-                    followers[b, t, index] = all_ids[b, low]
-                    matches[b, t, index] = 2 if is_same else 1
+                    followers[b, t, index], found[b, t, index] = all_ids[b, low], 1
+                    if all_places[b, low - 1] == wanted and all_ids[b, low - 1] == token:
+                        repeated[b, t, index] = 1
 
 
 __all__ = ["align_"]

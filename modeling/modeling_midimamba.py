@@ -150,7 +150,8 @@ class MidiMambaPreTrainedModel(WholeWeights, MambaPreTrainedModel):
             init.normal_(module.down_proj, std=self.config.initializer_range)
         elif isinstance(module, LookBack):
             # What is shown starts as large as an embedding.
-            init.normal_(module.projection.weight, std=self.config.hidden_size**-0.5)
+            for linear in (module.narrow, module.projection):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
             init.zeros_(module.repeats)
 
 
