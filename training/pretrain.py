@@ -149,6 +149,7 @@ def _train(
 
     from midimamba.corpus.packing import BlockCollator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.tokenization.sampling_limits import give_sampling_defaults
     from midimamba.training.lora import add_adapters, lora_config, merged
     from midimamba.training.publishing import publish_run, take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
@@ -164,6 +165,7 @@ def _train(
         model = load_generator(script_args.model, processor)
     else:
         model = MidiMambaForCausalLM(new_config(script_args, processor))
+        give_sampling_defaults(model.generation_config)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model})
     arguments = (training_args, augmentation, lora_args, script_args)
     recipe = recipe_of(arguments, (blocks, validation), model, is_given=script_args.model is not None)
