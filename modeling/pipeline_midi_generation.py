@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig, Pipeline
+from transformers import Pipeline
 from transformers.utils.generic import ModelOutput
 
 from .modeling_midimamba import MidiMambaForCausalLM
@@ -25,7 +25,9 @@ class MidiGenerationPipeline(Pipeline):
       `{"key": "C-major"}`; `pipeline.processor.controls` has the names and their values;
     - num, seed, bars and at_most: as in [`~midimamba.command_options.SamplingOptions`], by default one piece, torch's
       random state, and no limit of bars;
-    - everything that `generate` takes. By default it samples, with `top_p=0.95`, at most 1,024 new tokens.
+    - everything that `generate` takes. It samples by default. What is not given is the model's own, from its
+      `generation_config.json`, as with `midimamba generate`; without one, temperature is 1, `top_p` 0.95, `top_k` 0
+      and `max_new_tokens` 2,048.
 
     Raises:
         MidiRefusedError: if a prompt cannot be used.
@@ -42,7 +44,6 @@ class MidiGenerationPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_video_processor = False  # type: ignore[assignment]
     _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(do_sample=True, top_p=0.95, top_k=0, max_new_tokens=1024)
 
     def _sanitize_parameters(
         self, controls: Mapping[str, str | Sequence[str]] | None = None, **generate_options: Any

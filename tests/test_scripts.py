@@ -17,6 +17,7 @@ from midimamba.cli import main
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
+from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS
 from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,9 @@ def test_pretraining_writes_a_whole_generator_without_pickles(corpus: Path, run:
     arguments = json.loads((tmp_path / "model" / "training_args.json").read_text())
     assert arguments["hidden_size"] == 16
     assert json.loads((tmp_path / "model" / "config.json").read_text())["use_cache"]
+    for folder in (tmp_path / "model", tmp_path / "model" / "checkpoint-2"):
+        defaults = json.loads((folder / "generation_config.json").read_text())
+        assert {name: defaults[name] for name in SAMPLING_DEFAULTS} == SAMPLING_DEFAULTS
     assert not any(str(tmp_path) in str(value) for value in arguments.values())
 
 

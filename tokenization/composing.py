@@ -14,11 +14,12 @@ from .errors import InputError
 from .grammar import MidiGrammar
 from .grammar_tables import check_supported
 from .ingest import check_score
-from .sampling_limits import check_sampling
+from .sampling_limits import check_sampling, complete_sampling
 from .tokenizations import BAR
 
 logger = logging.getLogger(__name__)
 
+_VERSION = "transformers_version"  # which a generation config holds beside options of `generate`
 DRAWS = 8
 """How often a piece is drawn, at most, where nothing guarantees that it is music."""
 
@@ -81,8 +82,9 @@ def compose(
         redraw (`bool`, *optional*, defaults to `True`):
             Whether pieces that are not music are drawn again. Who measures a model wants to count them instead.
         options:
-            As for `generate`. Also `num`, the same as `num_return_sequences`, and `seed`: an `int` that decides what
-            is drawn, by default torch's random state.
+            As for `generate`. What is not given is the model's own, from its generation config, or else a default;
+            see [`~midimamba.tokenization.sampling_limits.complete_sampling`]. Also `num`, the same as
+            `num_return_sequences`, and `seed`: an `int` that decides what is drawn, by default torch's random state.
 
     Returns:
         [`Composed`]
@@ -91,6 +93,9 @@ def compose(
         InputError: if an option makes no sense, the model computes NaN, or pieces are still not music when they have
             been drawn eight times.
     """
+    if (config := options.pop("generation_config", None)) is not None:
+        options = {name: value for name, value in config.to_diff_dict().items() if name != _VERSION} | options
+    options = complete_sampling(getattr(model, "generation_config", None), options)
     check_sampling(bars=bars, **options)
     seed, processors = options.pop("seed", None), options.pop("logits_processor", None) or ()
     if (num := options.pop("num", None)) is not None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError
 from midimamba.runtime import limit_spinning
+from midimamba.tokenization.sampling_limits import check_sampling, give_sampling_defaults
 from midimamba.training.process import training_process
 
 if TYPE_CHECKING:
@@ -59,12 +60,21 @@ class PretrainArguments:
     carry_state: bool = field(
         default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
     )
+    temperatures: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "After training, sample at each of these temperatures, such as 0.7 0.8 0.9 1.0, and save the one "
+            "whose music is closest to the validation split. Unset: none is chosen."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise InputError(
                 f"sequence_length is {self.sequence_length}, but must be at least 2: a token and the next"
             )
+        for temperature in self.temperatures:
+            check_sampling(temperature=temperature)
 
 
 def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "MidiMambaConfig":
@@ -153,6 +163,7 @@ def _train(
     from midimamba.training.publishing import publish_run, take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
     from midimamba.training.scripts import announce, load_blocks, load_generator, save_model
+    from midimamba.training.temperature import choose_temperature
     from midimamba.training.whole_checkpoints import WholeCheckpointTrainer, output_folder
 
     peft_config = lora_config(lora_args)
@@ -164,6 +175,7 @@ def _train(
         model = load_generator(script_args.model, processor)
     else:
         model = MidiMambaForCausalLM(new_config(script_args, processor))
+        give_sampling_defaults(model.generation_config)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model})
     arguments = (training_args, augmentation, lora_args, script_args)
     recipe = recipe_of(arguments, (blocks, validation), model, is_given=script_args.model is not None)
@@ -183,7 +195,10 @@ def _train(
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         output = output_folder(training_args)
-        save_model(output, merged(model), processor, arguments=arguments, state=trainer.state)
+        generator = merged(model)
+        if script_args.temperatures:
+            choose_temperature(generator, processor, script_args.data, script_args.temperatures)
+        save_model(output, generator, processor, arguments=arguments, state=trainer.state)
         announce(f"the generator is in {output}")
         if push:
             publish_run(training_args, output)

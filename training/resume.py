@@ -38,8 +38,9 @@ _TRAINER_OPTIONS = (
     *("neftune_noise_alpha", "bf16", "fp16", "gradient_checkpointing"),
 )
 _LENGTH = ("max_steps", "num_train_epochs")
-# Folders may be moved; what is in them is compared instead. What an evaluation measures may change in a run.
-_LEFT_OUT = {"data", "model", *OPTION_GROUPS["evaluation and the guard"]}
+# Folders may be moved; what is in them is compared instead. What an evaluation measures, and which temperatures are
+# tried at the end, may change in a run.
+_LEFT_OUT = {"data", "model", "temperatures", *OPTION_GROUPS["evaluation and the guard"]}
 _COMPARED_BLOCKS = 1024
 
 

@@ -29,6 +29,7 @@ from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.text import show
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.sampling_limits import give_sampling_defaults
 from midimamba.training.option_checks import TRAINER_RULES, check_numbers
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
 
@@ -153,7 +154,7 @@ def load_blocks(
 
 
 def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
-    """A generator that speaks the vocabulary of a corpus.
+    """A generator that speaks the vocabulary of a corpus, and that plain `generate` samples from.
 
     Raises:
         InputError: if there is no checkpoint of that name, or its vocabulary is not the corpus's.
@@ -170,6 +171,7 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
         and MidiProcessor.from_pretrained(name).tokenizer.get_vocab() != processor.tokenizer.get_vocab()
     ):
         raise InputError(f"the generator {name!r} and the corpus number their tokens differently; use one tokenizer")
+    give_sampling_defaults(model.generation_config)
     return model
 
 

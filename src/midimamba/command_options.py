@@ -9,6 +9,8 @@ from pathlib import Path
 
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
+_OWN = "(default: the model's own)"
+
 
 @dataclass(frozen=True)
 class TokenizeFiles:
@@ -37,10 +39,12 @@ class SamplingOptions:
         num (`int`, *optional*, defaults to 4): number of pieces.
         bars (`int`, *optional*, defaults to 16): this many new bars per piece. TSD and Structured have no bar tokens:
             there the model or `max_new_tokens` ends a piece.
-        max_new_tokens (`int`, *optional*, defaults to 2048): at most this many new tokens per piece; at least 16. A
-            piece that needs more has fewer bars.
-        temperature (`float`, *optional*, defaults to 1.0): below 1 safer, above 1 wilder; from 0.001 to 1000.
-        top_p (`float`, *optional*, defaults to 0.95): draw from the most likely tokens with this total probability.
+        max_new_tokens (`int`, *optional*): at most this many new tokens per piece; at least 16. A piece that needs
+            more has fewer bars. By default the model's own, from its generation config, or else 2048.
+        temperature (`float`, *optional*): below 1 safer, above 1 wilder; from 0.001 to 1000. By default the model's
+            own, or else 1.0.
+        top_p (`float`, *optional*): draw from the most likely tokens with this total probability. By default the
+            model's own, or else 0.95.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces; not negative.
         at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`
             new bars.
@@ -53,13 +57,18 @@ class SamplingOptions:
     bars: int = field(
         default=16, metadata={"group": "sampling", "help": "new bars per piece; TSD and Structured have no bars"}
     )
-    max_new_tokens: int = field(
-        default=2048, metadata={"group": "sampling", "help": "at most this many new tokens per piece"}
+    max_new_tokens: int | None = field(
+        default=None, metadata={"group": "sampling", "help": f"at most this many new tokens per piece {_OWN}"}
     )
-    temperature: float = field(default=1.0, metadata={"group": "sampling", "help": "below 1 safer, above 1 wilder"})
-    top_p: float = field(
-        default=0.95,
-        metadata={"group": "sampling", "help": "draw from the most likely tokens with this total probability"},
+    temperature: float | None = field(
+        default=None, metadata={"group": "sampling", "help": f"below 1 safer, above 1 wilder {_OWN}"}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "group": "sampling",
+            "help": f"draw from the most likely tokens with this total probability {_OWN}",
+        },
     )
     seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
     at_most: bool = field(
@@ -129,7 +138,12 @@ class EvaluateOptions:
         default=2048, metadata={"group": "sampling from a generator", "help": "at most this many tokens per piece"}
     )
     temperature: float = field(
-        default=1.0, metadata={"group": "sampling from a generator", "help": "below 1 safer, above 1 wilder"}
+        default=1.0,
+        metadata={
+            "group": "sampling from a generator",
+            "help": "below 1 safer, above 1 wilder; 1 is the model's own distribution, whatever its generation config "
+            "says",
+        },
     )
     top_p: float = field(
         default=1.0,

@@ -16,6 +16,7 @@ from midimamba.errors import InputError
 from midimamba.evaluation.samples import Samples, decode_all
 from midimamba.loading import load_processor
 from midimamba.tokenization.composing import Composed, seeded
+from midimamba.tokenization.sampling_limits import complete_sampling
 
 _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
 
@@ -97,8 +98,11 @@ def generate_scores(
 
 
 def generate_samples(model: MidiMambaForCausalLM, processor: MidiProcessor, options: SamplingOptions) -> Samples:
-    """Sample music to be measured: as [`generate_scores`], but what is not music is counted and not drawn again."""
-    parts = _compose(model, processor, processor(None, return_tensors="pt"), options, redraw=False)
+    """Sample music to be measured: as [`generate_scores`], but what is not music is counted and not drawn again.
+
+    Only `options` bound what is drawn: a `top_k` of the model's own has no effect.
+    """
+    parts = _compose(model, processor, processor(None, return_tensors="pt"), options, redraw=False, top_k=0)
     return decode_all(processor, [ids for part in parts for ids in part.ids.tolist()])
 
 
@@ -107,10 +111,12 @@ def _compose(
     processor: MidiProcessor,
     inputs: Mapping[str, Any],
     options: SamplingOptions,
-    redraw: bool = True,
+    **more: Any,
 ) -> list[Composed]:
-    """Continue one prompt `options.num` times, in parts."""
-    limit = options.max_new_tokens
+    """Continue one prompt `options.num` times, in parts. `more` is for `compose`."""
+    given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    sampling = complete_sampling(model.generation_config, given | {"do_sample": True} | more)
+    limit = sampling["max_new_tokens"]
     counts = [min(_SAMPLED_AT_ONCE, options.num - start) for start in range(0, options.num, _SAMPLED_AT_ONCE)]
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     parts: list[Composed] = []
@@ -124,13 +130,8 @@ def _compose(
                 inputs,
                 bars=options.bars,
                 at_most=options.at_most,
-                redraw=redraw,
-                do_sample=True,
                 num_return_sequences=count,
-                max_new_tokens=limit,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=0,
+                **sampling,
                 stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
             )
             parts.append(part)

@@ -18,6 +18,7 @@ from midimamba.files import read_json
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS, check_sampling
 
 Network = TypeVar("Network", MidiMambaForCausalLM, MidiDiscriminator)
 
@@ -139,6 +140,11 @@ def _check_content(path: Path, content: Mapping[str, Any]) -> None:
         numbers = all(isinstance(part, (int, float, type(None))) for part in parts)
         if not numbers and (name in _NUMBERS or name.endswith("_token_id")):
             raise ValueError(f"{path}: {name} is {value!r}, not a number; correct it or remove the line")
+    if path.name == GENERATION_CONFIG_NAME:
+        try:
+            check_sampling(**{name: content.get(name) for name in SAMPLING_DEFAULTS})
+        except InputError as error:
+            raise ValueError(f"{path}: {error}, or remove the line") from error
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -1,0 +1,230 @@
+"""The best sampling temperature of a generator: the one whose music is closest to the validation split.
+
+At every candidate, pieces are drawn from the same seeds, with the grammar and the model's own other defaults, as
+`midimamba generate` draws them. Their musical features are compared with those of real music by the overlapping areas
+of their distances ([`~midimamba.evaluation.distances`]). Form counts for half: a wrong temperature shows in it first,
+and two of fifteen features would hardly be heard among the others.
+
+Sixty-four pieces say only so much. How much, the spread over groups of pieces tells: leaving out one group at a time
+gives the standard error of the difference between two candidates (the jackknife). Candidates within one standard
+error of the closest are tied with it, and of these the one nearest to 1 is chosen, which changes the model least (the
+one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984).
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from symusic.core import ScoreTick
+from tqdm.auto import tqdm
+
+from midimamba.corpus.load import load_corpus
+from midimamba.evaluation.comparison import first_bars
+from midimamba.evaluation.distances import compare_sets
+from midimamba.evaluation.estimates import jackknife
+from midimamba.evaluation.features import Vector, measure
+from midimamba.evaluation.samples import decode_all
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.tokenization.processor import MidiProcessor
+from midimamba.training.scripts import announce
+
+FORM = ("bar_self_similarity_4", "bar_self_similarity_8")
+"""The features that count for half."""
+SEEDS = (0, 1)
+PIECES_PER_SEED = 32
+BARS = 16
+"""Of every piece, as `midimamba generate` draws by default."""
+MAX_NEW_TOKENS = 1024
+"""Sixteen bars seldom need more. So a candidate costs at most 2,048 steps of 32 tokens."""
+GROUPS = 8
+LEAST_PIECES = 2 * GROUPS
+"""Of fewer pieces, drawn or real, the features say nothing."""
+_MOST_REAL_PIECES = 256
+
+Features = Mapping[str, Vector]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """
+    What music is like at one temperature.
+
+    Args:
+        temperature (`float`): a candidate.
+        distance (`float`): from the validation split; from 0 to 1.
+        error (`float`): standard error of the difference between this distance and the smallest one.
+        self_similarity (`float`): of bars that are 8 apart; NaN without bars.
+        overlapping_area (`float`): mean over all features.
+    """
+
+    temperature: float
+    distance: float
+    error: float
+    self_similarity: float
+    overlapping_area: float
+
+    def line(self, real: float) -> str:
+        """For the person who waits, beside the self-similarity of real music."""
+        return (
+            f"temperature {self.temperature:g}: distance {self.distance:.3f}, bars 8 apart alike by "
+            f"{self.self_similarity:.2f} (real {real:.2f}), overlapping area {self.overlapping_area:.3f}"
+        )
+
+
+class _Music(NamedTuple):
+    """The features of all pieces, and the group of every piece."""
+
+    features: Features
+    groups: Vector
+
+    @classmethod
+    def of(cls, scores: Sequence[ScoreTick]) -> "_Music":
+        return cls(measure(scores), np.arange(len(scores)) * GROUPS // len(scores))
+
+
+def choose_temperature(
+    model: MidiMambaForCausalLM, processor: MidiProcessor, data: str, candidates: Sequence[float]
+) -> float | None:
+    """
+    Sample at every candidate, compare with the validation split, and make the best one the model's own.
+
+    One line per candidate says what was found. No other split is read, and torch's random state is left as it was.
+
+    Args:
+        model (`MidiMambaForCausalLM`): the trained generator. Its generation config is changed.
+        processor (`MidiProcessor`): its processor.
+        data (`str`): its corpus.
+        candidates (`Sequence[float]`): the temperatures to try.
+
+    Returns:
+        `float`, *optional*: the temperature, or `None` if there is too little music to compare, which a line says.
+    """
+    real = _real_music(load_corpus(data)[0]["validation"], processor)
+    if len(real) < LEAST_PIECES:
+        announce(
+            f"no temperature is chosen: the validation split has {len(real)} pieces, and {LEAST_PIECES} are needed"
+        )
+        return None
+    was_training = model.training
+    model.eval()
+    drawn = {}
+    with tqdm(total=len(candidates) * len(SEEDS), desc="trying temperatures", leave=False, disable=None) as bar:
+        for candidate in sorted(set(candidates)):
+            drawn[candidate] = _draw(model, processor, candidate, bar)
+    model.train(was_training)
+    if few := [candidate for candidate, scores in drawn.items() if len(scores) < LEAST_PIECES]:
+        listed = ", ".join(f"{candidate:g}" for candidate in few)
+        announce(f"not compared, because too few of its samples are music: temperature {listed}")
+    usable = {candidate: _Music.of(scores) for candidate, scores in drawn.items() if candidate not in few}
+    if not usable:
+        return None
+    music = measure(real)
+    tried = compare_temperatures(usable, music)
+    for row in tried:
+        announce(row.line(_mean(music, FORM[-1])))
+    best = best_of(tried)
+    model.generation_config.temperature = best
+    announce(f"the model's own temperature is now {best:g}: within the noise, none is closer to the validation split")
+    return best
+
+
+def compare_temperatures(drawn: Mapping[float, _Music], real: Features) -> list[Tried]:
+    """
+    How far music at every temperature is from real music.
+
+    Args:
+        drawn (`Mapping[float, _Music]`): the music by temperature.
+        real (`Mapping[str, array]`): the features of real music.
+    """
+    # A feature that many pieces lack, such as the self-similarity of short ones, would be that of a few.
+    sets = [real, *(music.features for music in drawn.values())]
+    names = [name for name in real if all(_share_known(features[name]) >= 0.5 for features in sets)]
+
+    @functools.cache
+    def areas(temperature: float, groups: tuple[int, ...]) -> dict[str, float]:
+        music = drawn[temperature]
+        rows = np.isin(music.groups, groups)
+        found = {name: compare_sets(music.features[name][rows], real[name], replicates=0)[0].value for name in names}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def distance(temperature: float, groups: Sequence[int]) -> float:
+        return _distance(areas(temperature, tuple(groups)))
+
+    everyone = range(GROUPS)
+    closest = min(drawn, key=lambda temperature: distance(temperature, everyone))
+    tried = []
+    for temperature, music in drawn.items():
+        difference = jackknife(
+            lambda groups, other=temperature: distance(other, groups) - distance(closest, groups), GROUPS
+        )
+        tried.append(
+            Tried(
+                temperature,
+                distance(temperature, everyone),
+                (difference.high - difference.low) / (2 * 1.96),
+                _mean(music.features, FORM[-1]),
+                fmean(areas(temperature, tuple(everyone)).values()),
+            )
+        )
+    return tried
+
+
+def best_of(tried: Sequence[Tried]) -> float:
+    """The temperature nearest to 1 of those that are as close to real music as the closest, within the noise."""
+    smallest = min(row.distance for row in tried)
+    tied = [row.temperature for row in tried if row.distance - row.error <= smallest]
+    return min(tied, key=lambda temperature: abs(temperature - 1))
+
+
+def _distance(areas: Mapping[str, float]) -> float:
+    """1 minus the overlapping area, half of it that of form where there is any."""
+    halves = [[area for name, area in areas.items() if (name in FORM) == is_form] for is_form in (True, False)]
+    return 1 - fmean(fmean(half) for half in halves if half)
+
+
+def _real_music(rows: Dataset, processor: MidiProcessor) -> list[ScoreTick]:
+    """The first bars of the pieces of a split, evenly spread if it is a large one."""
+    count = min(len(rows), _MOST_REAL_PIECES)
+    some = rows.select([index * len(rows) // count for index in range(count)])
+    return _openings([processor.decode(ids) for ids in some["input_ids"]], processor)
+
+
+def _draw(model: Any, processor: MidiProcessor, temperature: float, bar: "tqdm[Any]") -> list[ScoreTick]:
+    """New pieces. Where there is no grammar, what is not music counts as lost, and is not drawn again."""
+    inputs = {name: value.to(model.device) for name, value in processor(None, return_tensors="pt").items()}
+    scores = []
+    for seed in SEEDS:
+        bar.set_postfix(temperature=temperature)
+        composed = processor.compose(
+            model,
+            inputs,
+            bars=BARS,
+            redraw=False,
+            num=PIECES_PER_SEED,
+            seed=seed,
+            temperature=temperature,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        scores += decode_all(processor, composed.ids.tolist()).scores
+        bar.update()
+    return _openings(scores, processor)
+
+
+def _openings(scores: Sequence[ScoreTick], processor: MidiProcessor) -> list[ScoreTick]:
+    pieces = [first_bars(processor, score, BARS) for score in scores]
+    return [piece.score for piece in pieces if piece is not None]
+
+
+def _share_known(values: Vector) -> float:
+    return float(np.mean(~np.isnan(values).any(axis=1)))
+
+
+def _mean(features: Features, name: str) -> float:
+    """The mean of a number over the pieces that have it; NaN if none has."""
+    known = features[name][~np.isnan(features[name])]
+    return float(known.mean()) if len(known) else math.nan
