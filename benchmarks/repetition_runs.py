@@ -1,8 +1,10 @@
-"""One run of the benchmark `repetition.py`: train a new generator, and keep it."""
+"""One run of the benchmark `repetition.py`: train a new generator, keep it, and measure it."""
 
+import json
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,14 +14,22 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import set_seed
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.command_options import SamplingOptions
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.packing import BlockCollator
+from midimamba.evaluation.comparison import compare, read_reference
+from midimamba.evaluation.metrics import piece_nlls
+from midimamba.generation import generate_samples, load_pair
 from midimamba.modeling.mamba_mixer import MidiMambaMixer
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks, save_model
+from midimamba.training.temperature import choose_temperature
+from music_runs import REPETITION, mean_overlapping_area
+from resumable import Row
 
 LAGS = [1, 2, 4, 8, 16]
 TRANSPOSE = 5  # semitones, up or down
+_SECONDS = "cpu_seconds.json"
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,7 @@ def mimic_attention(mixer: MidiMambaMixer) -> None:
     mixer.dt_proj.weight.zero_()
     mixer.dt_proj.bias.fill_(math.log(math.e - 1))  # softplus of it is 1
     mixer.A_log.fill_(math.log(1e-3))
-    _, written, read = mixer.x_proj.weight.split(
-        [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
-    )
+    _, written, read = mixer.x_proj.weight.split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size])
     read.copy_(written)
 
 
@@ -146,8 +154,51 @@ def _token_seconds(model: MidiMambaForCausalLM, prompt: Tensor, count: int = 32)
     return seconds / count
 
 
-def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> float:
-    """Train a generator of an arm for a number of steps, save it, and return the processor time in seconds."""
+def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folder: Path) -> Row:
+    """Train a generator of an arm unless it is there already, and measure it.
+
+    Args:
+        arm (`str`): one of `ARMS`.
+        seed (`int`): for training, samples and figures.
+        training (`Training`): what all runs have in common.
+        steps (`Mapping[str, int]`): the training steps of every arm.
+        folder (`Path`): generators are kept here, in a folder `<arm>-<seed>`.
+    """
+    kept = folder / f"{arm}-{seed}"
+    if not (kept / "config.json").exists():
+        train(arm, seed, training, steps[arm], kept)
+    model, processor = load_pair(str(kept))
+    choose_temperature(model, processor, training.data, training.temperatures)
+    reference = read_reference(training.data, "test", training.bars)
+    nats, tokens = piece_nlls(model, list(reference.rows["input_ids"]), BlockCollator.for_processor(processor))
+    samples = generate_samples(model, processor, SamplingOptions(training.num, training.bars, seed=seed))
+    found = compare(samples, reference, seed=seed)
+    form = {name: found.features[name] for name in REPETITION}
+    copies = found.figures["copied_runs_12"]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "settings": asdict(training),
+        "steps": steps[arm],
+        "cpu_seconds": json.loads((kept / _SECONDS).read_text()),
+        "temperature": model.generation_config.temperature,
+        "test": {
+            "held_out_nll_per_token": sum(nats) / sum(tokens),
+            "held_out_nll_per_note": sum(nats) / sum(reference.rows["num_notes"]),
+            **{name: figures.samples.value for name, figures in form.items()},
+            "copied_runs_12": copies.estimate.value,
+            "mean_overlapping_area": mean_overlapping_area(found, "estimate"),
+        },
+        "real": {
+            **{name: figures.real.value for name, figures in form.items()},
+            "copied_runs_12": copies.floor,
+            "mean_overlapping_area": mean_overlapping_area(found, "floor"),
+        },
+    }
+
+
+def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> None:
+    """Train a generator of an arm for a number of steps, and save it with the processor time that it took."""
     augmentation = Augmentation(transpose=TRANSPOSE)
     blocks, _, processor = load_blocks(training.data, training.length, augmentation, seed)
     collator = BlockCollator.for_processor(processor)
@@ -159,8 +210,9 @@ def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> 
             blocks.set_epoch(epoch)
             order, epoch = torch.randperm(len(blocks)).tolist(), epoch + 1
         learner.learn(collator([blocks[order.pop()] for _ in range(training.batch_size)]))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _SECONDS).write_text(json.dumps(time.process_time() - start))
     save_model(output, learner.model, processor)
-    return time.process_time() - start
 
 
 class _Learner:

@@ -38,8 +38,8 @@ class LookBack(nn.Module):
         super().__init__()
         self.lags = tuple(config.lookback_bars)
         self.bos_token_id = config.bos_token_id
-        # The embeddings of the tokens, narrowed, serve for all lags; each lag has a projection of its own. In two steps
-        # both learn faster than one matrix of full rank does, and sampling is cheaper.
+        # The embeddings of the tokens, narrowed, serve for all lags; each lag has a projection of its own. The two steps
+        # learn faster than one matrix of full rank, and cost less in sampling.
         width = max(1, config.hidden_size // _NARROWER)
         self.narrow = nn.Linear(config.hidden_size, width, bias=False)
         self.projection = nn.Linear(len(self.lags) * width, config.hidden_size, bias=False)
@@ -156,9 +156,7 @@ class LookBack(nn.Module):
         value = torch.where(mark > 0, value, within // _PER_POSITION)
         return number * _PLACES + value * _PER_POSITION + counted.clamp(max=_PER_POSITION - 1)
 
-    def align(
-        self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def align(self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
         Look back from tokens at their places.
 
