@@ -38,7 +38,7 @@ class LookBack(nn.Module):
         super().__init__()
         self.lags = tuple(config.lookback_bars)
         self.bos_token_id = config.bos_token_id
-        # The embeddings of the tokens, narrowed, serve for all lags, and each lag has a projection of its own. Two small
+        # The embeddings of the tokens, narrowed, serve for all lags; each lag has a projection of its own. Two small
         # matrices learn faster than one of full rank, and cost less in sampling.
         width = max(1, config.hidden_size // _NARROWER)
         self.narrow = nn.Linear(config.hidden_size, width, bias=False)
