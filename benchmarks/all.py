@@ -74,6 +74,13 @@ def _music(name: str, needs: tuple[str, ...] = (), options: str = "") -> tuple[S
     )
 
 
+def _repetition(name: str, data: str, needs: tuple[str, ...] = (), options: str = "") -> Step:
+    """Which generator repeats best, on a corpus in the folder of intermediate files."""
+    command = f"benchmarks/repetition.py --data {{work}}/{data} --rows {{work}}/repetition-{name}.jsonl {options}"
+    quick = "--seeds 1 --seconds 0.5 --length 64 --batch-size 2 --num 24 --bars 4 --temperatures 0.9 --arms mamba"
+    return Step(f"repetition-{name}", command, quick, needs)
+
+
 def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
     """What adversarial training does to the generator of a corpus: its stability, and its controls."""
     ablation = _on(name, "ablation.py") + f" --rows {{work}}/ablation-{name}.jsonl"
@@ -88,6 +95,7 @@ _FEW_PIECES = "--limit 120 --test-fraction 0.25 --valid-fraction 0.25"
 _LONG = "--max_steps 1000 --eval_steps 100 --save_steps 100"
 _TINY_MODEL = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
 _TINY_TUNING = "--steps 1 --length 32 --seeds 1"
+_FEWER_ARMS = '--arms mamba "mamba, look-back" "hybrid, look-back"'
 _NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
 _MEMORY = "benchmarks/memory.py --rollout-mb 320 --limit-gb 12"
 _SMALL_MEMORY = "--length 16 --rollouts 2 --positions 2 --micro-batch 2 --batch 4 --rollout-mb 8 --naive-length 8 "
@@ -119,6 +127,7 @@ STEPS = (
         "--gradient-checkpointing 1",
         _SMALL_MEMORY + "--layers 1 --hidden 32",
     ),
+    Step("look-back", "benchmarks/look_back.py", "--late 100 --steps 5 --layers 1 --hidden 32 --batch 2"),
     Step("packing", "benchmarks/packing.py {corpora}/pop909.tar.gz", "--limit 20", _POP909),
     Step("ingestion", "benchmarks/ingestion.py {corpora}/hostile-core.tar.gz", "", ("hostile-core.tar.gz",)),
     Step(
@@ -161,11 +170,22 @@ STEPS = (
         + " --steps 20 --learning-rate 2e-4 --seeds 2 --rows {work}/ablation-chorales.jsonl",
         f"{_TINY_TUNING} --arms stable constant",
     ),
+    _repetition("chorales", "chorales-data", options=_FEWER_ARMS),
     *_learned("nottingham", "{corpora}/nottingham.tar.gz", _NOTTINGHAM),
+    Step(
+        "nottingham corpus without velocities",
+        "-m midimamba.cli tokenize {corpora}/nottingham.tar.gz --vocab-size 800 "
+        "--tokenizer-config benchmarks/no-velocities.yaml --out {work}/nottingham-notes",
+        _FEW_PIECES,
+        _NOTTINGHAM,
+        "nottingham-notes/corpus.json",
+    ),
+    _repetition("nottingham", "nottingham-notes", _NOTTINGHAM),
     *_tuned("nottingham", _NOTTINGHAM),
     *_music("nottingham", _NOTTINGHAM),
     _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
     *_music("pop909", _POP909, "--temperatures 0.7 0.8 0.9"),
+    _repetition("pop909", "pop909-data", _POP909, _FEWER_ARMS),
 )
 
 

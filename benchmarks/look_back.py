@@ -1,9 +1,9 @@
 """Sampling with look-back, against the same Mamba without it: what a token costs, and that it costs the same later on.
 
 Both models sample 16 sequences with the grammar, as `midimamba generate` does. One after the other, each takes a step
-around position 80 and a step around position 8,000, so that load falls on all four alike. The last line is JSON:
-`ratio` is the time per token without look-back over that with it, around position 80; `late_over_early` the time around
-position 8,000 over that around position 80, by model. Times are medians.
+around position 80 and a step around position 8,000, so that load falls on all four alike. Times are medians. The last
+line is JSON: `ratio` is the time per token without look-back over that with it, around position 80; `late_over_early`
+is the time around position 8,000 over that around position 80, by model.
 """
 
 import statistics
@@ -90,8 +90,15 @@ def main() -> None:
             "compared": "sampling with the grammar: a Mamba without look-back over the same with it",
             "ratio": round(median["plain", args.early] / median["look-back", args.early], 4),
             "late_over_early": {name: round(median[name, args.late] / median[name, args.early], 4) for name in names},
-            "ms_per_step": {f"{name} at {position}": round(1e3 * value, 3) for (name, position), value in median.items()},
-            "sizes": {"batch": args.batch, "layers": args.layers, "hidden": args.hidden, "vocab": processor.vocab_size},
+            "ms_per_step": {
+                f"{name} at {position}": round(1e3 * value, 3) for (name, position), value in median.items()
+            },
+            "sizes": {
+                "batch": args.batch,
+                "layers": args.layers,
+                "hidden": args.hidden,
+                "vocab": processor.vocab_size,
+            },
         },
         args.out,
     )
