@@ -1,7 +1,7 @@
 """A blind listening test: music of several arms under random file names, and the listeners' answers.
 
 An arm is a source of music, such as a model or a human composer. The pieces of all arms are cut to the same number of
-bars and played by the same instrument at the same loudness.
+bars and played with the same sound font at the same loudness.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from midimamba.errors import InputError
 from midimamba.evaluation.estimates import UNDEFINED, Estimate, Vector, bootstrap
 from midimamba.evaluation.features import opening
 from midimamba.evaluation.listening_page import listening_page
-from midimamba.evaluation.rendering import render_wave
 from midimamba.evaluation.samples import midi_files
+from midimamba.evaluation.sound import load_soundfont, render_sounds
 from midimamba.files import read_json, whole_folder
 from midimamba.text import for_json, for_markdown, printable
 from midimamba.tokenization.ingest import MidiRefusedError, read_score
@@ -80,8 +80,7 @@ def draw_arms(folders: Sequence[Path], num: int, bars: int, seed: int = 0) -> di
     Args:
         folders (`Sequence[Path]`): one folder per arm, which is named after it; searched recursively.
         num (`int`): pieces per arm.
-        bars (`int`): the number of bars to play. A piece is drawn only if a pitched note starts in them, because drums
-            are not rendered.
+        bars (`int`): the number of bars to play. A piece is drawn only if a note starts in them.
         seed (`int`, *optional*, defaults to 0): the same seed draws the same pieces.
 
     Raises:
@@ -104,6 +103,7 @@ def write_listening_test(
     seed: int = 0,
     bars: int = 16,
     sources: Mapping[str, Sequence[str]] | None = None,
+    soundfont: Path | None = None,
 ) -> None:
     """
     Write WAV files, the page `index.html` that asks about them, and `key.json`, which names the arm of each.
@@ -116,11 +116,14 @@ def write_listening_test(
         bars (`int`, *optional*, defaults to 16): pieces are cut to this many bars.
         sources (`Mapping[str, Sequence[str]]`, *optional*): where each piece comes from, for the key; by default
             its index in its arm.
+        soundfont (`Path`, *optional*): a SoundFont 2 file that plays all pieces; by default the one that pretty_midi
+            ships.
 
     Raises:
         FileExistsError: if the folder exists and is not empty.
-        InputError: if pretty_midi is not installed.
+        InputError: if the sound font cannot be used, or a package of the `demo` extra is not installed.
     """
+    font = load_soundfont(soundfont)
     chance = random.Random(seed)
     pieces = [(arm, index) for arm, scores in arms.items() for index in range(len(scores))]
     chance.shuffle(pieces)  # files are also written in this order, so that their times do not group them by arm
@@ -128,8 +131,8 @@ def write_listening_test(
     found = dict(zip(names, pieces, strict=True))
     digest = hashlib.sha256()
     with whole_folder(folder) as scratch:
-        for name, (arm, index) in tqdm(found.items(), desc="rendering", leave=False, disable=None):
-            render_wave(opening(arms[arm][index], bars), scratch / name)
+        render_sounds({scratch / name: opening(arms[arm][index], bars) for name, (arm, index) in found.items()}, font)
+        for name in names:
             digest.update(name.encode() + (scratch / name).read_bytes())
         test = digest.hexdigest()[:16]  # of the audio: two tests with the same seed are still two tests
         key = {
@@ -245,7 +248,7 @@ def _draw(folder: Path, num: int, bars: int, seed: int) -> Draw:
             break
         with suppress(MidiRefusedError):
             score = read_score(file)
-            if any(len(track.notes) for track in opening(score, bars).tracks if not track.is_drum):
+            if opening(score, bars).note_num():
                 draw.pieces[str(file)] = score
                 continue
         draw.passed_over.append(str(file))

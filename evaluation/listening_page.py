@@ -48,8 +48,8 @@ nav { display: flex; justify-content: space-between; }
 <main>
 <h1>Listening test</h1>
 <p>Listen to each piece and answer two questions about it. Take your time. You may go back, skip a piece, or close the
-page and continue later in the same browser. All pieces are played with the same plain sound: please judge the music
-alone.</p>
+page and continue later in the same browser. All pieces are played with the same set of instruments: please judge
+the music alone.</p>
 <noscript><p>This page needs JavaScript to save your answers.</p></noscript>
 <p id="unsaved" role="alert" hidden>This browser cannot save your answers. Please finish before you close the page.</p>
 <h2 id="place" tabindex="-1">Pieces</h2>

@@ -1,7 +1,6 @@
-"""Pictures and sound of a score, as a model card shows and plays them."""
+"""Pictures of a score, as a model card shows them, and what all pictures share."""
 
 import io
-import wave
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ from midimamba.files import write_whole
 from midimamba.text import printable, shortened
 from midimamba.tokenization.musical_time import bar_starts
 
-Audio = NDArray[np.float64]
-
 PITCH_CLASSES = ("C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B")
 BLACK_KEYS = frozenset({1, 3, 6, 8, 10})
 INK, FAINT = "#2b2f36", "#dde1e6"
 _MAX_NAME = 40  # signs of a title or name; a longer one leaves no room for the music
-PEAK = 0.9  # of full scale: a resampler or lossy encoder overshoots a little, and would clip at 1
 
 
 def draw_piano_roll(score: ScoreTick, path: Path, title: str = "") -> None:
@@ -53,56 +49,6 @@ def draw_piano_roll(score: ScoreTick, path: Path, title: str = "") -> None:
     save_figure(axes.figure, path)
 
 
-def render_wave(score: ScoreTick, path: Path, sample_rate: int = 22050) -> None:
-    """
-    Play a score into a mono WAV file (16-bit PCM) whose loudest sample is at 90 % of full scale.
-
-    Every pitched instrument sounds like a plucked string. Percussion is silent, since it has no pitch to synthesise.
-
-    Args:
-        score (`symusic.Score`): times in ticks. If it has no pitched note, the file is silent.
-        path (`Path`): the WAV file, replaced atomically. It is one second longer than the score, for the last note to
-            fade.
-        sample_rate (`int`, *optional*, defaults to 22050): in hertz.
-
-    Raises:
-        InputError: if pretty_midi is not installed.
-    """
-    pretty_midi = import_demo("pretty_midi")
-    audio: Audio = np.zeros(sample_rate)
-    if score.note_num():  # pretty_midi cannot read a file without events
-        midi = pretty_midi.PrettyMIDI(io.BytesIO(score.dumps_midi()))
-        audio = midi.synthesize(fs=sample_rate, wave=plucked_string, normalize=False)
-    loudest = float(np.abs(audio).max())
-    pcm = (audio * (PEAK * 32767 / loudest if loudest else 0.0)).astype("<i2")
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
-        file.writeframes(pcm.tobytes())
-    write_whole(path, buffer.getvalue())
-
-
-def plucked_string(phase: Audio) -> Audio:
-    """
-    A tone of six harmonics with a soft attack. The higher harmonics fade first.
-
-    Args:
-        phase (`ndarray` of shape `(samples,)`): the phase of the fundamental in radians, 0 at the start of the note.
-            Because it grows with frequency times time, high notes fade sooner than low ones, as they do on strings.
-    """
-    attack = 1 - np.exp(-phase / (4 * np.pi))  # over two periods: an abrupt start would click
-    # Harmonic k is the imaginary part of turn**k / k**1.4. Summed by Horner's rule, all six need one exponential.
-    turn = np.exp((1j - 0.0004) * phase)
-    harmonics = np.zeros_like(turn)
-    for k in range(6, 0, -1):
-        harmonics += k**-1.4
-        harmonics *= turn
-    tone: Audio = attack * harmonics.imag
-    return tone
-
-
 def new_figure(width: int, height: int) -> Any:
     """An empty matplotlib `Figure` of this size in pixels, without pyplot and its global state."""
     figure = import_demo("matplotlib.figure").Figure
@@ -126,8 +72,12 @@ def import_demo(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise InputError(f'{package} is not installed; run: pip install "midimamba[demo]"') from error
+        raise not_installed(name.partition(".")[0]) from error
+
+
+def not_installed(package: str) -> InputError:
+    """The error that one of the optional `demo` dependencies is missing."""
+    return InputError(f'{package} is not installed; run: pip install "midimamba[demo]"')
 
 
 def pitch_name(pitch: int) -> str:

@@ -84,7 +84,8 @@ def sample_gallery(run: Path) -> str:
     """Piano rolls of the run's samples as Markdown, with links to their MIDI and sound, relative to the run."""
     entries = []
     for picture in sorted((run / "samples").glob("*.png")):
-        files = [("MIDI", picture.with_suffix(".mid")), ("sound", picture.with_suffix(".wav"))]
+        kinds = {".mid": "MIDI", ".wav": "sound", ".mp3": "sound"}
+        files = [(label, picture.with_suffix(suffix)) for suffix, label in kinds.items()]
         links = [f"[{label}]({for_link(f'samples/{file.name}')})" for label, file in files if file.exists()]
         roll = f"![Piano roll of {for_markdown(picture.stem)}]({for_link(f'samples/{picture.name}')})"
         entries.append(f"{roll}\n\n{' · '.join(links)}")

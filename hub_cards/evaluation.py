@@ -12,7 +12,7 @@ from midimamba.files import read_json
 from midimamba.text import for_link
 
 _WRITE_ONE = "write one with `midimamba evaluate` or `python -m midimamba.evaluation.report RUN`"
-PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mid")
+PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mp3", "samples/*.mid")
 
 
 class Evaluation(NamedTuple):

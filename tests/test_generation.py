@@ -220,6 +220,40 @@ def test_a_command_without_a_folder_to_make_and_a_model_without_controls_are_ref
     assert "midimamba tokenize SOURCE --controls" in capsys.readouterr().err
 
 
+def test_pieces_are_drawn_and_played(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--num", 2, "--bars", 1, "--max-new-tokens", 20, "--render")
+    assert command(monkeypatch, folder, *short, "--format", "mp3", "--out", tmp_path / "out") == 0
+    names = {f"sample-0{index}.{suffix}" for index in range(2) for suffix in ("mid", "png", "mp3")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert not capsys.readouterr().err.replace("\r", "").strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--render", "--soundfont", "nowhere.sf2"], "the sound font nowhere.sf2 cannot be read: No such file"),
+        (["--render", "--soundfont", "damaged.sf2"], "damaged.sf2 cannot be used as a sound font"),
+        (["--soundfont", "damaged.sf2"], "--soundfont and --format say how to play the pieces: add --render"),
+        (["--format", "mp3"], "add --render"),
+    ],
+)
+def test_sound_that_cannot_be_made_is_refused_before_any_work(
+    arguments: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.sf2").write_bytes(b"RIFF")
+    assert command(monkeypatch, "no/model", *arguments, "--out", "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["TSD", "Structured"])
 def test_tokenizations_without_bars_also_generate(name: str) -> None:
     processor = MidiProcessor(build_tokenizer(name))

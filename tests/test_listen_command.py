@@ -8,7 +8,7 @@ import pytest
 import support
 from midimamba.evaluation import listening
 from midimamba.evaluation.features import opening
-from midimamba.evaluation.rendering import render_wave
+from midimamba.evaluation.sound import load_soundfont, render_sounds
 from midimamba.tokenization.ingest import read_score
 from support import make_score
 
@@ -43,10 +43,11 @@ def test_a_test_is_made_of_two_folders(made: Path, music: Path, tmp_path: Path) 
     assert {file.name for file in made.iterdir()} == {*pieces, "key.json", "index.html"}
     sources = {piece["source"] for piece in pieces.values()}
     assert sources == {str(music / arm / f"{seed}.mid") for arm in ("composer", "machine") for seed in range(3)}
-    for name, piece in pieces.items():
-        assert Path(piece["source"]).parent.name == piece["arm"]
-        render_wave(opening(read_score(piece["source"]), 1), tmp_path / "again.wav")
-        assert (made / name).read_bytes() == (tmp_path / "again.wav").read_bytes()
+    assert all(Path(piece["source"]).parent.name == piece["arm"] for piece in pieces.values())
+    openings = {tmp_path / name: opening(read_score(piece["source"]), 1) for name, piece in pieces.items()}
+    render_sounds(openings, load_soundfont())
+    for name in pieces:
+        assert (made / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_files_that_are_passed_over_are_reported(
@@ -77,6 +78,10 @@ def test_files_that_are_passed_over_are_reported(
         (("empty", "composer", "--out", "out"), "empty has 0 pieces to listen to in 0 MIDI files"),
         (("composer", "machine"), "name a folder with --out"),
         (("composer", "machine", "--out", "machine"), "machine already exists"),
+        (
+            ("composer", "machine", "--out", "out", "--num", "1", "--soundfont", "machine/broken.mid"),
+            "machine/broken.mid cannot be used as a sound font",
+        ),
         (("--score", "machine", "answers.json"), "machine/key.json cannot be read: No such file"),
         (("--score", "machine", "answers.json", "--out", "out"), "leave out --out"),
         (("--score", "machine", "answers.json", "./answers.json"), "named twice"),
@@ -100,11 +105,11 @@ def test_bad_input_is_refused_in_a_line_and_nothing_is_written(
 def test_a_failure_while_rendering_leaves_nothing(
     music: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def fail(scores: dict[Path, object], _: object) -> None:
+        next(iter(scores)).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(listening, "render_wave", fail)
+    monkeypatch.setattr(listening, "render_sounds", fail)
     with pytest.raises(OSError, match="disk full"):
         command(monkeypatch, music / "composer", music / "machine", "--out", tmp_path / "test", "--num", 1)
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from midimamba.errors import InputError
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
 _OWN = "(default: the model's own)"
@@ -102,7 +103,20 @@ class GenerateOptions:
     list_controls: bool = field(
         default=False, metadata={"group": "request", "help": "print the model's controls and their values, and stop"}
     )
-    render: bool = field(default=False, metadata={"help": "write a piano roll and a WAV file beside each piece"})
+    render: bool = field(
+        default=False, metadata={"group": "rendering", "help": "write a piano roll and the sound beside each piece"}
+    )
+    soundfont: Path | None = field(
+        default=None,
+        metadata={"group": "rendering", "help": "play with this .sf2 file instead of the one that pretty_midi ships"},
+    )
+    format: str = field(
+        default="wav", metadata={"group": "rendering", "choices": ("wav", "mp3"), "help": "of the sound"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.render and (self.soundfont is not None or self.format != "wav"):
+            raise InputError("--soundfont and --format say how to play the pieces: add --render")
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,13 @@ class ListenOptions:
         default=16, metadata={"group": "make a test", "help": "play this many bars from the start of every piece"}
     )
     seed: int = field(default=0, metadata={"group": "make a test", "help": "the same seed gives the same test"})
+    soundfont: Path | None = field(
+        default=None,
+        metadata={
+            "group": "make a test",
+            "help": "play with this .sf2 file instead of the one that pretty_midi ships",
+        },
+    )
     score: Path | None = field(
         default=None,
         metadata={

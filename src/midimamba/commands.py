@@ -65,7 +65,8 @@ def _new_folder(out: Path | None, content: str) -> Path:
 
 def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
     """`midimamba generate`: a model to MIDI files."""
-    from midimamba.evaluation.rendering import draw_piano_roll, render_wave
+    from midimamba.evaluation.rendering import draw_piano_roll, import_demo
+    from midimamba.evaluation.sound import check_encoder, load_soundfont, render_sounds
     from midimamba.files import whole_folder
     from midimamba.generation import generate_scores, load_pair
     from midimamba.tokenization.ingest import MidiRefusedError
@@ -75,18 +76,25 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
         return
     controls = _read_controls(options.control)
     out = _new_folder(options.out, "the pieces")
+    soundfont = b""
+    if options.render:  # what is missing is found before the pieces are sampled
+        import_demo("matplotlib.figure")
+        check_encoder(options.format)
+        soundfont = load_soundfont(options.soundfont)
     model, processor = load_pair(options.model)
     try:
         scores = generate_scores(model, processor, sampling, prompt=options.prompt, controls=controls)
     except MidiRefusedError as error:
         raise InputError(f"{options.prompt} cannot be continued: {error}") from error
     with whole_folder(out) as folder:
-        for index, score in enumerate(scores):
-            name = f"sample-{index:02d}"
-            score.dump_midi(folder / f"{name}.mid")
+        pieces = {folder / f"sample-{index:02d}.mid": score for index, score in enumerate(scores)}
+        for file, score in pieces.items():
+            score.dump_midi(file)
             if options.render:
-                draw_piano_roll(score, folder / f"{name}.png", title=name)
-                render_wave(score, folder / f"{name}.wav")
+                draw_piano_roll(score, file.with_suffix(".png"), title=file.stem)
+        if options.render:
+            sounds = {file.with_suffix(f".{options.format}"): score for file, score in pieces.items()}
+            render_sounds(sounds, soundfont)
     show(f"{len(scores)} pieces in {out}")
 
 
@@ -159,6 +167,7 @@ def listen(options: ListenOptions) -> None:
         options.seed,
         options.bars,
         sources={arm: list(draw.pieces) for arm, draw in drawn.items()},
+        soundfont=options.soundfont,
     )
     for arm, draw in drawn.items():
         if draw.passed_over:

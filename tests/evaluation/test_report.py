@@ -59,8 +59,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"step": 2, "eval_loss": 3.1, "eval_self_bleu_4": 0.5, "eval_d_accuracy_fake": 0.6, **measured},
     )
     (run / "samples").mkdir()
-    for suffix in ("mid", "png", "wav"):
-        (run / "samples" / f"sample-00.{suffix}").write_bytes(b"")
+    for name in ("sample-00.mid", "sample-00.png", "sample-00.wav", "sample-01.png", "sample-01.mp3"):
+        (run / "samples" / name).write_bytes(b"")
     return run
 
 
@@ -111,6 +111,7 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
     assert "no evidence that adversarial training helps" in page
     for link in ("(curves.png)", "(samples/sample-00.png)", "(samples/sample-00.mid)", "(samples/sample-00.wav)"):
         assert link in page
+    assert "(samples/sample-01.png)\n\n[sound](samples/sample-01.mp3)\n" in page
     assert "- `estimator`: monte-carlo" in page
     assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
 

@@ -105,7 +105,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / part / name).parent.mkdir(exist_ok=True)
             (folder / part / name).write_bytes(b"pickle")
     (folder / "samples").mkdir()
-    for name in ("curves.png", "samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "notes.txt"):
+    samples = [f"samples/sample-00.{suffix}" for suffix in ("mid", "png", "wav", "mp3")]
+    for name in ("curves.png", *samples, "notes.txt"):
         (folder / name).write_bytes(name.encode())
     diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
     measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.91, "accuracy_fake": 0.59}
@@ -151,7 +152,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         *("grammar_tables.py", "composing.py", "sampling_limits.py"),
         *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
         *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
-        *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav"),
+        *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "samples/sample-00.mp3"),
     }
     weights = (run / "generator" / "model.safetensors").read_bytes()
     assert hub.repositories["you/bach"]["model.safetensors"] == weights
