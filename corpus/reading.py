@@ -1,13 +1,10 @@
 """The files of a source to base ids, in worker processes, into a [`PieceStore`]."""
 
 import hashlib
-import io
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,6 +16,7 @@ from miditok import MusicTokenizer
 from symusic.core import ScoreSecond, ScoreTick
 from tqdm import tqdm
 
+from midimamba.corpus.chorales import read_chorale
 from midimamba.corpus.data_sets import DataSetFiles
 from midimamba.corpus.entries import OTHER_SUFFIXES, Entry, Refusal, Skipped
 from midimamba.corpus.manifests import Label
@@ -189,7 +187,7 @@ def _read(tokenizer: MusicTokenizer, with_controls: bool, content: bytes | Path,
         mark(STAGES.index(name))
 
     try:
-        score, sanitized = parse_midi(_musicxml_to_midi(content) if isinstance(content, Path) else content)
+        score, sanitized = parse_midi(read_chorale(content) if isinstance(content, Path) else content)
         enter("check")
         score = check_score(score)
         enter("tokenize")
@@ -212,12 +210,3 @@ def _tokenize(tokenizer: MusicTokenizer, score: ScoreTick, sanitized: bool, with
     seconds = cast(ScoreSecond, score.to("second")).end()
     controls = describe(score) if with_controls else {}
     return Piece(pack_ids(ids), content, score.note_num(), seconds, sanitized, controls)
-
-
-def _musicxml_to_midi(path: Path) -> bytes:
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        from music21 import converter, midi
-
-        content: bytes = midi.translate.streamToMidiFile(converter.parse(path)).writestr()
-    return content

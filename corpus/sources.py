@@ -25,6 +25,7 @@ from midimamba.corpus.archives import (
     opened,
     read_member,
 )
+from midimamba.corpus.chorales import OTHERS
 from midimamba.corpus.entries import MUSICXML_SUFFIXES, OTHER_SUFFIXES, Entry, Refusal, Skipped, unique_name
 from midimamba.corpus.folders import walk
 from midimamba.corpus.manifests import Label, is_manifest, read_manifests
@@ -37,8 +38,6 @@ NO_MUSIC21 = 'the chorales come with music21: pip install "midimamba[demo]"'
 DATA_SUFFIXES = (".parquet", ".arrow")
 # These may hold music as well, but Python cannot read them.
 _OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz", ".tar.lz4", ".tar.z", ".lha", ".lzh", ".sit", ".cab", ".dmg")
-# The only one of music21's Bach entries that isn't a chorale: a prelude for keyboard.
-_NOT_A_CHORALE = "bwv846"
 # A suffix of more characters, the dot included, is the end of a title.
 _MAX_SUFFIX = 8
 _REPLACED = "a member of an archive with the name of a later one"
@@ -276,5 +275,5 @@ def _find_chorales() -> Iterator[Entry]:
     # Three more are Humdrum encodings (.krn) of chorales that are also there as MusicXML; one of them does not parse.
     paths = [Path(path) for path in corpus.getComposer("bach") if Path(path).suffix in MUSICXML_SUFFIXES]
     for path in paths:
-        if path.stem != _NOT_A_CHORALE:
+        if path.stem not in OTHERS:
             yield Entry(f"bach/{path.stem}", path, path.stat().st_size)

@@ -14,8 +14,9 @@ from torch import Tensor
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator, PackedBlocks, stack_blocks
 from midimamba.errors import InputError, exit_on_input_error
-from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, held_out_nll, self_bleu
+from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu
 from midimamba.evaluation.report_curves import draw_curves
+from midimamba.evaluation.report_music import BARS, draw_real, likelihood, music_figures, openings, sampled_pieces
 from midimamba.evaluation.report_page import ORDERS, Report, report_page, training_settings
 from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
@@ -33,9 +34,12 @@ NEEDED = (
 )
 
 
-def write_report(run: Path, seed: int = 0, num_samples: int = 64, length: int | None = None) -> Report:
+def write_report(
+    run: Path, seed: int = 0, num_samples: int = 64, length: int | None = None, num_pieces: int = 32
+) -> Report:
     """
-    Measure a run before and after adversarial tuning; write `report.json`, `report.md` and `curves.png` into it.
+    Measure a run before and after adversarial tuning; write `report.json`, `report.md` and `curves.png` into it. If it
+    has samples, draw real music beside them, into the folder `real`.
 
     Args:
         run (`Path`): the folder of the run, with `data`, `pretrained`, `generator`, `generator-discriminator` and,
@@ -44,10 +48,12 @@ def write_report(run: Path, seed: int = 0, num_samples: int = 64, length: int | 
         num_samples (`int`, *optional*, defaults to 64): fresh samples per model. At most as many as the test split has
             blocks, so that samples and music are compared in sets of equal size.
         length (`int`, *optional*): tokens per block and per sample; the generator's `sequence_length` by default.
+        num_pieces (`int`, *optional*, defaults to 32): pieces of 16 bars to sample from each model, to measure what
+            the music is like.
 
     Returns:
-        `dict`: `before`, `after` and `real` with their measures, `settings` of the measurement, and the options of
-        `training`.
+        `dict`: `before`, `after` and `real` with their measures, those of the music under `music`; `settings` of the
+        measurement, and the options of `training`.
 
     Raises:
         InputError: if a part of the run is missing, or its test split is too short.
@@ -63,6 +69,7 @@ def write_report(run: Path, seed: int = 0, num_samples: int = 64, length: int | 
                 "copy the file of the run again"
             )
     report = _measure(run, seed, num_samples, length or training["sequence_length"], training["prompt_length"])
+    _measure_music(run, report, num_pieces, seed)
     report["training"] = training
     draw_curves(run / "pretrained", run / "generator", run / "curves.png")
     write_whole(run / "report.json", for_json(report, indent=2) + "\n")
@@ -94,7 +101,7 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
         model = load_generator(run / folder, device_map=device)
         samples = fresh_samples(model, real[:, :prompt_length], length, seed)
         report[phase] = {
-            "held_out_nll": held_out_nll(model, blocks, collator),
+            **likelihood(model, splits["test"], collator),
             **_diversity(samples),
             **discriminator_accuracy(discriminator, real, samples),
         }
@@ -107,6 +114,20 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
         "evaluation_seed": seed,
     }
     return report
+
+
+def _measure_music(run: Path, report: Report, num_pieces: int, seed: int) -> None:
+    """Add what the music is like to a report, and draw real music."""
+    splits, processor = load_corpus(run / "data")
+    real = openings(processor, splits["test"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for phase, folder in (("before", "pretrained"), ("after", "generator")):
+        model = load_generator(run / folder, device_map=device)
+        report[phase]["music"] = music_figures(sampled_pieces(model, processor, num_pieces, seed))
+    report["real"]["music"] = music_figures(real)
+    report["settings"] |= {"sampled_pieces": num_pieces, "real_pieces": len(real), "bars_per_piece": BARS}
+    if samples := len(list((run / "samples").glob("*.png"))):
+        draw_real(real, run / "real", samples, seed)
 
 
 def _diversity(sequences: Tensor) -> dict[str, float]:
@@ -123,6 +144,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="for the fresh samples (default: 0)")
     parser.add_argument("--num-samples", type=int, default=64, help="fresh samples per model (default: 64)")
     parser.add_argument("--length", type=int, help="tokens per sample (default: the generator's sequence_length)")
+    parser.add_argument("--num-pieces", type=int, default=32, help="pieces of 16 bars per model (default: 32)")
     arguments = parser.parse_args()
     with exit_on_input_error():
         write_report(**vars(arguments))

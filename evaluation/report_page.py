@@ -1,5 +1,6 @@
 """The page of a run's report, and the parts of it that a model card shows as well."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,18 @@ Report = dict[str, Any]
 
 ORDERS = (1, 2, 3, 4)
 """Of the n-grams whose diversity is measured."""
+
+MUSIC = {
+    "bar_self_similarity_4": "likeness of bars 4 apart",
+    "bar_self_similarity_8": "likeness of bars 8 apart",
+    "polyphony": "notes at once, on average",
+    "most_voices": "notes at once, at most",
+    "notes_per_bar": "notes per bar",
+    "scale_consistency": "share of notes in one scale",
+    "key_stability": "share of time in the main key",
+    "groove_consistency": "likeness of neighbouring rhythms",
+}
+"""The features that a report shows, and what they are called there. Each is a mean over pieces."""
 
 SETTINGS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "d_learning_rate", "seed"),
@@ -61,6 +74,23 @@ def evaluation_table(report: Report) -> str:
     return "\n".join(rows)
 
 
+def music_table(report: Report) -> str:
+    """What the music of a report is like, as a Markdown table with the columns before, after and real music."""
+    columns = [report[column] for column in ("before", "after", "real")]
+    rows = ["| | before tuning | after tuning | real music |", "|---|---:|---:|---:|"]
+    nats = " | ".join(f"{column['held_out_nll_per_note']:.3f}" for column in columns[:2])
+    rows.append(f"| held-out NLL, nats per note ↓ | {nats} | |")
+    for name, label in MUSIC.items():
+        values = (column["music"][name] for column in columns)
+        rows.append(f"| {label} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |")
+    rows.append(
+        "\nSamples are {sampled_pieces} pieces of {bars_per_piece} bars of each model, drawn as `midimamba generate` "
+        "draws them. Real music is the first {bars_per_piece} bars of the {real_pieces} pieces of the test split. "
+        "Each figure is a mean over pieces: the closer to real music, the better.".format(**report["settings"])
+    )
+    return "\n".join(rows)
+
+
 def interpretation(report: Report) -> str:
     """What the figures of a report say, and what they cannot say, in one paragraph."""
     before, after, real = (report[column] for column in ("before", "after", "real"))
@@ -82,14 +112,25 @@ def interpretation(report: Report) -> str:
 
 def sample_gallery(run: Path) -> str:
     """Piano rolls of the run's samples as Markdown, with links to their MIDI and sound, relative to the run."""
-    entries = []
-    for picture in sorted((run / "samples").glob("*.png")):
-        kinds = {".mid": "MIDI", ".wav": "sound", ".mp3": "sound"}
-        files = [(label, picture.with_suffix(suffix)) for suffix, label in kinds.items()]
-        links = [f"[{label}]({for_link(f'samples/{file.name}')})" for label, file in files if file.exists()]
-        roll = f"![Piano roll of {for_markdown(picture.stem)}]({for_link(f'samples/{picture.name}')})"
-        entries.append(f"{roll}\n\n{' · '.join(links)}")
-    return "\n\n".join(entries)
+    pictures = sorted((run / "samples").glob("*.png"))
+    return "\n\n".join("\n\n".join(_roll_and_links(picture)) for picture in pictures)
+
+
+def side_by_side(run: Path) -> str:
+    """Piano rolls of the run's samples beside real music, as a Markdown table."""
+    pairs = zip_longest(*(sorted((run / folder).glob("*.png")) for folder in ("samples", "real")))
+    rows = [" | ".join("<br>".join(_roll_and_links(picture)) if picture else "" for picture in pair) for pair in pairs]
+    return "\n".join(["| samples | real music, from the test split |", "|---|---|", *(f"| {row} |" for row in rows)])
+
+
+def _roll_and_links(picture: Path) -> tuple[str, str]:
+    """A piano roll of the run, and links to what there is to hear of it."""
+    folder = picture.parent.name
+    kinds = {".mid": "MIDI", ".wav": "sound", ".mp3": "sound"}
+    files = [(label, picture.with_suffix(suffix)) for suffix, label in kinds.items()]
+    links = [f"[{label}]({for_link(f'{folder}/{file.name}')})" for label, file in files if file.exists()]
+    roll = f"![Piano roll of {for_markdown(picture.stem)}]({for_link(f'{folder}/{picture.name}')})"
+    return roll, " · ".join(links)
 
 
 def training_settings(folder: Path) -> dict[str, Any]:
@@ -106,9 +147,12 @@ def bullet_list(settings: dict[str, Any]) -> str:
 
 def report_page(run: Path, report: Report) -> str:
     """The report of a run as Markdown."""
-    sections = [
-        f"# {for_markdown(run.resolve().name)}",
-        evaluation_table(report),
+    sections = [f"# {for_markdown(run.resolve().name)}"]
+    if sample_gallery(run):
+        sections += ["## Samples beside real music", side_by_side(run)]
+    sections += [
+        *("## What the music is like", music_table(report)),
+        *("## What tuning did", evaluation_table(report)),
         interpretation(report),
         "![Curves of both training phases](curves.png)",
     ]
@@ -118,8 +162,6 @@ def report_page(run: Path, report: Report) -> str:
             f"Held-out NLL is measured on blocks of {lengths[0]} tokens during pre-training and of {lengths[1]} "
             "tokens during tuning, hence the step between the two phases."
         )
-    if gallery := sample_gallery(run):
-        sections += ["## Samples", gallery]
     sections += ["## How it was measured", bullet_list(report["settings"])]
     sections += ["## How it was trained", bullet_list(report["training"])]
     return "\n\n".join(sections) + "\n"

@@ -22,6 +22,7 @@ from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
+from midimamba.evaluation.features import most_voices
 from midimamba.tokenization.controls import describe
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, parse_midi, read_score
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
@@ -433,9 +434,10 @@ def test_bundled_chorales_are_read(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert set(splits_of(tmp_path / "out")) == {"bach/bwv1.6", "bach/bwv10.7", "bach/bwv101.7", "bach/bwv102.7"}
     for split in SPLITS:
         for row in dataset[split]:
-            # Voices that meet on one note are one note of one instrument.
-            assert 0.9 * row["num_notes"] < processor.decode(row["input_ids"]).note_num() <= row["num_notes"]
-            assert row["num_notes"] > 100
+            score = processor.decode(row["input_ids"])
+            assert score.note_num() == row["num_notes"] > 100
+            assert [(track.program, track.is_drum) for track in score.tracks] == [(19, False)]
+            assert most_voices(score) == 4
     assert "music21" not in capfd.readouterr().err
 
 

@@ -14,14 +14,15 @@ from midimamba import MidiMambaForCausalLM
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
-from midimamba.corpus.packing import BlockCollator, PackedBlocks
 from midimamba.errors import InputError
+from midimamba.evaluation.features import measure, opening
 from midimamba.evaluation.report import main, write_report
-from midimamba.evaluation.report_page import Report
+from midimamba.evaluation.report_page import MUSIC, Report
 from midimamba.training.adversarial_config import AdversarialConfig
 from support import make_discriminator, make_generator
 
 LENGTH = 24
+SMALL = {"num_samples": 8, "num_pieces": 2}
 
 
 def write_midi(path: Path, seed: int) -> None:
@@ -66,20 +67,58 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(finished_run: Path) -> Report:
-    return write_report(finished_run, num_samples=8)
+    return write_report(finished_run, **SMALL)
 
 
-def test_likelihood_is_that_of_each_model_on_the_test_split(finished_run: Path, report: Report) -> None:
-    splits, processor = load_corpus(finished_run / "data")
-    test = PackedBlocks(splits["test"], LENGTH)
-    blocks = [test[index] for index in range(len(test))]
-    batch = BlockCollator.for_processor(processor)(blocks)
+def test_likelihood_is_that_of_each_model_on_whole_pieces_of_the_test_split(
+    finished_run: Path, report: Report
+) -> None:
+    splits, _ = load_corpus(finished_run / "data")
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
         model = MidiMambaForCausalLM.from_pretrained(finished_run / folder)
-        with torch.no_grad():
-            expected = model(**batch).loss.item()
-        assert report[phase]["held_out_nll"] == pytest.approx(expected, rel=1e-5)
+        nats = tokens = 0.0
+        for ids in splits["test"]["input_ids"]:
+            piece = torch.tensor([ids])
+            with torch.no_grad():
+                nats += model(input_ids=piece, labels=piece).loss.item() * (len(ids) - 1)
+            tokens += len(ids) - 1
+        assert report[phase]["held_out_nll"] == pytest.approx(nats / tokens, rel=1e-4)
+        per_note = nats / sum(splits["test"]["num_notes"])
+        assert report[phase]["held_out_nll_per_note"] == pytest.approx(per_note, rel=1e-4)
     assert report["before"]["held_out_nll"] != report["after"]["held_out_nll"]
+
+
+def test_music_is_measured_as_the_features_measure_it(finished_run: Path, report: Report) -> None:
+    splits, processor = load_corpus(finished_run / "data")
+    pieces = [opening(processor.decode(ids), 16) for ids in splits["test"]["input_ids"]]
+    features = measure(pieces)
+    for name in ("polyphony", "notes_per_bar", "scale_consistency"):
+        assert report["real"]["music"][name] == pytest.approx(features[name].mean())
+    assert report["real"]["music"]["most_voices"] == 1
+    for phase in ("before", "after"):
+        assert report[phase]["music"].keys() == MUSIC.keys()
+        assert report[phase]["music"]["notes_per_bar"] > 0
+    assert report["settings"]["sampled_pieces"] == 2
+
+
+def test_real_music_stands_beside_every_sample(finished_run: Path) -> None:
+    for index in range(3):
+        (finished_run / "samples" / f"sample-{index:02d}.png").write_bytes(b"")
+    write_report(finished_run, **SMALL)
+    page = (finished_run / "report.md").read_text()
+    rows = [line for line in page.splitlines() if "(samples/" in line]
+    splits, processor = load_corpus(finished_run / "data")
+    real = sorted((finished_run / "real").glob("*.mid"))
+    held_out = [opening(processor.decode(ids), 16) for ids in splits["test"]["input_ids"]]
+    assert len(real) == min(3, len(held_out))
+    assert len(rows) == 3
+    for index, row in enumerate(rows):
+        assert f"(samples/sample-{index:02d}.png)" in row
+        assert (f"(real/real-{index:02d}.png)" in row) == (index < len(real))
+    notes = [[(note.time, note.pitch) for note in score.tracks[0].notes] for score in held_out]
+    for path in real:
+        assert [(note.time, note.pitch) for note in Score(path).tracks[0].notes] in notes
+        assert imread(path.with_suffix(".png")).shape[:2] == (400, 1200)
 
 
 def test_samples_and_music_are_compared_in_sets_of_equal_size(finished_run: Path, report: Report) -> None:
@@ -88,7 +127,7 @@ def test_samples_and_music_are_compared_in_sets_of_equal_size(finished_run: Path
     for column in ("before", "after", "real"):
         assert (report[column]["distinct_1"] * tokens) == pytest.approx(round(report[column]["distinct_1"] * tokens))
         assert report[column]["distinct_1"] <= report[column]["distinct_2"] <= report[column]["distinct_4"] <= 1
-    many = write_report(finished_run, num_samples=10_000)
+    many = write_report(finished_run, num_samples=10_000, num_pieces=2)
     assert many["settings"]["fresh_samples"] == many["settings"]["test_blocks"] < 10_000
 
 
@@ -96,17 +135,19 @@ def test_the_same_seed_gives_the_same_report_and_leaves_the_global_random_state(
     finished_run: Path, report: Report
 ) -> None:
     state = torch.get_rng_state()
-    assert write_report(finished_run, num_samples=8) == report
+    assert write_report(finished_run, **SMALL) == report
     assert torch.equal(torch.get_rng_state(), state)
-    assert write_report(finished_run, num_samples=8, seed=1)["after"] != report["after"]
+    assert write_report(finished_run, **SMALL, seed=1)["after"] != report["after"]
 
 
 def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
-    report = write_report(finished_run, num_samples=8)
+    report = write_report(finished_run, **SMALL)
     assert json.loads((finished_run / "report.json").read_text()) == report
     page = (finished_run / "report.md").read_text()
     before, after = report["before"]["held_out_nll"], report["after"]["held_out_nll"]
     assert f"| {before:.3f} | {after:.3f} |" in page
+    assert f"| notes at once, at most | {report['before']['music']['most_voices']:.2f} |" in page
+    assert f" | {report['after']['held_out_nll_per_note']:.3f} | |" in page
     assert f"{'rose' if after > before else 'fell'} by {abs(after / before - 1):.1%}" in page
     assert "no evidence that adversarial training helps" in page
     for link in ("(curves.png)", "(samples/sample-00.png)", "(samples/sample-00.mid)", "(samples/sample-00.wav)"):

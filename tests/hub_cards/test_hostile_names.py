@@ -13,7 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from midimamba import MidiProcessor
-from midimamba.evaluation.report_page import bullet_list, report_page, sample_gallery
+from midimamba.evaluation.report_page import MUSIC, bullet_list, report_page, sample_gallery
 from midimamba.hub_cards.dataset_card import dataset_card
 from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.text import for_markdown, printable
@@ -204,7 +204,10 @@ def test_a_run_with_hostile_samples_makes_a_page_of_text(tmp_path: Path) -> None
             (run / "samples" / f"{name}{suffix}").write_bytes(b"x")
     diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
     measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.9, "accuracy_fake": 0.5}
-    settings = {"fresh_samples": 9, "tokens_per_sequence": 77}
+    measures |= {"held_out_nll_per_note": 3.0, "music": dict.fromkeys(MUSIC, 0.5)}
+    diversity |= {"music": dict.fromkeys(MUSIC)}
+    settings = {"fresh_samples": 9, "tokens_per_sequence": 77, "sampled_pieces": 5, "real_pieces": 4}
+    settings |= {"bars_per_piece": 16}
     report = {"before": measures, "after": measures, "real": diversity, "settings": settings | {LABEL: LABEL}}
     check_page(report_page(run, report | {"training": {"estimator": LABEL}}))
     check_page(sample_gallery(run) + "\n\n" + bullet_list({name: name for name in NAMES}))

@@ -1,0 +1,80 @@
+"""The music of a run beside real music: what both are like, and how they look."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from symusic.core import ScoreTick
+from tqdm.auto import tqdm
+
+from midimamba.corpus.packing import BlockCollator
+from midimamba.evaluation.comparison import first_bars
+from midimamba.evaluation.features import NUMBERS, most_voices
+from midimamba.evaluation.metrics import piece_nlls
+from midimamba.evaluation.rendering import draw_piano_roll
+from midimamba.evaluation.report_page import MUSIC
+from midimamba.evaluation.samples import decode_all
+from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.tokenization.composing import seeded
+from midimamba.tokenization.processor import MidiProcessor
+
+BARS = 16
+_SAMPLED_AT_ONCE = 16
+_MAX_NEW_TOKENS = 2048
+
+
+def likelihood(model: MidiMambaForCausalLM, rows: Dataset, collator: BlockCollator) -> dict[str, float]:
+    """The negative log-likelihood of whole pieces, in nats: `held_out_nll` per token, `held_out_nll_per_note`."""
+    nats, targets = piece_nlls(model, list(rows["input_ids"]), collator)
+    return {
+        "held_out_nll": sum(nats) / sum(targets),
+        "held_out_nll_per_note": sum(nats) / sum(rows["num_notes"]),
+    }
+
+
+def sampled_pieces(model: MidiMambaForCausalLM, processor: MidiProcessor, num: int, seed: int) -> list[ScoreTick]:
+    """
+    Pieces of [`BARS`] bars as `midimamba generate` samples them, with the model's own sampling defaults.
+
+    Args:
+        model (`MidiMambaForCausalLM`): the generator.
+        processor (`MidiProcessor`): its processor.
+        num (`int`): pieces to sample. Those that are not music are left out.
+        seed (`int`): the same seed gives the same pieces; the global random state is left as it was.
+    """
+    inputs = {name: value.to(model.device) for name, value in processor(None, return_tensors="pt").items()}
+    ids: list[list[int]] = []
+    with seeded(seed, model.device):
+        for start in tqdm(range(0, num, _SAMPLED_AT_ONCE), desc="pieces", leave=False, disable=None):
+            count = min(_SAMPLED_AT_ONCE, num - start)
+            options = {"num_return_sequences": count, "max_new_tokens": _MAX_NEW_TOKENS, "do_sample": True, "top_k": 0}
+            ids += processor.compose(model, inputs, bars=BARS, redraw=False, **options).ids.tolist()
+    return decode_all(processor, ids).scores
+
+
+def music_figures(scores: Sequence[ScoreTick]) -> dict[str, float | None]:
+    """The features of [`MUSIC`], each a mean over the pieces that have it; `None` if none has."""
+    functions = {**NUMBERS, "most_voices": most_voices}
+    figures: dict[str, float | None] = {}
+    for name in MUSIC:
+        values = np.array([functions[name](score) for score in scores], dtype=np.float64)
+        known = values[np.isfinite(values)]
+        figures[name] = float(known.mean()) if len(known) else None
+    return figures
+
+
+def openings(processor: MidiProcessor, rows: Dataset) -> list[ScoreTick]:
+    """The first [`BARS`] bars of every held-out piece."""
+    pieces = [first_bars(processor, processor.decode(ids), BARS) for ids in rows["input_ids"]]
+    return [piece.score for piece in pieces if piece]
+
+
+def draw_real(scores: Sequence[ScoreTick], folder: Path, count: int, seed: int) -> None:
+    """Write `count` of the pieces, drawn by `seed`, as MIDI files and piano rolls: `real-00.mid`, `real-00.png`, …"""
+    folder.mkdir(exist_ok=True)
+    chosen = np.random.default_rng(seed).permutation(len(scores))[:count]
+    for index, which in enumerate(chosen.tolist()):
+        name = f"real-{index:02d}"
+        scores[which].dump_midi(folder / f"{name}.mid")
+        draw_piano_roll(scores[which], folder / f"{name}.png", title=name)
