@@ -2,8 +2,8 @@
 a time.
 
 Every run is trained for the same processor time on one thread, new keys included and evaluations not, with the
-schedule of `midimamba train --minutes`. It is measured on the whole validation split in nats per note, so that contexts
-can be compared.
+schedule of `midimamba train --minutes`. It is measured on the whole validation split in nats per note, so that
+contexts can be compared.
 """
 
 import json

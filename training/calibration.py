@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
+from torch import nn
 from transformers import TrainingArguments
 
 from midimamba.corpus.augmentation import Augmentation
@@ -175,8 +176,9 @@ class Calibration:
     def _speed(self, model: MidiMambaForCausalLM) -> Speed:
         """Seconds per token of training steps, with as many rows as fit."""
         device = self.training_args.device
-        model.to(device).train()
-        embeddings = model.get_input_embeddings().weight.numel()
+        network: nn.Module = model  # transformers types `to` as if a model were its argument
+        network.to(device).train()
+        embeddings = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
         rows = max(1, (STEP_TOKENS if device.type == "cpu" else MICRO_TOKENS) // self.length)
         while True:
             try:
@@ -186,7 +188,7 @@ class Calibration:
                 if rows == 1:
                     raise
                 rows //= 2
-        model.to("cpu")
+        network.to("cpu")
         fit = rows if device.type != "cpu" else MICRO_TOKENS // self.length
         return Speed(model.num_parameters() - embeddings, seconds / (rows * self.length), max(1, fit))
 

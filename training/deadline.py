@@ -105,7 +105,8 @@ class Deadline(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._started = self.clock()
-        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks  # transformers types it as a list; it is a dict of names
+        kept = callbacks.get(type(self).__name__) if callbacks else None
         if state.global_step and isinstance(kept, dict):
             theirs, attributes = kept["args"], kept["attributes"]
             self.before = attributes["before"]
@@ -120,10 +121,11 @@ class Deadline(TrainerCallback, ExportableState):
         scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
         if not isinstance(scheduler, LambdaLR):
             return
-        scheduler.lr_lambdas = [
-            lambda step, by_step=by_step: by_step(max(step, self.fraction(state) * state.max_steps))
-            for by_step in scheduler.lr_lambdas
-        ]
+
+        def by_time(by_step: Callable[[float], float]) -> Callable[[float], float]:
+            return lambda step: by_step(max(step, self.fraction(state) * state.max_steps))
+
+        scheduler.lr_lambdas = [by_time(by_step) for by_step in scheduler.lr_lambdas]
 
     def _parts(self, state: TrainerState) -> int:
         return int(self.fraction(state) * self.evaluations)

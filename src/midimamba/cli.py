@@ -40,15 +40,13 @@ COMMANDS = {
     "train": Command(
         (TrainOptions,),
         "Train a generator: size, steps, batch, rates and context follow from the corpus, the machine and the time.",
-        "midimamba train my-midi-folder --out model --minutes 10\n"
-        "or: midimamba train data --out model --steps 2000 --layout hybrid --learning_rate 1e-3",
+        "midimamba train my-midi-folder --out model --minutes 10",
         passes_on="pretrain",
     ),
     "tune": Command(
         (TuneOptions,),
         "Tune a generator adversarially (SeqGAN), by a packaged recipe.",
-        "midimamba tune model --data model-data --out tuned\n"
-        "or: midimamba tune model --data model-data --out tuned --max_steps 50 --d_hidden_size 64",
+        "midimamba tune model --data model-data --out tuned",
         passes_on="adversarial",
     ),
     "generate": Command(
@@ -89,8 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         if script:
             epilog += f"""
 
-Other flags go to the training script, which checks them; they come after everything else.
-python -m midimamba.training.{script} --help lists them."""
+Other flags go to the training script, which checks them. They come last:
+midimamba {name} … --seed 1 --learning_rate 1e-3
+They are listed by: python -m midimamba.training.{script} --help"""
         layout = argparse.RawDescriptionHelpFormatter if script else argparse.HelpFormatter
         command = commands.add_parser(
             name, help=description, description=description, epilog=epilog, formatter_class=layout
@@ -102,7 +101,8 @@ python -m midimamba.training.{script} --help lists them."""
 def main() -> None:
     """Entry point of the command line."""
     limit_spinning()
-    line, passed = sys.argv[1:], ()
+    line = sys.argv[1:]
+    passed: tuple[str, ...] = ()
     command = COMMANDS.get(line[0]) if line else None
     if command is not None and command.passes_on:
         line, passed = split_flags(line, *command.options)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -130,7 +130,7 @@ def _run(script: str, arguments: Sequence[str], started: float) -> int:
         return process.wait()
 
 
-def _launch_of(script: str, arguments: Sequence[str]) -> tuple[list[str], Mapping[str, str]]:
+def _launch_of(script: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """What `accelerate launch -m midimamba.training.SCRIPT` starts on this machine, and in which environment.
 
     The launcher itself would turn every exit code but 0 into a traceback.
@@ -145,6 +145,8 @@ def _launch_of(script: str, arguments: Sequence[str]) -> tuple[list[str], Mappin
     if not on_gpu:
         flags += ["--cpu", "--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(_processors()))]
     parsed = launch_command_parser().parse_args([*flags, "-m", f"midimamba.training.{script}", *arguments])
+    command: list[str]
+    environment: dict[str, str]
     command, environment = prepare_simple_launcher_cmd_env(parsed)
     return command, environment
 
