@@ -164,6 +164,11 @@ STEPS = (
     *_learned("nottingham", "{corpora}/nottingham.tar.gz", _NOTTINGHAM),
     *_tuned("nottingham", _NOTTINGHAM),
     *_music("nottingham", _NOTTINGHAM),
+    Step(
+        "recipe",
+        "benchmarks/recipe.py --data {work}/chorales-data --rows {work}/recipe.jsonl",
+        "--seconds 1 --arms base",
+    ),
     _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
     *_music("pop909", _POP909, "--temperatures 0.7 0.8 0.9"),
 )
