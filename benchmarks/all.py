@@ -183,6 +183,11 @@ STEPS = (
     _repetition("nottingham", "nottingham-notes", _NOTTINGHAM),
     *_tuned("nottingham", _NOTTINGHAM),
     *_music("nottingham", _NOTTINGHAM),
+    Step(
+        "recipe",
+        "benchmarks/recipe.py --data {work}/chorales-data --rows {work}/recipe.jsonl",
+        "--seconds 1 --arms base",
+    ),
     _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
     *_music("pop909", _POP909, "--temperatures 0.7 0.8 0.9"),
     _repetition("pop909", "pop909-data", _POP909, _FEWER_ARMS),

@@ -8,12 +8,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from symusic.core import ScoreTick
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import SamplingOptions
@@ -23,6 +22,7 @@ from midimamba.evaluation.comparison import Comparison, Reference, compare, mode
 from midimamba.evaluation.comparison_halves import Figure
 from midimamba.evaluation.samples import Samples
 from midimamba.generation import generate_scores, load_pair
+from midimamba.training.deadline import Deadline
 from midimamba.training.scripts import load_blocks, save_model
 from resumable import Row
 from tuning import CONSTANT, RANDOM, forget, read_recipe, train
@@ -127,27 +127,6 @@ def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:
     return trained.cpu_seconds
 
 
-class _UntilSpent(TrainerCallback):
-    """End training when a budget of processor time is spent, and evaluate after equal parts of it."""
-
-    def __init__(self, budget: float):
-        self.start, self.budget, self.evaluations = time.process_time(), budget, 0
-
-    @property
-    def spent(self) -> float:
-        """The share of the budget that is spent."""
-        return min(1.0, (time.process_time() - self.start) / self.budget)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        if self.spent * MORE_EVALUATIONS >= self.evaluations + 1:
-            self.evaluations += 1
-            control.should_evaluate = control.should_save = True
-        control.should_training_stop = self.spent >= 1
-        return control
-
-
 def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) -> float:
     """Continue with maximum likelihood for `budget` seconds of processor time, and return the time that it took.
 
@@ -158,8 +137,7 @@ def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) 
     set_seed(seed)
     model, _ = load_pair(settings.model)
     optimizer = torch.optim.AdamW(model.parameters(), MORE_LEARNING_RATE, weight_decay=0.1)
-    clock = _UntilSpent(budget)
-    schedule = LambdaLR(optimizer, lambda _: (1 + math.cos(math.pi * clock.spent)) / 2)
+    clock = Deadline(budget, evaluations=MORE_EVALUATIONS, clock=time.process_time)
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=1_000_000,
@@ -186,13 +164,14 @@ def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) 
         train_dataset=blocks,
         eval_dataset=validation,
         callbacks=[clock],
-        optimizers=(optimizer, schedule),
+        optimizers=(optimizer, get_cosine_schedule_with_warmup(optimizer, 0, args.max_steps)),
     )
+    start = time.process_time()
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     best = trainer.state.best_metric
     save_model(output, model if best is not None and best < before else load_pair(settings.model)[0], processor)
-    return time.process_time() - clock.start
+    return time.process_time() - start
 
 
 @functools.cache

@@ -121,10 +121,14 @@ class EpochBlocks(TorchDataset[dict[str, Any]]):
         self._controls = np.array([vocab[t] for t in processor.midi_tokenizer.special_tokens if is_control(t)])
         self._labels = np.array(processor.control_ids(_labels_of(processor.controls)))
         self.num_blocks = sum(map(len, self.pieces)) // block_size
+        self.epoch: int | None = None
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the blocks of an epoch. The data loader calls this."""
+        """Make the blocks of an epoch, unless they are there. The data loader calls this."""
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
         ids = np.concatenate([self._piece(int(index), epoch) for index in order])
         # Changed pieces may have more tokens or fewer. An epoch with fewer blocks than `num_blocks` repeats them.

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Subset
 
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import is_control
@@ -68,6 +69,13 @@ def _chunks_of(split: Dataset) -> list[np.ndarray]:
     """The ids of all pieces in order: views on the file's memory map, unless rows were selected or shuffled."""
     table = split.with_format("arrow")[:]  # unlike `split.data`, it honours select and shuffle
     return [chunk.flatten().to_numpy() for chunk in table["input_ids"].chunks]
+
+
+def some_of(blocks: PackedBlocks, count: int | None) -> PackedBlocks | Subset[dict[str, Any]]:
+    """`count` of the blocks, evenly spread; all if there are no more, or `count` is `None`."""
+    if count is None or count >= len(blocks):
+        return blocks
+    return Subset(blocks, [index * len(blocks) // count for index in range(count)])
 
 
 def stack_blocks(rows: Sequence[dict[str, Any]]) -> Tensor:

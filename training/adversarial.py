@@ -27,8 +27,18 @@ EXAMPLE = """example:
 class AdversarialArguments:
     """Generator, music and discriminator. The options of [`AdversarialConfig`] are flags as well."""
 
-    model: str = field(metadata={"help": "Pre-trained generator: a folder or a repository on the Hub."})
-    data: str = field(metadata={"help": "Folder written by `midimamba tokenize`."})
+    model: str = field(
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": "Pre-trained generator: a folder or a repository on the Hub.",
+        }
+    )
+    data: str = field(
+        metadata={
+            "aliases": ["--dataset_name"],
+            "help": "Corpus written by `midimamba tokenize`: a folder or a data set on the Hub.",
+        }
+    )
     discriminator: str = field(
         default="cnn",
         metadata={

@@ -1,6 +1,8 @@
 """Maximum-likelihood training of a generator on a tokenized corpus, with `transformers.Trainer`."""
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError
@@ -26,10 +28,35 @@ EXAMPLE = """example:
 class PretrainArguments:
     """Generator and music. All of Trainer's own options are flags as well."""
 
-    data: str = field(metadata={"help": "Folder written by `midimamba tokenize`."})
+    data: str = field(
+        metadata={
+            "aliases": ["--dataset_name"],
+            "help": "Corpus written by `midimamba tokenize`: a folder or a data set on the Hub.",
+        }
+    )
     model: str | None = field(
         default=None,
-        metadata={"help": "Generator to start from: a folder or a repository on the Hub. Unset: a new one."},
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": "Generator to start from: a folder or a repository on the Hub. Unset: a new one.",
+        },
+    )
+    plan: bool = field(
+        default=False,
+        metadata={
+            "help": "Choose what is not given (size, context, steps, batch, rates, new keys, …) by the corpus, the "
+            "speed of this machine and --minutes, as `midimamba train` does."
+        },
+    )
+    minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "End after this time, evaluations and saving included. Learning rates follow the time as well as "
+            "the steps. Unset: only steps or epochs end the run."
+        },
+    )
+    max_eval_blocks: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many blocks of the validation split. Unset: on all."}
     )
     sequence_length: int = field(default=256, metadata={"help": "Tokens in a training block."})
     layout: str = field(
@@ -75,6 +102,10 @@ class PretrainArguments:
             )
         for temperature in self.temperatures:
             check_sampling(temperature=temperature)
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"minutes is {self.minutes}, but must be greater than 0")
+        if self.max_eval_blocks is not None and self.max_eval_blocks < 1:
+            raise InputError(f"max_eval_blocks is {self.max_eval_blocks}, but must be at least 1")
 
 
 def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "MidiMambaConfig":
@@ -121,8 +152,14 @@ def main() -> None:
     from midimamba.training.scripts import RecipeParser, warn_of_a_lost_process
 
     kinds = (PretrainArguments, LoraArguments, Augmentation, TrainingArguments)
-    arguments = RecipeParser(kinds, prog="pretrain.py", epilog=EXAMPLE).parse_recipe()
+    parser = RecipeParser(kinds, prog="pretrain.py", epilog=EXAMPLE)
+    arguments = parser.parse_recipe()
     warn_of_a_lost_process()
+    if arguments[0].plan:
+        from midimamba.training.calibration import options_by_rule
+
+        parser.set_defaults_with_config(**options_by_rule(arguments[0], arguments[-1], parser.given()))
+        arguments = parser.parse_recipe()
     train(*arguments)
 
 
@@ -155,21 +192,26 @@ def _train(
     training_args: "TrainingArguments",
 ) -> None:
     from transformers import set_seed
+    from transformers.trainer_utils import IntervalStrategy
     from transformers.utils import SAFE_WEIGHTS_NAME
 
-    from midimamba.corpus.packing import BlockCollator
+    from midimamba.corpus.packing import BlockCollator, PackedBlocks, some_of
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.training.advice import listening, next_steps
+    from midimamba.training.deadline import endings
     from midimamba.training.lora import add_adapters, lora_config, merged
     from midimamba.training.publishing import publish_run, take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
-    from midimamba.training.scripts import announce, load_blocks, load_generator, save_model
+    from midimamba.training.scripts import announce, load_generator, load_training_blocks, save_model
     from midimamba.training.temperature import choose_temperature
     from midimamba.training.whole_checkpoints import WholeCheckpointTrainer, output_folder
 
     peft_config = lora_config(lora_args)
     resume = find_resume_point(training_args)
     length = script_args.sequence_length
-    blocks, validation, processor = load_blocks(script_args.data, length, augmentation, training_args.seed)
+    blocks, splits, processor = load_training_blocks(script_args.data, length, augmentation, training_args.seed)
+    evaluates = training_args.eval_strategy != IntervalStrategy.NO
+    validation = PackedBlocks(splits["validation"], length) if evaluates else None
     set_seed(training_args.seed)
     if script_args.model:
         model = load_generator(script_args.model, processor)
@@ -178,7 +220,8 @@ def _train(
         give_sampling_defaults(model.generation_config)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model})
     arguments = (training_args, augmentation, lora_args, script_args)
-    recipe = recipe_of(arguments, (blocks, validation), model, is_given=script_args.model is not None)
+    parts = (blocks,) if validation is None else (blocks, validation)
+    recipe = recipe_of(arguments, parts, model, is_given=script_args.model is not None)
     check_recipe(resume, recipe, training_args.world_size)
     push = take_over_push(training_args)
     trainer = WholeCheckpointTrainer(
@@ -186,8 +229,9 @@ def _train(
         args=training_args,
         data_collator=BlockCollator.for_processor(processor, script_args.carry_state),
         train_dataset=blocks,
-        eval_dataset=validation,
+        eval_dataset=None if validation is None else some_of(validation, script_args.max_eval_blocks),
         processing_class=processor,
+        callbacks=endings(script_args.minutes, script_args.plan and evaluates),
     )
     trainer.recipe = recipe
     if trainer.is_world_process_zero():
@@ -200,6 +244,9 @@ def _train(
             choose_temperature(generator, processor, script_args.data, script_args.temperatures)
         save_model(output, generator, processor, arguments=arguments, state=trainer.state)
         announce(f"the generator is in {output}")
+        if script_args.plan:
+            announce(f"next: {next_steps(trainer.state)}")
+            announce(f"listen: {listening(Path(str(training_args.output_dir)))}")
         if push:
             publish_run(training_args, output)
 

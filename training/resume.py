@@ -37,10 +37,10 @@ _TRAINER_OPTIONS = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"),
     *("neftune_noise_alpha", "bf16", "fp16", "gradient_checkpointing"),
 )
-_LENGTH = ("max_steps", "num_train_epochs")
+_LENGTH = ("max_steps", "num_train_epochs", "minutes")
 # Folders may be moved; what is in them is compared instead. What an evaluation measures, and which temperatures are
 # tried at the end, may change in a run.
-_LEFT_OUT = {"data", "model", "temperatures", *OPTION_GROUPS["evaluation and the guard"]}
+_LEFT_OUT = {"data", "model", "plan", "temperatures", *OPTION_GROUPS["evaluation and the guard"]}
 _COMPARED_BLOCKS = 1024
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from datasets import DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import TrainerState
@@ -74,6 +75,31 @@ class RecipeParser(TrlParser):
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see --help")
 
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """As TRL's. A recipe may use an option's other name as well."""
+        return list(super().set_defaults_with_config(**{self._name_of(key): value for key, value in kwargs.items()}))
+
+    def _name_of(self, key: str) -> str:
+        """The name of an option, by one of its names."""
+        return next((action.dest for action in self._actions if f"--{key}" in action.option_strings), key)
+
+    def given(self) -> set[str]:
+        """The names of the options that the command line or its recipe gives. Call it after [`parse_recipe`]."""
+        line = sys.argv[1:]
+        names: set[str] = set()
+        if "--config" in line:
+            place = line.index("--config")
+            names = {self._name_of(key) for key in yaml.safe_load(Path(line[place + 1]).read_text(encoding="utf-8"))}
+            del line[place : place + 2]
+        before = [(action, action.default, action.required) for action in self._actions]
+        for action in self._actions:
+            action.default, action.required = argparse.SUPPRESS, False
+        try:
+            return names | vars(self.parse_args(line)).keys()
+        finally:
+            for action, default, required in before:
+                action.default, action.required = default, required
+
     def parse_recipe(self) -> tuple[Any, ...]:
         """The dataclasses, filled from the recipe and the command line.
 
@@ -130,6 +156,20 @@ def warn_of_a_lost_process() -> None:
         )
 
 
+def check_one_stream(data: str, processor: MidiProcessor) -> None:
+    """Refuse a corpus of several vocabularies.
+
+    Raises:
+        InputError: if its tokenization writes several ids a step.
+    """
+    if processor.midi_tokenizer.is_multi_voc:
+        name = type(processor.midi_tokenizer).__name__
+        raise InputError(
+            f"{data} was tokenized with {name}, which writes several ids a step, and the models here read one: "
+            f"tokenize it anew with {', '.join(ONE_STREAM[:-1])} or {ONE_STREAM[-1]}"
+        )
+
+
 def load_blocks(
     data: str, length: int, augmentation: Augmentation, seed: int
 ) -> tuple[PackedBlocks | EpochBlocks, PackedBlocks, MidiProcessor]:
@@ -140,17 +180,20 @@ def load_blocks(
     Raises:
         InputError: if `data` is no corpus or one of several vocabularies, or a split is shorter than one block.
     """
+    train, splits, processor = load_training_blocks(data, length, augmentation, seed)
+    return train, PackedBlocks(splits["validation"], length), processor
+
+
+def load_training_blocks(
+    data: str, length: int, augmentation: Augmentation, seed: int
+) -> tuple[PackedBlocks | EpochBlocks, DatasetDict, MidiProcessor]:
+    """As [`load_blocks`], for a corpus whose validation split may be empty: it comes as it is, with the others."""
     splits, processor = load_corpus(data)
-    if processor.midi_tokenizer.is_multi_voc:
-        name = type(processor.midi_tokenizer).__name__
-        raise InputError(
-            f"{data} was tokenized with {name}, which writes several ids a step, and the models here read one: "
-            f"tokenize it anew with {', '.join(ONE_STREAM[:-1])} or {ONE_STREAM[-1]}"
-        )
-    train, validation = (PackedBlocks(splits[name], length) for name in ("train", "validation"))
+    check_one_stream(data, processor)
+    train = PackedBlocks(splits["train"], length)
     if augmentation.changes_music or (processor.controls and augmentation.control_dropout):
-        return EpochBlocks(splits["train"], processor, length, augmentation, seed), validation, processor
-    return train, validation, processor
+        return EpochBlocks(splits["train"], processor, length, augmentation, seed), splits, processor
+    return train, splits, processor
 
 
 def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:

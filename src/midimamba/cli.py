@@ -1,6 +1,7 @@
 """The command `midimamba`: its parser. What each command does is in [`midimamba.commands`]."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -12,10 +13,12 @@ from midimamba.command_options import (
     PublishOptions,
     SamplingOptions,
     TokenizeFiles,
+    TrainOptions,
+    TuneOptions,
 )
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
-from midimamba.options import add_options, read_options
+from midimamba.options import add_options, read_options, split_flags
 from midimamba.runtime import limit_spinning
 
 
@@ -25,6 +28,7 @@ class Command(NamedTuple):
     options: tuple[type, ...]
     description: str
     example: str
+    passes_on: str = ""  # the training script that gets the flags which the command does not know
 
 
 COMMANDS = {
@@ -32,6 +36,18 @@ COMMANDS = {
         (TokenizeFiles, CorpusOptions),
         "Turn MIDI files into a tokenized corpus.",
         "midimamba tokenize my-midi-folder --out data --vocab-size 1000",
+    ),
+    "train": Command(
+        (TrainOptions,),
+        "Train a generator: size, steps, batch, rates and context follow from the corpus, the machine and the time.",
+        "midimamba train my-midi-folder --out model --minutes 10",
+        passes_on="pretrain",
+    ),
+    "tune": Command(
+        (TuneOptions,),
+        "Tune a generator adversarially (SeqGAN), by a packaged recipe.",
+        "midimamba tune model --data model-data --out tuned",
+        passes_on="adversarial",
     ),
     "generate": Command(
         (GenerateOptions, SamplingOptions),
@@ -63,11 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="midimamba",
         description="Mamba language models for MIDI.",
-        epilog="Training: accelerate launch training/pretrain.py --help, training/adversarial.py --help",
+        epilog="On several GPUs: accelerate launch -m midimamba.training.pretrain --help, or training.adversarial",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, (classes, description, example) in COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=description, epilog=f"example: {example}")
+    for name, (classes, description, example, script) in COMMANDS.items():
+        epilog = f"example: {example}"
+        if script:
+            epilog += f"""
+
+Other flags go to the training script, which checks them. They come last:
+midimamba {name} … --seed 1 --learning_rate 1e-3
+They are listed by: python -m midimamba.training.{script} --help"""
+        layout = argparse.RawDescriptionHelpFormatter if script else argparse.HelpFormatter
+        command = commands.add_parser(
+            name, help=description, description=description, epilog=epilog, formatter_class=layout
+        )
         add_options(command, *classes)
     return parser
 
@@ -75,10 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of the command line."""
     limit_spinning()
-    args = build_parser().parse_args()
+    line = sys.argv[1:]
+    passed: tuple[str, ...] = ()
+    command = COMMANDS.get(line[0]) if line else None
+    if command is not None and command.passes_on:
+        line, passed = split_flags(line, *command.options)
+    args = build_parser().parse_args(line)
+    others = {"passed": passed} if COMMANDS[args.command].passes_on else {}
     with exit_on_input_error():
         run: Callable[..., Any] = getattr(import_module("midimamba.commands"), args.command)
-        run(*(read_options(options, args) for options in COMMANDS[args.command].options))
+        run(*(read_options(options, args, **others) for options in COMMANDS[args.command].options))
 
 
 if __name__ == "__main__":

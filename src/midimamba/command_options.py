@@ -3,6 +3,7 @@
 The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.options.CorpusOptions`].
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from midimamba.errors import InputError
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
 _OWN = "(default: the model's own)"
+_MINUTES = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,73 @@ class TokenizeFiles:
         default=None,
         metadata={"group": "tokenizer", "help": "YAML file of MidiTok's options, such as `num_velocities: 16`"},
     )
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `midimamba train` reads and writes, and what bounds it. Raises [`InputError`] for values that cannot be."""
+
+    data: str = field(
+        metadata={
+            "positional": True,
+            "aliases": ("--data", "--dataset_name"),
+            "help": "a corpus made by `midimamba tokenize`, or whatever that takes: a folder or an archive of MIDI "
+            "files, a data set, or `chorales`; then it is tokenized first, to OUT-data",
+        }
+    )
+    out: Path = field(metadata={"aliases": ("--output_dir",), "help": "folder of the generator to make"})
+    minutes: float | None = field(
+        default=None,
+        metadata={"help": "end after this time, tokenizing and saving included (default: 10 without --steps)"},
+    )
+    steps: int | None = field(
+        default=None, metadata={"aliases": ("--max_steps",), "help": "end after this many steps"}
+    )
+    size: str | None = field(
+        default=None,
+        metadata={
+            "choices": ("tiny", "small", "medium", "large"),
+            "help": "of the generator (default: by corpus and time)",
+        },
+    )
+    passed: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"--minutes is {self.minutes}, but must be greater than 0")
+        if self.steps is not None:
+            check_whole("steps", self.steps, 1, MAX_SIZE)
+
+    @property
+    def time(self) -> float | None:
+        """Minutes for the whole run, if there is a bound."""
+        return _MINUTES if self.minutes is None and self.steps is None else self.minutes
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What `midimamba tune` reads and writes."""
+
+    model: str = field(
+        metadata={
+            "positional": True,
+            "aliases": ("--model", "--model_name_or_path"),
+            "help": "a generator, in a folder or on the Hub",
+        }
+    )
+    data: str = field(
+        metadata={
+            "aliases": ("--dataset_name",),
+            "help": "the generator's corpus, or music: then it is tokenized first, to OUT-data",
+        }
+    )
+    out: Path = field(
+        metadata={"aliases": ("--output_dir",), "help": "folder to make; the discriminator goes to OUT-discriminator"}
+    )
+    recipe: str = field(
+        default="stable", metadata={"choices": ("stable", "paper"), "help": "stable is the recommended one"}
+    )
+    passed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

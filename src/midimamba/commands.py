@@ -15,6 +15,8 @@ from midimamba.command_options import (
     PublishOptions,
     SamplingOptions,
     TokenizeFiles,
+    TrainOptions,
+    TuneOptions,
 )
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
@@ -61,6 +63,20 @@ def _new_folder(out: Path | None, content: str) -> Path:
     if is_taken(out):
         raise InputError(f"{out} already exists: choose another --out or delete it")
     return out
+
+
+def train(options: TrainOptions) -> None:
+    """`midimamba train`: music to a generator, by the rule of [`~midimamba.training.plan`]."""
+    from midimamba import launching
+
+    launching.train(options)
+
+
+def tune(options: TuneOptions) -> None:
+    """`midimamba tune`: a generator to one that was tuned adversarially."""
+    from midimamba import launching
+
+    launching.tune(options)
 
 
 def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:

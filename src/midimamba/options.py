@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from midimamba.errors import InputError
+
 Options = TypeVar("Options")
 
 
@@ -24,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
     - `choices`, `metavar` (*optional*): as in argparse.
     - `parse` (`Callable[[str], Any]`, *optional*): reads a value, if the type alone does not say how.
     - `positional`, `repeated` (`bool`, *optional*): an argument without a flag; a flag to be given once per value.
+    - `aliases` (`Sequence[str]`, *optional*): other flags for the same; one is enough for a positional argument too.
 
     Args:
         parser (`argparse.ArgumentParser`): the parser of a command.
@@ -36,8 +39,15 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(title)
         target = parser if title is None else groups[title]
-        name = option.name if option.metadata.get("positional") else f"--{option.name.replace('_', '-')}"
-        target.add_argument(name, **_settings(option, hints[option.name]))
+        aliases = option.metadata.get("aliases", ())
+        settings = _settings(option, hints[option.name])
+        if option.metadata.get("positional"):
+            if aliases:  # whether one of them is given shows when all are read
+                target.add_argument(*aliases, dest=option.name, **{**settings, "default": argparse.SUPPRESS})
+                settings |= {"nargs": "?", "default": argparse.SUPPRESS}
+            target.add_argument(option.name, **settings)
+        else:
+            target.add_argument(f"--{option.name.replace('_', '-')}", *aliases, dest=option.name, **settings)
 
 
 def read_options(options: type[Options], namespace: argparse.Namespace, **others: Any) -> Options:
@@ -48,10 +58,38 @@ def read_options(options: type[Options], namespace: argparse.Namespace, **others
         options (`type`): a dataclass that [`add_options`] added to the parser.
         namespace (`argparse.Namespace`): what the parser returned.
         others: values of the fields that aren't flags.
+
+    Raises:
+        InputError: if a positional argument that is a flag as well was given in neither way.
     """
     given = {flag.name: getattr(namespace, flag.name) for flag in _flags(options) if hasattr(namespace, flag.name)}
+    for option in _flags(options):
+        if option.default is MISSING and option.default_factory is MISSING and option.name not in given:
+            flag = (option.metadata.get("aliases") or (f"--{option.name}",))[0]
+            raise InputError(f"{option.name.upper()} is missing: name it first, or with {flag}; see --help")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return options(**values, **others)
+
+
+def split_flags(line: Sequence[str], *classes: type) -> tuple[list[str], tuple[str, ...]]:
+    """
+    Part a command line into what dataclasses describe, and unknown flags with all that follows each of them.
+
+    Args:
+        line (`Sequence[str]`): its words.
+        classes (`type`): dataclasses, as for [`add_options`].
+    """
+    known = {"--help"}
+    for option in (option for options in classes for option in _flags(options)):
+        known |= {f"--{option.name.replace('_', '-')}", *option.metadata.get("aliases", ())}
+    own: list[str] = []
+    passed: list[str] = []
+    target = own
+    for word in line:
+        if word.startswith("--"):
+            target = own if word.split("=")[0] in known else passed
+        (own if word == "-h" else target).append(word)
+    return own, tuple(passed)
 
 
 def _flags(options: Any) -> Iterator["Field[Any]"]:

@@ -1,0 +1,177 @@
+"""`midimamba train` and `midimamba tune`: the packaged training scripts, started through accelerate."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from midimamba.command_options import TrainOptions, TuneOptions
+from midimamba.errors import InputError, check_hub, reaching_hub
+from midimamba.files import check_can_be_made, read_json
+from midimamba.text import show
+
+_FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_RESUME = ("--resume_from_checkpoint", "true")  # if there is nothing to resume, a run starts from the beginning
+_LONGEST_TUNED = 256
+"""Tokens of a sequence in tuning: sampling and roll-outs cost more than training on blocks."""
+
+
+def train(options: TrainOptions) -> None:
+    """Tokenize if need be, then train a generator by the rule of [`~midimamba.training.plan`]."""
+    started = time.time()
+    if _is_finished(options.out, options.data):
+        return
+    check_can_be_made(options.out)
+    data = _corpus_of(options.data, options.out)
+    arguments = ["--plan", "true", "--data", data, "--output_dir", str(options.out)]
+    for name, value in (("minutes", options.time), ("max_steps", options.steps), ("size", options.size)):
+        arguments += [] if value is None else [f"--{name}", str(value)]
+    _leave_with(_run("pretrain", [*arguments, *_RESUME, *options.passed], started))
+
+
+def tune(options: TuneOptions) -> None:
+    """Tokenize if need be, then tune a generator adversarially by a packaged recipe."""
+    started = time.time()
+    if _is_finished(options.out, options.data):
+        return
+    check_can_be_made(options.out)
+    data = _corpus_of(options.data, options.out, tokenizer=options.model)
+    recipe = files("midimamba.training.recipes") / f"{options.recipe}-adversarial.yaml"
+    with as_file(recipe) as path:
+        arguments = [] if "--config" in options.passed else ["--config", str(path)]
+        arguments += ["--model", options.model, "--data", data, "--output_dir", str(options.out)]
+        arguments += ["--sequence_length", str(_length_of(options.model))]
+        code = _run("adversarial", [*arguments, *_RESUME, *options.passed], started)
+    if code == 0:
+        show(f"listen: midimamba generate {options.out} --render --out {options.out}-samples", file=sys.stderr)
+    _leave_with(code)
+
+
+def _is_finished(out: Path, data: str) -> bool:
+    """Whether the run was made before. Then the user is told.
+
+    Raises:
+        InputError: if another run was.
+    """
+    if not (out / "config.json").is_file():
+        return False
+    if (out / "training_args.json").is_file():
+        trained_on = Path(str(read_json(out / "training_args.json").get("data"))).name
+        if trained_on not in (Path(data).name, _own_corpus(out).name):
+            raise InputError(f"{out} is a generator that was trained on {trained_on}: choose another --out")
+    show(f"{out} is already there; for another run, choose another --out or delete it", file=sys.stderr)
+    show(f"listen: midimamba generate {out} --render --out {out}-samples", file=sys.stderr)
+    return True
+
+
+def _own_corpus(out: Path) -> Path:
+    """Where music is tokenized to that is no corpus yet."""
+    return out.with_name(f"{out.name}-data")
+
+
+def _corpus_of(data: str, out: Path, tokenizer: str | None = None) -> str:
+    """The corpus that `data` is, or that is made of it and kept.
+
+    Args:
+        data (`str`): a corpus, or anything that `midimamba tokenize` takes.
+        out (`Path`): of the generator. The corpus is made beside it.
+        tokenizer (`str`, *optional*): the generator whose tokenizer the corpus needs.
+    """
+    if _is_corpus(data):
+        return data
+    from midimamba.command_options import TokenizeFiles
+    from midimamba.commands import tokenize
+    from midimamba.corpus.options import CorpusOptions
+
+    tokenize(TokenizeFiles(data, _own_corpus(out)), CorpusOptions(tokenizer=tokenizer))
+    return str(_own_corpus(out))
+
+
+def _is_corpus(data: str) -> bool:
+    """Whether it is tokenized. For a name that is no file here, the Hub is asked."""
+    from midimamba.corpus.data_sets import is_data_set
+
+    if Path(data).exists() or not is_data_set(data):
+        return (Path(data) / "corpus.json").is_file()
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(data, "corpus.json", repo_type="dataset"), str):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    check_hub(data, "dataset")
+    with reaching_hub(f"no corpus can be loaded from {data!r}"):
+        return HfApi().file_exists(data, "corpus.json", repo_type="dataset")
+
+
+def _length_of(model: str) -> int:
+    """Tokens of a sequence for tuning a model: as many as it was trained on, up to a limit."""
+    arguments = Path(model) / "training_args.json"
+    length = read_json(arguments).get("sequence_length") if arguments.is_file() else None
+    return min(length, _LONGEST_TUNED) if isinstance(length, int) else _LONGEST_TUNED // 2
+
+
+def _run(script: str, arguments: Sequence[str], started: float) -> int:
+    """Run a packaged script through accelerate, in a process of its own; its exit code."""
+    command, environment = _launch_of(script, arguments)
+    from midimamba.training.deadline import STARTED
+
+    environment |= {STARTED: str(started), "PYTHONSAFEPATH": "1"}  # files of the current folder are no modules
+    # A group of its own: else the terminal's Ctrl-C would reach the script twice, and not let it tidy up.
+    group = 0 if os.name == "posix" else None
+    with subprocess.Popen(command, env=environment, process_group=group) as process, _forwarding_to(process):
+        return process.wait()
+
+
+def _launch_of(script: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """What `accelerate launch -m midimamba.training.SCRIPT` starts on this machine, and in which environment.
+
+    The launcher itself would turn every exit code but 0 into a traceback.
+    """
+    import torch
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils import prepare_simple_launcher_cmd_env
+
+    on_gpu = torch.cuda.is_available()
+    precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    flags = ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", precision]
+    if not on_gpu:
+        flags += ["--cpu", "--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(_processors()))]
+    parsed = launch_command_parser().parse_args([*flags, "-m", f"midimamba.training.{script}", *arguments])
+    command: list[str]
+    environment: dict[str, str]
+    command, environment = prepare_simple_launcher_cmd_env(parsed)
+    return command, environment
+
+
+def _processors() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Pass signals on to a process, and wait for its own end."""
+
+    def forward(number: int, _: FrameType | None) -> Any:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave_with(code: int) -> None:
+    """End with the exit code of a script; a negative one names the signal that killed it."""
+    if code:
+        sys.exit(128 - code if code < 0 else code)
