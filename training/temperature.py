@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from midimamba.corpus.load import load_corpus
 from midimamba.evaluation.distances import compare_sets, energy_distance
 from midimamba.evaluation.estimates import jackknife
-from midimamba.evaluation.features import Vector, measure, opening
+from midimamba.evaluation.features import Indices, Vector, measure, opening
 from midimamba.evaluation.samples import decode_all
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.processor import MidiProcessor
@@ -69,10 +69,11 @@ class Tried:
     overlapping_area: float
 
     def line(self, real: float) -> str:
-        """For the person who waits, beside the self-similarity of real music."""
+        """For the person who waits, beside the self-similarity of real music, which short pieces do not have."""
+        form = f"bars 8 apart alike by {self.self_similarity:.2f} (real {real:.2f}), "
         return (
-            f"temperature {self.temperature:g}: distance {self.distance:.3f}, bars 8 apart alike by "
-            f"{self.self_similarity:.2f} (real {real:.2f}), overlapping area {self.overlapping_area:.3f}"
+            f"temperature {self.temperature:g}: distance {self.distance:.3f}, {'' if 'nan' in form else form}"
+            f"overlapping area {self.overlapping_area:.3f}"
         )
 
 
@@ -80,7 +81,7 @@ class _Music(NamedTuple):
     """The features of all pieces, and the group of every piece."""
 
     features: Features
-    groups: Vector
+    groups: Indices
 
     @classmethod
     def of(cls, scores: Sequence[ScoreTick]) -> "_Music":
