@@ -8,6 +8,7 @@ import pytest
 from midimamba.evaluation.distances import (
     DistanceDensities,
     compare_sets,
+    energy_distance,
     kl_divergence,
     overlapping_area,
     pairwise_distances,
