@@ -8,6 +8,7 @@ import pytest
 from midimamba.evaluation.distances import (
     DistanceDensities,
     compare_sets,
+    energy_distance,
     kl_divergence,
     overlapping_area,
     pairwise_distances,
@@ -124,3 +125,25 @@ def test_an_embedding_is_standardised_by_the_reference_and_marks_what_is_missing
     assert moved[:, 2 * list(NUMBERS).index("polyphony") + 1] == pytest.approx(1)
     assert np.abs(embed(strange, reference)).max() == 5
     assert frechet_distance(embed(strange, reference), points).value > 1
+
+
+def test_the_energy_distance_is_that_of_the_definition() -> None:
+    ours, real = np.array([[0.0], [1.0], [np.nan], [4.0]]), np.array([[0.0], [2.0]])
+    between = 2 * np.mean([0, 2, 1, 1, 4, 2])
+    within = np.mean([1, 4, 3]) + 2
+    assert energy_distance(ours, real) == pytest.approx((between - within) / between)
+    assert np.isnan(energy_distance(ours, real[:1]))
+    assert energy_distance(np.zeros((3, 1)), np.zeros((4, 1))) == 0
+    assert energy_distance(np.ones((3, 2)), np.zeros((4, 2))) == 1
+
+
+def test_the_energy_distance_is_0_by_chance_however_few_pieces_and_grows_with_a_shift() -> None:
+    random = np.random.default_rng(0)
+
+    def mean(count: int, shift: float) -> float:
+        pairs = [random.normal(size=(2, count, 3)) for _ in range(200)]
+        return float(np.mean([energy_distance(ours + shift, real) for ours, real in pairs]))
+
+    assert mean(4, 0) == pytest.approx(0, abs=0.02)
+    assert mean(30, 0) == pytest.approx(0, abs=0.004)
+    assert 0.02 < mean(30, 0.5) < mean(30, 1.0) < mean(30, 2.0) < 1

@@ -47,11 +47,11 @@ def test_the_temperature_of_real_music_is_found(right: float) -> None:
 
 
 def test_form_weighs_as_much_as_all_the_rest() -> None:
-    tried = compare_temperatures({0.8: music(1, form=1.0), 1.0: music(2, rest=1.0)}, features(0, count=100))
+    tried = compare_temperatures({0.8: music(1, form=2.0), 1.0: music(2, rest=2.0)}, features(0, count=100))
     assert tried[0].distance == pytest.approx(tried[1].distance, abs=0.05)
     # The mean over all features would say something else.
     assert tried[0].overlapping_area > tried[1].overlapping_area + 0.1
-    assert choose({0.8: music(1, rest=0.8), 1.0: music(2, form=1.6)}) == 0.8
+    assert choose({0.8: music(1, rest=1.0), 1.0: music(2, form=2.0)}) == 0.8
 
 
 def test_ties_go_to_the_temperature_nearest_to_1() -> None:
@@ -76,13 +76,13 @@ def test_a_feature_that_most_pieces_lack_does_not_count() -> None:
         for name in FORM:
             each.features[name][5:] = np.nan
     known = {0.8: music(1), 1.0: music(2, form=3.0)}
-    assert compare_temperatures(known, features(0))[1].distance > 0.4
-    assert compare_temperatures(drawn, features(0))[1].distance < 0.2
+    assert compare_temperatures(known, features(0))[1].distance > 0.25
+    assert compare_temperatures(drawn, features(0))[1].distance < 0.05
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PIECES_PER_SEED": 16, "BARS": 3, "MAX_NEW_TOKENS": 60, "LEAST_PIECES": 8}.items():
+    for name, value in {"PIECES": 32, "BARS": 3, "MAX_NEW_TOKENS": 40, "LEAST_PIECES": 8}.items():
         monkeypatch.setattr(temperature, name, value)
 
 
@@ -113,7 +113,7 @@ def test_a_generator_that_is_twice_as_sure_is_sampled_at_twice_the_temperature(
     sharp: MidiMambaForCausalLM, processor: MidiProcessor, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = processor(None, return_tensors="pt")
-    real = processor.compose(sharp, inputs, bars=3, num=48, seed=9, max_new_tokens=60)
+    real = processor.compose(sharp, inputs, bars=3, num=48, seed=9, max_new_tokens=40)
     corpus_of(real.ids.tolist(), processor, monkeypatch)
     with torch.no_grad():
         sharp.backbone.final_norm.weight *= 2
@@ -127,11 +127,14 @@ def test_a_generator_that_is_twice_as_sure_is_sampled_at_twice_the_temperature(
     assert "temperature is now 2" in lines[3]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_music_without_grammar_and_without_bars_is_compared_as_well(
-    lines: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["MIDILike", "TSD"])
+def test_music_without_grammar_or_without_bars_is_compared_as_well(
+    name: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = MidiProcessor(build_tokenizer("MIDILike"))
+    monkeypatch.setattr(temperature, "MAX_NEW_TOKENS", 150)  # an untrained model seldom writes music by chance
+    processor = MidiProcessor(build_tokenizer(name))
     model = make_generator(vocab_size=processor.vocab_size)
     corpus_of([processor.encode(make_score(seed, bars=3)) for seed in range(12)], processor, monkeypatch)
     chosen = choose_temperature(model, processor, "corpus", [0.5, 1.0])
