@@ -139,7 +139,7 @@ class Calibration:
         size, speed = choose_size(sizes, self.facts, self._limits(), measure)
         plan = make_plan(size or None, self.length, self.facts, self._limits(), speed)
         model, deadline = models[size], self.script_args.minutes is not None
-        options = options_of(plan, self.facts, model.config.hidden_size, deadline)
+        options = options_of(plan, self.facts, model.config.hidden_size)
         if not size:
             del options["size"]
         if self.script_args.model is not None:

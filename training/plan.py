@@ -43,7 +43,7 @@ DECIDED = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "max_eval_blocks"),
 )
 """What a run that goes on takes over from the interrupted one."""
-_SLACK = 1.25  # the machine may become faster than it was when it was measured: the deadline ends the run
+_SLACK = 3  # the machine may become faster than it was when it was measured: the deadline ends the run
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Plan:
         length (`int`): tokens of a context.
         batch (`int`): contexts of a step.
         rows (`int`): contexts that are in memory at once.
-        steps (`int`): of the optimizer, as far as is known.
+        steps (`int`): of the optimizer, at the speed that was measured.
+        most_steps (`int`): what ends a run on a machine that becomes faster.
         epochs (`float`): how often a piece is read.
         transposes (`bool`): whether keys change.
         evaluates (`bool`): whether there is music to evaluate on.
@@ -126,6 +127,7 @@ class Plan:
     batch: int
     rows: int
     steps: int
+    most_steps: int
     epochs: float
     transposes: bool
     evaluates: bool
@@ -188,26 +190,30 @@ def make_plan(size: str | None, length: int, facts: Facts, limits: Limits, speed
         step_tokens *= 2
     batch = max(1, min(step_tokens // length, facts.tokens // length))
     rows = max(1, min(batch, speed.rows, MICRO_TOKENS // length))
+    batch = batch // rows * rows
     steps = max(1, round(tokens / (batch * length))) if limits.steps is None else limits.steps
+    changes = transposes(facts, limits, speed)
+    most = facts.tokens * (EPOCHS[changes] if limits.epochs is None else limits.epochs) / (batch * length)
+    has_slack = limits.seconds is not None and limits.steps is None
     return Plan(
         size=size,
         length=length,
-        batch=batch // rows * rows,
+        batch=batch,
         rows=rows,
         steps=steps,
+        most_steps=max(steps, min(_SLACK * steps, round(most))) if has_slack else steps,
         epochs=steps * batch * length / facts.tokens,
-        transposes=transposes(facts, limits, speed),
+        transposes=changes,
         evaluates=facts.can_evaluate,
     )
 
 
-def options_of(plan: Plan, facts: Facts, width: int, deadline: bool) -> dict[str, Any]:
+def options_of(plan: Plan, facts: Facts, width: int) -> dict[str, Any]:
     """A plan as options of `training/pretrain.py`, those aside that [`pace_of`] makes.
 
     Args:
         plan (`Plan`), facts (`Facts`): of the run.
         width (`int`): the model's hidden size.
-        deadline (`bool`): whether time ends the run, unless its steps end before.
     """
     # An evaluation reads a token three times as fast as training does.
     held_out = round(3 * (1 - TRAINING_SHARE) * plan.steps * plan.batch / EVALUATIONS)
@@ -216,7 +222,7 @@ def options_of(plan: Plan, facts: Facts, width: int, deadline: bool) -> dict[str
         "sequence_length": plan.length,
         "lookback_bars": list(LAGS) if facts.has_bars else [],
         "transpose": TRANSPOSE if plan.transposes else 0,
-        "max_steps": math.ceil(plan.steps * _SLACK) if deadline else plan.steps,
+        "max_steps": plan.most_steps,
         "per_device_train_batch_size": plan.rows,
         "gradient_accumulation_steps": plan.batch // plan.rows,
         "learning_rate": float(f"{3e-3 * math.sqrt(128 / width):.2g}"),
