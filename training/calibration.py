@@ -28,6 +28,7 @@ from midimamba.training.plan import (
     DECIDED,
     LAGS,
     MICRO_TOKENS,
+    SHORT,
     SHORTEST,
     SIZES,
     STEP_TOKENS,
@@ -137,7 +138,8 @@ class Calibration:
             return self._speed(models[size])
 
         size, speed = choose_size(sizes, self.facts, self._limits(), measure)
-        plan = make_plan(size or None, self.length, self.facts, self._limits(), speed)
+        shortest = self.length if "sequence_length" in self.given else SHORT
+        plan = make_plan(size or None, self.length, self.facts, self._limits(), speed, shortest)
         model, deadline = models[size], self.script_args.minutes is not None
         options = options_of(plan, self.facts, model.config.hidden_size)
         if not size:
