@@ -16,11 +16,11 @@ at most a quarter of its training or there is time for two such epochs |
 A parameter is one through which every token passes, so embeddings do not count. Speeds are measured by training steps
 on this machine: see [`~midimamba.training.calibration`].
 
-What is measured is little: one seed, a minute of processor time on one core (benchmarks/results/recipe.json, repeated by
-benchmarks/recipe.py). Where `tiny` reads 0.7 tokens per parameter, a width of 64 is better by 2 to 3 %, so a size needs
-more than that. A weight decay of 0.5 in place of 0.1 is worse by 1 % where pieces are read three times; an earlier trial,
-which counted evaluations in the minute, found it better by 4 %. Batches of 1,024 tokens were better than 2,048 and 4,096
-in that trial, whose runs are not kept. All other numbers are choices that have not been measured.
+What is measured is little: one seed, a minute of processor time on one core (benchmarks/results/recipe.json, which
+benchmarks/recipe.py repeats). Where `tiny` reads 0.7 tokens per parameter, a width of 64 is better by 2 to 3 %, so a
+size needs more than that. A weight decay of 0.5 in place of 0.1 is worse by 1 % where pieces are read three times; an
+earlier trial, which counted evaluations in the minute, found it better by 4 %. In that trial, whose runs are not kept,
+batches of 1,024 tokens were better than those of 2,048 and 4,096. All other numbers are choices, not yet measured.
 """
 
 import math
