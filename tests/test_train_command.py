@@ -17,7 +17,7 @@ from midimamba import launching
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
-from midimamba.training.whole_checkpoints import checkpoints_in
+from midimamba.training.whole_checkpoints import checkpoints_in, choose_checkpoint
 from support import command, make_score
 
 SCRIPTS = Path(__file__).parents[1] / "training"
@@ -92,8 +92,8 @@ def test_an_interrupted_run_tidies_up_and_goes_on(corpus: Path, tmp_path: Path) 
     line = ("train", corpus, "--out", "model", "--steps", 100_000, "--save_steps", 5, "--eval_steps", 5, *SMALL)
     process = started(*line, cwd=tmp_path)
     model = tmp_path / "model"
-    limit = time.monotonic() + 60
-    while not checkpoints_in(model) and time.monotonic() < limit and process.poll() is None:
+    limit = time.monotonic() + 120
+    while choose_checkpoint(model).checkpoint is None and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import DatasetDict
 from torch import nn
@@ -27,6 +28,7 @@ from midimamba.training.plan import (
     DECIDED,
     LAGS,
     MICRO_TOKENS,
+    SHORT,
     SHORTEST,
     SIZES,
     STEP_TOKENS,
@@ -81,12 +83,15 @@ def options_by_rule(
 
 def facts_of(splits: DatasetDict, processor: MidiProcessor) -> Facts:
     """What the rule knows of a corpus."""
-    train, held_out = ([len(ids) for ids in splits[name]["input_ids"]] for name in ("train", "validation"))
+    train, held_out = (
+        pc.list_value_length(splits[name].with_format("arrow")[:]["input_ids"]).to_numpy()
+        for name in ("train", "validation")
+    )
     return Facts(
         pieces=len(train),
-        tokens=sum(train),
-        held_out=sum(held_out),
-        typical=int(np.median(train)) if train else 0,
+        tokens=int(train.sum()),
+        held_out=int(held_out.sum()),
+        typical=int(np.median(train)) if len(train) else 0,
         has_bars=bool(time_ids(processor.midi_tokenizer)[0]),
         tells_drums=any(program >= 0 for program in processor.programs or ()),
     )
@@ -133,9 +138,10 @@ class Calibration:
             return self._speed(models[size])
 
         size, speed = choose_size(sizes, self.facts, self._limits(), measure)
-        plan = make_plan(size or None, self.length, self.facts, self._limits(), speed)
+        shortest = self.length if "sequence_length" in self.given else SHORT
+        plan = make_plan(size or None, self.length, self.facts, self._limits(), speed, shortest)
         model, deadline = models[size], self.script_args.minutes is not None
-        options = options_of(plan, self.facts, model.config.hidden_size, deadline)
+        options = options_of(plan, self.facts, model.config.hidden_size)
         if not size:
             del options["size"]
         if self.script_args.model is not None:
@@ -215,12 +221,12 @@ class Calibration:
         """How long it takes to transpose all pieces of the corpus once."""
         augmentation, random = Augmentation(transpose=TRANSPOSE), np.random.default_rng(0)
         seconds, tokens = 0.0, 0
-        for ids in self.splits["train"]["input_ids"]:
-            score = self.processor.decode(ids)
+        for row in self.splits["train"]:
+            score = self.processor.decode(row["input_ids"])
             start = time.perf_counter()
             self.processor.encode(augmentation.apply(score, random))
             seconds += time.perf_counter() - start
-            tokens += len(ids)
+            tokens += len(row["input_ids"])
             if seconds > _MORE_SECONDS:
                 break
         return seconds * self.facts.tokens / tokens

@@ -1,10 +1,10 @@
-"""The recipe of `midimamba train`: what suits a corpus, a machine and a time, by a measured rule.
+"""The recipe of `midimamba train`: what suits a corpus, a machine and a time, by a rule.
 
 | what | the rule |
 |---|---|
 | tokens that are read | as many as the time allows, but no piece more than 60 times if its key changes, 20 if not |
-| size | the largest that reads at least 8 tokens per parameter; `tiny` at the least |
-| context | a typical piece, from 256 to 1,024 tokens; shorter where a split is small |
+| size | the largest that reads at least 4 tokens per parameter; `tiny` at the least |
+| context | a typical piece, from 256 to 1,024 tokens; less where a batch has not four of them, or a split is small |
 | batch | 1,024 tokens; more where that would be over 2,000 steps, up to 65,536 |
 | learning rate | 3e-3 at width 128, falling with the root of the width; cosine, to 0 |
 | weight decay | 0.1; 0.3 where pieces are read more than 8 times |
@@ -14,8 +14,13 @@ at most a quarter of its training or there is time for two such epochs |
 | end | when the last five of 16 evaluations were no better than one before, or the time or the steps end |
 
 A parameter is one through which every token passes, so embeddings do not count. Speeds are measured by training steps
-on this machine: see [`~midimamba.training.calibration`]. The runs behind the numbers are in
-benchmarks/results/recipe.json, and benchmarks/recipe.py repeats them.
+on this machine: see [`~midimamba.training.calibration`].
+
+What is measured is little: one seed, a minute of processor time on one core (benchmarks/results/recipe.json, which
+benchmarks/recipe.py repeats). Where `tiny` reads 0.7 tokens per parameter, a width of 64 is better by 2 to 3 %, so a
+size needs more than that. A weight decay of 0.5 in place of 0.1 is worse by 1 % where pieces are read three times; an
+earlier trial, which counted evaluations in the minute, found it better by 4 %. In that trial, whose runs are not kept,
+batches of 1,024 tokens were better than those of 2,048 and 4,096. All other numbers are choices, not yet measured.
 """
 
 import math
@@ -24,13 +29,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 SIZES = ("tiny", "small", "medium", "large")
-TOKENS_PER_PARAMETER = 8
+TOKENS_PER_PARAMETER = 4
 EPOCHS = {True: 60.0, False: 20.0}
 """The most epochs, with changing keys and without."""
 TRANSPOSE = 5
 LAGS = (1, 2, 4, 8, 16)
-SHORTEST, LONGEST = 32, 1024
-"""Tokens of a context."""
+SHORTEST, SHORT, LONGEST = 32, 256, 1024
+"""Tokens of a context: the fewest, those of a short run, the most."""
 STEP_TOKENS, MOST_STEP_TOKENS, MANY_STEPS = 1024, 65_536, 2000
 MICRO_TOKENS = 16_384
 """Tokens that are in memory at once; a larger batch is accumulated."""
@@ -43,7 +48,7 @@ DECIDED = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "max_eval_blocks"),
 )
 """What a run that goes on takes over from the interrupted one."""
-_SLACK = 1.25  # the machine may become faster than it was when it was measured: the deadline ends the run
+_SLACK = 3  # the machine may become faster than it was when it was measured: the deadline ends the run
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ class Plan:
         length (`int`): tokens of a context.
         batch (`int`): contexts of a step.
         rows (`int`): contexts that are in memory at once.
-        steps (`int`): of the optimizer, as far as is known.
+        steps (`int`): of the optimizer, at the speed that was measured.
+        most_steps (`int`): what ends a run on a machine that becomes faster.
         epochs (`float`): how often a piece is read.
         transposes (`bool`): whether keys change.
         evaluates (`bool`): whether there is music to evaluate on.
@@ -126,6 +132,7 @@ class Plan:
     batch: int
     rows: int
     steps: int
+    most_steps: int
     epochs: float
     transposes: bool
     evaluates: bool
@@ -133,7 +140,7 @@ class Plan:
 
 def context_of(facts: Facts) -> int:
     """Tokens of a training block: a power of two of which both splits hold some."""
-    wanted = min(max(facts.typical, 256), LONGEST)
+    wanted = min(max(facts.typical, SHORT), LONGEST)
     most = min(facts.tokens // 8, facts.held_out if facts.can_evaluate else facts.tokens)
     return max(SHORTEST, 2 ** min(round(math.log2(wanted)), int(math.log2(max(most, 1)))))
 
@@ -180,34 +187,50 @@ def choose_size(
     return size, speed
 
 
-def make_plan(size: str | None, length: int, facts: Facts, limits: Limits, speed: Speed) -> Plan:
-    """The rest of the rule, for a size and a context."""
+def make_plan(
+    size: str | None, length: int, facts: Facts, limits: Limits, speed: Speed, shortest: int = SHORT
+) -> Plan:
+    """
+    The rest of the rule.
+
+    Args:
+        size (`str`, *optional*), speed (`Speed`): of the model.
+        length (`int`): tokens of a context, at the most.
+        facts (`Facts`), limits (`Limits`): of the run.
+        shortest (`int`, *optional*, defaults to 256): the context is not made shorter than this.
+    """
     tokens = max(tokens_read(facts, limits, speed), 1.0)
     step_tokens = STEP_TOKENS
     while limits.steps is None and tokens / step_tokens > MANY_STEPS and step_tokens < MOST_STEP_TOKENS:
         step_tokens *= 2
+    while length > shortest and length * 4 > step_tokens:
+        length //= 2
     batch = max(1, min(step_tokens // length, facts.tokens // length))
     rows = max(1, min(batch, speed.rows, MICRO_TOKENS // length))
+    batch = batch // rows * rows
     steps = max(1, round(tokens / (batch * length))) if limits.steps is None else limits.steps
+    changes = transposes(facts, limits, speed)
+    most = facts.tokens * (EPOCHS[changes] if limits.epochs is None else limits.epochs) / (batch * length)
+    has_slack = limits.seconds is not None and limits.steps is None
     return Plan(
         size=size,
         length=length,
-        batch=batch // rows * rows,
+        batch=batch,
         rows=rows,
         steps=steps,
+        most_steps=max(steps, min(_SLACK * steps, round(most))) if has_slack else steps,
         epochs=steps * batch * length / facts.tokens,
-        transposes=transposes(facts, limits, speed),
+        transposes=changes,
         evaluates=facts.can_evaluate,
     )
 
 
-def options_of(plan: Plan, facts: Facts, width: int, deadline: bool) -> dict[str, Any]:
+def options_of(plan: Plan, facts: Facts, width: int) -> dict[str, Any]:
     """A plan as options of `training/pretrain.py`, those aside that [`pace_of`] makes.
 
     Args:
         plan (`Plan`), facts (`Facts`): of the run.
         width (`int`): the model's hidden size.
-        deadline (`bool`): whether time ends the run, unless its steps end before.
     """
     # An evaluation reads a token three times as fast as training does.
     held_out = round(3 * (1 - TRAINING_SHARE) * plan.steps * plan.batch / EVALUATIONS)
@@ -216,7 +239,7 @@ def options_of(plan: Plan, facts: Facts, width: int, deadline: bool) -> dict[str
         "sequence_length": plan.length,
         "lookback_bars": list(LAGS) if facts.has_bars else [],
         "transpose": TRANSPOSE if plan.transposes else 0,
-        "max_steps": math.ceil(plan.steps * _SLACK) if deadline else plan.steps,
+        "max_steps": plan.most_steps,
         "per_device_train_batch_size": plan.rows,
         "gradient_accumulation_steps": plan.batch // plan.rows,
         "learning_rate": float(f"{3e-3 * math.sqrt(128 / width):.2g}"),

@@ -77,19 +77,35 @@ def test_a_context_is_a_piece_as_far_as_both_splits_hold_one(corpus: Facts, leng
     assert context_of(corpus) == length
 
 
+def test_a_batch_holds_four_contexts_unless_the_user_wants_longer_ones() -> None:
+    speed, brief, long = Speed(500_000, 1e-4), Limits(seconds=60), Limits(seconds=6000)
+    assert make_plan("tiny", 1024, facts(), brief, speed).length == 256
+    assert make_plan("tiny", 1024, facts(), long, speed).length == 1024
+    assert make_plan("tiny", 1024, facts(), brief, speed, shortest=1024).length == 1024
+    assert make_plan("tiny", 64, facts(), brief, speed).length == 64
+
+
 def test_repeated_pieces_get_more_weight_decay_and_wider_models_a_smaller_rate() -> None:
     once = make_plan("tiny", 256, facts(), Limits(seconds=60), Speed(500_000, 1e-4))
     often = make_plan("tiny", 256, facts(tokens=20_000), Limits(seconds=60), Speed(500_000, 1e-4))
     assert once.epochs < 1 < 8 < often.epochs
-    decays = [options_of(plan, facts(), 128, deadline=True)["weight_decay"] for plan in (once, often)]
+    decays = [options_of(plan, facts(), 128)["weight_decay"] for plan in (once, often)]
     assert decays[0] < decays[1]
-    rates = [options_of(once, facts(), width, deadline=True)["learning_rate"] for width in (128, 256, 512)]
+    rates = [options_of(once, facts(), width)["learning_rate"] for width in (128, 256, 512)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_a_machine_that_becomes_faster_reads_more_but_no_piece_too_often() -> None:
+    speed = Speed(500_000, 1e-4)
+    long = make_plan("tiny", 256, facts(), Limits(seconds=600), speed)
+    assert long.most_steps == 3 * long.steps
+    short = make_plan("tiny", 256, facts(tokens=20_000), Limits(seconds=600), speed)
+    assert short.most_steps == short.steps == round(EPOCHS[True] * 20_000 / (short.batch * 256))
 
 
 def test_without_a_deadline_the_steps_are_those_that_were_given() -> None:
     plan = make_plan("tiny", 256, facts(), Limits(steps=500), Speed(500_000, 1e-4))
-    assert options_of(plan, facts(), 128, deadline=False)["max_steps"] == 500
+    assert options_of(plan, facts(), 128)["max_steps"] == 500
     pace = pace_of(500, plan.rows, plan.evaluates, deadline=False)
     assert pace["eval_steps"] == pace["save_steps"] == 32
     assert pace_of(500, 4, evaluates=False, deadline=True)["eval_strategy"] == "no"
