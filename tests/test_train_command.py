@@ -101,7 +101,7 @@ def test_an_interrupted_run_tidies_up_and_goes_on(corpus: Path, tmp_path: Path) 
     assert "interrupted" in said
     steps = int(checkpoints_in(model)[-1].name.split("-")[1])
     assert steps >= 5
-    process = started(*line[:4], steps + 7, *line[5:], cwd=tmp_path)
+    process = started(*line[:5], steps + 7, *line[6:], cwd=tmp_path)
     assert process.wait(300) == 0
     state = json.loads((model / "trainer_state.json").read_text())
     assert state["global_step"] == steps + 7
