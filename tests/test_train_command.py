@@ -68,7 +68,7 @@ def test_a_folder_of_music_becomes_a_model_in_time_and_a_second_run_says_so(tmp_
         make_score(seed, bars=3).dump_midi(tmp_path / "midi" / f"{seed}.mid")
     line = ("train", "midi", "--output_dir", "model", "--minutes", 0.3, *SMALL)
     process = started(*line, cwd=tmp_path)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     assert "corpus: " in said
     assert "the run ends at" in said
@@ -77,11 +77,11 @@ def test_a_folder_of_music_becomes_a_model_in_time_and_a_second_run_says_so(tmp_
     history = json.loads((tmp_path / "model" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in row for row in history)  # how many depends on the machine
     process = started(*line, cwd=tmp_path)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 0
     assert "model is already there" in said
     process = started("train", "midi", "--out", "other", "--data", "midi", "--minutes", 1, "--depth", 3, cwd=tmp_path)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 2  # of the script, through accelerate
     assert said.splitlines()[-1].startswith("error: ")
     assert "--depth" in said
@@ -96,13 +96,13 @@ def test_an_interrupted_run_tidies_up_and_goes_on(corpus: Path, tmp_path: Path) 
     while choose_checkpoint(model).checkpoint is None and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
     assert "interrupted" in said
     steps = int(checkpoints_in(model)[-1].name.split("-")[1])
     assert steps >= 5
-    process = started(*line[:4], steps + 7, *line[5:], cwd=tmp_path)
-    assert process.wait(60) == 0
+    process = started(*line[:5], steps + 7, *line[6:], cwd=tmp_path)
+    assert process.wait(300) == 0
     state = json.loads((model / "trainer_state.json").read_text())
     assert state["global_step"] == steps + 7
     assert state["log_history"][0]["step"] <= 5  # the history of the interrupted run is there
@@ -174,7 +174,7 @@ def test_flags_have_their_names_in_trl_and_unknown_ones_are_passed_on(
         assert arguments[arguments.index("--data") + 1] == str(corpus)
         assert arguments[arguments.index("--minutes") + 1] == "10.0"
     launched.clear()
-    for line in (
+    for tuning in (
         ("tune", pretrained, "--data", corpus, "--out", out, "--recipe", "paper"),
         (
             "tune",
@@ -188,7 +188,7 @@ def test_flags_have_their_names_in_trl_and_unknown_ones_are_passed_on(
             "paper",
         ),
     ):
-        assert command(monkeypatch, *line) == 0
+        assert command(monkeypatch, *tuning) == 0
     assert launched[0] == launched[1]
     script, arguments = launched[0]
     assert script == "adversarial"

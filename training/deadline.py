@@ -122,7 +122,7 @@ class Deadline(TrainerCallback, ExportableState):
         if not isinstance(scheduler, LambdaLR):
             return
 
-        def by_time(by_step: Callable[[float], float]) -> Callable[[float], float]:
+        def by_time(by_step: Callable[[Any], float]) -> Callable[[float], float]:
             return lambda step: by_step(max(step, self.fraction(state) * state.max_steps))
 
         scheduler.lr_lambdas = [by_time(by_step) for by_step in scheduler.lr_lambdas]

@@ -96,7 +96,7 @@ def test_a_run_that_resumes_has_the_time_that_was_left(tmp_path: Path) -> None:
 
 
 def test_time_counts_from_the_command_and_some_is_kept_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline.time, "time", lambda: 1000.0)
+    monkeypatch.setattr("time.time", lambda: 1000.0)
     monkeypatch.setenv(deadline.STARTED, "900")
     assert seconds_to_train(10) == 440  # of 600: 100 have passed, 60 are kept
     assert seconds_to_train(1) == 0
