@@ -106,7 +106,7 @@ def sharp(processor: MidiProcessor) -> MidiMambaForCausalLM:
     """A generator whose logits are spread wide enough for the temperature to be heard."""
     model = make_generator(vocab_size=processor.vocab_size)
     with torch.no_grad():
-        model.backbone.final_norm.weight *= 30
+        model.backbone.final_norm.get_parameter("weight").mul_(30)
     return model
 
 
@@ -119,7 +119,7 @@ def test_a_generator_that_is_twice_as_sure_is_sampled_at_twice_the_temperature(
     real = processor.compose(sharp, inputs, bars=3, num=48, seed=9, max_new_tokens=40)
     corpus_of(real.ids.tolist(), processor, monkeypatch)
     with torch.no_grad():
-        sharp.backbone.final_norm.weight *= 2
+        sharp.backbone.final_norm.get_parameter("weight").mul_(2)
     sharp.train()
     state = torch.get_rng_state()
     assert choose_temperature(sharp, processor, "corpus", [0.7, 2.0, 1.0]) == 2.0
