@@ -178,5 +178,6 @@ def test_merged_adapters_keep_them() -> None:
     peft = pytest.importorskip("peft")
     generator = make_generator()
     generator.generation_config.update(**OWN)
-    whole = merged(add_adapters(generator, peft.LoraConfig(task_type="CAUSAL_LM")).get_base_model())
+    adapted: Any = add_adapters(generator, peft.LoraConfig(task_type="CAUSAL_LM"))
+    whole = merged(adapted.get_base_model())
     assert all(getattr(whole.generation_config, name) == value for name, value in OWN.items())

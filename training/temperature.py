@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -29,7 +29,6 @@ from midimamba.evaluation.distances import compare_sets, energy_distance
 from midimamba.evaluation.estimates import jackknife
 from midimamba.evaluation.features import Indices, Vector, measure, opening
 from midimamba.evaluation.samples import decode_all
-from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.scripts import announce
 
@@ -88,16 +87,14 @@ class _Music(NamedTuple):
         return cls(measure(scores), np.arange(len(scores)) * GROUPS // len(scores))
 
 
-def choose_temperature(
-    model: MidiMambaForCausalLM, processor: MidiProcessor, data: str, candidates: Sequence[float]
-) -> float | None:
+def choose_temperature(model: Any, processor: MidiProcessor, data: str, candidates: Sequence[float]) -> float | None:
     """
     Sample at every candidate, compare with the validation split, and make the best one the model's own.
 
     One line per candidate says what was found. No other split is read, and torch's random state is left as it was.
 
     Args:
-        model (`MidiMambaForCausalLM`): the trained generator. Its generation config is changed.
+        model (`PreTrainedModel`): the trained generator. Its generation config is changed.
         processor (`MidiProcessor`): its processor.
         data (`str`): its corpus.
         candidates (`Sequence[float]`): the temperatures to try.
@@ -182,9 +179,7 @@ def _real_music(rows: Dataset, processor: MidiProcessor) -> list[ScoreTick]:
     return _openings([processor.decode(ids) for ids in some["input_ids"]])
 
 
-def _draw_at_each(
-    model: MidiMambaForCausalLM, processor: MidiProcessor, candidates: Sequence[float]
-) -> dict[float, list[ScoreTick]]:
+def _draw_at_each(model: Any, processor: MidiProcessor, candidates: Sequence[float]) -> dict[float, list[ScoreTick]]:
     """New pieces by temperature. Without a grammar, what is not music counts as lost and is not drawn again."""
     inputs = {name: value.to(model.device) for name, value in processor(None, return_tensors="pt").items()}
     drawn = {}
