@@ -229,7 +229,7 @@ def _halved(audio: Audio) -> Audio:
     places = np.arange(-31, 32, 2)
     taps = (np.sin(np.pi / 2 * places) / (np.pi * places) * np.hamming(63)[::2]).astype(np.float32)
     even, odd = audio[::2], audio[1::2]
-    halved: Audio = even / 2
+    halved: Audio = even * np.float32(0.5)
     if len(odd) > len(taps):
         halved[: len(odd)] += np.convolve(odd, taps, "same")
     return halved
