@@ -37,8 +37,11 @@ Audio = NDArray[np.float32]
 SAMPLE_RATE = 24_000
 PEAK = 0.9  # of full scale: a resampler or lossy encoder overshoots a little, and would clip at 1
 LONGEST = 900.0  # seconds of a score; the synthesizer takes a gigabyte for them
+# Velocity that the loudest note has at least. All others are raised with it, which changes no balance since gain goes
+# with the square: where the loudest had 20, the synthesizer's 16 bits would lose reverb and fading notes.
+_LOUDEST_AT_LEAST = 64
 _SYNTHESIZED = 2 * SAMPLE_RATE  # the synthesizer's own rate, which cannot be chosen
-_TAIL = 8.0  # seconds after the score in which it can fade; a cymbal takes 4
+_TAIL = 6.0  # seconds after the score in which it can fade; a cymbal takes 4
 _INAUDIBLE = 1e-3  # of the peak: sound ends where nothing louder follows
 _FADE = SAMPLE_RATE // 100  # samples over which a sound that is cut off ends without a click
 _WAV_HEADER = 44  # bytes
@@ -170,17 +173,20 @@ def _parts(score: ScoreTick, volume: int) -> Iterator[bytes]:
     timed: Any = score.to("second")
     tracks = [track for track in timed.tracks if len(track.notes)]
     seconds = min(_seconds(score), LONGEST)
+    loudest = max(int(track.notes.numpy()["velocity"].max()) for track in tracks)
+    lift = max(_LOUDEST_AT_LEAST / max(loudest, 1), 1.0)
     pitched = [track for track in tracks if not track.is_drum]
     drums = [track for track in tracks if track.is_drum]
     for part in range(max(-(-len(pitched) // 15), len(drums))):
         midi = Score(_SYNTHESIZED // 2)  # at the default of 120 quarter notes per minute, a tick is a sample
         for track in pitched[15 * part : 15 * part + 15] + drums[part : part + 1]:
-            midi.tracks.append(_in_samples(track, seconds, volume))
+            midi.tracks.append(_in_samples(track, seconds, lift, volume))
         yield midi.dumps_midi()
 
 
-def _in_samples(track: Any, seconds: float, volume: int) -> Any:
-    """What of a track sounds within some seconds, timed in samples, at a volume from 0 to 127."""
+def _in_samples(track: Any, seconds: float, lift: float, volume: int) -> Any:
+    """What of a track sounds within some seconds, timed in samples, with velocities times `lift`, at a volume from 0
+    to 127."""
 
     def samples(times: Any) -> NDArray[np.int32]:
         return np.round(np.clip(times, 0, seconds) * _SYNTHESIZED).astype(np.int32)
@@ -188,7 +194,8 @@ def _in_samples(track: Any, seconds: float, volume: int) -> Any:
     played = Track(program=track.program, is_drum=track.is_drum)
     notes = {name: values[track.notes.numpy()["time"] < seconds] for name, values in track.notes.numpy().items()}
     starts, ends = samples(notes["time"]), samples(notes["time"] + notes["duration"])
-    played.notes = Note.from_numpy(starts, np.maximum(ends - starts, 1), notes["pitch"], notes["velocity"])
+    velocities = np.rint(notes["velocity"] * lift).astype(np.int8)
+    played.notes = Note.from_numpy(starts, np.maximum(ends - starts, 1), notes["pitch"], velocities)
     pedals = track.pedals.numpy()
     starts, ends = samples(pedals["time"]), samples(pedals["time"] + pedals["duration"])
     played.pedals = Pedal.from_numpy(starts, ends - starts)
@@ -222,7 +229,7 @@ def _halved(audio: Audio) -> Audio:
     places = np.arange(-31, 32, 2)
     taps = (np.sin(np.pi / 2 * places) / (np.pi * places) * np.hamming(63)[::2]).astype(np.float32)
     even, odd = audio[::2], audio[1::2]
-    halved: Audio = even / 2
+    halved: Audio = even * np.float32(0.5)
     if len(odd) > len(taps):
         halved[: len(odd)] += np.convolve(odd, taps, "same")
     return halved

@@ -131,7 +131,7 @@ def test_neither_loudness_nor_length_distinguishes_the_arms(folder: Path) -> Non
             samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(int)
         seconds.add(len(samples) / 24_000)
         peaks.add(int(np.abs(samples).max()))
-    assert max(seconds) - min(seconds) < 0.2  # low notes of a piano fade more slowly than high ones
+    assert max(seconds) - min(seconds) < 0.4  # some pitches fade more slowly than others
     assert max(peaks) - min(peaks) <= 1
     assert min(peaks) > 29000
 
@@ -201,16 +201,19 @@ def test_only_pieces_with_something_to_play_are_drawn(tmp_path: Path) -> None:
         (tmp_path / arm / "deep").mkdir(parents=True)
         for index in range(3):
             make_piece(50 + index).dump_midi(tmp_path / arm / "deep" / f"{index}.mid")
-    make_piece(50, is_drum=True).dump_midi(tmp_path / "one" / "drums.mid")
+    make_piece(40, is_drum=True).dump_midi(tmp_path / "one" / "drums.mid")
     (tmp_path / "one" / "broken.mid").write_bytes(b"MThd")
     late = make_piece(50).shift_time(2 * 1920)
     late.dump_midi(tmp_path / "one" / "late.mid")
     folders = [tmp_path / "one", tmp_path / "two"]
-    drawn = draw_arms(folders, num=3, bars=2)
-    assert {Path(file).name for file in drawn["one"].pieces} == {"0.mid", "1.mid", "2.mid"}
-    assert drawn["two"].passed_over == []
-    with pytest.raises(InputError, match="one has 3 pieces to listen to in 6 MIDI files, but --num asks for 4"):
+    with pytest.raises(InputError, match="two has 3 pieces to listen to in 3 MIDI files, but --num asks for 4"):
         draw_arms(folders, num=4, bars=2)
+    make_piece(60).dump_midi(tmp_path / "two" / "more.mid")
+    drawn = draw_arms(folders, num=4, bars=2)
+    assert {Path(file).name for file in drawn["one"].pieces} == {"0.mid", "1.mid", "2.mid", "drums.mid"}
+    assert drawn["two"].passed_over == []
+    with pytest.raises(InputError, match="one has 4 pieces to listen to in 6 MIDI files, but --num asks for 5"):
+        draw_arms(folders, num=5, bars=2)
     assert len(draw_arms([tmp_path / "one", tmp_path / "one" / "deep"], num=3, bars=3)) == 2
     for seed in range(9):  # sooner or later, another seed draws another piece
         if set(draw_arms(folders, 1, 2, seed)["two"].pieces) != set(draw_arms(folders, 1, 2)["two"].pieces):
