@@ -1,6 +1,5 @@
 """One run of the benchmark `repetition.py`: train a new generator, keep it, and measure it."""
 
-import json
 import math
 import statistics
 import time
@@ -29,7 +28,6 @@ from resumable import Row
 
 LAGS = [1, 2, 4, 8, 16]
 TRANSPOSE = 5  # semitones, up or down
-_SECONDS = "cpu_seconds.json"
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,6 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
         "seed": seed,
         "settings": asdict(training),
         "steps": steps[arm],
-        "cpu_seconds": json.loads((kept / _SECONDS).read_text()),
         "temperature": model.generation_config.temperature,
         "test": {
             "held_out_nll_per_token": sum(nats) / sum(tokens),
@@ -198,20 +195,18 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
 
 
 def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> None:
-    """Train a generator of an arm for a number of steps, and save it with the processor time that it took."""
+    """Train a generator of an arm for a number of steps, and save it."""
     augmentation = Augmentation(transpose=TRANSPOSE)
     blocks, _, processor = load_blocks(training.data, training.length, augmentation, seed)
     collator = BlockCollator.for_processor(processor)
     set_seed(seed)
     learner = _Learner(new_generator(ARMS[arm], processor, training.size), training.learning_rate, steps)
-    start, order, epoch = time.process_time(), list[int](), 0
+    order, epoch = list[int](), 0
     for _ in range(steps):
         if len(order) < training.batch_size:
             blocks.set_epoch(epoch)
             order, epoch = torch.randperm(len(blocks)).tolist(), epoch + 1
         learner.learn(collator([blocks[order.pop()] for _ in range(training.batch_size)]))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _SECONDS).write_text(json.dumps(time.process_time() - start))
     save_model(output, learner.model, processor)
 
 
