@@ -77,7 +77,7 @@ class Training:
     length: int = 512
     batch_size: int = 8
     learning_rate: float = 3e-3
-    seconds: float = 180.0
+    seconds: float = 150.0
     num: int = 96
     bars: int = 16
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8, 0.9, 1.0])
