@@ -20,6 +20,7 @@ from midimamba.evaluation.comparison import compare, read_reference
 from midimamba.evaluation.metrics import piece_nlls
 from midimamba.generation import generate_samples, load_pair
 from midimamba.modeling.mamba_mixer import MidiMambaMixer
+from midimamba.tokenization.sampling_limits import give_sampling_defaults
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks, save_model
 from midimamba.training.temperature import choose_temperature
@@ -88,6 +89,7 @@ def new_generator(arm: Arm, processor: MidiProcessor, size: str) -> MidiMambaFor
     lags = LAGS if arm.looks_back else []
     arguments = PretrainArguments(data="", layout=arm.layout, size=size, lookback_bars=lags)
     model = MidiMambaForCausalLM(new_config(arguments, processor))
+    give_sampling_defaults(model.generation_config)
     if arm.mimetic:
         for module in model.modules():
             if isinstance(module, MidiMambaMixer):
