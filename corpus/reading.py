@@ -214,4 +214,4 @@ def _tokenize(tokenizer: MusicTokenizer, score: ScoreTick, sanitized: bool, with
     controls = describe(score) if with_controls else {}
     settle_notes(tokenizer, written)  # as decoding the ids ends notes
     voices = most_voices(written)
-    return Piece(pack_ids(ids), content, score.note_num(), seconds, sanitized, voices, controls)
+    return Piece(pack_ids(ids), content, score.note_num(), seconds, sanitized, controls, voices)

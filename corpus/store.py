@@ -61,10 +61,10 @@ class Piece:
             A digest of the notes.
         num_notes (`int`), seconds (`float`), sanitized (`bool`):
             Facts about it; sanitized if bytes were clamped to read it.
-        voices (`int`):
-            The most pitched notes that sound at once, as the ids have them; 0 if there are only drums.
         controls (`dict[str, list[str]]`):
             Values of computed controls, if they were requested.
+        voices (`int`):
+            The most pitched notes that sound at once, as the ids have them; 0 if there are only drums.
     """
 
     ids: bytes
@@ -72,8 +72,8 @@ class Piece:
     num_notes: int
     seconds: float
     sanitized: bool = False
-    voices: int = 0
     controls: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    voices: int = 0
 
 
 @dataclass(frozen=True)

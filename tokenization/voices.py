@@ -5,6 +5,7 @@ A note sounds from its onset up to its end, which is the first tick at which it 
 
 from collections import deque
 from heapq import heappop, heappush
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -85,15 +86,15 @@ def limit_voices(new: ScoreTick, voices: int | None, prompt: ScoreTick | None = 
 
 
 def _with_stolen_voices(time: Ints, end: Ints, pitch: Ints, num_new: int, voices: int) -> Ints:
-    """The ends of all notes, of which the first `num_new` may be ended; shapes (notes,). Linear but for a heap."""
-    ends = end.tolist()
-    order = np.lexsort((pitch, time))  # stable, so notes of one pitch stay in the order of their tracks
-    onsets, firsts = np.unique(time[order], return_index=True)
+    """The ends of all notes, of which the first `num_new` may be ended; shapes (notes,)."""
+    onsets, ends = time.tolist(), end.tolist()
+    order = np.lexsort((pitch, time)).tolist()  # stable, so notes of one pitch stay in the order of their tracks
     alive = [False] * len(ends)
     num_alive = 0
     running: list[tuple[int, int]] = []  # a heap of (end, note), with notes that were ended before
     oldest: deque[int] = deque()  # new notes by onset and pitch, with notes that are silent already
-    for onset, begins in zip(onsets.tolist(), np.split(order, firsts[1:]), strict=True):
+    for onset, group in groupby(order, key=onsets.__getitem__):
+        begins = list(group)
         while running and running[0][0] <= onset:
             silent = heappop(running)[1]
             num_alive -= alive[silent]
@@ -103,7 +104,7 @@ def _with_stolen_voices(time: Ints, end: Ints, pitch: Ints, num_new: int, voices
             if alive[stolen]:
                 ends[stolen], alive[stolen] = onset, False
                 num_alive -= 1
-        for note in begins.tolist():
+        for note in begins:
             heappush(running, (ends[note], note))
             alive[note] = True
             if note < num_new:

@@ -99,7 +99,7 @@ def test_of_notes_that_began_together_the_lowest_ends_first() -> None:
     assert played(score)[1] == [(0, 60, 80, 12), (6, 72, 80, 8), (8, 74, 80, 10)]
 
 
-@pytest.mark.parametrize("name", [*ONE_STREAM, "Structured"])
+@pytest.mark.parametrize("name", ONE_STREAM)
 def test_voices_are_counted_as_the_ids_have_them(name: str) -> None:
     tokenizer = build_tokenizer(name)
     for seed in range(6):
