@@ -227,7 +227,7 @@ def _save(
             "put some files in the split train"
         )
     tokenizer = base if options.tokenizer else _train(store, options)
-    processor = MidiProcessor(tokenizer, _programs(store, base, options))
+    processor = MidiProcessor(tokenizer, **_facts(store, base, options))
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
         # `datasets` names its caches by the fingerprint: the same rows have the same one, and others another.
@@ -280,15 +280,29 @@ def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
     return tokenizer
 
 
-def _programs(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> list[int] | None:
-    """The programs of the train split, and of the corpus whose tokenizer it takes; None if those are unknown."""
-    earlier = MidiProcessor.from_pretrained(options.tokenizer).programs if options.tokenizer else []
-    if base.is_multi_voc or earlier is None:
-        return None
+def _facts(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> dict[str, Any]:
+    """The `programs` and `voices` of the train split, and of the corpus whose tokenizer it takes.
+
+    `None` where that corpus does not know them, or for `voices` if there are only drums.
+    """
+    if base.is_multi_voc:
+        return {}
+    programs, voices = _programs(store, base), store.most_voices()
+    if not options.tokenizer:
+        return {"programs": sorted(programs), "voices": voices or None}
+    earlier = MidiProcessor.from_pretrained(options.tokenizer)
+    return {
+        "programs": None if earlier.programs is None else sorted({*earlier.programs, *programs}),
+        "voices": None if earlier.voices is None else max(earlier.voices, voices),
+    }
+
+
+def _programs(store: PieceStore, base: MusicTokenizer) -> set[int]:
+    """The programs of the train split."""
     programs = {index: int(token.split("_")[1]) for token, index in base.vocab.items() if token.startswith("Program_")}
     ids = np.array(list(programs))
     found = {int(index) for piece in store.pieces("train") for index in ids[np.isin(ids, piece.ids)]}
-    return sorted({*earlier, *(programs[index] for index in found)})
+    return {programs[index] for index in found}
 
 
 def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:

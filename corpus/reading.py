@@ -26,7 +26,9 @@ from midimamba.corpus.store import Piece, PieceStore, Refused, pack_ids
 from midimamba.corpus.workers import MAX_SECONDS, Lost, Mark, run_bounded
 from midimamba.tokenization.controls import describe
 from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi
-from midimamba.tokenization.tokenizer import base_ids
+from midimamba.tokenization.normalization import normalize_score, settle_notes
+from midimamba.tokenization.tokenizer import encode_normalized
+from midimamba.tokenization.voices import most_voices
 
 # The stages of a file in a worker; a refusal names the one that it did not pass.
 STAGES = ("read", "check", "tokenize")
@@ -202,11 +204,14 @@ def _read(tokenizer: MusicTokenizer, with_controls: bool, content: bytes | Path,
 
 
 def _tokenize(tokenizer: MusicTokenizer, score: ScoreTick, sanitized: bool, with_controls: bool) -> Piece:
-    ids = base_ids(tokenizer, score)
+    written = normalize_score(tokenizer, score)
+    ids = encode_normalized(tokenizer, written)
     array = np.array(ids, dtype=np.int32)
     if not tokenizer.is_multi_voc:  # the same notes at another tempo are the same music
         array = array[np.isin(array, tokenizer.token_ids_of_type("Tempo"), invert=True)]
     content = hashlib.sha256(array.tobytes()).hexdigest()[:32]
     seconds = cast(ScoreSecond, score.to("second")).end()
     controls = describe(score) if with_controls else {}
-    return Piece(pack_ids(ids), content, score.note_num(), seconds, sanitized, controls)
+    settle_notes(tokenizer, written)  # as decoding the ids ends notes
+    voices = most_voices(written)
+    return Piece(pack_ids(ids), content, score.note_num(), seconds, sanitized, controls, voices)

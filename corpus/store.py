@@ -28,7 +28,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reader (fingerprint TEXT);
 CREATE TABLE IF NOT EXISTS outcomes (
     sha256 TEXT PRIMARY KEY, ids BLOB, content TEXT, num_notes INTEGER, seconds REAL, sanitized INTEGER,
-    controls TEXT, stage TEXT, reason TEXT, lost INTEGER, checksum INTEGER
+    voices INTEGER, controls TEXT, stage TEXT, reason TEXT, lost INTEGER, checksum INTEGER
 ) WITHOUT ROWID;
 """
 # What only this run needs. It may be on another disk: SQLite keeps it in the system's folder for temporary files.
@@ -63,6 +63,8 @@ class Piece:
             Facts about it; sanitized if bytes were clamped to read it.
         controls (`dict[str, list[str]]`):
             Values of computed controls, if they were requested.
+        voices (`int`):
+            The most pitched notes that sound at once, as the ids have them; 0 if there are only drums.
     """
 
     ids: bytes
@@ -71,6 +73,7 @@ class Piece:
     seconds: float
     sanitized: bool = False
     controls: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    voices: int = 0
 
 
 @dataclass(frozen=True)
@@ -317,11 +320,11 @@ class PieceStore:
         """Keep what reading made of a file with these bytes."""
         row: tuple[Any, ...]
         if isinstance(outcome, Piece):
-            facts = (outcome.num_notes, outcome.seconds, outcome.sanitized, json.dumps(outcome.controls))
-            row = (sha256, outcome.ids, outcome.content, *facts, None, None, False)
+            facts = (outcome.num_notes, outcome.seconds, outcome.sanitized, outcome.voices)
+            row = (sha256, outcome.ids, outcome.content, *facts, json.dumps(outcome.controls), None, None, False)
             self.has_new_pieces = True
         else:
-            row = (sha256, None, None, None, None, False, None, outcome.stage, outcome.reason, outcome.lost)
+            row = (sha256, None, None, None, None, False, None, None, outcome.stage, outcome.reason, outcome.lost)
         row = (*row, checksum(row))
         self._db.execute(f"INSERT OR REPLACE INTO outcomes VALUES ({', '.join('?' * len(row))})", row)
         self._db.execute("INSERT OR IGNORE INTO fresh VALUES (?)", (sha256,))
@@ -415,6 +418,11 @@ class PieceStore:
             array = np.frombuffer(zlib.decompress(ids), dtype=np.int32)
             array = array.reshape(-1, self._vocabularies) if self._vocabularies > 1 else array
             yield StoredPiece(name, array, num_notes, seconds, _controls_of(controls, labels))
+
+    def most_voices(self) -> int:
+        """The most pitched notes that sound at once in a piece of the train split."""
+        query = "SELECT coalesce(max(voices), 0) FROM pieces JOIN outcomes USING (sha256) WHERE split = 'train'"
+        return int(self._db.execute(query).fetchone()[0])
 
     def control_values(self, names: Sequence[str]) -> dict[str, list[str]]:
         """The values that these controls have in the train split."""

@@ -107,15 +107,6 @@ def polyphony(score: ScoreTick) -> float:
     return float(notes.durations.sum() / sounding)
 
 
-def most_voices(score: ScoreTick) -> int:
-    """The largest number of pitched notes that sound at once; 0 for a score without any."""
-    notes = Notes.of(score, pitched=True)
-    times = np.concatenate([notes.ends, notes.onsets])
-    change = np.repeat([-1, 1], len(notes))
-    order = np.lexsort((change, times))  # a note that ends makes room for one that starts
-    return int(np.cumsum(change[order]).max(initial=0))
-
-
 def notes_per_second(score: ScoreTick) -> float:
     """Notes, drums included, per second from the first onset to the end of the last note."""
     seconds: Vector = np.zeros((0, 2))

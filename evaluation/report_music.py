@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import first_bars
-from midimamba.evaluation.features import NUMBERS, most_voices
+from midimamba.evaluation.features import NUMBERS
 from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.rendering import draw_piano_roll
 from midimamba.evaluation.report_page import MUSIC
@@ -18,6 +18,7 @@ from midimamba.evaluation.samples import decode_all
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.composing import seeded
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.voices import most_voices
 
 BARS = 16
 _SAMPLED_AT_ONCE = 16

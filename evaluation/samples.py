@@ -88,11 +88,11 @@ def read_folder(folder: Path) -> Samples:
 
 
 def decode_all(processor: MidiProcessor, sequences: Sequence[Sequence[int]]) -> Samples:
-    """Decode token sequences. Those that are not music are counted."""
+    """Decode token sequences as new music, as users get it. Those that are not music are counted."""
     samples = Samples()
     for index, ids in enumerate(sequences):
         try:
-            samples.add(f"sequence {index}", processor.decode(ids))
+            samples.add(f"sequence {index}", processor.continue_score(None, ids))
         except ValueError as error:
             samples.refused[f"sequence {index}"] = str(error)
     return samples

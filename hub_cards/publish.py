@@ -32,7 +32,7 @@ PUBLISHED = (
     *("training_args.json", "evaluation.json", "README.md"),
     # The code of the processor, for users who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
-    *("grammar_tables.py", "composing.py", "sampling_limits.py"),
+    *("grammar_tables.py", "composing.py", "sampling_limits.py", "voices.py"),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
     # The generator's own code, of layouts that transformers has no class for.

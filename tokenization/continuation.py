@@ -14,6 +14,7 @@ from symusic.core import NoteTickList, ScoreTick, TimeSignatureTickList
 
 from .musical_time import bar_starts, meters
 from .normalization import PRESSED, SUSTAIN, settle_notes
+from .voices import limit_voices
 
 # The largest time division that MIDI can write.
 _MAX_DIVISION = 2**15 - 1
@@ -24,14 +25,19 @@ _Key = tuple[bool, int]
 
 
 def add_continuation(
-    tokenizer: MusicTokenizer, prompt: ScoreTick, encoded: ScoreTick, continued: ScoreTick
+    tokenizer: MusicTokenizer,
+    prompt: ScoreTick,
+    encoded: ScoreTick,
+    continued: ScoreTick,
+    voices: int | None = None,
 ) -> ScoreTick:
     """Add to a prompt what was sampled after it.
 
     Nothing of the prompt changes, except that its time division may be multiplied, that its tracks go on, and that a
     sustain pedal it leaves pressed is lifted where it ends. New notes of an instrument go to the prompt's first track
     of its program; a new instrument gets a track of its own. While a note of the prompt sounds, new notes of its
-    pitch and program are left out: they would end it.
+    pitch and program are left out: they would end it. New notes end early where more than `voices` would sound; see
+    [`~midimamba.tokenization.voices.limit_voices`].
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
@@ -42,6 +48,8 @@ def add_continuation(
             What MidiTok decodes of the prompt's ids.
         continued (`symusic.Score`):
             What MidiTok decodes of these ids and those after them.
+        voices (`int`, *optional*):
+            At most this many pitched notes sound at once where a new one begins. By default any number.
     """
     new = _difference(continued, encoded)
     settle_notes(tokenizer, new)
@@ -52,6 +60,8 @@ def add_continuation(
     end = score.end()
     _lift_pedals(score, end)
     new = new.resample(division, min_dur=1)
+    _leave_out_struck_again(score, new)
+    limit_voices(new, voices, score)
     _add_notes(score, new)
     encoded, continued = encoded.resample(division), continued.resample(division)
     _add_tempos(score, encoded, continued)
@@ -95,25 +105,31 @@ def _lift_pedals(score: ScoreTick, end: int) -> None:
             track.controls.append(ControlChange(max(end, pedal[-1].time), SUSTAIN, 0))
 
 
-def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
+def _leave_out_struck_again(score: ScoreTick, new: ScoreTick) -> None:
+    """Leave out new notes that begin while their pitch and program sound in the prompt."""
     sounding: dict[tuple[_Key, int], list[tuple[int, int]]] = defaultdict(list)
-    homes: dict[_Key, int] = {}
-    for index, track in enumerate(score.tracks):
+    for track in score.tracks:
         for note in track.notes:
             sounding[_key(track), note.pitch].append((note.time, note.end))
+    for track in new.tracks:
+        track.notes = NoteTickList([note for note in track.notes if _fits(note, sounding[_key(track), note.pitch])])
+
+
+def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
+    homes: dict[_Key, int] = {}
+    for index, track in enumerate(score.tracks):
         if track.notes:
             homes.setdefault(_key(track), index)
     for track in new.tracks:
-        notes = [note for note in track.notes if _fits(note, sounding[_key(track), note.pitch])]
-        if not notes:
+        if not track.notes:
             continue
         if _key(track) in homes:
             home = score.tracks[homes[_key(track)]]
-            home.notes.extend(NoteTickList(notes))
+            home.notes.extend(track.notes)
             home.notes.sort()
         else:
             homes[_key(track)] = len(score.tracks)
-            score.tracks.append(Track(track.name, track.program, track.is_drum, notes=notes))
+            score.tracks.append(track)
 
 
 def _fits(note: Note, sounding: list[tuple[int, int]]) -> bool:

@@ -15,7 +15,7 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .grammar_tables import DRUMS, NOTES, PITCHES, PROGRAMS, UNSET, check_supported, grammar_tables
+from .grammar_tables import DRUMS, DRUMS_ROW, NOTES, PITCHES, PROGRAMS, UNSET, check_supported, grammar_tables
 from .tokenizer import EOS
 
 # From the start of a sequence, or from any note, the next note is complete within this many base tokens.
@@ -80,6 +80,8 @@ class MidiGrammar(LogitsProcessor):
         prompt_length (`int`, *optional*, defaults to 0):
             The first columns of `input_ids`, padding included, that are given: `inputs["input_ids"].shape[1]`. They
             decide the instruments, and their bars do not count.
+        voices (`int`, *optional*):
+            At most this many of the notes that begin at one onset are not drums. By default any number.
 
     Raises:
         InputError: if the tokenizer isn't REMI, TSD or Structured, or an option adds tokens beyond the rules.
@@ -95,25 +97,27 @@ class MidiGrammar(LogitsProcessor):
         max_notes: int = 32,
         programs: Collection[int] | None = None,
         prompt_length: int = 0,
+        voices: int | None = None,
     ) -> None:
         check_supported(tokenizer)
         if max_bars is not None and max_bars < max(min_bars, 1):
             raise ValueError("max_bars must be at least 1, and not less than min_bars")
         if (max_bars is not None or min_bars) and not tokenizer.token_ids_of_type("Bar"):
             raise ValueError("max_bars and min_bars need a tokenization with bars such as REMI")
-        if max_notes < 1:
-            raise ValueError("max_notes must be at least 1")
+        if max_notes < 1 or (voices is not None and voices < 1):
+            raise ValueError("max_notes and voices must be at least 1")
         self.max_empty_bars = max_empty_bars
         self.max_bars = max_bars
         self.min_bars = min_bars
         self.max_notes = max_notes
+        self.voices = max_notes if voices is None else min(max_notes, voices)
         self.prompt_length = prompt_length
         self.eos_token_id: int = tokenizer.vocab[EOS]
         known = torch.arange(PROGRAMS) + DRUMS
         allowed = torch.ones(PROGRAMS, dtype=torch.bool)
         if programs:
             allowed = torch.isin(known, torch.tensor(sorted(programs)))
-        self._tables = grammar_tables(tokenizer, max_notes) | {"programs": allowed}
+        self._tables = grammar_tables(tokenizer, max_notes, self.voices) | {"programs": allowed}
         # What the last call saw: its ids, in a buffer that grows, and the state after them.
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._time = 0
@@ -196,11 +200,28 @@ class MidiGrammar(LogitsProcessor):
         twice.index_add_(1, table["note_id"], present.float())
         sayable = (twice == 0) & ~table["clashes"][program[:, 0]]
         sayable &= used.sum(dim=1, keepdim=True) + table["lead_notes"] <= self.max_notes
+        pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True)
+        sayable &= pitched + table["lead_pitched"] <= self.voices
+        sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
         sayable &= (~programs).float() @ table["programs_of_id"] == 0
         # An id at whose end a note must follow needs a free pitch.
         room = (table["pitches"] - used) * programs
         room = torch.cat([room, room.amax(dim=1, keepdim=True), torch.full_like(onset, NOTES)], dim=1)
         return sayable & (table["tail_notes"] < room[:, table["announces"]])
+
+    def _has_voice(self, used: Tensor, pitched: Tensor, programs: Tensor) -> Tensor:
+        """Whether one more note of some program may begin after each of `any_id`, of shape (batch, ids).
+
+        Args:
+            used (`LongTensor` of shape (batch, programs)): notes at the open onset.
+            pitched (`LongTensor` of shape (batch, 1)): those that aren't drums.
+            programs (`BoolTensor` of shape (batch, programs)): those that may play.
+        """
+        table, ids = self._tables, self._tables["any_id"]
+        goes_on = ~table["moves"][ids]  # else it begins an onset of its own
+        has_voice = pitched * goes_on + table["tail_pitched"][ids] < self.voices
+        drums = used[:, DRUMS_ROW, None] * goes_on + table["tail_drums"][ids]
+        return has_voice | (programs[:, DRUMS_ROW, None] & (drums < table["pitches"][DRUMS_ROW]))
 
     # ---- where the music stands ----
 

@@ -35,6 +35,7 @@ NOTE_END = "Duration"
 _NO_SHIFT = "0.0.1"
 
 DRUMS = -1  # MidiTok's program of drums, which is row 0 below; program 0 is row 1
+DRUMS_ROW = 0
 PROGRAMS, PITCHES = 129, 128
 NOTES = PROGRAMS * PITCHES
 UNSET = -9
@@ -76,6 +77,17 @@ class _Meaning:
     asked: int = UNSET  # the program that a control asks for
 
     @property
+    def pitched(self) -> list[int]:
+        """Notes that aren't drums, onset by onset; those that must follow are left out."""
+        drums = {DRUMS_ROW, UNSET} if self.pitch_kind == 1 else {DRUMS_ROW}
+        return [sum(program not in drums for program, _ in onset) for onset in self.onsets]
+
+    @property
+    def pitched_due(self) -> int:
+        """Notes that must follow at its last onset and aren't drums: 1 or 0; 0 if the next token decides it."""
+        return int(DRUMS_ROW < self.announces < ANY)
+
+    @property
     def moves(self) -> bool:
         """Whether time moves."""
         return len(self.onsets) > 1
@@ -99,12 +111,13 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r}")
 
 
-def grammar_tables(tokenizer: MusicTokenizer, max_notes: int) -> dict[str, Tensor]:
+def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> dict[str, Tensor]:
     """All tables of a tokenizer.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`): one that [`check_supported`] accepts.
         max_notes (`int`): the most notes that may begin at one onset.
+        voices (`int`): the most notes that may begin at one onset and aren't drums.
 
     Returns:
         `dict[str, Tensor]`: the numbers of `_Meaning`, of shape (vocab,) each, and
@@ -114,6 +127,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int) -> dict[str, Tenso
         - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,): how an id changes a state, and the first state;
         - `tail_program`, `tail_pitch` (vocab, longest tail): the notes at the last onset, padded;
         - `note_id`, `note_program`, `note_pitch` (notes,): every note at the onset that an id continues;
+        - `any_id` (ids,): those after which a note of any program must follow at the same onset;
         - `clashes` (programs, vocab): ids that repeat a note if they come under a program;
         - `programs_of_id` (programs, vocab), `asked` (vocab, programs): the programs that an id names, or asks for;
         - `pitches` (programs,): how many pitches a program has.
@@ -128,7 +142,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int) -> dict[str, Tenso
     ]
     pitches = torch.tensor([len(tokenizer.token_ids_of_type(kind)) for kind in ("PitchDrum", "Pitch")])
     for meaning in meanings:
-        meaning.fits &= _onsets_fit(meaning, max_notes, int(pitches.min()))
+        meaning.fits &= _onsets_fit(meaning, max_notes, voices, int(pitches.min()))
     tables = {
         name: torch.tensor([getattr(meaning, name) for meaning in meanings])
         for name in _Meaning.__annotations__.keys() - {"onsets", "programs"}
@@ -179,6 +193,13 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
         "lead_notes": torch.tensor(
             [len(meaning.onsets[0]) + (0 if meaning.moves else meaning.due) for meaning in meanings]
         ),
+        # The same without drums.
+        "lead_pitched": torch.tensor(
+            [meaning.pitched[0] + (0 if meaning.moves else meaning.pitched_due) for meaning in meanings]
+        ),
+        "tail_pitched": torch.tensor([meaning.pitched[-1] for meaning in meanings]),
+        "any_id": torch.tensor([i for i in indices if meanings[i].announces == ANY], dtype=torch.long),
+        "tail_drums": torch.tensor([len(meaning.onsets[-1]) - meaning.pitched[-1] for meaning in meanings]),
         "tail_notes": torch.tensor([0 if meanings[i].moves else len(meanings[i].onsets[-1]) for i in indices]),
         "announces": torch.tensor([_NONE if meanings[i].moves else meanings[i].announces for i in indices]),
         "inherits": torch.tensor([UNSET in _programs(meaning) for meaning in meanings]),
@@ -207,14 +228,17 @@ def _clashes(meaning: _Meaning) -> set[int]:
     return found
 
 
-def _onsets_fit(meaning: _Meaning, max_notes: int, pitches: int) -> bool:
-    """Whether each of its own onsets has at most `max_notes` notes, none twice, and a pitch left for one due."""
-    sizes = [len(onset) for onset in meaning.onsets]
+def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) -> bool:
+    """Whether each of its own onsets has at most `max_notes` notes, of which at most `voices` aren't drums.
+
+    Also, none may be there twice, and a pitch must be left for one due.
+    """
+    sizes, pitched = [len(onset) for onset in meaning.onsets], meaning.pitched
     sizes[-1] += meaning.due
+    pitched[-1] += meaning.pitched_due
     is_room = not meaning.moves or not meaning.due or sizes[-1] <= pitches
-    return (
-        max(sizes) <= max_notes and is_room and all(max(Counter(o).values(), default=1) == 1 for o in meaning.onsets)
-    )
+    fits = max(sizes) <= max_notes and max(pitched) <= voices
+    return fits and is_room and all(max(Counter(o).values(), default=1) == 1 for o in meaning.onsets)
 
 
 def _followers(tokenizer: MusicTokenizer) -> dict[str, set[str]]:

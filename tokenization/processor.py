@@ -28,6 +28,7 @@ from .grammar import MidiGrammar
 from .ingest import check_score, read_unordered
 from .normalization import normalize, settle_notes
 from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, encode_normalized, fast_tokenizer, load_tokenizer, merge_ids
+from .voices import limit_voices
 
 logger = logging.get_logger(__name__)
 
@@ -52,12 +53,19 @@ class MidiProcessor(ProcessorMixin):
         programs (`Sequence[int]`, *optional*):
             The General MIDI programs of the training data, and -1 for drums: the grammar lets new music have no
             others. By default all.
+        voices (`int`, *optional*):
+            The most notes that sound at once in a piece of the training data, without drums; a single piece may
+            decide it. New music keeps to it: the grammar lets no more notes begin at one onset, and `continue_score`
+            ends notes that are held too long. By default any number.
     """
 
-    def __init__(self, midi_tokenizer: MusicTokenizer, programs: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, midi_tokenizer: MusicTokenizer, programs: Sequence[int] | None = None, voices: int | None = None
+    ) -> None:
         super().__init__(None if midi_tokenizer.is_multi_voc else fast_tokenizer(midi_tokenizer))
         self.midi_tokenizer = midi_tokenizer
         self.programs = None if programs is None else sorted(programs)
+        self.voices = voices
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in transformers, except that a part may be `None`, which transformers supports apart from this check."""
@@ -179,7 +187,8 @@ class MidiProcessor(ProcessorMixin):
     def decode(self, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> ScoreTick:
         """Write ids as a score. Special tokens (controls included) and ids beyond the vocabulary are dropped.
 
-        With several vocabularies, a row that holds one of these is dropped.
+        With several vocabularies, a row that holds one of these is dropped. Notes last as long as the ids say, however
+        many sound at once; `continue_score` keeps new music to `voices`.
 
         Args:
             ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
@@ -230,11 +239,13 @@ class MidiProcessor(ProcessorMixin):
         """A prompt with what was sampled after it.
 
         The prompt's own tracks, names, velocities, controllers, tempos and meters stay as they are, and new notes,
-        tempos and meters are added; see [`~midimamba.tokenization.continuation.add_continuation`].
+        tempos and meters are added; see [`~midimamba.tokenization.continuation.add_continuation`]. Where a new note
+        begins while `voices` notes sound, the new note that began first ends there; see
+        [`~midimamba.tokenization.voices.limit_voices`].
 
         Args:
             prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*):
-                What was encoded as the prompt. `None` for a piece from scratch, which is decoded.
+                What was encoded as the prompt. `None` for a piece from scratch, all of which is new.
             ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
                 One sequence as for `decode`. Its music begins with that of the prompt.
 
@@ -243,12 +254,15 @@ class MidiProcessor(ProcessorMixin):
             ValueError: if `ids` is more than one sequence, not music, or does not begin with the prompt.
         """
         if prompt is None:
-            return self.decode(ids)
+            result = self.decode(ids)
+            limit_voices(result, self.voices)
+            return result
         score = read_unordered(prompt)[0]
         opening, music = self.encode(score, add_bos=False), self._music(ids)
         if music[: len(opening)] != opening:
             raise ValueError("the ids do not begin with those of the prompt: give the prompt that was encoded")
-        result = add_continuation(self.midi_tokenizer, score, self._score(opening), self._score(music))
+        encoded, continued = self._score(opening), self._score(music)
+        result = add_continuation(self.midi_tokenizer, score, encoded, continued, self.voices)
         warn_of_shared_channels(result)
         return result
 
@@ -274,20 +288,24 @@ class MidiProcessor(ProcessorMixin):
         Raises:
             InputError: if there are no rules for the tokenization.
         """
-        return MidiGrammar(self.midi_tokenizer, **{"programs": self.programs, **options})
+        return MidiGrammar(self.midi_tokenizer, **{"programs": self.programs, "voices": self.voices, **options})
 
     def compose(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Composed:
         """Let a model continue what this processor returned; see [`~midimamba.tokenization.composing.compose`]."""
         return compose(model, self, inputs, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `processor_config.json` holds: the class, its module and `programs`. The rest is in `miditok.json`."""
+        """What `processor_config.json` holds: the class, its module, `programs` and `voices`.
+
+        The rest is in `miditok.json`.
+        """
         name = type(self).__name__
         config: dict[str, Any] = {
             "processor_class": name,
             "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{name}"},
         }
-        return config if self.programs is None else config | {"programs": self.programs}
+        facts = {"programs": self.programs, "voices": self.voices}
+        return config | {name: value for name, value in facts.items() if value is not None}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `miditok.json`, `processor_config.json`, the text tokenizer if there is one, and the code to read it.
@@ -346,18 +364,24 @@ class MidiProcessor(ProcessorMixin):
             "revision": revision,
             **{key: value for key, value in kwargs.items() if key in _MORE_HUB_OPTIONS},
         }
-        return cls(load_tokenizer(name, **hub_options), _load_programs(name, hub_options))
+        return cls(load_tokenizer(name, **hub_options), **_load_facts(name, hub_options))
 
 
-def _load_programs(name: str, hub_options: Mapping[str, Any]) -> list[int] | None:
-    """The programs of the training data, from `processor_config.json`. Folders of earlier versions have none."""
+def _load_facts(name: str, hub_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `processor_config.json` says of the training data. Folders of earlier versions say less, or nothing."""
     path = cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
     if path is None:
-        return None
+        return {}
     try:
-        programs = json.loads(Path(path).read_text(encoding="utf-8")).get("programs")
-        if programs is None or all(program in range(-1, 128) for program in programs):
-            return programs
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        programs, voices = config.get("programs"), config.get("voices")
+        programs_fit = programs is None or all(program in range(-1, 128) for program in programs)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{name}: its {PROCESSOR_NAME} cannot be read ({error}): save the processor again") from error
-    raise InputError(f"{name}: programs in {PROCESSOR_NAME} must be numbers from -1 to 127: save the processor again")
+    if not programs_fit:
+        raise InputError(
+            f"{name}: programs in {PROCESSOR_NAME} must be numbers from -1 to 127: save the processor again"
+        )
+    if voices is not None and (type(voices) is not int or voices < 1):
+        raise InputError(f"{name}: voices in {PROCESSOR_NAME} must be a number from 1 up: save the processor again")
+    return {"programs": programs, "voices": voices}

@@ -22,10 +22,10 @@ from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.store import PieceStore
 from midimamba.errors import InputError
-from midimamba.evaluation.features import most_voices
 from midimamba.tokenization.controls import describe
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, parse_midi, read_score
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from midimamba.tokenization.voices import most_voices
 from support import command, make_score
 
 MidiFolder = Callable[[int], Path]

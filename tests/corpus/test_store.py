@@ -183,7 +183,7 @@ def test_the_same_outcomes_are_the_same_bytes_whatever_their_order(tmp_path: Pat
 
 def a_piece(seed: int) -> Piece:
     ids = np.random.default_rng(seed).integers(0, 300, 200).tolist()
-    return Piece(pack_ids(ids), f"{seed}", seed, seed / 7, bool(seed % 2), {"meter": [f"{seed}/4"]})
+    return Piece(pack_ids(ids), f"{seed}", seed, seed / 7, bool(seed % 2), {"meter": [f"{seed}/4"]}, seed)
 
 
 @pytest.fixture(scope="module")

@@ -67,16 +67,6 @@ def test_polyphony_counts_only_the_time_in_which_something_sounds() -> None:
     assert features.polyphony(piece((0, 4, 60), (1, 1, 64), (2, 1, 64))) == pytest.approx(6 / 4)
 
 
-def test_most_voices_counts_the_notes_that_sound_at_once() -> None:
-    assert features.most_voices(piece((0, 1, 60), (1, 1, 60), (2, 1, 62))) == 1  # the end of one, the start of another
-    assert features.most_voices(piece((0, 4, 48), (1, 2, 60), (2, 2, 64), (3, 1, 67))) == 3
-    assert features.most_voices(piece((0, 1, 36), (0, 1, 38), drums=True)) == 0
-    chance = random.Random(0)
-    notes = [(chance.randrange(40) / 4, chance.randrange(1, 9) / 4, 60 + voice) for voice in range(30)]
-    sounding = [sum(onset <= time / 4 < onset + length for onset, length, _ in notes) for time in range(60)]
-    assert features.most_voices(piece(*notes)) == max(sounding)
-
-
 def test_polyphony_agrees_with_counting_on_a_fine_grid() -> None:
     score = make_score(3, drums=False)
     counts = np.zeros(score.end())

@@ -53,8 +53,10 @@ class Reader:
         max_notes: int = 32,
         programs: Collection[int] = range(-1, 128),
         bars: int | None = None,
+        voices: int = 32,
     ) -> None:
         self.max_empty_bars, self.max_notes, self.programs, self.exact_bars = max_empty_bars, max_notes, programs, bars
+        self.voices = voices
         self.last: str | None = None
         self.position, self.limit, self.program = -1, 48, 0
         self.silence = self.empty = self.bars = self.notes = 0
@@ -115,7 +117,9 @@ class Reader:
         return True
 
     def _is_room(self) -> bool:
-        return not self.held and len(self.onset) < self.max_notes
+        pitched = sum(program != -1 for program, _ in self.onset)
+        has_voice = self.program == -1 or pitched < self.voices
+        return not self.held and has_voice and len(self.onset) < self.max_notes
 
 
 def read(tokenizer: MusicTokenizer, ids: Sequence[int], **options: Any) -> Reader:
@@ -208,7 +212,7 @@ def test_every_id_is_judged_as_if_its_tokens_were_read(tokenizer: MusicTokenizer
 
 @pytest.mark.parametrize("kind", ["none", "Pitch", "PitchDrum", "Program", "Duration", "Bar"])
 def test_ids_are_judged_one_by_one_under_all_rules(tokenizer: MusicTokenizer, kind: str) -> None:
-    rules: dict[str, Any] = {"max_notes": 3, "programs": {-1, 40, 73}, "max_empty_bars": 1}
+    rules: dict[str, Any] = {"max_notes": 3, "programs": {-1, 40, 73}, "max_empty_bars": 1, "voices": 2}
     grammar = MidiGrammar(tokenizer, **rules, min_bars=2, max_bars=2)
     for row in sample(tokenizer, grammar, prefer(tokenizer, kind), rows=2, steps=24, seed=2):
         for length in range(len(row) + 1):
@@ -226,18 +230,23 @@ def test_ids_are_judged_one_by_one_after_a_prompt(tokenizer: MusicTokenizer, sco
 
 
 def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, tsd: MusicTokenizer, scores: list[ScoreTick]) -> None:
+    structured = build_tokenizer("Structured")
+    train_tokenizer(structured, scores[:20], len(structured.vocab) + 400)
     for score in scores[:4]:
         assert_allowed(tokenizer, score)
         assert_allowed(tsd, score)
+        assert_allowed(structured, score)
 
 
 def assert_allowed(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
-    """The grammar lets a model write `score`, id by id, and end there."""
+    """The grammar lets a model write `score`, id by id, and end there, with no more voices than `score` has."""
+    notes = Counter(n.time for track in score.tracks if not track.is_drum for n in track.notes)
     ids = [BOS, *merge_ids(tokenizer, base_ids(tokenizer, score)), EOS]
     prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
     for length in range(1, len(ids)):
         prefixes[length - 1, -length:] = torch.tensor(ids[:length])
-    judged = MidiGrammar(tokenizer)(prefixes, torch.zeros(len(prefixes), tokenizer.vocab_size))
+    grammar = MidiGrammar(tokenizer, voices=max(notes.values(), default=None))
+    judged = grammar(prefixes, torch.zeros(len(prefixes), tokenizer.vocab_size))
     assert (judged[torch.arange(len(prefixes)), torch.tensor(ids[1:])] == 0).all()
 
 
@@ -278,12 +287,13 @@ def test_no_onset_has_a_note_twice_or_too_many_or_a_foreign_program(
     preference = prefer(tokenizer, kind)
     if "_" in kind and kind in tokenizer.vocab:
         preference[tokenizer.vocab[kind]] = 60.0
-    for row in sample(tokenizer, processor.grammar(max_notes=4), preference, rows=20, steps=60):
+    for row in sample(tokenizer, processor.grammar(max_notes=4, voices=2), preference, rows=20, steps=60):
         score = processor.decode(row)
         found = [(track.is_drum, track.program, n.time, n.pitch) for track in score.tracks for n in track.notes]
         assert len(set(found)) == len(found) > 0
         assert {-1 if is_drum else program for is_drum, program, _, _ in found} <= {-1, 40}
         assert max(Counter(time for _, _, time, _ in found).values()) <= 4
+        assert max(Counter(time for is_drum, _, time, _ in found if not is_drum).values(), default=0) <= 2
 
 
 def test_reordered_cut_and_other_batches_are_judged_as_if_read_from_the_start(tokenizer: MusicTokenizer) -> None:

@@ -26,7 +26,7 @@ SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
-    *("grammar_tables.py", "composing.py", "sampling_limits.py"),
+    *("grammar_tables.py", "composing.py", "sampling_limits.py", "voices.py"),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
 }
 
@@ -179,14 +179,36 @@ def test_programs_of_the_training_data_are_kept_and_bound_the_grammar(tmp_path: 
         "Program_-1",
         "Program_40",
     }
+    assert loaded.voices is None
     (tmp_path / "processor_config.json").unlink()  # as in folders of earlier versions
     assert MidiProcessor.from_pretrained(tmp_path).programs is None
 
 
+def test_voices_of_the_training_data_are_kept_and_bound_the_grammar(tmp_path: Path) -> None:
+    MidiProcessor(build_tokenizer(), voices=2).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["voices"] == 2
+    loaded = MidiProcessor.from_pretrained(tmp_path)
+    assert (loaded.voices, loaded.programs) == (2, None)
+    vocab = loaded.midi_tokenizer.vocab
+    note = [next(vocab[token] for token in vocab if token.startswith(kind)) for kind in ("Velocity_", "Duration_")]
+    start = [vocab[token] for token in ("Bar_None", "TimeSig_4/4", "Position_0")]
+    ids = torch.tensor([[loaded.bos_token_id, *start, vocab["Pitch_60"], *note, vocab["Pitch_64"], *note]])
+    judged = loaded.grammar()(ids, torch.zeros(1, len(vocab)))[0]
+    allowed = {token.split("_")[0] for token in vocab if judged[vocab[token]] == 0}
+    assert allowed == {"Bar", "Position", "Program", "EOS"}
+    assert [token for token in vocab if token.startswith("Program_") and judged[vocab[token]] == 0] == ["Program_-1"]
+    (tmp_path / "processor_config.json").unlink()  # as in folders of earlier versions
+    assert MidiProcessor.from_pretrained(tmp_path).voices is None
+
+
 @pytest.mark.parametrize(
-    "content", ["null", "[]", '{"programs": 3}', '{"programs": [200]}', '{"programs": ["a"]}', "{"]
+    "content",
+    [
+        *("null", "[]", '{"programs": 3}', '{"programs": [200]}', '{"programs": ["a"]}', "{"),
+        *(f'{{"voices": {value}}}' for value in ("0", "-1", "true", "2.0", '"4"', "[4]")),
+    ],
 )
-def test_programs_that_cannot_be_are_refused(content: str, tmp_path: Path) -> None:
+def test_facts_that_cannot_be_are_refused(content: str, tmp_path: Path) -> None:
     MidiProcessor(build_tokenizer()).save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(content)
     with pytest.raises(InputError, match="processor_config"):
@@ -256,12 +278,16 @@ encoded = []
 for folder, model, tokenizer in zip(folders, models, tokenizers, strict=True):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    assert processor.voices == 2
     assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     ids = processor.encode(folder / "music.mid", controls={"key": "C-major"})
     inputs = processor(controls={"key": "C-major"}, return_tensors="pt")
     torch.manual_seed(0)
     options = dict(max_new_tokens=20, do_sample=True, logits_processor=[processor.grammar(max_bars=2)])
-    assert processor.decode(model.generate(**inputs, **options)[0]).note_num() > 0
+    new = processor.continue_score(None, model.generate(**inputs, **options)[0])
+    assert new.note_num() > 0
+    notes = [note for track in new.tracks if not track.is_drum for note in track.notes]
+    assert all(sum(other.start <= note.start < other.end for other in notes) <= 2 for note in notes)
     processor.save_pretrained(folder / "again")
     again = AutoProcessor.from_pretrained(folder / "again", trust_remote_code=True)
     assert again.encode(folder / "music.mid", controls={"key": "C-major"}) == ids
@@ -280,7 +306,7 @@ def test_auto_processor_needs_no_midimamba(scores: list[ScoreTick], notes: Notes
         if model != "none":
             train_tokenizer(tokenizer, scores[:20], 900, model)
         folder = tmp_path / model
-        processors[folder] = processor = MidiProcessor(tokenizer)
+        processors[folder] = processor = MidiProcessor(tokenizer, voices=2)
         processor.save_pretrained(folder)
         config = MambaConfig(vocab_size=tokenizer.vocab_size, hidden_size=8, num_hidden_layers=1, state_size=4)
         MambaForCausalLM(config).save_pretrained(folder)
