@@ -47,7 +47,7 @@ def any_music(processor: MidiProcessor, batch: int, length: int) -> Tensor:
     """Valid music of a length: random ids, as the grammar allows them, and never an end."""
     grammar = processor.grammar(min_bars=length)
     ids = torch.full((batch, 1 + length), processor.bos_token_id)
-    level = torch.zeros(batch, processor.vocab_size)
+    level = torch.zeros(batch, len(processor.midi_tokenizer))
     level[:, processor.eos_token_id] = -1e9
     for now in tqdm(range(1, 1 + length), desc="music", leave=False, disable=None):
         ids[:, now] = draw(grammar(ids[:, :now], level))

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import SamplingOptions
-from midimamba.corpus.augmentation import Augmentation
+from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import compare, read_reference
 from midimamba.evaluation.metrics import piece_nlls
@@ -206,6 +206,7 @@ def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> 
     order, epoch = list[int](), 0
     for _ in range(steps):
         if len(order) < training.batch_size:
+            assert isinstance(blocks, EpochBlocks)  # keys change
             blocks.set_epoch(epoch)
             order, epoch = torch.randperm(len(blocks)).tolist(), epoch + 1
         learner.learn(collator([blocks[order.pop()] for _ in range(training.batch_size)]))

@@ -67,7 +67,8 @@ def read_chorale(path: Path) -> bytes:
         warnings.simplefilter("ignore")
         from music21 import converter
 
-        parts = converter.parse(path).parts
+        score: Any = converter.parse(path)  # typed as if it could be one of many kinds
+        parts = score.parts
         voices = [_with_meters(_voice(parts, name)).expandRepeats() for name in VOICES]
         bars = list(bars_of(_measures(voices[0])))
         notes = [note for voice in voices for note in _notes(voice)]

@@ -32,6 +32,7 @@ from midimamba.training.plan import (
     SHORTEST,
     SIZES,
     STEP_TOKENS,
+    TEMPERATURES,
     TRAINING_SHARE,
     TRANSPOSE,
     Facts,
@@ -47,6 +48,7 @@ from midimamba.training.plan import (
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.resume import find_resume_point
 from midimamba.training.scripts import announce, check_one_stream, load_generator
+from midimamba.training.temperature import LEAST_PIECES
 from midimamba.training.whole_checkpoints import choose_checkpoint, fault_of, output_folder, seal_of
 
 _STEPS, _SECONDS = 3, 2.0
@@ -78,7 +80,7 @@ def options_by_rule(
     options = calibration.taken_up(recipe) if recipe else calibration.options()
     if training_args.device.type == "cpu":
         options["dataloader_pin_memory"] = False
-    return options
+    return options | calibration.temperatures()
 
 
 def facts_of(splits: DatasetDict, processor: MidiProcessor) -> Facts:
@@ -162,6 +164,18 @@ class Calibration:
             options["max_steps"] = math.ceil(options["max_steps"] * minutes / before)
         rows, steps = options["per_device_train_batch_size"], options["max_steps"]
         return options | pace_of(steps, rows, self.facts.can_evaluate, minutes is not None)
+
+    def temperatures(self) -> dict[str, Any]:
+        """Which temperatures are tried at the end, which a line says: none without music to compare with."""
+        enough = len(self.splits["validation"]) >= LEAST_PIECES
+        chosen = self.script_args.temperatures or (list(TEMPERATURES) if enough else [])
+        if chosen:
+            listed = ", ".join(f"{each:g}" for each in chosen)
+            limit = "" if self.script_args.minutes is None else ", as far as there is time"
+            announce(f"temperature: chosen at the end from {listed}{limit}")
+        else:
+            announce(f"temperature: none is chosen, because fewer than {LEAST_PIECES} pieces are held out")
+        return {"temperatures": chosen}
 
     def _limits(self) -> Limits:
         arguments, minutes = self.training_args, self.script_args.minutes

@@ -17,6 +17,8 @@ STARTED = "MIDIMAMBA_STARTED"
 """The environment variable with the time (in seconds, as `time.time` has it) at which a command was given."""
 _IMPORTED = time.time()
 _RESERVE, _LEAST_RESERVE, _MOST_RESERVE = 0.1, 1.0, 60.0
+_CHOOSING = 0.75
+"""The part of what is kept in which music is drawn to choose a temperature. The rest is for comparing and saving."""
 
 
 def ending(minutes: float) -> float:
@@ -29,8 +31,16 @@ def seconds_to_train(minutes: float) -> float:
 
     A tenth of the time, up to a minute, is kept for what comes after it: choosing a temperature, saving.
     """
-    reserve = min(max(_RESERVE * 60 * minutes, _LEAST_RESERVE), _MOST_RESERVE)
-    return max(ending(minutes) - reserve - time.time(), 0.0)
+    return max(ending(minutes) - _reserve(minutes) - time.time(), 0.0)
+
+
+def time_to_choose(minutes: float) -> float:
+    """Until when music may be drawn to choose a temperature, as `time.time` has it."""
+    return ending(minutes) - (1 - _CHOOSING) * _reserve(minutes)
+
+
+def _reserve(minutes: float) -> float:
+    return min(max(_RESERVE * 60 * minutes, _LEAST_RESERVE), _MOST_RESERVE)
 
 
 def endings(minutes: float | None, stops_early: bool) -> list[TrainerCallback]:

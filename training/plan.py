@@ -11,6 +11,8 @@
 | keys | transposed by up to 5 semitones if the tokens tell drums from other notes, and if new keys for an epoch take \
 at most a quarter of its training or there is time for two such epochs |
 | look-back | 1, 2, 4, 8 and 16 bars, if the tokenization has bars |
+| temperature | of 0.7, 0.8, 0.9 and 1.0 the one whose music is closest to the validation split; see \
+[`~midimamba.training.temperature`] |
 | end | when the last five of 16 evaluations were no better than one before, or the time or the steps end |
 
 A parameter is one through which every token passes, so embeddings do not count. Speeds are measured by training steps
@@ -33,6 +35,7 @@ TOKENS_PER_PARAMETER = 4
 EPOCHS = {True: 60.0, False: 20.0}
 """The most epochs, with changing keys and without."""
 TRANSPOSE = 5
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 LAGS = (1, 2, 4, 8, 16)
 SHORTEST, SHORT, LONGEST = 32, 256, 1024
 """Tokens of a context: the fewest, those of a short run, the most."""

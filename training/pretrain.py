@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
     from midimamba.tokenization.processor import MidiProcessor
     from midimamba.training.lora import LoraArguments
+    from midimamba.training.whole_checkpoints import WholeCheckpointTrainer
 
 EXAMPLE = """example:
   midimamba tokenize my-midi-folder --out data
@@ -91,7 +92,7 @@ class PretrainArguments:
         default_factory=list,
         metadata={
             "help": "After training, sample at each of these temperatures, such as 0.7 0.8 0.9 1.0, and save the one "
-            "whose music is closest to the validation split. Unset: none is chosen."
+            "whose music is closest to the validation split, as far as --minutes allows. Unset: none is chosen."
         },
     )
 
@@ -197,13 +198,11 @@ def _train(
 
     from midimamba.corpus.packing import BlockCollator, PackedBlocks, some_of
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
-    from midimamba.training.advice import listening, next_steps
     from midimamba.training.deadline import endings
     from midimamba.training.lora import add_adapters, lora_config, merged
     from midimamba.training.publishing import publish_run, take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
-    from midimamba.training.scripts import announce, load_generator, load_training_blocks, save_model
-    from midimamba.training.temperature import choose_temperature
+    from midimamba.training.scripts import announce, load_generator, load_training_blocks
     from midimamba.training.whole_checkpoints import WholeCheckpointTrainer, output_folder
 
     peft_config = lora_config(lora_args)
@@ -238,17 +237,37 @@ def _train(
         announce(f"{model.num_parameters():,} parameters, {len(blocks):,} blocks of {length} tokens")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        output = output_folder(training_args)
-        generator = merged(model)
-        if script_args.temperatures:
-            choose_temperature(generator, processor, script_args.data, script_args.temperatures)
-        save_model(output, generator, processor, arguments=arguments, state=trainer.state)
-        announce(f"the generator is in {output}")
-        if script_args.plan:
-            announce(f"next: {next_steps(trainer.state)}")
-            announce(f"listen: {listening(Path(str(training_args.output_dir)))}")
+        _finish(trainer, merged(model), processor, arguments)
         if push:
-            publish_run(training_args, output)
+            publish_run(training_args, output_folder(training_args))
+
+
+def _finish(
+    trainer: "WholeCheckpointTrainer", generator: Any, processor: "MidiProcessor", arguments: tuple[Any, ...]
+) -> None:
+    """Choose a temperature if the options ask for one, save, and say what to do with the generator.
+
+    Args:
+        trainer (`WholeCheckpointTrainer`): whose training has ended.
+        generator (`PreTrainedModel`), processor (`MidiProcessor`): what is saved.
+        arguments (`tuple`): all its options. Trainer's come first, those of this script last.
+    """
+    from midimamba.training.advice import listening, next_steps
+    from midimamba.training.deadline import time_to_choose
+    from midimamba.training.scripts import announce, save_model
+    from midimamba.training.temperature import choose_temperature
+    from midimamba.training.whole_checkpoints import output_folder
+
+    training_args, script_args = arguments[0], arguments[-1]
+    output = output_folder(training_args)
+    if script_args.temperatures:
+        until = None if script_args.minutes is None else time_to_choose(script_args.minutes)
+        choose_temperature(generator, processor, script_args.data, script_args.temperatures, until)
+    save_model(output, generator, processor, arguments=arguments, state=trainer.state)
+    announce(f"the generator is in {output}")
+    if script_args.plan:
+        announce(f"next: {next_steps(trainer.state)}")
+        announce(f"listen: {listening(Path(str(training_args.output_dir)))}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ least (the one-standard-error rule of Breiman et al., "Classification and Regres
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from midimamba.evaluation.estimates import jackknife
 from midimamba.evaluation.features import Indices, Vector, measure, opening
 from midimamba.evaluation.samples import decode_all
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.tokenizer import time_ids
 from midimamba.training.scripts import announce
 
 FORM = ("bar_self_similarity_4", "bar_self_similarity_8")
@@ -44,6 +46,8 @@ GROUPS = 16
 LEAST_PIECES = GROUPS
 """Of fewer pieces, drawn or real, the features say nothing."""
 _MOST_REAL_PIECES = 256
+_TRIAL_TOKENS = 32
+"""Tokens whose drawing is timed, to know how long a candidate takes."""
 
 Features = Mapping[str, Vector]
 
@@ -87,32 +91,44 @@ class _Music(NamedTuple):
         return cls(measure(scores), np.arange(len(scores)) * GROUPS // len(scores))
 
 
-def choose_temperature(model: Any, processor: MidiProcessor, data: str, candidates: Sequence[float]) -> float | None:
+def choose_temperature(
+    model: Any, processor: MidiProcessor, data: str, candidates: Sequence[float], until: float | None = None
+) -> float | None:
     """
     Sample at every candidate, compare with the validation split, and make the best one the model's own.
 
-    One line per candidate says what was found. No other split is read, and torch's random state is left as it was.
+    One line per candidate says what was found. Candidates for which there is no time are left out, those farthest from
+    1 first, which a line says. No other split is read, and torch's random state is left as it was.
 
     Args:
         model (`PreTrainedModel`): the trained generator. Its generation config is changed.
         processor (`MidiProcessor`): its processor.
         data (`str`): its corpus.
         candidates (`Sequence[float]`): the temperatures to try.
+        until (`float`, *optional*): when drawing has to end, as `time.time` has it. Unset: there is time for all.
 
     Returns:
-        `float`, *optional*: the temperature, or `None` if there is too little music to compare, which a line says.
+        `float`, *optional*: the temperature, or `None` if there is too little music or time to compare, which a line
+        says.
     """
-    real = _real_music(load_corpus(data)[0]["validation"], processor)
+    rows = _some(load_corpus(data)[0]["validation"])
+    real = _openings([processor.decode(ids) for ids in rows])
     if len(real) < LEAST_PIECES:
         announce(
             f"no temperature is chosen: the validation split has {len(real)} pieces, and {LEAST_PIECES} are needed"
         )
         return None
-    drawn = _draw_at_each(model, processor, sorted(set(candidates)))
+    wanted = sorted(set(candidates), key=lambda candidate: abs(candidate - 1))
+    drawn = _draw_at_each(model, processor, wanted, until, _tokens_of_opening(rows, processor))
+    late = set(wanted) - set(drawn)
+    if late and len(drawn) < 2:
+        announce(f"no temperature is chosen: there was no time to compare {len(wanted)} of them")
+        return None
+    if late:
+        announce(f"not compared, because there was no time: temperature {_listed(late)}")
     if few := [candidate for candidate, scores in drawn.items() if len(scores) < LEAST_PIECES]:
-        listed = ", ".join(f"{candidate:g}" for candidate in few)
-        announce(f"not compared, because too few of its samples are music: temperature {listed}")
-    usable = {candidate: _Music.of(scores) for candidate, scores in drawn.items() if candidate not in few}
+        announce(f"not compared, because too few of its samples are music: temperature {_listed(few)}")
+    usable = {candidate: _Music.of(drawn[candidate]) for candidate in sorted(drawn) if candidate not in few}
     if not usable:
         return None
     music = measure(real)
@@ -172,23 +188,57 @@ def _half_form(distances: Mapping[str, float]) -> float:
     return fmean(fmean(half) for half in halves if half)
 
 
-def _real_music(rows: Dataset, processor: MidiProcessor) -> list[ScoreTick]:
-    """The first bars of the pieces of a split, evenly spread if it is a large one."""
+def _listed(temperatures: Iterable[float]) -> str:
+    return ", ".join(f"{each:g}" for each in sorted(temperatures))
+
+
+def _some(rows: Dataset) -> list[list[int]]:
+    """The pieces of a split, as tokens; some, evenly spread, if it is a large one."""
     count = min(len(rows), _MOST_REAL_PIECES)
-    some = rows.select([index * len(rows) // count for index in range(count)])
-    return _openings([processor.decode(ids) for ids in some["input_ids"]])
+    some: list[list[int]] = rows.select([index * len(rows) // count for index in range(count)])["input_ids"][:]
+    return some
 
 
-def _draw_at_each(model: Any, processor: MidiProcessor, candidates: Sequence[float]) -> dict[float, list[ScoreTick]]:
-    """New pieces by temperature. Without a grammar, what is not music counts as lost and is not drawn again."""
+def _tokens_of_opening(pieces: Sequence[Sequence[int]], processor: MidiProcessor) -> int:
+    """How many tokens a sample will have, by the longest opening of real pieces."""
+    bars = list(time_ids(processor.midi_tokenizer)[0])
+    ends = [np.flatnonzero(np.isin(ids, bars))[BARS : BARS + 1] for ids in pieces]
+    longest = max(int(end[0]) if len(end) else len(ids) for end, ids in zip(ends, pieces, strict=True))
+    return min(longest, MAX_NEW_TOKENS)
+
+
+def _draw_at_each(
+    model: Any, processor: MidiProcessor, candidates: Sequence[float], until: float | None, tokens: int
+) -> dict[float, list[ScoreTick]]:
+    """
+    New pieces by temperature. Without a grammar, what is not music counts as lost and is not drawn again.
+
+    Args:
+        model (`PreTrainedModel`), processor (`MidiProcessor`): what draws.
+        candidates (`Sequence[float]`): the temperatures, those that matter most first.
+        until (`float`, *optional*): a candidate that would take longer, and all after it, are left out.
+        tokens (`int`): of a piece, about.
+    """
     inputs = {name: value.to(model.device) for name, value in processor(None, return_tensors="pt").items()}
-    drawn = {}
+
+    def draw(temperature: float, longest: int) -> tuple[list[ScoreTick], float]:
+        """The pieces, and how long drawing them took."""
+        start = time.time()
+        options = {"num": PIECES, "seed": SEED, "temperature": temperature, "max_new_tokens": longest}
+        composed = processor.compose(model, inputs, bars=BARS, redraw=False, **options)
+        return _openings(decode_all(processor, composed.ids.tolist()).scores), time.time() - start
+
+    drawn, seconds = dict[float, list[ScoreTick]](), 0.0
     was_training = model.training
     model.eval()
+    if until is not None and time.time() < until:
+        draw(1.0, _TRIAL_TOKENS)  # kernels are compiled
+        seconds = draw(1.0, _TRIAL_TOKENS)[1] * tokens / _TRIAL_TOKENS
     for temperature in tqdm(candidates, desc="trying temperatures", leave=False, disable=None):
-        options = {"num": PIECES, "seed": SEED, "temperature": temperature, "max_new_tokens": MAX_NEW_TOKENS}
-        composed = processor.compose(model, inputs, bars=BARS, redraw=False, **options)
-        drawn[temperature] = _openings(decode_all(processor, composed.ids.tolist()).scores)
+        if until is not None and time.time() + seconds > until:
+            break
+        drawn[temperature], spent = draw(temperature, MAX_NEW_TOKENS)
+        seconds = max(seconds, spent)
     model.train(was_training)
     return drawn
 

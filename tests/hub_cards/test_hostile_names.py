@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -202,8 +203,13 @@ def test_a_run_with_hostile_samples_makes_a_page_of_text(tmp_path: Path) -> None
     for name in NAMES:
         for suffix in (".png", ".mid"):
             (run / "samples" / f"{name}{suffix}").write_bytes(b"x")
-    diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
-    measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.9, "accuracy_fake": 0.5}
+    diversity: dict[str, Any] = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
+    measures: dict[str, Any] = diversity | {
+        "held_out_nll": 2.0,
+        "accuracy": 0.75,
+        "accuracy_real": 0.9,
+        "accuracy_fake": 0.5,
+    }
     measures |= {"held_out_nll_per_note": 3.0, "music": dict.fromkeys(MUSIC, 0.5)}
     diversity |= {"music": dict.fromkeys(MUSIC)}
     settings = {"fresh_samples": 9, "tokens_per_sequence": 77, "sampled_pieces": 5, "real_pieces": 4}

@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from midimamba.errors import InputError
 from midimamba.training import deadline
 from midimamba.training.advice import advice
-from midimamba.training.deadline import Deadline, endings, seconds_to_train
+from midimamba.training.deadline import Deadline, endings, seconds_to_train, time_to_choose
 
 
 class Machine:
@@ -99,6 +99,7 @@ def test_time_counts_from_the_command_and_some_is_kept_for_the_end(monkeypatch: 
     monkeypatch.setattr("time.time", lambda: 1000.0)
     monkeypatch.setenv(deadline.STARTED, "900")
     assert seconds_to_train(10) == 440  # of 600: 100 have passed, 60 are kept
+    assert time_to_choose(10) == 1485  # a quarter of what is kept is for comparing and saving
     assert seconds_to_train(1) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="minutes ends a run of one process: give max_steps"):

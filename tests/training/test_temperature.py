@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,48 @@ def test_music_without_grammar_or_without_bars_is_compared_as_well(
     assert len(lines) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("seconds", "tried", "last"),
+    [
+        (170, ["0.7", "0.9", "1", "1.4"], "the model's own temperature is now"),
+        (130, ["0.7", "0.9", "1"], "the model's own temperature is now"),
+        (60, [], "no temperature is chosen: there was no time to compare 4 of them"),
+        (-1, [], "no temperature is chosen: there was no time to compare 4 of them"),
+    ],
+)
+def test_candidates_for_which_there_is_no_time_are_left_out(
+    processor: MidiProcessor,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    tried: list[str],
+    last: str,
+) -> None:
+    """A candidate takes 40 seconds, one for every token, and a trial 2."""
+    now = 1000.0
+    compose = MidiProcessor.compose
+
+    def composed(self: MidiProcessor, *arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        now += options["max_new_tokens"]
+        return compose(self, *arguments, **options | {"max_new_tokens": 40})
+
+    monkeypatch.setattr(MidiProcessor, "compose", composed)
+    monkeypatch.setattr(temperature, "_TRIAL_TOKENS", 2)
+    monkeypatch.setattr(temperature, "time", SimpleNamespace(time=lambda: now))
+    model = make_generator(vocab_size=processor.vocab_size)
+    corpus_of([processor.encode(make_score(seed, bars=3)) for seed in range(12)], processor, monkeypatch)
+    choose_temperature(model, processor, "corpus", [0.7, 0.9, 1.0, 1.4], 1000 + seconds)
+    assert [line.split()[1][:-1] for line in lines if line.startswith("temperature ")] == tried
+    assert lines[-1].startswith(last)
+    assert now <= max(1000, 1000 + seconds)
+    assert (model.generation_config.temperature is None) == (not tried)
+    if len(tried) == 3:
+        assert lines[0] == "not compared, because there was no time: temperature 1.4"
+
+
 @pytest.mark.usefixtures("quick")
 def test_too_little_music_changes_nothing_and_says_so(
     processor: MidiProcessor, lines: list[str], monkeypatch: pytest.MonkeyPatch
@@ -156,7 +199,11 @@ def test_too_little_music_changes_nothing_and_says_so(
     corpus_of([processor.encode(make_score(seed, bars=2)) for seed in range(3)], processor, monkeypatch)
     assert choose_temperature(model, processor, "corpus", [0.5, 1.0]) is None
     assert model.generation_config.temperature is None
-    assert lines == ["no temperature is chosen: the validation split has 3 pieces, and 8 are needed"]
+    corpus_of([], processor, monkeypatch)
+    assert choose_temperature(model, processor, "corpus", [0.5, 1.0], until=0) is None
+    assert lines == [
+        f"no temperature is chosen: the validation split has {count} pieces, and 8 are needed" for count in (3, 0)
+    ]
 
 
 @pytest.mark.slow
@@ -174,7 +221,7 @@ def test_the_script_saves_it_and_a_run_killed_meanwhile_chooses_again(
 
     tried = []
 
-    def choose(model: Any, processor: Any, data: str, candidates: list[float]) -> None:
+    def choose(model: Any, processor: Any, data: str, candidates: list[float], until: float | None) -> None:
         tried.append((data, candidates, [weight.sum().item() for weight in model.parameters()]))
         if len(tried) == 1:
             raise KeyboardInterrupt
