@@ -95,7 +95,7 @@ _FEW_PIECES = "--limit 120 --test-fraction 0.25 --valid-fraction 0.25"
 _LONG = "--max_steps 1000 --eval_steps 100 --save_steps 100"
 _TINY_MODEL = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --num_hidden_layers 2 --sequence_length 64"
 _TINY_TUNING = "--steps 1 --length 32 --seeds 1"
-_FEWER_ARMS = '--arms mamba "mamba, look-back"'
+_ONLY_LIKELIHOOD = '--arms mamba "mamba, look-back" --num 32 --temperatures'
 _NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
 _MEMORY = "benchmarks/memory.py --rollout-mb 320 --limit-gb 12"
 _SMALL_MEMORY = "--length 16 --rollouts 2 --positions 2 --micro-batch 2 --batch 4 --rollout-mb 8 --naive-length 8 "
@@ -170,7 +170,7 @@ STEPS = (
         + " --steps 20 --learning-rate 2e-4 --seeds 2 --rows {work}/ablation-chorales.jsonl",
         f"{_TINY_TUNING} --arms stable constant",
     ),
-    _repetition("chorales", "chorales-data", options=f"{_FEWER_ARMS} --seconds 90"),
+    _repetition("chorales", "chorales-data", options=f"--seconds 90 {_ONLY_LIKELIHOOD}"),
     *_learned("nottingham", "{corpora}/nottingham.tar.gz", _NOTTINGHAM),
     Step(
         "nottingham corpus without velocities",
@@ -190,7 +190,7 @@ STEPS = (
     ),
     _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
     *_music("pop909", _POP909, "--temperatures 0.7 0.8 0.9"),
-    _repetition("pop909", "pop909-data", _POP909, f"{_FEWER_ARMS} --seconds 120 --length 1024 --batch-size 4"),
+    _repetition("pop909", "pop909-data", _POP909, f"--seconds 120 --length 1024 --batch-size 4 {_ONLY_LIKELIHOOD}"),
 )
 
 

@@ -78,9 +78,9 @@ def parse() -> argparse.Namespace:
     add(
         "--temperatures",
         type=float,
-        nargs="+",
+        nargs="*",
         default=own.temperatures,
-        help="temperatures to try (default: %(default)s)",
+        help="temperatures to try; without any, samples are drawn at 1 (default: %(default)s)",
     )
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")

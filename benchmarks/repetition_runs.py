@@ -70,7 +70,8 @@ class Training:
         learning_rate (`float`): the highest of a cycle that ends near 0.
         seconds (`float`): the processor time of a run.
         num, bars (`int`): pieces that are sampled for every figure, and bars per piece that are compared.
-        temperatures (`list[float]`): the temperatures that are tried on the validation split.
+        temperatures (`list[float]`): the temperatures that are tried on the validation split; if there are none,
+            samples are drawn at 1.
     """
 
     data: str
@@ -168,7 +169,8 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
     if not (kept / "config.json").exists():
         train(arm, seed, training, steps[arm], kept)
     model, processor = load_pair(str(kept))
-    choose_temperature(model, processor, training.data, training.temperatures)
+    if training.temperatures:
+        choose_temperature(model, processor, training.data, training.temperatures)
     reference = read_reference(training.data, "test", training.bars)
     nats, tokens = piece_nlls(model, list(reference.rows["input_ids"]), BlockCollator.for_processor(processor))
     samples = generate_samples(model, processor, SamplingOptions(training.num, training.bars, seed=seed))
