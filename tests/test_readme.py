@@ -1,5 +1,6 @@
 """Every snippet of the README, run in order in an empty folder as a user would."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -10,14 +11,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 import midimamba
 from midimamba.cli import build_parser
+from midimamba.training.adversarial import AdversarialArguments
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.pretrain import PretrainArguments
 from support import make_score
 
 ROOT = Path(__file__).parents[1]
 README, TOUR = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
-# Training commands are run as they stand, but stop after a step and on short blocks.
+# Training commands are run as they stand, but stop after a step on short blocks.
 SHORT = "--max_steps 1 --sequence_length 32 --eval_steps 1 --save_steps 1 --use_cpu"
 SHORTER = (
     "--rollout_positions 2 --num_rollouts 2 --d_warmup_steps 1 --num_eval_samples 4 --per_device_train_batch_size 4"
@@ -37,7 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_score(seed, bars=8).dump_midi(here / "my-midi-folder" / f"{seed}.mid")
     for name in ("prompt.mid", "opening.mid"):
         make_score(99, bars=2).dump_midi(here / name)
-    (here / "training").symlink_to(ROOT / "training")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -45,8 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for line in "".join(snippets("bash")).splitlines():
         command = line
-        if "training/" in line:
-            command += f" {SHORT}" + (f" {SHORTER}" if "adversarial" in line else " --hidden_size 16")
+        if "train " in line:
+            command += " --steps 1 --sequence_length 32 --hidden_size 16 --num_hidden_layers 1 --temperatures 1.0"
+        if "tune " in line:
+            command += f" {SHORT} {SHORTER}"
         if "generate" in line:
             command += " --max-new-tokens 64"
         if "evaluate" in line:
@@ -78,6 +84,19 @@ def test_the_commands_of_the_readme_exist() -> None:
     published = re.search(r"^midimamba (publish .*)$", README, re.MULTILINE)
     assert published
     assert build_parser().parse_args(published[1].split()).repo == "you/my-music"
+
+
+def test_the_scripts_of_the_readme_take_what_it_gives_them() -> None:
+    scripts = {
+        "pretrain": (PretrainArguments, TrainingArguments),
+        "adversarial": (AdversarialArguments, AdversarialConfig),
+    }
+    lines = re.findall(r"^accelerate launch training/(\w+)\.py (.*)$", README, re.MULTILINE)
+    assert {script for script, _ in lines} == scripts.keys()
+    for script, options in lines:
+        known = {field.name for kind in scripts[script] for field in dataclasses.fields(kind)}
+        assert set(re.findall(r"--(\w+)", options)) <= known | {"config"}
+        assert all((ROOT / recipe).exists() for recipe in re.findall(r"--config (\S+)", options))
 
 
 def test_links_of_the_readme_and_of_the_tour_lead_somewhere() -> None:
