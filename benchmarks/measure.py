@@ -39,6 +39,12 @@ def add_model_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=1000, help="size of the vocabulary (default: %(default)s)")
 
 
+def add_temperatures(parser: argparse.ArgumentParser, default: list[float], more: str = "") -> None:
+    """Add the option for the temperatures that are tried; `more` is added to its help."""
+    shown = f"temperatures to try{more} (default: %(default)s)"
+    parser.add_argument("--temperatures", type=float, nargs="*", default=default, help=shown)
+
+
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
     """Median wall time of `run`, in seconds. There is no warm-up: call `run` once before."""
     times = []

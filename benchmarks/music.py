@@ -31,7 +31,7 @@ import yaml
 from symusic import Score
 from symusic.core import ScoreTick
 
-from measure import finish, make_parser
+from measure import add_temperatures, finish, make_parser
 from midimamba.evaluation.comparison import read_reference
 from midimamba.evaluation.listening import write_listening_test
 from music_runs import REPETITION, Settings, run
@@ -146,13 +146,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, help="generator steps (default: those of the recipe)")
     add("--num", type=int, default=own.num, help="pieces that are sampled for every figure (default: %(default)s)")
     add("--bars", type=int, default=own.bars, help="bars per piece that are compared (default: %(default)s)")
-    add(
-        "--temperatures",
-        type=float,
-        nargs="+",
-        default=own.temperatures,
-        help="temperatures to try (default: %(default)s)",
-    )
+    add_temperatures(parser, own.temperatures)
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
     add("--listen", type=Path, help="write a blind listening test of the samples to this new folder")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from symusic.core import ScoreTick
-from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
+from transformers import Trainer, get_cosine_schedule_with_warmup, set_seed
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import SamplingOptions
@@ -25,7 +25,7 @@ from midimamba.generation import generate_scores, load_pair
 from midimamba.training.deadline import Deadline
 from midimamba.training.scripts import load_blocks, save_model
 from resumable import Row
-from tuning import CONSTANT, RANDOM, forget, read_recipe, train
+from tuning import CONSTANT, RANDOM, forget, read_recipe, timed_arguments, train
 
 CONTROLS = {"constant": CONSTANT, "random": RANDOM}
 MORE_LEARNING_RATE = (
@@ -138,25 +138,7 @@ def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) 
     model, _ = load_pair(settings.model)
     optimizer = torch.optim.AdamW(model.parameters(), MORE_LEARNING_RATE, weight_decay=0.1)
     clock = Deadline(budget, evaluations=MORE_EVALUATIONS, clock=time.process_time)
-    args = TrainingArguments(
-        output_dir=str(output),
-        max_steps=1_000_000,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=16,
-        max_grad_norm=1.0,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=1_000_000,
-        save_steps=1_000_000,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-    )
+    args = timed_arguments(output, per_device_train_batch_size=16, per_device_eval_batch_size=16, seed=seed)
     trainer = Trainer(
         model=model,
         args=args,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from measure import finish, make_parser
@@ -25,6 +25,7 @@ from midimamba.training.deadline import Deadline
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks
 from resumable import Row, make_runs, rows_done
+from tuning import timed_arguments
 
 # What arms change, one at a time.
 BASE: dict[str, Any] = {
@@ -83,29 +84,16 @@ def run(arm: str, seed: int, data: str, seconds: float) -> Row:
     model.zero_grad()
     clock = Deadline(seconds, evaluations=6)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            max_steps=1_000_000,
+        args = timed_arguments(
+            folder,
             per_device_train_batch_size=options["batch"],
             per_device_eval_batch_size=4,
             learning_rate=options["rate"],
             lr_scheduler_type="cosine",
             warmup_steps=20,
             weight_decay=options["decay"],
-            max_grad_norm=1.0,
-            eval_strategy="steps",
-            save_strategy="steps",
-            eval_steps=1_000_000,
-            save_steps=1_000_000,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
             seed=seed,
-            use_cpu=True,
-            disable_tqdm=True,
             logging_steps=1_000_000,
-            report_to="none",
         )
         trainer = _Trainer(
             model=model,

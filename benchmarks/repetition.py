@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from measure import finish, make_parser
+from measure import add_temperatures, finish, make_parser
 from repetition_runs import ARMS, Training, costs, run
 from resumable import Row, difference, make_runs, mean_and_deviation, rows_done
 
@@ -75,13 +75,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=own.seconds, help="processor time per run (default: %(default)s)")
     add("--num", type=int, default=own.num, help="pieces that are sampled for every figure (default: %(default)s)")
     add("--bars", type=int, default=own.bars, help="bars per piece that are compared (default: %(default)s)")
-    add(
-        "--temperatures",
-        type=float,
-        nargs="*",
-        default=own.temperatures,
-        help="temperatures to try; without any, samples are drawn at 1 (default: %(default)s)",
-    )
+    add_temperatures(parser, own.temperatures, "; without any, samples are drawn at 1")
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
     return parser.parse_args()

@@ -1,4 +1,6 @@
-"""Adversarial training as a user would start it: a recipe with other options, by the script, in its own process."""
+"""Training in benchmarks: adversarial as a user would start it, by the script in its own process, with a recipe and
+other options; and likelihood until a clock ends it.
+"""
 
 import os
 import shutil
@@ -8,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
+from transformers import TrainingArguments
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 # A reward that knows nothing needs no discriminator: it is trained as little as the options allow. A constant one
@@ -65,3 +69,29 @@ def forget(output: Path) -> None:
     """Delete the networks of a run."""
     for folder in (output, Path(f"{output}-discriminator")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def timed_arguments(output: str | Path, **options: Any) -> TrainingArguments:
+    """Options of a `Trainer` that a clock ends, evaluates and lets save: the weights that were best are kept.
+
+    Args:
+        output (`str` or `Path`): the folder of its checkpoints.
+        options: others of its options.
+    """
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=1_000_000,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1_000_000,
+        save_steps=1_000_000,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        **options,
+    )

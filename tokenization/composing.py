@@ -65,8 +65,8 @@ def compose(
 ) -> Composed:
     """Let a model continue prompts.
 
-    Where the tokenization has a grammar, everything is valid music. Where it has none, one line says so, and pieces
-    that cannot be decoded or hold no note are drawn again.
+    With a grammar for the tokenization, everything is valid music. Without one, a line says so, and pieces that cannot
+    be decoded or hold no note are drawn again.
 
     Args:
         model (`PreTrainedModel`):
@@ -103,9 +103,8 @@ def compose(
     prompt: Tensor = inputs["input_ids"]
     grammar = _grammar(processor, bars, at_most, prompt.shape[1])
     # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
-    options["logits_processor"] = LogitsProcessorList(
-        [_FiniteLogits(), *processors, *([] if grammar is None else [grammar])]
-    )
+    last = [] if grammar is None else [grammar]
+    options["logits_processor"] = LogitsProcessorList([_FiniteLogits(), *processors, *last])
     with nullcontext() if seed is None else seeded(seed, prompt.device):
         ids = _generate(model, inputs, options)
         if grammar is None and redraw:
