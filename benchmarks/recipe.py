@@ -83,30 +83,7 @@ def run(arm: str, seed: int, data: str, seconds: float) -> Row:
     model.zero_grad()
     clock = Deadline(seconds, evaluations=6)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            max_steps=1_000_000,
-            per_device_train_batch_size=options["batch"],
-            per_device_eval_batch_size=4,
-            learning_rate=options["rate"],
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            weight_decay=options["decay"],
-            max_grad_norm=1.0,
-            eval_strategy="steps",
-            save_strategy="steps",
-            eval_steps=1_000_000,
-            save_steps=1_000_000,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-            seed=seed,
-            use_cpu=True,
-            disable_tqdm=True,
-            logging_steps=1_000_000,
-            report_to="none",
-        )
+        args = _arguments(folder, options, seed)
         trainer = _Trainer(
             model=model,
             args=args,
@@ -134,6 +111,33 @@ def run(arm: str, seed: int, data: str, seconds: float) -> Row:
         "best_at": round((curve.index(min(curve)) + 1) / len(curve), 2),
         "curve": [round(value, 4) for value in curve],
     }
+
+
+def _arguments(folder: str, options: dict[str, Any], seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=1_000_000,
+        per_device_train_batch_size=options["batch"],
+        per_device_eval_batch_size=4,
+        learning_rate=options["rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=options["decay"],
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1_000_000,
+        save_steps=1_000_000,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=seed,
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1_000_000,
+        report_to="none",
+    )
 
 
 def _targets_per_note(data: str) -> float:
