@@ -116,19 +116,18 @@ def test_an_evaluation_measures_the_models_own_distribution(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason"),
+    ("default", "reason"),
     [
-        ("temperature", float("nan"), "temperature is nan: give a number from 0.001 to 1000"),
-        ("temperature", -1, "temperature is -1: give a number"),
-        ("temperature", "warm", "temperature is 'warm', not a number"),
-        ("top_p", 1.5, "top_p is 1.5: give a number above 0"),
-        ("top_k", -3, "top_k is -3: give at least 0"),
-        ("max_new_tokens", -3, "max_new_tokens is -3: give at least 16"),
+        (("temperature", float("nan")), "temperature is nan: give a number from 0.001 to 1000"),
+        (("temperature", -1), "temperature is -1: give a number"),
+        (("temperature", "warm"), "temperature is 'warm', not a number"),
+        (("top_p", 1.5), "top_p is 1.5: give a number above 0"),
+        (("top_k", -3), "top_k is -3: give at least 0"),
+        (("max_new_tokens", -3), "max_new_tokens is -3: give at least 16"),
     ],
 )
 def test_bad_defaults_are_one_clear_line(
-    name: str,
-    value: Any,
+    default: tuple[str, Any],
     reason: str,
     folder: Path,
     tmp_path: Path,
@@ -136,6 +135,7 @@ def test_bad_defaults_are_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    name, value = default
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     assert command(monkeypatch, "generate", folder, "--out", tmp_path / "out") == 2

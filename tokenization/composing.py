@@ -90,8 +90,7 @@ def compose(
         [`Composed`]
 
     Raises:
-        InputError: if an option makes no sense, the model computes NaN, or pieces are still not music when they have
-            been drawn eight times.
+        InputError: if an option makes no sense, the model computes NaN, or eight drawings of a piece are not music.
     """
     if (config := options.pop("generation_config", None)) is not None:
         options = {name: value for name, value in config.to_diff_dict().items() if name != _VERSION} | options

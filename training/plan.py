@@ -18,11 +18,11 @@ at most a quarter of its training or there is time for two such epochs |
 A parameter is one through which every token passes, so embeddings do not count. Speeds are measured by training steps
 on this machine: see [`~midimamba.training.calibration`].
 
-What is measured is little: one seed, a minute of processor time on one core (benchmarks/results/recipe.json, which
-benchmarks/recipe.py repeats). Where `tiny` reads 0.7 tokens per parameter, a width of 64 is better by 2 to 3 %, so a
-size needs more than that. A weight decay of 0.5 in place of 0.1 is worse by 1 % where pieces are read three times; an
-earlier trial, which counted evaluations in the minute, found it better by 4 %. In that trial, whose runs are not kept,
-batches of 1,024 tokens were better than those of 2,048 and 4,096. All other numbers are choices, not yet measured.
+Measured are five runs, with one seed and a minute of processor time on one core each; they stand in
+benchmarks/results/recipe.json, and benchmarks/recipe.py repeats them. With about 0.6 tokens per parameter, a width of
+64 had a lower held-out loss than one of 128: by 2.5 % on chorales, and by 2.0 % on pop. So a size needs more tokens
+than that. On chorales, which were read three times, a weight decay of 0.5 had a loss that was higher by 1.2 % than one
+of 0.1. Everything else in the table is a choice that is not measured: how many tokens a parameter needs as well.
 """
 
 import math
