@@ -89,9 +89,9 @@ def test_a_folder_of_music_becomes_a_model_in_time_and_a_second_run_says_so(tmp_
 
 @pytest.mark.slow
 def test_an_interrupted_run_tidies_up_and_goes_on(corpus: Path, tmp_path: Path) -> None:
-    line = ("train", corpus, "--out", "model", "--steps", 100_000, "--save_steps", 5, "--logging_steps", 5, *SMALL)
-    line += ("--eval_strategy", "no", "--load_best_model_at_end", "false")  # else it may end early by itself
-    process = started(*line, cwd=tmp_path)
+    line = ("train", corpus, "--out", "model", "--steps", 100_000, "--save_steps", 5, "--logging_steps", 5)
+    endless = ("--eval_strategy", "no", "--load_best_model_at_end", "false", *SMALL)  # else it may end early by itself
+    process = started(*line, *endless, cwd=tmp_path)
     model = tmp_path / "model"
     limit = time.monotonic() + 300
     while choose_checkpoint(model).checkpoint is None and time.monotonic() < limit and process.poll() is None:
@@ -102,7 +102,7 @@ def test_an_interrupted_run_tidies_up_and_goes_on(corpus: Path, tmp_path: Path) 
     assert "interrupted" in said
     steps = int(checkpoints_in(model)[-1].name.split("-")[1])
     assert steps >= 5
-    process = started(*line[:5], steps + 7, *line[6:], cwd=tmp_path)
+    process = started(*line[:5], steps + 7, *line[6:], *endless, cwd=tmp_path)
     assert process.wait(300) == 0
     state = json.loads((model / "trainer_state.json").read_text())
     assert state["global_step"] == steps + 7

@@ -41,8 +41,8 @@ class TrainOptions:
         metadata={
             "positional": True,
             "aliases": ("--data", "--dataset_name"),
-            "help": "a corpus made by `midimamba tokenize`, or whatever that takes: a folder or an archive of MIDI "
-            "files, a data set, or `chorales`; then it is tokenized first, to OUT-data",
+            "help": "a corpus made by `midimamba tokenize`, or music: a folder or an archive of MIDI "
+            "files, a data set, or `chorales`. Music is tokenized first, to OUT-data",
         }
     )
     out: Path = field(metadata={"aliases": ("--output_dir",), "help": "folder of the generator to make"})
@@ -57,7 +57,7 @@ class TrainOptions:
         default=None,
         metadata={
             "choices": ("tiny", "small", "medium", "large"),
-            "help": "of the generator (default: by corpus and time)",
+            "help": "size of the generator (default: the one that suits corpus, machine and time)",
         },
     )
     passed: Sequence[str] = ()
@@ -88,7 +88,7 @@ class TuneOptions:
     data: str = field(
         metadata={
             "aliases": ("--dataset_name",),
-            "help": "the generator's corpus, or music: then it is tokenized first, to OUT-data",
+            "help": "the generator's corpus, or music, which is tokenized first, to OUT-data",
         }
     )
     out: Path = field(
