@@ -193,7 +193,6 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
         "real": {
             **{name: figures.real.value for name, figures in form.items()},
             "copied_runs_12": copies.floor,
-            "mean_overlapping_area": mean_overlapping_area(found, "floor"),
         },
     }
 

@@ -152,7 +152,7 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
     assert "no evidence that adversarial training helps" in page
     for link in ("(curves.png)", "(samples/sample-00.png)", "(samples/sample-00.mid)", "(samples/sample-00.wav)"):
         assert link in page
-    assert "(samples/sample-01.png)\n\n[sound](samples/sample-01.mp3)\n" in page
+    assert "(samples/sample-01.png)<br>[sound](samples/sample-01.mp3) |" in page
     assert "- `estimator`: monte-carlo" in page
     assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
 

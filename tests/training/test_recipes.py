@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments
 
+from midimamba.corpus.augmentation import Augmentation
 from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
@@ -40,7 +41,7 @@ OFF: dict[str, object] = {
 def read(name: str, folder: Path, **overrides: Any) -> AdversarialConfig:
     values = yaml.safe_load((RECIPES / f"{name}-adversarial.yaml").read_text())
     values |= {"output_dir": str(folder), "use_cpu": True} | overrides
-    kinds: list[Any] = [AdversarialConfig, AdversarialArguments]
+    kinds: list[Any] = [AdversarialConfig, AdversarialArguments, Augmentation]
     config = HfArgumentParser(kinds).parse_dict(values)[0]
     assert isinstance(config, AdversarialConfig)
     return config
