@@ -18,8 +18,7 @@ from midimamba import MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
 from midimamba.modeling.sampling import draw, inference
 from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.tokenizer import build_tokenizer, time_ids
-
-LAGS = [1, 2, 4, 8, 16]
+from midimamba.training.plan import LAGS
 
 
 class Sampler:

@@ -22,6 +22,7 @@ from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import IGNORED, BlockCollator, some_of
 from midimamba.training.deadline import Deadline
+from midimamba.training.plan import LAGS, TRANSPOSE
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks
 from resumable import Row, make_runs, rows_done
@@ -35,7 +36,7 @@ BASE: dict[str, Any] = {
     "decay": 0.1,
     "length": 256,
     "batch": 4,
-    "transpose": 5,
+    "transpose": TRANSPOSE,
 }
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -52,7 +53,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "batch 16": {"batch": 16},
     "keys as they are": {"transpose": 0},
 }
-LAGS = [1, 2, 4, 8, 16]
 
 
 class _Trainer(Trainer):
@@ -78,7 +78,7 @@ def run(arm: str, seed: int, data: str, seconds: float) -> Row:
     blocks, validation, processor = load_blocks(data, length, Augmentation(transpose=options["transpose"]), seed)
     set_seed(seed)
     shape = {"hidden_size": options["hidden"], "num_hidden_layers": options["layers"]}
-    model = MidiMambaForCausalLM(new_config(PretrainArguments(data, lookback_bars=LAGS, **shape), processor))
+    model = MidiMambaForCausalLM(new_config(PretrainArguments(data, lookback_bars=list(LAGS), **shape), processor))
     collator = BlockCollator.for_processor(processor)
     model(**collator([blocks[0]])).loss.backward()  # kernels are compiled, which no run shall pay for
     model.zero_grad()

@@ -17,18 +17,16 @@ from midimamba.command_options import SamplingOptions
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import compare, read_reference
-from midimamba.evaluation.metrics import piece_nlls
+from midimamba.evaluation.report_music import likelihood
 from midimamba.generation import generate_samples, load_pair
 from midimamba.modeling.mamba_mixer import MidiMambaMixer
 from midimamba.tokenization.sampling_limits import give_sampling_defaults
+from midimamba.training.plan import LAGS, TRANSPOSE
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks, save_model
 from midimamba.training.temperature import choose_temperature
 from music_runs import REPETITION, mean_overlapping_area
 from resumable import Row
-
-LAGS = [1, 2, 4, 8, 16]
-TRANSPOSE = 5  # semitones, up or down
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Training:
 
 def new_generator(arm: Arm, processor: MidiProcessor, size: str) -> MidiMambaForCausalLM:
     """A generator of an arm with random weights."""
-    lags = LAGS if arm.looks_back else []
+    lags = list(LAGS) if arm.looks_back else []
     arguments = PretrainArguments(data="", layout=arm.layout, size=size, lookback_bars=lags)
     model = MidiMambaForCausalLM(new_config(arguments, processor))
     give_sampling_defaults(model.generation_config)
@@ -172,7 +170,7 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
     if training.temperatures:
         choose_temperature(model, processor, training.data, training.temperatures)
     reference = read_reference(training.data, "test", training.bars)
-    nats, tokens = piece_nlls(model, list(reference.rows["input_ids"]), BlockCollator.for_processor(processor))
+    nats = likelihood(model, reference.rows, BlockCollator.for_processor(processor))
     samples = generate_samples(model, processor, SamplingOptions(training.num, training.bars, seed=seed))
     found = compare(samples, reference, seed=seed)
     form = {name: found.features[name] for name in REPETITION}
@@ -184,8 +182,8 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
         "steps": steps[arm],
         "temperature": model.generation_config.temperature,
         "test": {
-            "held_out_nll_per_token": sum(nats) / sum(tokens),
-            "held_out_nll_per_note": sum(nats) / sum(reference.rows["num_notes"]),
+            "held_out_nll_per_token": nats["held_out_nll"],
+            "held_out_nll_per_note": nats["held_out_nll_per_note"],
             **{name: figures.samples.value for name, figures in form.items()},
             "copied_runs_12": copies.estimate.value,
             "mean_overlapping_area": mean_overlapping_area(found, "estimate"),

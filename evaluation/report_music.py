@@ -22,7 +22,6 @@ from midimamba.tokenization.voices import most_voices
 
 BARS = 16
 _SAMPLED_AT_ONCE = 16
-_MAX_NEW_TOKENS = 2048
 
 
 def likelihood(model: MidiMambaForCausalLM, rows: Dataset, collator: BlockCollator) -> dict[str, float]:
@@ -49,8 +48,7 @@ def sampled_pieces(model: MidiMambaForCausalLM, processor: MidiProcessor, num: i
     with seeded(seed, model.device):
         for start in tqdm(range(0, num, _SAMPLED_AT_ONCE), desc="pieces", leave=False, disable=None):
             count = min(_SAMPLED_AT_ONCE, num - start)
-            options = {"num_return_sequences": count, "max_new_tokens": _MAX_NEW_TOKENS, "do_sample": True, "top_k": 0}
-            ids += processor.compose(model, inputs, bars=BARS, redraw=False, **options).ids.tolist()
+            ids += processor.compose(model, inputs, bars=BARS, redraw=False, num=count).ids.tolist()
     return decode_all(processor, ids).scores
 
 

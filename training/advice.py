@@ -4,8 +4,10 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers.trainer_callback import TrainerState
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
 
 _OVERFITTED = 0.7
 """A best evaluation before this fraction of the run means that the rest of it only learned by heart."""
@@ -15,7 +17,7 @@ _BY_HEART = 0.3
 """Where the training loss is lower than the held-out one by this part of it, more music helps more than more time."""
 
 
-def next_steps(state: TrainerState) -> str:
+def next_steps(state: "TrainerState") -> str:
     """What to try next, by the history of a run."""
     losses = [row["loss"] for row in state.log_history if "loss" in row]
     curve = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -37,7 +37,7 @@ def training_process() -> Iterator[None]:
     Exit codes are 2 for what the user can mend, 130 for SIGINT and 143 for SIGTERM. A signal ends the process at once,
     also while it imports, unless it is [`stoppable`].
     """
-    with _on_signals(_leave_at_once):
+    with on_signals(_STOPPED_BY, _leave_at_once):
         try:
             with exit_on_input_error(), _let_the_first_speak():
                 yield
@@ -53,16 +53,17 @@ def training_process() -> Iterator[None]:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """While something is half-written, a signal raises `SystemExit`, so that it is removed. A second one does not."""
-    with _on_signals(_tidy_and_leave):
+    with on_signals(_STOPPED_BY, _tidy_and_leave):
         yield
 
 
 @contextmanager
-def _on_signals(handler: Handler) -> Iterator[None]:
+def on_signals(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Handle signals in one way, and afterwards as before."""
     if threading.current_thread() is not threading.main_thread():  # a notebook's, which has handlers of its own
         yield
         return
-    before = {number: signal.signal(number, handler) for number in _STOPPED_BY}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -106,7 +107,7 @@ def _let_the_first_speak() -> Iterator[None]:
         if _is_one_of_several():
             firsthand = is_main_process() and isinstance(error, (InputError, OSError))
             if not firsthand:
-                with _on_signals(lambda number, _: _leave(128 + number)):
+                with on_signals(_STOPPED_BY, lambda number, _: _leave(128 + number)):
                     time.sleep(_SILENT_SECONDS[is_main_process()])
             if not isinstance(error, (InputError, OSError)):
                 sys.excepthook(type(error), error, error.__traceback__)

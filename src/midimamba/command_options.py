@@ -10,6 +10,7 @@ from pathlib import Path
 
 from midimamba.errors import InputError
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
+from midimamba.training.plan import SIZES
 
 _OWN = "(default: the model's own)"
 _MINUTES = 10.0
@@ -56,7 +57,7 @@ class TrainOptions:
     size: str | None = field(
         default=None,
         metadata={
-            "choices": ("tiny", "small", "medium", "large"),
+            "choices": SIZES,
             "help": "size of the generator (default: the one that suits corpus, machine and time)",
         },
     )

@@ -5,17 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from midimamba.command_options import TrainOptions, TuneOptions
 from midimamba.errors import InputError, check_hub, reaching_hub
 from midimamba.files import check_can_be_made, read_json
 from midimamba.text import show
+from midimamba.training.advice import listening
+from midimamba.training.process import on_signals
 
 _FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _RESUME = ("--resume_from_checkpoint", "true")  # if there is nothing to resume, a run starts from the beginning
@@ -50,7 +49,7 @@ def tune(options: TuneOptions) -> None:
         arguments += ["--sequence_length", str(_length_of(options.model))]
         code = _run("adversarial", [*arguments, *_RESUME, *options.passed], started)
     if code == 0:
-        show(f"listen: midimamba generate {options.out} --render --out {options.out}-samples", file=sys.stderr)
+        show(f"listen: {listening(options.out)}", file=sys.stderr)
     _leave_with(code)
 
 
@@ -67,7 +66,7 @@ def _is_finished(out: Path, data: str) -> bool:
         if trained_on not in (Path(data).name, _own_corpus(out).name):
             raise InputError(f"{out} is a generator that was trained on {trained_on}: choose another --out")
     show(f"{out} is already there; for another run, choose another --out or delete it", file=sys.stderr)
-    show(f"listen: midimamba generate {out} --render --out {out}-samples", file=sys.stderr)
+    show(f"listen: {listening(out)}", file=sys.stderr)
     return True
 
 
@@ -126,7 +125,10 @@ def _run(script: str, arguments: Sequence[str], started: float) -> int:
     environment |= {STARTED: str(started), "PYTHONSAFEPATH": "1"}  # files of the current folder are no modules
     # A group of its own: else the terminal's Ctrl-C would reach the script twice, and not let it tidy up.
     group = 0 if os.name == "posix" else None
-    with subprocess.Popen(command, env=environment, process_group=group) as process, _forwarding_to(process):
+    with (
+        subprocess.Popen(command, env=environment, process_group=group) as process,
+        on_signals(_FORWARDED, lambda number, _: process.send_signal(number)),
+    ):
         return process.wait()
 
 
@@ -154,21 +156,6 @@ def _launch_of(script: str, arguments: Sequence[str]) -> tuple[list[str], dict[s
 def _processors() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Pass signals on to a process, and wait for its own end."""
-
-    def forward(number: int, _: FrameType | None) -> Any:
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _leave_with(code: int) -> None:
