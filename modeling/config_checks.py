@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,4 +61,26 @@ def check_positive(values: Mapping[str, Any], names: Iterable[str]) -> None:
             raise ValueError(f"{name} is {value}; it must be a finite number above 0")
 
 
-__all__ = ["check_positive", "check_sizes", "read_config"]
+def check_look_back(
+    lags: Sequence[int], bars: Sequence[int], positions: Sequence[Sequence[int]], vocab_size: int
+) -> None:
+    """Refuse a look-back that cannot be computed.
+
+    Args:
+        lags (`Sequence[int]`): in bars.
+        bars (`Sequence[int]`): the ids that open a bar.
+        positions (`Sequence[Sequence[int]]`): pairs of an id and the position that it sets.
+        vocab_size (`int`): number of ids.
+
+    Raises:
+        ValueError: if a lag is below 1, no id opens a bar, or an id is not in the vocabulary.
+    """
+    if any(lag < 1 for lag in lags):
+        raise ValueError(f"lookback_bars is {list(lags)}; each lag must be at least 1")
+    if lags and not bars:
+        raise ValueError("lookback_bars needs bar_token_ids, the ids that open a bar")
+    if any(not 0 <= index < vocab_size for index in (*bars, *(index for index, _ in positions))):
+        raise ValueError(f"bar_token_ids and position_token_ids must lie below vocab_size ({vocab_size})")
+
+
+__all__ = ["check_look_back", "check_positive", "check_sizes", "read_config"]

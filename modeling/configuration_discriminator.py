@@ -6,11 +6,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_sizes, read_config
+from .config_checks import check_look_back, check_sizes, read_config
 
 _SIZES = (
     *("vocab_size", "hidden_size", "filter_sizes", "num_filters"),
-    *("num_hidden_layers", "state_size", "expand", "conv_kernel", "num_labels"),
+    *("num_hidden_layers", "state_size", "expand", "conv_kernel", "num_labels", "lookback_bars"),
 )
 
 
@@ -41,6 +41,13 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
             Divide the weights of convolutions and linear layers by their largest singular value, so that no layer
             stretches a difference (arXiv 1802.05957). `cnn`: all of them; `mamba`: the projections of the mixers and
             the last layer.
+        lookback_bars (`list[int]`, *optional*, defaults to `[]`):
+            Show beside each token what followed the same place so many bars ago, and whether the token repeats what
+            was there, as in [`MidiMambaConfig`]. Without it a discriminator hardly hears the form of the music.
+        bar_token_ids, position_token_ids (`list`, *optional*, defaults to `[]`):
+            For `lookback_bars`, as in [`MidiMambaConfig`].
+        bos_token_id (`int`, *optional*):
+            The token with which a piece begins.
         pad_token_id (`int`, *optional*, defaults to 0):
             Padding.
     """
@@ -58,6 +65,10 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     expand: int = 2
     conv_kernel: int = 4
     spectral_norm: bool = False
+    lookback_bars: list[int] | tuple[int, ...] = ()
+    bar_token_ids: list[int] | tuple[int, ...] = ()
+    position_token_ids: list[list[int]] | tuple[list[int], ...] = ()
+    bos_token_id: int | None = None
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -78,6 +89,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
             raise ValueError(
                 f"{len(self.filter_sizes)} filter_sizes need as many num_filters, not {len(self.num_filters)}"
             )
+        check_look_back(self.lookback_bars, self.bar_token_ids, self.position_token_ids, self.vocab_size)
 
     @classmethod
     def get_config_dict(

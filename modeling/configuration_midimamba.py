@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
 from transformers.activations import ACT2CLS
 
-from .config_checks import check_positive, check_sizes, read_config
+from .config_checks import check_look_back, check_positive, check_sizes, read_config
 
 # The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
 # attend instead.
@@ -225,20 +225,11 @@ class MidiMambaConfig(MambaConfig):
                 )
         elif self.attention_layers:
             raise ValueError(f"attention_layers is for layout 'hybrid', not {self.layout!r}")
-        self._check_look_back()
+        check_look_back(self.lookback_bars, self.bar_token_ids, self.position_token_ids, self.vocab_size)
         if "attention" in self.mixers:
             self._check_heads()
         if self.feed_forward == "moe" and not self.capacity_factor > 0:  # NaN as well
             raise ValueError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
-
-    def _check_look_back(self) -> None:
-        if any(lag < 1 for lag in self.lookback_bars):
-            raise ValueError(f"lookback_bars is {list(self.lookback_bars)}; each lag must be at least 1")
-        if self.lookback_bars and not self.bar_token_ids:
-            raise ValueError("lookback_bars needs bar_token_ids, the ids that open a bar")
-        positions = [index for index, _ in self.position_token_ids]
-        if any(not 0 <= index < self.vocab_size for index in (*self.bar_token_ids, *positions)):
-            raise ValueError(f"bar_token_ids and position_token_ids must lie below vocab_size ({self.vocab_size})")
 
     def _check_heads(self) -> None:
         heads, shared, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim

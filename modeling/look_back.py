@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_midimamba import MidiMambaConfig
 from .layer_states import LookBackState
@@ -46,6 +47,12 @@ class LookBack(nn.Module):
         self.repeats = nn.Parameter(torch.zeros(len(self.lags), config.hidden_size))
         self.config = config
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def initialize(self) -> None:
+        """New weights. What is shown starts as large as an embedding."""
+        for linear in (self.narrow, self.projection):
+            init.normal_(linear.weight, std=linear.in_features**-0.5)
+        init.zeros_(self.repeats)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of every id, shape `(vocab,)` each: whether it opens a bar, and the last position that it sets or -1. Then

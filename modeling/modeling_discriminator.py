@@ -1,5 +1,6 @@
 """The discriminator: how likely is it that a token sequence is real music?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,15 +12,18 @@ from transformers import initialization as init
 from transformers.core_model_loading import WeightTransform
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .calibration import Calibration
 from .configuration_discriminator import MidiDiscriminatorConfig
 from .configuration_midimamba import MidiMambaConfig
+from .look_back import LookBack
 from .modeling_midimamba import MidiMambaForCausalLM, MidiMambaModel
 from .recurrent_cache import RecurrentCache
 from .stock_names import write_stock_names
 from .whole_weights import WholeWeights
 
 # What a discriminator of kind mamba takes over from a generator, and what it cannot choose.
-_SHAPE = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel")
+_LOOK_BACK = ("lookback_bars", "bar_token_ids", "position_token_ids", "bos_token_id")
+_SHAPE = ("hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", *_LOOK_BACK)
 _FIXED = (
     *("layout", "use_bias", "use_conv_bias", "hidden_act", "layer_norm_epsilon", "residual_in_fp32"),
     "time_step_rank",
@@ -44,6 +48,7 @@ class ConvolutionEncoder(nn.Module):
     def __init__(self, config: MidiDiscriminatorConfig):
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.look_back = LookBack(_network(config, ("hidden_size", *_LOOK_BACK))) if config.lookback_bars else None
         self.widths = tuple(config.filter_sizes)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(config.hidden_size, count, width)
@@ -56,7 +61,10 @@ class ConvolutionEncoder(nn.Module):
         """Ids and mask of shape `(batch, time)` to features of shape `(batch, num_features)`."""
         missing = max(0, max(self.widths) - input_ids.shape[1])
         mask = F.pad(mask, (0, missing))
-        embedded = (F.pad(self.embeddings(input_ids), (0, 0, 0, missing)) * mask[..., None]).transpose(1, 2)
+        embedded = self.embeddings(input_ids)
+        if self.look_back is not None:
+            embedded = embedded + self.look_back(input_ids, self.embeddings, None, None, 0)
+        embedded = (F.pad(embedded, (0, 0, 0, missing)) * mask[..., None]).transpose(1, 2)
         pooled = []
         for width, convolution in zip(self.widths, self.convolutions, strict=True):
             # Only windows without padding count; rectified activations are at least 0, so 0 means "not there".
@@ -70,6 +78,11 @@ class ConvolutionEncoder(nn.Module):
         return carry * F.relu(candidate) + (1 - carry) * features
 
 
+def _network(config: MidiDiscriminatorConfig, names: Sequence[str]) -> MidiMambaConfig:
+    """What a part of a discriminator shares with a generator."""
+    return MidiMambaConfig(vocab_size=config.vocab_size, **{name: getattr(config, name) for name in names})
+
+
 class MidiDiscriminator(WholeWeights):
     """Sequence classification with one logit; `sigmoid(logit)` is the probability that the sequence is real.
 
@@ -80,6 +93,7 @@ class MidiDiscriminator(WholeWeights):
     config: MidiDiscriminatorConfig
     _weight_conversions: list[WeightTransform]
     _own_weights = ("encoder.", "score.")
+    _keys_to_ignore_on_load_missing = ("calibration.",)
     base_model_prefix = "encoder"
 
     def __init__(self, config: MidiDiscriminatorConfig):
@@ -89,16 +103,12 @@ class MidiDiscriminator(WholeWeights):
             self.encoder = ConvolutionEncoder(config)
             num_features = self.encoder.num_features
         else:
-            self.encoder = MidiMambaModel(
-                MidiMambaConfig(
-                    vocab_size=config.vocab_size,
-                    **{name: getattr(config, name) for name in _SHAPE},
-                )
-            )
+            self.encoder = MidiMambaModel(_network(config, _SHAPE))
             write_stock_names(self, self.encoder.config)
             num_features = config.hidden_size
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(num_features, 1)
+        self.calibration = Calibration()
         self.post_init()
         if config.spectral_norm:
             for module in list(self.modules()):
@@ -144,13 +154,17 @@ class MidiDiscriminator(WholeWeights):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """SeqGAN's initialisation for the convolutions: with transformers' usual 0.02 their features would vanish."""
-        if self.config.kind != "cnn":
+        if isinstance(module, Calibration):
+            init.ones_(module.scale)
+            init.zeros_(module.offset)
+        elif isinstance(module, LookBack):
+            module.initialize()
+        elif self.config.kind != "cnn":
             super()._init_weights(module)
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -1.0, 1.0)
-        elif isinstance(module, (nn.Conv1d, nn.Linear)):
+        elif isinstance(module, (nn.Conv1d, nn.Linear)) and module.bias is not None:  # those of a look-back have none
             init.trunc_normal_(module.weight, std=0.1)
-            assert module.bias is not None  # every layer of this kind has one
             init.constant_(module.bias, 0.1)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -194,7 +208,7 @@ class MidiDiscriminator(WholeWeights):
             if past_key_values is not None:
                 raise ValueError("a discriminator of kind 'cnn' has no state; leave past_key_values out")
             features = self.encoder(input_ids, mask.to(self.dtype))
-            logits = self.score(self.dropout(features))
+            logits = self.calibration(self.score(self.dropout(features)))
         else:
             hidden = self.encoder(
                 input_ids,
@@ -202,7 +216,7 @@ class MidiDiscriminator(WholeWeights):
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
             ).last_hidden_state
-            position_logits = self.score(self.dropout(hidden.to(self.dtype))).squeeze(-1)
+            position_logits = self.calibration(self.score(self.dropout(hidden.to(self.dtype)))).squeeze(-1)
             last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1, keepdim=True)
             logits = position_logits.gather(1, last)
         loss = None

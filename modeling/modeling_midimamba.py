@@ -149,10 +149,7 @@ class MidiMambaPreTrainedModel(WholeWeights, MambaPreTrainedModel):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
         elif isinstance(module, LookBack):
-            # What is shown starts as large as an embedding.
-            for linear in (module.narrow, module.projection):
-                init.normal_(linear.weight, std=linear.in_features**-0.5)
-            init.zeros_(module.repeats)
+            module.initialize()
 
 
 class MidiMambaModel(MidiMambaPreTrainedModel):
