@@ -130,9 +130,13 @@ class EpochBlocks(TorchDataset[dict[str, Any]]):
             return
         self.epoch = epoch
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
-        ids = np.concatenate([self._piece(int(index), epoch) for index in order])
+        self.blocks = self._arrange([self._piece(int(index), epoch) for index in order])
+
+    def _arrange(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """Blocks `(n, block_size)` of pieces, one after another."""
+        ids = np.concatenate(pieces)
         # Changed pieces may have more tokens or fewer. An epoch with fewer blocks than `num_blocks` repeats them.
-        self.blocks = ids[: len(ids) // self.block_size * self.block_size].reshape(-1, self.block_size)
+        return ids[: len(ids) // self.block_size * self.block_size].reshape(-1, self.block_size)
 
     def _piece(self, index: int, epoch: int) -> np.ndarray:
         """The ids of a piece in an epoch: BOS, controls, music, EOS."""
@@ -164,6 +168,26 @@ class EpochBlocks(TorchDataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return {"input_ids": self.blocks[index % len(self) % len(self.blocks)].tolist()}
+
+
+class EpochOpenings(EpochBlocks):
+    """
+    As [`EpochBlocks`], but a block is a piece from its beginning on, cut or padded to `block_size` tokens.
+
+    So a block has the form of its piece, which a discriminator can hear, and samples start as pieces do.
+    """
+
+    def __init__(
+        self, split: Dataset, processor: MidiProcessor, block_size: int, augmentation: Augmentation, seed: int = 0
+    ):
+        super().__init__(split, processor, block_size, augmentation, seed)
+        self.num_blocks = len(self.pieces)
+
+    def _arrange(self, pieces: list[np.ndarray]) -> np.ndarray:
+        blocks = np.full((len(pieces), self.block_size), self.processor.pad_token_id)
+        for block, piece in zip(blocks, pieces, strict=True):
+            block[: len(piece)] = piece[: self.block_size]
+        return blocks
 
 
 def _labels_of(controls: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -90,20 +90,21 @@ class BlockCollator:
 
     Args:
         bos_token_id (`int`, *optional*): the id with which a piece starts. Without one, each block is a single piece.
-        control_ids (`tuple[int]`, *optional*): control tokens. What a user requests is not music to predict.
+        ignored_ids (`tuple[int]`, *optional*): tokens that are not music to predict: controls, which users request,
+            and padding.
         carry_state (`bool`, *optional*, defaults to `False`): whether the state carries over from piece to piece.
     """
 
     bos_token_id: int | None = None
-    control_ids: tuple[int, ...] = ()
+    ignored_ids: tuple[int, ...] = ()
     carry_state: bool = False
 
     @classmethod
     def for_processor(cls, processor: MidiProcessor, carry_state: bool = False) -> Self:
         """The collator for a corpus that was made with `processor`."""
         vocab = processor.midi_tokenizer.vocab
-        controls = tuple(vocab[token] for token in processor.midi_tokenizer.special_tokens if is_control(token))
-        return cls(processor.bos_token_id, controls, carry_state)
+        controls = (vocab[token] for token in processor.midi_tokenizer.special_tokens if is_control(token))
+        return cls(processor.bos_token_id, (processor.pad_token_id, *controls), carry_state)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Blocks of equal length to a batch, as [`~BlockCollator.separate`] describes it."""
@@ -119,6 +120,6 @@ class BlockCollator:
         starts = torch.zeros_like(input_ids, dtype=torch.bool)
         if self.bos_token_id is not None:
             starts = input_ids == self.bos_token_id
-        is_control = torch.isin(input_ids, input_ids.new_tensor(self.control_ids))
-        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(starts | is_control, IGNORED)}
+        is_ignored = torch.isin(input_ids, input_ids.new_tensor(self.ignored_ids))
+        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(starts | is_ignored, IGNORED)}
         return batch if self.carry_state else {**batch, "seq_idx": starts.cumsum(1)}

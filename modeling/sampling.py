@@ -22,8 +22,10 @@ def inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def draw(logits: Tensor) -> Tensor:
-    """One token per row from logits `(n, vocab)`, with one random number per row."""
+def draw(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """One token per row from logits `(n, vocab)` divided by a temperature, with one random number per row."""
+    if temperature != 1:
+        logits = logits / temperature
     return pick(logits, torch.rand(len(logits), 1, device=logits.device, dtype=logits.dtype))
 
 
@@ -148,10 +150,7 @@ def sample(model: Any, prompts: Tensor, length: int, ending: Ending = NEVER, tem
         state = policy.make_state(batch, max_length=length)
         unread = prompts
         for t in range(prompt, length):
-            logits = policy.next_logits(unread, state)
-            if temperature != 1:
-                logits = logits / temperature
-            sequences[:, t] = ending.close(draw(logits), is_over)
+            sequences[:, t] = ending.close(draw(policy.next_logits(unread, state), temperature), is_over)
             if ending.eos_token_id is not None and is_over.all():
                 break
             unread = sequences[:, t : t + 1]

@@ -2,7 +2,7 @@
 
 - `monte-carlo` (SeqGAN, equation 4): the mean reward of roll-outs from an action, at some positions; interpolated.
 - `dense`: discounted returns of what a causal discriminator says of every prefix.
-- `terminal`: the reward of the whole sequence for every action.
+- `terminal`: the reward of the whole sequence for every action; `distill` makes weights of it.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class ActionValues:
     Q of every sampled action.
 
     Args:
-        estimator (`str`): `monte-carlo`, `dense` or `terminal`.
+        estimator (`str`): `monte-carlo`, `dense`, `terminal` or `distill`.
         reward (`Reward`): what values sequences.
         rollouts (`Rollouts`): draws completions.
         num_positions (`int`, *optional*): actions per sequence that roll-outs value; all of them by default.
@@ -54,9 +54,10 @@ class ActionValues:
         if self.estimator == "dense":
             rewards = self.reward.of_actions(sequences, prompt, self.rollouts.max_rows)
             return discounted_returns(rewards, DISCOUNT)
-        positions = sequences.ids[:, :0]
-        if self.estimator == "monte-carlo":
-            positions = bar_positions(sequences.ids, self.bar_token_ids, prompt, self.num_positions)
+        if self.estimator != "monte-carlo":
+            whole = self.reward.of_whole(sequences, self.rollouts.rows_valued_at_once)
+            return whole[:, None].expand(-1, length - prompt)
+        positions = bar_positions(sequences.ids, self.bar_token_ids, prompt, self.num_positions)
         values = monte_carlo_values(self.rollouts, self.reward, sequences, positions)
         times = torch.cat([positions, torch.full_like(sequences.ids[:, :1], length - 1)], dim=1) - prompt
         return interpolate_rows(values, times, length - prompt)

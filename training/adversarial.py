@@ -54,6 +54,18 @@ class AdversarialArguments:
     )
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
     d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
+    d_lookback_bars: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Show a new discriminator what followed the same place this many bars ago."},
+    )
+    openings: bool = field(
+        default=False,
+        metadata={"help": "Sequences are pieces from their beginnings, cut to --sequence_length, instead of blocks."},
+    )
+    musical_discriminator: bool = field(
+        default=False,
+        metadata={"help": "Reward with a discriminator of musical features as well; needs --openings true."},
+    )
 
     def __post_init__(self) -> None:
         numbers = (
@@ -98,14 +110,30 @@ def tune(
     from midimamba.training.resume import claimed
     from midimamba.training.whole_checkpoints import output_folder
 
+    _check_musical(script_args, training_args)
     output = output_folder(training_args)
-    with claimed(output, discriminator_folder(output)):
+    with claimed(output, discriminator_folder(output), musical_folder(output)):
         _tune(script_args, lora_args, augmentation, training_args)
 
 
 def discriminator_folder(output: "Path") -> "Path":
     """Where the discriminator of a run is saved: beside the generator."""
     return output.with_name(f"{output.name}-discriminator")
+
+
+def musical_folder(output: "Path") -> "Path":
+    """Where the discriminator of musical features is saved, if there is one."""
+    return output.with_name(f"{output.name}-musical-discriminator")
+
+
+def _check_musical(script_args: AdversarialArguments, training_args: "AdversarialConfig") -> None:
+    """Refuse options that a discriminator of musical features cannot serve."""
+    serves = training_args.calibrates and training_args.estimator in ("terminal", "distill")
+    if script_args.musical_discriminator and not (serves and script_args.openings):
+        raise InputError(
+            "musical_discriminator judges whole pieces by their log-odds: set openings to true, reward to log-odds or "
+            "shuffled, and estimator to terminal or distill"
+        )
 
 
 def _tune(
@@ -124,7 +152,7 @@ def _tune(
     from midimamba.training.lora import lora_config
     from midimamba.training.publishing import take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
-    from midimamba.training.scripts import load_blocks, load_discriminator, load_generator
+    from midimamba.training.scripts import load_blocks, load_discriminator, load_generator, load_openings
     from midimamba.training.whole_checkpoints import output_folder
 
     resume = find_resume_point(training_args)
@@ -134,10 +162,11 @@ def _tune(
             f"{d_output} holds the discriminator of another run; choose another --output_dir or delete it"
         )
     length = training_args.sequence_length
-    train, validation, processor = load_blocks(script_args.data, length, augmentation, training_args.seed)
+    load = load_openings if script_args.openings else load_blocks
+    train, validation, processor = load(script_args.data, length, augmentation, training_args.seed)
     set_seed(training_args.seed)
     model = load_generator(script_args.model, processor)
-    discriminator = load_discriminator(script_args, model, length)
+    discriminator = load_discriminator(script_args, model, length, processor)
     check_resumes(resume, {SAFE_WEIGHTS_NAME: model, DISCRIMINATOR_FILE: discriminator})
     arguments = [training_args, augmentation, lora_args, script_args]
     recipe = recipe_of(arguments, (train, validation), model, is_given=True)
@@ -153,6 +182,7 @@ def _tune(
             data_collator=BlockCollator.for_processor(processor),
             processing_class=processor,
             bar_token_ids=tokens_that_begin_bars(processor.midi_tokenizer),
+            musical_discriminator=script_args.musical_discriminator,
             peft_config=lora_config(lora_args),
         )
     except ValueError as error:
@@ -174,6 +204,10 @@ def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: S
     save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
     save_model(output, trainer.generator_for_saving, processor, arguments=arguments, state=trainer.state)
     announce(f"the generator is in {output}, the discriminator in {d_output}")
+    if trainer.judges.musical is not None:
+        musical = musical_folder(output)
+        save_model(musical, trainer.judges.musical.discriminator, arguments=arguments)
+        announce(f"the discriminator of musical features is in {musical}")
     if push:
         publish_run(trainer.args, output, d_output)
 

@@ -13,7 +13,7 @@ _RULES = (
         lambda value: value >= 1,
         (
             *("prompt_length", "micro_batch_size", "num_rollouts", "ppo_epochs"),
-            *("d_steps", "d_epochs", "num_eval_samples"),
+            *("d_steps", "d_epochs", "num_eval_samples", "mini_batch_size"),
         ),
     ),
     Rule("at least 2", lambda value: value >= 2, ("group_size",)),
@@ -25,7 +25,11 @@ _RULES = (
             *("d_max_grad_norm", "max_nll_drift", "max_self_bleu_increase"),
         ),
     ),
-    Rule("greater than 0", lambda value: value > 0, ("advantage_clip", "kl_target", "rollout_memory_mb")),
+    Rule(
+        "greater than 0",
+        lambda value: value > 0,
+        ("advantage_clip", "kl_target", "rollout_memory_mb", "temperature"),
+    ),
     Rule("in [0, 1)", lambda value: 0 <= value < 1, ("rollout_momentum", "replay_fraction", "ema_decay")),
     Rule("in (0, 1)", lambda value: 0 < value < 1, ("ppo_clip",)),
     Rule("in [0, 0.5)", lambda value: 0 <= value < 0.5, ("label_smoothing",)),
@@ -34,7 +38,7 @@ _RULES = (
 
 # The sections of the help.
 OPTION_GROUPS = {
-    "sequences": ("sequence_length", "prompt_length", "micro_batch_size"),
+    "sequences": ("sequence_length", "prompt_length", "temperature", "micro_batch_size", "mini_batch_size"),
     "action values": (
         *("estimator", "reward", "num_rollouts", "rollout_positions", "rollout_memory_mb", "rollout_momentum"),
     ),
@@ -70,19 +74,28 @@ class AdversarialConfig(TrainingArguments):
         sequence_length (`int`, *optional*, defaults to 128): tokens in a sequence, prompt included.
         prompt_length (`int`, *optional*, defaults to 1): tokens at the start of every sampled sequence that are taken
             from real music and not rewarded. Real and sampled sequences then start alike, wherever a block begins.
+        temperature (`float`, *optional*, defaults to 1.0): the policy is the softmax of the generator's logits
+            divided by this, in sampling and in every term of the loss but the maximum-likelihood one. Set it to the
+            temperature at which the generator will be used.
         micro_batch_size (`int`, *optional*, defaults to 16): sequences in memory at once while gradients are
             computed; for the discriminator, this many real ones and as many samples.
+        mini_batch_size (`int`, *optional*): take an optimizer step of the generator after this many samples, and one
+            of the discriminator after this many real sequences and as many samples. Unset: after the whole batch.
 
         > Parameters that control action values
 
         estimator (`str`, *optional*, defaults to `"monte-carlo"`): how actions are valued: `monte-carlo` (the
             paper's), `dense` (the causal discriminator's values of prefixes) or `terminal` (the value of the whole
-            sequence).
+            sequence). `distill` is no policy gradient: it fits the generator to its own samples by weighted maximum
+            likelihood, with weights proportional to exp(log-odds), so that it becomes the generator times the odds
+            of being real. The temperature of the weights is raised where they would rest on less than a tenth of the
+            samples.
         reward (`str`, *optional*, defaults to `"discriminator"`): the probability that a sequence is real, which is
             the paper's. `log-odds`: its logit, log D - log(1 - D), which does not saturate, and whose mean is the
             negative divergence KL(policy ‖ music) if the discriminator is perfect (arXiv 1710.11248); for `dense` what
-            a token adds to it. `constant` and `random` are the two controls without which no effect of a reward can be
-            claimed.
+            a token adds to it. The log-odds are calibrated in every round, on held-out music and on samples that the
+            discriminator has not seen, and are 0 if it cannot tell those apart. `constant`, `random` and `shuffled`
+            (the log-odds, dealt out at random) are the controls without which no effect of a reward can be claimed.
         num_rollouts (`int`, *optional*, defaults to 4): completions per action value; `N` in the paper.
         rollout_positions (`int`, *optional*, defaults to 8): how many actions of a sequence roll-outs value: bar lines
             first, evenly spread ones if there are more, then other actions. Values between them are interpolated.
@@ -155,20 +168,25 @@ class AdversarialConfig(TrainingArguments):
     prompt_length: int = field(
         default=1, metadata={"help": "Tokens at the start of a sampled sequence that are taken from real music."}
     )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the policy."})
     micro_batch_size: int = field(
         default=16, metadata={"help": "Sequences in memory at once while gradients are computed."}
+    )
+
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences of an optimizer step; unset: the whole batch."}
     )
 
     # > Parameters that control action values
     estimator: str = field(
         default="monte-carlo",
-        metadata={"help": "Estimator of action values.", "choices": ["monte-carlo", "dense", "terminal"]},
+        metadata={"help": "Estimator of action values.", "choices": ["monte-carlo", "dense", "terminal", "distill"]},
     )
     reward: str = field(
         default="discriminator",
         metadata={
             "help": "What rewards a sequence: the probability that it is real, or its log-odds; or a control.",
-            "choices": ["discriminator", "log-odds", "constant", "random"],
+            "choices": ["discriminator", "log-odds", "constant", "random", "shuffled"],
         },
     )
     num_rollouts: int = field(default=4, metadata={"help": "Completions per action value (N in the paper)."})
@@ -282,6 +300,15 @@ class AdversarialConfig(TrainingArguments):
         return self.max_nll_drift is not None or self.max_self_bleu_increase is not None
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the discriminator's log-odds are calibrated in every round."""
+        return self.reward in ("log-odds", "shuffled")
+
+    @property
+    def _may_step_often(self) -> bool:
+        return self.ppo_clip is not None or self.estimator == "distill"
+
+    @property
     def _saves_only_what_is_evaluated(self) -> bool:
         if self.save_strategy != self.eval_strategy:
             return bool(self.save_strategy == "best")
@@ -309,9 +336,23 @@ class AdversarialConfig(TrainingArguments):
                 f"per_device_train_batch_size is {batch}, but must be a multiple of group_size {self.group_size}",
             ),
             (
-                self.ppo_epochs > 1 and self.ppo_clip is None,
+                self.ppo_epochs > 1 and self.ppo_clip is None and self.estimator != "distill",
                 f"ppo_epochs is {self.ppo_epochs}, but more than 1 needs ppo_clip: after the first step the samples "
                 "are those of another policy",
+            ),
+            (
+                self.mini_batch_size is not None and self.mini_batch_size < batch and not self._may_step_often,
+                f"mini_batch_size {self.mini_batch_size} is below per_device_train_batch_size {batch}, which needs "
+                "ppo_clip or estimator 'distill': after the first step the samples are those of another policy",
+            ),
+            (
+                self.estimator == "distill" and self.reward == "discriminator",
+                "estimator 'distill' weighs samples by log-odds: set reward to log-odds, or to a control",
+            ),
+            (
+                self.reward == "shuffled" and self.estimator in ("monte-carlo", "dense"),
+                f"reward 'shuffled' deals out the log-odds of whole sequences, and estimator {self.estimator!r} has "
+                "others as well: set estimator to terminal or distill",
             ),
             (
                 self.replay_fraction > 0 and int(self.replay_fraction * batch) < 1,

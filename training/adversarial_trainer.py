@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from midimamba.corpus.packing import BlockCollator
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, Sequences
+from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.action_values import ActionValues
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import Credit
@@ -19,13 +20,19 @@ from midimamba.training.discriminator_update import DiscriminatorUpdate
 from midimamba.training.generator_update import Batch, GeneratorLoss, GeneratorUpdate
 from midimamba.training.guard import Guard
 from midimamba.training.guarded_trainer import GuardedTrainer, check_networks
+from midimamba.training.judging import Judges
 from midimamba.training.lora import add_adapters
+from midimamba.training.monitoring import spread_blocks
 from midimamba.training.policies import follow, frozen_copy
 from midimamba.training.rewards import Reward
 from midimamba.training.rollout import Rollouts, rows_for_budget
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+HELD_OUT = 256
+"""Held-out sequences on which the discriminator is watched and calibrated."""
 
 
 class AdversarialTrainer(GuardedTrainer):
@@ -46,6 +53,8 @@ class AdversarialTrainer(GuardedTrainer):
         callbacks (`list[TrainerCallback]`, *optional*): as for `Trainer`.
         bar_token_ids (`Sequence[int]`, *optional*): the tokens that begin a bar, which roll-outs value first; see
             [`~midimamba.training.action_values.tokens_that_begin_bars`].
+        musical_discriminator (`bool`, *optional*, defaults to `False`): add the log-odds of a discriminator of musical
+            features, which is fitted in every round; for rewards `log-odds` and `shuffled` of whole sequences.
         peft_config (`LoraConfig`, *optional*): train low-rank adapters of the generator instead of its weights.
             Checkpoints then hold the adapters, `generator_for_saving` the whole with the adapters merged in.
 
@@ -65,6 +74,7 @@ class AdversarialTrainer(GuardedTrainer):
         processing_class: ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         bar_token_ids: Sequence[int] = (),
+        musical_discriminator: bool = False,
         peft_config: "LoraConfig | None" = None,
     ):
         check_networks(model, discriminator, args)
@@ -82,14 +92,19 @@ class AdversarialTrainer(GuardedTrainer):
         self.ending = Ending.of(model.config)
         self.rollout_policy = frozen_copy(self.generator)
         self.reference_policy = frozen_copy(self.generator) if args.kl_coef else None
-        reward = Reward(args.reward, discriminator)
+        held_out = spread_blocks(eval_dataset, HELD_OUT).to(args.device)
+        musical = processing_class if musical_discriminator and isinstance(processing_class, MidiProcessor) else None
+        self.judges = Judges(discriminator, self.accelerator, held_out, self.ending, musical)
+        reward = Reward(args.reward, discriminator, self.judges.musical_log_odds)
         rows = rows_for_budget(self.rollout_policy, args.sequence_length, args.rollout_memory_mb, reward.judge)
-        self.rollouts = Rollouts(self.rollout_policy, args.num_rollouts, rows, self.ending, args.prompt_length)
+        self.rollouts = Rollouts(
+            self.rollout_policy, args.num_rollouts, rows, self.ending, args.prompt_length, args.temperature
+        )
         self.action_values = ActionValues(args.estimator, reward, self.rollouts, args.rollout_positions, bar_token_ids)
         self.credit = Credit(args, self.accelerator)
         self.generator_loss = GeneratorLoss(args, self.data_collator, self.reference_policy)
         self.generator_update = GeneratorUpdate(self.generator_loss, args, self.accelerator, self.guard.watch)
-        self.discriminator_update = DiscriminatorUpdate(discriminator, args, self.accelerator, self.ending)
+        self.discriminator_update = DiscriminatorUpdate(discriminator, args, self.accelerator, self.ending, held_out)
         self.discriminator = self.discriminator_update.discriminator
         self.prepare_run(discriminator)
 
@@ -98,7 +113,7 @@ class AdversarialTrainer(GuardedTrainer):
     ) -> Tensor:
         """One round. Trainer takes the optimizer's step for the last pass over the samples."""
         model.train()
-        real = self._fill_up(self._prepare_inputs(inputs)["input_ids"])
+        real = self.fill_up(self._prepare_inputs(inputs)["input_ids"])
         if self.state.global_step == 0:
             torch.manual_seed(self.args.seed + self.args.process_index)  # every process samples music of its own
             self._pretrain_discriminator()
@@ -112,6 +127,8 @@ class AdversarialTrainer(GuardedTrainer):
         prompts = real[:: self.args.group_size or 1, : self.args.prompt_length]
         ids = self.sample(prompts.repeat_interleave(self.args.group_size or 1, 0))
         fake = Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
+        if self.args.calibrates:
+            self.metrics.add(self.judges.calibrate(fake))
         values = self.action_values(fake)
         advantages, credited = self.credit(values, fake.mask[:, self.args.prompt_length :].bool())
         loss, learned = self.generator_update(model, self.optimizer, Batch(fake, real, advantages))
@@ -121,21 +138,14 @@ class AdversarialTrainer(GuardedTrainer):
 
     def _train_discriminator(self) -> None:
         """Train D on real blocks against fresh samples that start alike, by cross-entropy."""
-        real = self._draw_blocks(self.args.per_device_train_batch_size)
+        real = self.draw_blocks(self.args.per_device_train_batch_size)
         fresh = len(real) - self.discriminator_update.num_replayed(len(real))
-        self.metrics.add(self.discriminator_update(real, self.sample(real[:fresh, : self.args.prompt_length])))
+        fake = self.sample(real[:fresh, : self.args.prompt_length])
+        self.judges.forget_calibration()
+        self.metrics.add(self.discriminator_update(real, fake))
+        self.judges.learn(real, fake)
 
     def _pretrain_discriminator(self) -> None:
         hidden = self.args.disable_tqdm or not self.is_local_process_zero()
         for _ in tqdm(range(self.args.d_warmup_steps), desc="discriminator warm-up", disable=hidden):
             self._train_discriminator()
-
-    def _draw_blocks(self, count: int) -> Tensor:
-        """`count` blocks of the training music at random, `(count, time)`."""
-        rows = torch.randint(len(self.train_dataset), (count,))
-        blocks = [self.train_dataset[int(row)]["input_ids"] for row in rows]
-        return torch.tensor(blocks, dtype=torch.long, device=self.args.device).view(count, self.args.sequence_length)
-
-    def _fill_up(self, real: Tensor) -> Tensor:
-        """The last batch of an epoch may be smaller, even a single sequence, which has no others for a baseline."""
-        return torch.cat([real, self._draw_blocks(self.args.per_device_train_batch_size - len(real))])

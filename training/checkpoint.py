@@ -14,6 +14,7 @@ from midimamba.training.credit import Credit
 from midimamba.training.discriminator_update import DiscriminatorUpdate
 from midimamba.training.generator_update import GeneratorLoss
 from midimamba.training.guard import Guard
+from midimamba.training.judging import Judges
 from midimamba.training.policies import load_policy, save_policy, save_tensors
 from midimamba.training.whole_checkpoints import seal_of
 
@@ -35,6 +36,7 @@ class AdversarialState:
         generator_loss (`GeneratorLoss`): has the adaptive weight.
         credit (`Credit`): has a running mean.
         guard (`Guard`): has the reference values and the number of roll-backs.
+        judges (`Judges`): may have a discriminator of musical features.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class AdversarialState:
         generator_loss: GeneratorLoss,
         credit: Credit,
         guard: Guard,
+        judges: Judges,
     ):
         self.policies = policies
         self.discriminator_update = discriminator_update
         self.generator_loss = generator_loss
         self.credit = credit
         self.guard = guard
+        self.judges = judges
         self.args = discriminator_update.args
         accelerator = discriminator_update.accelerator
         self._discriminator = accelerator.unwrap_model(discriminator_update.discriminator)
@@ -67,6 +71,7 @@ class AdversarialState:
         save_tensors(self._discriminator.state_dict(), folder / DISCRIMINATOR_FILE)
         with whole_file(folder / D_OPTIMIZER_FILE) as unfinished:
             torch.save(self.discriminator_update.optimizer.state_dict(), unfinished)
+        self.judges.save(folder)
         for name, policy in self.policies.items():
             save_policy(policy, folder / name)
         state = {
@@ -94,6 +99,7 @@ class AdversarialState:
         self._discriminator.load_state_dict(load_file(folder / DISCRIMINATOR_FILE))
         optimizer = torch.load(folder / D_OPTIMIZER_FILE, map_location=device, weights_only=True)
         self.discriminator_update.optimizer.load_state_dict(optimizer)
+        self.judges.load(folder)
         for name, policy in self.policies.items():
             load_policy(policy, folder / name)
         if remembers:

@@ -12,6 +12,8 @@ from torch import Tensor
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.metrics import Measures
 
+MIN_EFFECTIVE_SHARE = 0.1
+"""Of a round's samples: weights that rest on fewer are evened out."""
 BASELINE_MEMORY = 0.9
 """Weight of the past in the running baseline: it averages about ten steps."""
 
@@ -56,6 +58,10 @@ class Credit:
             "advantage_mean": advantages[valid].mean(),
             "advantage_std": advantages[valid].std(correction=0),
         }
+        if self.args.estimator == "distill":
+            weights = importance_weights(values[:, -1], MIN_EFFECTIVE_SHARE)
+            measures["effective_samples"] = effective_share(weights) * len(weights)
+            return (weights[:, None] * valid)[mine], measures
         if self.args.normalize_advantages:
             advantages = normalize_advantages(advantages, valid)
         if self.args.advantage_clip is not None:
@@ -90,6 +96,37 @@ class Credit:
         """Go on from what [`~Credit.state_dict`] returned."""
         self.count = state["count"]
         self.mean = None if state["mean"] is None else torch.tensor(state["mean"], device=device)
+
+
+def effective_share(weights: Tensor) -> Tensor:
+    """The effective sample size of weights `(n,)` over `n` (Kish): 1 if all are equal, 1 / n if one has it all."""
+    share: Tensor = weights.sum().square() / (weights.square().sum() * len(weights))
+    return share
+
+
+def importance_weights(log_odds: Tensor, least: float) -> Tensor:
+    """
+    Weights `exp(c log_odds)` of mean 1, with the largest `c` in [0, 1] whose effective share is at least `least`.
+
+    Equal log-odds give weights of exactly 1.
+
+    Args:
+        log_odds (`Tensor` of shape `(n,)`): of samples.
+        least (`float`): in [0, 1].
+    """
+    centred = (log_odds - log_odds.max()).double()
+
+    def weights(exponent: float) -> Tensor:
+        grown = (exponent * centred).exp()
+        return grown / grown.mean()
+
+    low, high = 0.0, 1.0
+    if effective_share(weights(high)) < least:
+        for _ in range(40):  # the effective share falls as the exponent grows
+            middle = (low + high) / 2
+            low, high = (low, middle) if effective_share(weights(middle)) < least else (middle, high)
+        high = low
+    return weights(high).to(log_odds.dtype)
 
 
 def reward_by_position(values: Tensor) -> Measures:

@@ -5,15 +5,19 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, Sequences
+from midimamba.modeling.scoring import score
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.metrics import Measures, weighted_mean
 from midimamba.training.replay import ReplayBuffer
 
+HELD_OUT_SHARE = 0.125
+"""Of the samples of a discriminator's step: how well it does on them says when to stop."""
 REPLAY_BATCHES = 32
 """Batches of old negatives that are remembered."""
 
@@ -27,6 +31,7 @@ class DiscriminatorUpdate:
         args (`AdversarialConfig`): the options whose names begin with `d_`, and those of the stabilisers.
         accelerator (`Accelerator`): the trainer's.
         ending (`Ending`): sequences are judged up to their end.
+        held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
 
     Attributes:
         discriminator (`nn.Module`): as the accelerator wraps it.
@@ -36,7 +41,12 @@ class DiscriminatorUpdate:
     """
 
     def __init__(
-        self, discriminator: MidiDiscriminator, args: AdversarialConfig, accelerator: Accelerator, ending: Ending
+        self,
+        discriminator: MidiDiscriminator,
+        args: AdversarialConfig,
+        accelerator: Accelerator,
+        ending: Ending,
+        held_out: Tensor,
     ):
         if args.r1_weight and discriminator.config.kind != "cnn":
             raise ValueError(
@@ -46,6 +56,7 @@ class DiscriminatorUpdate:
         self.args = args
         self.accelerator = accelerator
         self.ending = ending
+        self.held_out = held_out
         self.replay = ReplayBuffer(REPLAY_BATCHES * args.per_device_train_batch_size if args.replay_fraction else 0)
         optimizer = torch.optim.AdamW(
             discriminator.parameters(), lr=args.d_learning_rate, weight_decay=args.weight_decay
@@ -58,7 +69,7 @@ class DiscriminatorUpdate:
 
     def __call__(self, real: Tensor, fake: Tensor) -> Measures:
         """`d_epochs` passes over real music and fresh samples, filled up from memory; none where the discriminator is
-        right more often than `d_max_accuracy` on them already.
+        right more often than `d_max_accuracy` on them already. With `mini_batch_size`, a pass has several steps.
 
         Args:
             real (`LongTensor` of shape `(n, time)`): music.
@@ -69,11 +80,11 @@ class DiscriminatorUpdate:
         """
         old = self.replay.draw(len(real) - len(fake)) if len(fake) < len(real) else fake[:0]
         self.replay.add(fake)
-        ids = torch.cat([real, fake, old])
-        sequences = Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
-        labels = torch.zeros(len(ids), device=ids.device)
-        labels[: len(real)] = 1 - self.args.label_smoothing
         self.discriminator.train()
+        size = self.args.mini_batch_size
+        if size is not None and size < len(real):
+            return self._learn_from_parts(real, torch.cat([fake, old]), size)
+        sequences, labels = self._labelled(real, torch.cat([fake, old]))
         limit = self.args.d_max_accuracy
         before: Measures = {}
         passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []
@@ -89,6 +100,53 @@ class DiscriminatorUpdate:
                         break
             measures["d_grad_norm"] = self._descend()
         return {**weighted_mean(passes), **before}
+
+    def _learn_from_parts(self, real: Tensor, fake: Tensor, size: int) -> Measures:
+        """A step for every `size` real sequences and as many samples, in another order for every pass.
+
+        Some of the samples are held out, as some music is. The passes end with the first that makes the discriminator
+        worse on both, and that one is undone.
+        """
+        before = self._measure(*(self._score(ids) for ids in (real, fake, fake[:0])))
+        limit = self.args.d_max_accuracy
+        if limit is not None and float(before["d_accuracy"]) > limit:
+            return {**before, "d_skipped": 1.0}
+        unseen = fake[: max(1, round(HELD_OUT_SHARE * len(fake)))]
+        fake = fake[len(unseen) :]
+        real = real[: len(fake)]
+        best = self._held_out_loss(unseen)
+        passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []
+        for _ in range(self.args.d_epochs):
+            kept = {name: value.clone() for name, value in self.discriminator.state_dict().items()}
+            self.discriminator.train()
+            orders = [torch.randperm(len(ids), device=ids.device).split(size) for ids in (real, fake)]
+            for some_real, some_fake in zip(*orders, strict=True):
+                sequences, labels = self._labelled(real[some_real], fake[some_fake])
+                _, measures = self._accumulate(sequences, labels, len(some_real))
+                measures["d_grad_norm"] = self._descend()
+                passes.append((measures, {}))
+            loss = self._held_out_loss(unseen)
+            if loss > best:
+                self.discriminator.load_state_dict(kept)
+                break
+            best = loss
+        return {**weighted_mean(passes), **before, "d_loss_held_out": best}
+
+    def _held_out_loss(self, unseen: Tensor) -> float:
+        """The cross-entropy on held-out music and on samples that are not learned from, in all processes."""
+        losses = [F.softplus(-self._score(self.held_out)).mean(), F.softplus(self._score(unseen)).mean()]
+        return float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
+
+    def _labelled(self, real: Tensor, fake: Tensor) -> tuple[Sequences, Tensor]:
+        """Music and samples `(n, time)` as one set, with what the discriminator is to say of each."""
+        ids = torch.cat([real, fake])
+        labels = torch.zeros(len(ids), device=ids.device)
+        labels[: len(real)] = 1 - self.args.label_smoothing
+        return Sequences(ids, self.ending.mask(ids, self.args.prompt_length)), labels
+
+    def _score(self, ids: Tensor) -> Tensor:
+        mask = self.ending.mask(ids, self.args.prompt_length)
+        return score(self.accelerator.unwrap_model(self.discriminator), ids, mask, 2 * self.args.micro_batch_size)
 
     def _accumulate(self, sequences: Sequences, labels: Tensor, num_real: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of the mean over the rows of all processes, in micro-batches of twice `micro_batch_size` rows.

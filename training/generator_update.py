@@ -42,18 +42,14 @@ class Batch(NamedTuple):
         """Which actions are not padding, `(batch, actions)`."""
         return self.fake.mask[:, -self.advantages.shape[1] :].bool()
 
+    def rows(self, indices: Tensor | slice) -> "Batch":
+        """Some of the sequences."""
+        old = None if self.old is None else self.old[indices]
+        return Batch(self.fake.rows(indices), self.real[indices], self.advantages[indices], old)
+
     def split(self, rows: int) -> list["Batch"]:
         """Batches of at most `rows` sequences."""
-        parts = [slice(start, start + rows) for start in range(0, len(self.real), rows)]
-        return [
-            Batch(
-                self.fake.rows(part),
-                self.real[part],
-                self.advantages[part],
-                None if self.old is None else self.old[part],
-            )
-            for part in parts
-        ]
+        return [self.rows(slice(start, start + rows)) for start in range(0, len(self.real), rows)]
 
 
 class LossTerms(NamedTuple):
@@ -129,11 +125,12 @@ class GeneratorLoss:
                 extra["seq_idx"] = torch.cat([torch.zeros_like(batch.fake.ids), music["seq_idx"]])
         logits = model(input_ids=sequences, use_cache=False, **extra).logits[:, :-1]
         rows = len(batch.fake.ids)
-        of_fake, of_real = logits.float().log_softmax(-1).split([rows, len(sequences) - rows])
-        return of_fake, of_real, labels
+        of_fake, of_real = logits.float().split([rows, len(sequences) - rows])
+        return (of_fake / self.args.temperature).log_softmax(-1), of_real.log_softmax(-1), labels
 
     def _policy_loss(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        clip, old, valid = self.args.ppo_clip, batch.old, batch.valid
+        old, valid = batch.old, batch.valid
+        clip = None if self.args.estimator == "distill" else self.args.ppo_clip
         if clip is None:
             loss = reinforce_loss(chosen, batch.advantages)
         else:
@@ -152,7 +149,7 @@ class GeneratorLoss:
         """KL at every action, `(batch, actions)`: of whole distributions, without the noise of sampled actions."""
         with torch.no_grad():
             logits = reference(input_ids=batch.fake.ids, use_cache=False).logits[:, self.args.prompt_length - 1 : -1]
-        return kl_divergence(policy, logits.float().log_softmax(-1))
+        return kl_divergence(policy, (logits.float() / self.args.temperature).log_softmax(-1))
 
     def adapt(self, divergence: float) -> None:
         """After a step, bring the weight of the divergence nearer to what keeps it at `kl_target`."""
@@ -166,7 +163,7 @@ class GeneratorUpdate:
 
     Args:
         loss (`GeneratorLoss`): of a micro-batch.
-        args (`AdversarialConfig`): `ppo_epochs`, `micro_batch_size` and `max_grad_norm`.
+        args (`AdversarialConfig`): `ppo_epochs`, `mini_batch_size`, `micro_batch_size` and `max_grad_norm`.
         accelerator (`Accelerator`): the trainer's.
         watch (`Callable`): is called with a name and a tensor that must be finite.
     """
@@ -184,27 +181,53 @@ class GeneratorUpdate:
         self.watch = watch
 
     def __call__(self, model: nn.Module, optimizer: Any, batch: Batch) -> tuple[Tensor, Measures]:
-        """Learn from a batch in `ppo_epochs` passes. The optimizer's step after the last pass is left to the caller.
+        """Learn from a batch in `ppo_epochs` passes. The optimizer's last step is left to the caller.
 
         Returns:
-            The mean loss of the passes, and the measures of the batch.
+            The mean loss of the steps, and the measures of the batch.
         """
-        first = self._accumulate(model, batch)
-        loss, passes = first.loss, [first.measures]
-        for _ in range(1, self.args.ppo_epochs):
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
-            self.watch("the norm of the gradient", norm)
-            optimizer.step()
-            model.zero_grad()
-            again = self._accumulate(model, batch._replace(old=first.log_probabilities))
-            loss = loss + again.loss
-            passes.append(again.measures)
-        measures: Measures = dict(weighted_mean([(part, {}) for part in passes]))
-        if "kl" in first.measures:
+        size = self.args.mini_batch_size
+        if size is None or size >= len(batch.real):
+            terms = self._learn_from_whole(model, optimizer, batch)
+        else:
+            terms = self._learn_from_parts(model, optimizer, batch, size)
+        measures: Measures = dict(weighted_mean([(part.measures, {}) for part in terms]))
+        if "kl" in terms[0].measures:
             # Of the policy that sampled, and of all processes: they must agree on the next coefficient.
-            measures["kl"] = self.accelerator.reduce(torch.as_tensor(first.measures["kl"]), "mean")
+            measures["kl"] = self.accelerator.reduce(torch.as_tensor(terms[0].measures["kl"]), "mean")
             measures["kl_coef"] = self.loss.kl_coef
-        return loss / self.args.ppo_epochs, measures
+        return torch.stack([part.loss for part in terms]).sum() / len(terms), measures
+
+    def _learn_from_whole(self, model: nn.Module, optimizer: Any, batch: Batch) -> list[LossTerms]:
+        terms = [self._accumulate(model, batch)]
+        for _ in range(1, self.args.ppo_epochs):
+            self._step(model, optimizer)
+            terms.append(self._accumulate(model, batch._replace(old=terms[0].log_probabilities)))
+        return terms
+
+    def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch, size: int) -> list[LossTerms]:
+        """A step for every `size` sequences, in an order of their own for every pass."""
+        if self.args.estimator != "distill":
+            batch = batch._replace(old=self._log_probabilities(model, batch))
+        terms = []
+        for _ in range(self.args.ppo_epochs):
+            for rows in torch.randperm(len(batch.real), device=batch.real.device).split(size):
+                if terms:
+                    self._step(model, optimizer)
+                terms.append(self._accumulate(model, batch.rows(rows)))
+        return terms
+
+    @torch.no_grad()
+    def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of the sampled actions, when they were sampled: `(batch, actions)`."""
+        parts = batch.split(self.args.micro_batch_size)
+        return torch.cat([self.loss(model, part).log_probabilities for part in parts])
+
+    def _step(self, model: nn.Module, optimizer: Any) -> None:
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
+        self.watch("the norm of the gradient", norm)
+        optimizer.step()
+        model.zero_grad()
 
     def _accumulate(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Add up the gradient of one teacher-forced pass over a batch, in micro-batches."""

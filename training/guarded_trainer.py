@@ -37,6 +37,7 @@ from midimamba.training.guard import (
     Guard,
     scale_learning_rates,
 )
+from midimamba.training.judging import Judges
 from midimamba.training.lora import merged
 from midimamba.training.metrics import Metrics
 from midimamba.training.monitoring import Monitor, SampleLog, spread_blocks
@@ -64,6 +65,7 @@ class GuardedTrainer(WholeCheckpointTrainer):
     discriminator_update: DiscriminatorUpdate
     generator_loss: GeneratorLoss
     credit: Credit
+    judges: Judges
     rollouts: Rollouts
     rollout_policy: PreTrainedModel
     reference_policy: PreTrainedModel | None
@@ -100,7 +102,7 @@ class GuardedTrainer(WholeCheckpointTrainer):
         }
         kept = {name: policy for name, policy in policies.items() if policy is not None}
         self.adversarial_state = AdversarialState(
-            kept, self.discriminator_update, self.generator_loss, self.credit, self.guard
+            kept, self.discriminator_update, self.generator_loss, self.credit, self.guard, self.judges
         )
         self.monitor = Monitor(self.args, discriminator, self.train_dataset, self.eval_dataset, self.ending)
         folder = output_folder(self.args) / "samples"
@@ -126,7 +128,17 @@ class GuardedTrainer(WholeCheckpointTrainer):
     def sample(self, prompts: Tensor) -> Tensor:
         """Sequences `(n, time)` that the generator draws after prompts `(n, prompt)`."""
         self._num_sampled += len(prompts) * (self.args.sequence_length - prompts.shape[1])
-        return sample(self.generator, prompts, self.args.sequence_length, self.ending)
+        return sample(self.generator, prompts, self.args.sequence_length, self.ending, self.args.temperature)
+
+    def draw_blocks(self, count: int) -> Tensor:
+        """`count` blocks of the training music at random, `(count, time)`."""
+        rows = torch.randint(len(self.train_dataset), (count,))
+        blocks = [self.train_dataset[int(row)]["input_ids"] for row in rows]
+        return torch.tensor(blocks, dtype=torch.long, device=self.args.device).view(count, self.args.sequence_length)
+
+    def fill_up(self, real: Tensor) -> Tensor:
+        """The last batch of an epoch may be smaller, even a single sequence, which has no others for a baseline."""
+        return torch.cat([real, self.draw_blocks(self.args.per_device_train_batch_size - len(real))])
 
     @property
     def num_drawn(self) -> int:

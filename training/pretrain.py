@@ -118,22 +118,15 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
     from huggingface_hub.errors import StrictDataclassError
 
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
-    from midimamba.tokenization.tokenizer import time_ids
+    from midimamba.training.scripts import look_back_fields
 
     fields: dict[str, Any] = {
         "vocab_size": processor.vocab_size,
         "pad_token_id": processor.pad_token_id,
         "bos_token_id": processor.bos_token_id,
         "eos_token_id": processor.eos_token_id,
+        **look_back_fields(arguments.lookback_bars, processor),
     }
-    if arguments.lookback_bars:
-        bars, positions = time_ids(processor.midi_tokenizer)
-        if not bars:
-            raise InputError(
-                "lookback_bars needs a tokenization with bars, such as REMI; "
-                f"{type(processor.midi_tokenizer).__name__} has none"
-            )
-        fields |= {"bar_token_ids": bars, "position_token_ids": positions, "lookback_bars": arguments.lookback_bars}
     try:
         if arguments.size is not None:
             return MidiMambaConfig.of_size(arguments.size, arguments.layout, **fields)

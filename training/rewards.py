@@ -12,7 +12,7 @@ from midimamba.modeling.sampling import Sequences, inference
 from midimamba.modeling.scoring import score
 from midimamba.training.rollout import Forks
 
-KINDS = ("discriminator", "log-odds", "constant", "random")
+KINDS = ("discriminator", "log-odds", "constant", "random", "shuffled")
 
 
 class Reader(Protocol):
@@ -34,16 +34,20 @@ class Reward:
 
     Args:
         kind (`str`): `discriminator`, the probability that a sequence is real; `log-odds`, its logit; or a control,
-            `constant` or `random`.
+            `constant`, `random` or `shuffled`.
         discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
+        added (`Callable`, *optional*): what is added to the log-odds of whole [`Sequences`].
 
     Attributes:
         control (`Callable`, *optional*): what scores sequences `(n, time)` instead of the discriminator.
     """
 
-    def __init__(self, kind: str, discriminator: MidiDiscriminator):
+    def __init__(
+        self, kind: str, discriminator: MidiDiscriminator, added: Callable[[Sequences], Tensor | float] | None = None
+    ):
         self.kind = kind
         self.discriminator = discriminator
+        self.added = added
         self.control: Callable[[Tensor], Tensor] | None = None
         if kind == "constant":
             self.control = lambda sequences: torch.ones(len(sequences), device=sequences.device)
@@ -65,7 +69,17 @@ class Reward:
         """Rewards from scores, of any shape."""
         if self.control is not None:
             return scores
-        return scores.float() if self.kind == "log-odds" else scores.float().sigmoid()
+        return scores.float().sigmoid() if self.kind == "discriminator" else scores.float()
+
+    def of_whole(self, sequences: Sequences, rows_at_once: int) -> Tensor:
+        """Rewards `(batch,)` of whole sequences; for `shuffled`, dealt out among them."""
+        scores = self._scores(sequences, rows_at_once)
+        if self.control is None and self.added is not None:
+            scores = scores + self.added(sequences)
+        rewards = self.of_scores(scores)
+        if self.kind == "shuffled":
+            rewards = rewards[torch.randperm(len(rewards)).to(rewards.device)]
+        return rewards
 
     def of_actions(self, sequences: Sequences, prompt: int, rows_at_once: int) -> Tensor:
         """Rewards `(batch, actions)` of every action, from the value D of the prefix that it ends: 2D - 1, or for

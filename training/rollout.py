@@ -45,17 +45,27 @@ class Rollouts:
         max_rows (`int`): completions in memory at once; see [`rows_for_budget`].
         ending (`Ending`): what ends a sequence.
         prompt_length (`int`): tokens at the start of every sequence that were given.
+        temperature (`float`, *optional*, defaults to 1.0): divides the logits.
 
     Attributes:
         num_drawn (`int`): tokens drawn so far.
     """
 
-    def __init__(self, model: Any, num_rollouts: int, max_rows: int, ending: Ending, prompt_length: int):
+    def __init__(
+        self,
+        model: Any,
+        num_rollouts: int,
+        max_rows: int,
+        ending: Ending,
+        prompt_length: int,
+        temperature: float = 1.0,
+    ):
         self.policy = as_policy(model)
         self.num_rollouts = num_rollouts
         self.max_rows = max_rows
         self.ending = ending
         self.prompt_length = prompt_length
+        self.temperature = temperature
         self.num_drawn = 0
 
     @property
@@ -107,7 +117,7 @@ class Rollouts:
                 logits = started if logits is None else torch.cat([logits, started])
                 running = joining.stop
             assert logits is not None  # the first time is one at which completions join
-            completions[:running, t + 1] = self.ending.close(draw(logits), is_over)
+            completions[:running, t + 1] = self.ending.close(draw(logits, self.temperature), is_over)
             if self.ending.eos_token_id is not None and running == len(completions) and is_over.all():
                 completions[:, t + 2 :] = self.ending.pad_token_id
                 break

@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 from trl.scripts.utils import TrlParser
 
 from midimamba import loading
-from midimamba.corpus.augmentation import Augmentation, EpochBlocks
+from midimamba.corpus.augmentation import Augmentation, EpochBlocks, EpochOpenings
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import PackedBlocks
 from midimamba.errors import InputError
@@ -31,6 +31,7 @@ from midimamba.text import show
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sampling_limits import give_sampling_defaults
+from midimamba.tokenization.tokenizer import time_ids
 from midimamba.training.option_checks import TRAINER_RULES, check_numbers
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
 
@@ -184,6 +185,27 @@ def load_blocks(
     return train, PackedBlocks(splits["validation"], length), processor
 
 
+def load_openings(
+    data: str, length: int, augmentation: Augmentation, seed: int
+) -> tuple[EpochOpenings, EpochOpenings, MidiProcessor]:
+    """As [`load_blocks`], but each sequence is a piece from its beginning on.
+
+    Both splits are augmented: by its key alone, a discriminator must not know what is real.
+
+    Raises:
+        InputError: if `data` is no corpus or one of several vocabularies, or a split has no piece.
+    """
+    splits, processor = load_corpus(data)
+    check_one_stream(data, processor)
+    for name in ("train", "validation"):
+        if not len(splits[name]):
+            raise InputError(f"{data}: the {name} split has no piece; tokenize more music")
+    train, validation = (
+        EpochOpenings(splits[name], processor, length, augmentation, seed) for name in ("train", "validation")
+    )
+    return train, validation, processor
+
+
 def load_training_blocks(
     data: str, length: int, augmentation: Augmentation, seed: int
 ) -> tuple[PackedBlocks | EpochBlocks, DatasetDict, MidiProcessor]:
@@ -218,8 +240,25 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     return model
 
 
+def look_back_fields(lags: Sequence[int], processor: MidiProcessor) -> dict[str, Any]:
+    """The fields of a configuration that let a network look back by these bars.
+
+    Raises:
+        InputError: if the tokenization has no bars.
+    """
+    if not lags:
+        return {}
+    bars, positions = time_ids(processor.midi_tokenizer)
+    if not bars:
+        raise InputError(
+            "lookback_bars needs a tokenization with bars, such as REMI; "
+            f"{type(processor.midi_tokenizer).__name__} has none"
+        )
+    return {"lookback_bars": list(lags), "bar_token_ids": bars, "position_token_ids": positions}
+
+
 def load_discriminator(
-    arguments: "AdversarialArguments", generator: PreTrainedModel, length: int
+    arguments: "AdversarialArguments", generator: PreTrainedModel, length: int, processor: MidiProcessor | None = None
 ) -> MidiDiscriminator:
     """A new discriminator for a generator's sequences of `length` tokens, or a trained one, as the arguments say.
 
@@ -251,6 +290,7 @@ def load_discriminator(
             dropout=arguments.d_dropout,
             spectral_norm=arguments.d_spectral_norm,
             pad_token_id=getattr(generator.config, "pad_token_id", None) or 0,
+            **_look_back_of(arguments, processor),
             **{name: value for name, value in filters.items() if value is not None},
         )
     except (ValueError, StrictDataclassError) as error:
@@ -258,6 +298,14 @@ def load_discriminator(
     if arguments.discriminator == "cnn":
         _drop_wide_filters(config, length)
     return MidiDiscriminator(config)
+
+
+def _look_back_of(arguments: "AdversarialArguments", processor: MidiProcessor | None) -> dict[str, Any]:
+    if not arguments.d_lookback_bars:
+        return {}
+    if processor is None:
+        raise InputError("d_lookback_bars needs a processor, which knows the tokens that open a bar")
+    return {"bos_token_id": processor.bos_token_id, **look_back_fields(arguments.d_lookback_bars, processor)}
 
 
 def _drop_wide_filters(config: MidiDiscriminatorConfig, length: int) -> None:

@@ -22,7 +22,7 @@ def test_the_start_of_a_document_is_not_a_target() -> None:
 
 
 def test_control_tokens_are_not_targets() -> None:
-    labels = BlockCollator(BOS, control_ids=(5, 8))(ROWS)["labels"]
+    labels = BlockCollator(BOS, ignored_ids=(5, 8))(ROWS)["labels"]
     assert labels.tolist() == [[-100, -100, 2, -100, -100, 6], [7, 2, -100, -100, 9, 2]]
 
 

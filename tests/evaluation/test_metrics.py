@@ -94,7 +94,7 @@ def test_held_out_nll_is_that_of_each_piece_by_itself(generator: MidiMambaForCau
     for piece, first in (([5, 6], 1), ([1, 7, 8, 9], 1), ([1, 3, 5, 6, 7, 8], 2), ([6, 5], 1), ([1, 3, 9, 9], 2)):
         chances = generator(torch.tensor([piece])).logits[0].log_softmax(-1)
         nats += [-chances[t - 1, piece[t]].item() for t in range(first, len(piece))]
-    collator = BlockCollator(bos_token_id=1, control_ids=(3,))
+    collator = BlockCollator(bos_token_id=1, ignored_ids=(3,))
     assert held_out_nll(generator, blocks, collator, batch_size=2) == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 

@@ -137,9 +137,9 @@ def test_forked_rollouts_equal_reencoded_prefixes(
     seen: list[Tensor] = []
     completed: list[Tensor] = []
 
-    def watch(logits: Tensor) -> Tensor:
+    def watch(logits: Tensor, temperature: float) -> Tensor:
         seen.append(logits.clone())
-        return draw(logits)
+        return draw(logits, temperature)
 
     def keep(rows: Tensor) -> Tensor:
         completed.append(rows.clone())

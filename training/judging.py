@@ -1,0 +1,111 @@
+"""The judges of a round: the discriminators whose log-odds reward samples, and how far they can be trusted."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from midimamba.evaluation.judges import (
+    Ensemble,
+    MusicalJudge,
+    TokenJudge,
+    auc,
+    calibrate,
+    calibration_error,
+    fit_musical,
+)
+from midimamba.evaluation.samples import decode_all
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
+from midimamba.modeling.sampling import Ending, Sequences
+from midimamba.tokenization.processor import MidiProcessor
+from midimamba.training.metrics import Measures
+
+MUSICAL_FOLDER = "musical_discriminator"
+"""Of a checkpoint."""
+
+
+class Judges:
+    """
+    The discriminator of tokens and, if there is a processor to decode them, one of musical features.
+
+    All processes of a run judge alike: they put their sequences together.
+
+    Args:
+        discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
+        accelerator (`Accelerator`): the trainer's.
+        held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
+        ending (`Ending`): sequences are judged up to their end.
+        processor (`MidiProcessor`, *optional*): adds the discriminator of musical features.
+    """
+
+    def __init__(
+        self,
+        discriminator: MidiDiscriminator,
+        accelerator: Accelerator,
+        held_out: Tensor,
+        ending: Ending,
+        processor: MidiProcessor | None = None,
+    ):
+        self.token = TokenJudge(discriminator, ending.pad_token_id)
+        self.accelerator = accelerator
+        self.ending = ending
+        self.held_out = self._rows(held_out)
+        self.processor = processor
+        self.musical: MusicalJudge | None = None
+
+    @property
+    def all(self) -> list[TokenJudge | MusicalJudge]:
+        """Those that there are by now."""
+        return [self.token] if self.musical is None else [self.token, self.musical]
+
+    def forget_calibration(self) -> None:
+        """Before the discriminator of tokens learns: it must not learn through a scale of zero."""
+        self.token.discriminator.calibration.set(1.0, 0.0)
+
+    def learn(self, real: Tensor, fake: Tensor) -> None:
+        """Fit a new discriminator of musical features on music and samples `(n, time)` of this process."""
+        if self.processor is None:
+            return
+        real_scores, fake_scores = (
+            decode_all(self.processor, self._rows(self.accelerator.gather(ids))).scores for ids in (real, fake)
+        )
+        self.musical = MusicalJudge(fit_musical(real_scores, fake_scores), self.processor)
+
+    def calibrate(self, fake: Sequences) -> Measures:
+        """
+        Calibrate the judges together, on held-out music and on samples that they have not seen.
+
+        Judges that do not tell them apart better than chance get a scale of 0: their reward is then the same for all.
+
+        Returns:
+            `d_auc` and `d_calibration_error`, on the same music and samples.
+        """
+        samples = self._rows(self.accelerator.gather(fake.ids))
+        calibrate(self.all, self.held_out, samples)
+        ensemble = Ensemble(self.all)
+        real, drawn = ensemble.log_odds(self.held_out), ensemble.log_odds(samples)
+        return {"d_auc": auc(real, drawn), "d_calibration_error": calibration_error(real, drawn)}
+
+    def musical_log_odds(self, sequences: Sequences) -> Tensor | float:
+        """What the discriminator of musical features adds to the log-odds `(n,)` of sequences; 0 if there is none."""
+        if self.musical is None:
+            return 0.0
+        return self.musical.log_odds(self._rows(sequences.ids)).to(sequences.ids.device, torch.float32)
+
+    def save(self, folder: Path) -> None:
+        """Add the discriminator of musical features to a checkpoint."""
+        if self.musical is not None:
+            self.musical.discriminator.save_pretrained(folder / MUSICAL_FOLDER)
+
+    def load(self, folder: Path) -> None:
+        """Read what [`~Judges.save`] wrote."""
+        if self.processor is not None and (folder / MUSICAL_FOLDER).is_dir():
+            discriminator = MusicalDiscriminator.from_pretrained(folder / MUSICAL_FOLDER)
+            self.musical = MusicalJudge(discriminator, self.processor)
+
+    def _rows(self, ids: Tensor) -> list[list[int]]:
+        """Sequences up to their ends, as lists."""
+        lengths = self.ending.mask(ids, 1).sum(1).tolist()
+        return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
