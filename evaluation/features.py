@@ -184,7 +184,7 @@ class Piece:
     @cached_property
     def pitch_classes(self) -> Vector:
         """The share of each pitch class; NaN without pitched notes."""
-        return _shares(np.bincount(self.pitched.pitches % 12, minlength=12))
+        return shares(np.bincount(self.pitched.pitches % 12, minlength=12))
 
     @cached_property
     def chroma(self) -> Vector:
@@ -386,6 +386,12 @@ def measure_with(functions: Mapping[str, Feature], scores: Sequence[ScoreTick]) 
     return {name: np.stack(values) for name, values in rows.items()}
 
 
+def shares(counts: Indices) -> Vector:
+    """Counts divided by their sum; NaN if that is 0."""
+    total = counts.sum()
+    return counts / total if total else np.full(len(counts), np.nan)
+
+
 def _count(numbers: Indices) -> tuple[Indices, Indices]:
     """The different ones of sorted numbers, and how often each occurs, as `np.unique` but without sorting again."""
     first = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1]))
@@ -397,10 +403,5 @@ def _is_in(wanted: Indices, numbers: Indices) -> NDArray[np.bool_]:
     return numbers[np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)] == wanted
 
 
-def _shares(counts: Indices) -> Vector:
-    total = counts.sum()
-    return counts / total if total else np.full(len(counts), np.nan)
-
-
 def _length_histogram(lengths: Vector) -> Vector:
-    return _shares(np.bincount(np.searchsorted(_BORDERS, lengths), minlength=len(LENGTHS)))
+    return shares(np.bincount(np.searchsorted(_BORDERS, lengths), minlength=len(LENGTHS)))
