@@ -70,7 +70,7 @@ def bar_repetition(piece: Piece, lag: int) -> float:
 
 
 def distinct_bars(piece: Piece) -> float:
-    """The number of different bars, as [`bar_repetition`] compares them, divided by that of all bars; NaN without any."""
+    """Different bars, as [`bar_repetition`] compares them, divided by all bars; NaN without pitched notes."""
     span = piece.pitched_grid.span
     if not span:
         return np.nan
