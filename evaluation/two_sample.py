@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from midimamba.evaluation.estimates import Estimate, mean_estimate
+from midimamba.evaluation.logistic import Matrix, logistic_regression
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.scoring import score
 
-Matrix = NDArray[np.float64]
 Indices = NDArray[np.int64]
 # Takes the indices and labels to train on and the indices to test on; returns which of the latter are judged real.
 Classifier = Callable[[Indices, Matrix, Indices], NDArray[np.bool_]]
@@ -90,7 +90,7 @@ def feature_test(real: Matrix, samples: Matrix, seed: int = 0) -> TwoSampleTest:
     points = np.concatenate([points, np.ones((2 * count, 1))], axis=1)
 
     def classify(train: Indices, labels: Matrix, test: Indices) -> NDArray[np.bool_]:
-        return points[test] @ _logistic_regression(points[train], labels) > 0
+        return points[test] @ logistic_regression(points[train], labels, _RIDGE, steps=15) > 0
 
     return _cross_validate(classify, count, seed, "two-sample test, features")
 
@@ -133,16 +133,3 @@ def _convolutions(sequences: Tensor, labels: Tensor, test: Tensor, vocab_size: i
             model(input_ids=sequences[rows], labels=labels[rows]).loss.backward()
             optimizer.step()
     return (score(model, test, batch_size=_BATCH) > 0).numpy()
-
-
-def _logistic_regression(points: Matrix, labels: Matrix) -> Matrix:
-    """Weights `(d,)` by Newton's method; the last column, the constant, is not penalised."""
-    penalty = np.full(points.shape[1], _RIDGE)
-    penalty[-1] = 1e-6
-    weights = np.zeros(points.shape[1])
-    for _ in range(15):
-        chances = 1 / (1 + np.exp(-np.clip(points @ weights, -30, 30)))
-        gradient = points.T @ (chances - labels) + penalty * weights
-        hessian = (points * (chances * (1 - chances))[:, None]).T @ points + np.diag(penalty)
-        weights -= np.linalg.solve(hessian, gradient)
-    return weights

@@ -1,7 +1,10 @@
 """Scores of a discriminator for many sequences."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .sampling import inference
@@ -42,4 +45,31 @@ def score(
     return log_odds
 
 
-__all__ = ["score"]
+def score_sequences(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_token_id: int, batch_size: int = 64
+) -> Tensor:
+    """
+    The same of sequences of any lengths: those of about the same length are read together.
+
+    Args:
+        model (`PreTrainedModel`): as for [`score`].
+        sequences (`Sequence[Sequence[int]]`): token ids, without padding, at least one each.
+        pad_token_id (`int`): fills up the shorter ones of a batch, on the right, behind a mask.
+        batch_size (`int`, *optional*, defaults to 64): sequences per forward pass.
+
+    Returns:
+        `FloatTensor` of shape `(n,)`: the log-odds that each sequence is real, on the model's device.
+    """
+    rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    log_odds = torch.empty(len(rows), device=model.device)
+    for start in range(0, len(rows), batch_size):
+        places = order[start : start + batch_size]
+        ids = pad_sequence([rows[place] for place in places], batch_first=True, padding_value=pad_token_id)
+        lengths = torch.tensor([len(rows[place]) for place in places])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        log_odds[places] = score(model, ids, mask, batch_size)
+    return log_odds
+
+
+__all__ = ["score", "score_sequences"]

@@ -25,6 +25,8 @@ _TONICS = {
 }
 KEYS = tuple(f"{tonic}-{mode}" for mode, tonics in _TONICS.items() for tonic in tonics)
 _PROFILES = np.array([np.roll(profile, tonic) for profile in _KEY_PROFILES.values() for tonic in range(12)])
+_PROFILES -= _PROFILES.mean(axis=1, keepdims=True)
+_PROFILES /= np.linalg.norm(_PROFILES, axis=1, keepdims=True)
 
 
 class Meter(NamedTuple):
@@ -94,9 +96,8 @@ def best_keys(weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """
     weights = weights[np.ptp(weights, axis=1) > 1e-9]
     centred = weights - weights.mean(axis=1, keepdims=True)
-    profiles = _PROFILES - _PROFILES.mean(axis=1, keepdims=True)
     # The norm of a row of weights is the same for every key, and does not change which fits best.
-    return np.argmax(centred @ (profiles / np.linalg.norm(profiles, axis=1, keepdims=True)).T, axis=1)
+    return np.argmax(centred @ _PROFILES.T, axis=1)
 
 
 def _in_order(events: Iterable[Any]) -> list[Any]:

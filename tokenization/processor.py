@@ -226,11 +226,10 @@ class MidiProcessor(ProcessorMixin):
 
     def _is_music(self, steps: torch.Tensor) -> torch.Tensor:
         """Which steps hold no special token and no id beyond its vocabulary, as booleans of shape (time,)."""
-        size = torch.tensor(self.vocab_size)
         if self.tokenizer is not None:
-            # Not MidiTok's own special tokens: those of MMM start and end tracks.
-            return (steps >= len(self.tokenizer.all_special_ids)) & (steps < size)
-        known = (steps > self.eos_token_id) & (steps < size)
+            # Not MidiTok's own special tokens: those of MMM start and end tracks; nor its `len`, which is slow.
+            return (steps >= len(self.tokenizer.all_special_ids)) & (steps < len(self.tokenizer))
+        known = (steps > self.eos_token_id) & (steps < torch.tensor(self.vocab_size))
         if type(self.midi_tokenizer) is MuMIDI:  # pads what only notes have
             known[:, _MUMIDI_COLUMNS:] |= steps[:, _MUMIDI_COLUMNS:] == self.pad_token_id
         return known.all(dim=1)

@@ -13,8 +13,10 @@ from midimamba.registration import register_when_loaded
 if TYPE_CHECKING:
     from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
     from midimamba.modeling.modeling_discriminator import MidiDiscriminator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
     from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
     from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
     from midimamba.tokenization.processor import MidiProcessor
@@ -29,6 +31,8 @@ __all__ = [
     "MidiMambaConfig",
     "MidiMambaForCausalLM",
     "MidiProcessor",
+    "MusicalDiscriminator",
+    "MusicalDiscriminatorConfig",
     "RecurrentCache",
     "load",
 ]
@@ -41,6 +45,8 @@ _MODULES = {
     "MidiMambaConfig": "modeling.configuration_midimamba",
     "MidiMambaForCausalLM": "modeling.modeling_midimamba",
     "MidiProcessor": "tokenization.processor",
+    "MusicalDiscriminator": "modeling.modeling_musical_discriminator",
+    "MusicalDiscriminatorConfig": "modeling.configuration_musical_discriminator",
     "RecurrentCache": "modeling.recurrent_cache",
 }
 

@@ -9,18 +9,21 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from midimamba.errors import InputError, check_hub
 from midimamba.files import read_json
+from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS, check_sampling
 
-Network = TypeVar("Network", MidiMambaForCausalLM, MidiDiscriminator)
+Network = TypeVar("Network", MidiMambaForCausalLM, MidiDiscriminator, MusicalDiscriminator)
 
 # Transformers and peft check little of what they read: a wrong type or number in a file shows as any of these.
 _UNUSABLE = (
@@ -73,6 +76,24 @@ def load_discriminator(name: str | Path, **options: Any) -> MidiDiscriminator:
         InputError: if there is no whole discriminator, or its weights are not finite.
     """
     return _load(MidiDiscriminator, "discriminator", name, options)
+
+
+def load_any_discriminator(name: str | Path, **options: Any) -> MidiDiscriminator | MusicalDiscriminator:
+    """Load a discriminator of tokens or of musical features, whichever its configuration says.
+
+    Args:
+        name (`str` or `Path`): a folder, or a repository on the Hub.
+        options: as for `from_pretrained`.
+
+    Raises:
+        InputError: if there is no whole discriminator of either kind, or its weights are not finite.
+    """
+    with _loading("discriminator", name, options):
+        where = {key: value for key, value in options.items() if key in _HUB_OPTIONS}
+        config, _ = PreTrainedConfig.get_config_dict(name, **where)
+    if config.get("model_type") == MusicalDiscriminatorConfig.model_type:
+        return _load(MusicalDiscriminator, "discriminator", name, options)
+    return load_discriminator(name, **options)
 
 
 def _load(network: type[Network], kind: str, name: str | Path, options: Mapping[str, Any]) -> Network:

@@ -24,8 +24,9 @@ def _register_configurations() -> None:
 
     from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
 
-    for config in (MidiMambaConfig, MidiDiscriminatorConfig):
+    for config in (MidiMambaConfig, MidiDiscriminatorConfig, MusicalDiscriminatorConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
@@ -34,11 +35,14 @@ def _register_models() -> None:
 
     from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
     from midimamba.modeling.modeling_discriminator import MidiDiscriminator
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+    from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
 
     AutoModelForCausalLM.register(MidiMambaConfig, MidiMambaForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(MidiDiscriminatorConfig, MidiDiscriminator, exist_ok=True)
+    AutoModelForSequenceClassification.register(MusicalDiscriminatorConfig, MusicalDiscriminator, exist_ok=True)
 
 
 def _register_processor() -> None:

@@ -11,7 +11,7 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
 
 from midimamba.evaluation import features
-from midimamba.evaluation.features import HISTOGRAMS, LENGTHS, NUMBERS, bar_self_similarity, measure, opening
+from midimamba.evaluation.features import HISTOGRAMS, LENGTHS, NUMBERS, Piece, bar_self_similarity, measure, opening
 from midimamba.tokenization.musical_time import bar_starts
 from support import make_score
 
@@ -52,19 +52,19 @@ def changed(before: ScoreTick, after: ScoreTick) -> set[str]:
 
 def test_pitch_classes_are_counted_over_octaves() -> None:
     score = piece((0, 1, 60), (1, 1, 72), (2, 1, 67), (3, 1, 66))
-    shares = features.pitch_class_histogram(score)
+    shares = features.pitch_class_histogram(Piece(score))
     assert shares[[0, 6, 7]] == pytest.approx([1 / 2, 1 / 4, 1 / 4])
-    assert features.pitch_class_entropy(score) == pytest.approx(1.5)
-    assert features.scale_consistency(score) == pytest.approx(1)  # G major has C, F sharp and G
+    assert features.pitch_class_entropy(Piece(score)) == pytest.approx(1.5)
+    assert features.scale_consistency(Piece(score)) == pytest.approx(1)  # G major has C, F sharp and G
     chromatic = piece(*((i, 1, 60 + i) for i in range(12)))
-    assert features.pitch_class_entropy(chromatic) == pytest.approx(math.log2(12))
-    assert features.scale_consistency(chromatic) == pytest.approx(7 / 12)
+    assert features.pitch_class_entropy(Piece(chromatic)) == pytest.approx(math.log2(12))
+    assert features.scale_consistency(Piece(chromatic)) == pytest.approx(7 / 12)
 
 
 def test_polyphony_counts_only_the_time_in_which_something_sounds() -> None:
     # Two notes for a quarter, one for another; then silence; then one for a quarter.
-    assert features.polyphony(piece((0, 2, 60), (1, 1, 64), (5, 1, 67))) == pytest.approx(4 / 3)
-    assert features.polyphony(piece((0, 4, 60), (1, 1, 64), (2, 1, 64))) == pytest.approx(6 / 4)
+    assert features.polyphony(Piece(piece((0, 2, 60), (1, 1, 64), (5, 1, 67)))) == pytest.approx(4 / 3)
+    assert features.polyphony(Piece(piece((0, 4, 60), (1, 1, 64), (2, 1, 64)))) == pytest.approx(6 / 4)
 
 
 def test_polyphony_agrees_with_counting_on_a_fine_grid() -> None:
@@ -73,37 +73,37 @@ def test_polyphony_agrees_with_counting_on_a_fine_grid() -> None:
     for track in score.tracks:
         for note in track.notes:
             counts[note.time : note.end] += 1
-    assert features.polyphony(score) == pytest.approx(counts.sum() / (counts > 0).sum())
+    assert features.polyphony(Piece(score)) == pytest.approx(counts.sum() / (counts > 0).sum())
 
 
 def test_density_is_per_second_and_per_bar() -> None:
     score = piece(*((i / 2, 0.5, 60) for i in range(16)))  # two bars of quavers in four seconds
-    assert features.notes_per_second(score) == pytest.approx(4)
-    assert features.notes_per_bar(score) == pytest.approx(8)
+    assert features.notes_per_second(Piece(score)) == pytest.approx(4)
+    assert features.notes_per_bar(Piece(score)) == pytest.approx(8)
     score.tempos[0] = Tempo(0, 60.0)
-    assert features.notes_per_second(score) == pytest.approx(2)
+    assert features.notes_per_second(Piece(score)) == pytest.approx(2)
     waltz = piece(*((i / 2, 0.5, 60) for i in range(12)), meter=(3, 4))
-    assert features.notes_per_bar(waltz) == pytest.approx(6)
+    assert features.notes_per_bar(Piece(waltz)) == pytest.approx(6)
 
 
 def test_lengths_are_rounded_to_the_closest_one() -> None:
     score = piece((0, 1, 60), (1, 0.97, 60), (2, 0.5, 60), (2.5, 30, 60))
-    durations = dict(zip(LENGTHS.tolist(), features.duration_histogram(score), strict=True))
+    durations = dict(zip(LENGTHS.tolist(), features.duration_histogram(Piece(score)), strict=True))
     assert (durations[1], durations[0.5], durations[8]) == pytest.approx((1 / 2, 1 / 4, 1 / 4))
-    intervals = dict(zip(LENGTHS.tolist(), features.onset_interval_histogram(score), strict=True))
+    intervals = dict(zip(LENGTHS.tolist(), features.onset_interval_histogram(Piece(score)), strict=True))
     assert (intervals[1], intervals[0.5]) == pytest.approx((2 / 3, 1 / 3))
 
 
 def test_groove_is_one_minus_the_hamming_distance_of_adjacent_bars() -> None:
     four = [(beat, 0.25, 60) for beat in range(4)]
-    assert features.groove_consistency(piece(*four, *((4 + b, d, p) for b, d, p in four))) == pytest.approx(1)
+    assert features.groove_consistency(Piece(piece(*four, *((4 + b, d, p) for b, d, p in four)))) == pytest.approx(1)
     # The second bar has none of the four onsets and one other: 5 of 16 positions differ.
-    assert features.groove_consistency(piece(*four, (4.5, 1, 60))) == pytest.approx(11 / 16)
+    assert features.groove_consistency(Piece(piece(*four, (4.5, 1, 60)))) == pytest.approx(11 / 16)
     # An onset that is a sixteenth late is at another position, one that is a little late is not.
-    assert features.groove_consistency(piece((0, 1, 60), (4.1, 1, 60))) == pytest.approx(1)
-    assert features.groove_consistency(piece((0, 1, 60), (3.95, 1, 60))) == pytest.approx(1)
-    assert features.groove_consistency(piece((0, 1, 60), (4.25, 1, 60))) == pytest.approx(14 / 16)
-    assert features.groove_consistency(piece((0, 1, 60), (3.25, 1, 60), meter=(3, 4))) == pytest.approx(10 / 12)
+    assert features.groove_consistency(Piece(piece((0, 1, 60), (4.1, 1, 60)))) == pytest.approx(1)
+    assert features.groove_consistency(Piece(piece((0, 1, 60), (3.95, 1, 60)))) == pytest.approx(1)
+    assert features.groove_consistency(Piece(piece((0, 1, 60), (4.25, 1, 60)))) == pytest.approx(14 / 16)
+    assert features.groove_consistency(Piece(piece((0, 1, 60), (3.25, 1, 60), meter=(3, 4)))) == pytest.approx(10 / 12)
 
 
 def test_groove_agrees_with_its_definition() -> None:
@@ -117,24 +117,24 @@ def test_groove_agrees_with_its_definition() -> None:
     bars = [bar for bar, grid in enumerate(grids) if grid.any()]
     lengths = np.diff(starts, append=2 * starts[-1] - starts[-2]) / 120
     scores = [1 - (grids[b] ^ grids[b + 1]).sum() / max(lengths[b], lengths[b + 1]) for b in range(bars[0], bars[-1])]
-    assert features.groove_consistency(score) == pytest.approx(np.mean(scores))
+    assert features.groove_consistency(Piece(score)) == pytest.approx(np.mean(scores))
 
 
 def test_beats_are_empty_where_nothing_sounds() -> None:
-    assert features.empty_beat_rate(piece((2, 1, 60), (4.5, 0.25, 60), (6, 2, 60))) == pytest.approx(2 / 6)
-    assert features.empty_beat_rate(piece((0, 8, 60), (1, 1, 60))) == 0
+    assert features.empty_beat_rate(Piece(piece((2, 1, 60), (4.5, 0.25, 60), (6, 2, 60)))) == pytest.approx(2 / 6)
+    assert features.empty_beat_rate(Piece(piece((0, 8, 60), (1, 1, 60)))) == 0
 
 
 def test_bars_are_similar_where_they_repeat() -> None:
     theme = tune(4)
-    assert bar_self_similarity(melody(theme * 5), 4) == pytest.approx(1)
-    assert bar_self_similarity(melody(theme * 5), 8) == pytest.approx(1)
-    assert bar_self_similarity(melody(tune(20)), 4) < 0.5
-    assert math.isnan(bar_self_similarity(melody(theme), 4))
+    assert bar_self_similarity(Piece(melody(theme * 5)), 4) == pytest.approx(1)
+    assert bar_self_similarity(Piece(melody(theme * 5)), 8) == pytest.approx(1)
+    assert bar_self_similarity(Piece(melody(tune(20))), 4) < 0.5
+    assert math.isnan(bar_self_similarity(Piece(melody(theme)), 4))
     # A bar like the first, a bar with one of its four notes, a silent bar.
     line = [60, 62, 64, 65]
     score = melody([line, line, [60, 61, 63, 66], [], line])
-    assert bar_self_similarity(score, 1) == pytest.approx((1 + 1 / 4 + 0 + 0) / 4)
+    assert bar_self_similarity(Piece(score), 1) == pytest.approx((1 + 1 / 4 + 0 + 0) / 4)
 
 
 def test_self_similarity_agrees_with_the_whole_matrix() -> None:
@@ -153,34 +153,34 @@ def test_self_similarity_agrees_with_the_whole_matrix() -> None:
         for a, b in zip(rows[:-4], rows[4:], strict=True)
         if a.any() or b.any()
     ]
-    assert bar_self_similarity(score, 4) == pytest.approx(np.mean(cosines))
+    assert bar_self_similarity(Piece(score), 4) == pytest.approx(np.mean(cosines))
 
 
 def test_key_is_stable_until_the_music_modulates() -> None:
     c_major = [[60, 64, 67, 72], [65, 69, 72, 65], [67, 71, 74, 67], [60, 64, 67, 60]] * 3
     up = [[pitch + 6 for pitch in line] for line in c_major]
-    assert features.key_stability(melody(c_major)) == 1
-    assert 0.4 < features.key_stability(melody(c_major * 2 + up)) < 0.8
-    assert math.isnan(features.key_stability(melody(c_major[:3])))
+    assert features.key_stability(Piece(melody(c_major))) == 1
+    assert 0.4 < features.key_stability(Piece(melody(c_major * 2 + up))) < 0.8
+    assert math.isnan(features.key_stability(Piece(melody(c_major[:3]))))
 
 
 def test_meter_stability_is_weighted_by_time() -> None:
     score = piece((0, 1, 60), (9, 1, 60))
     score.time_signatures.append(TimeSignature(8 * QUARTER, 3, 4))
-    assert features.meter_stability(score) == pytest.approx(0.8)
-    assert features.meter_stability(piece((0, 1, 60))) == 1
+    assert features.meter_stability(Piece(score)) == pytest.approx(0.8)
+    assert features.meter_stability(Piece(piece((0, 1, 60)))) == 1
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *HISTOGRAMS])
 def test_an_empty_score_is_undefined_and_one_note_is_not_an_error(name: str) -> None:
-    functions: dict[str, Callable[[ScoreTick], Any]] = {**NUMBERS, **HISTOGRAMS}
+    functions: dict[str, Callable[[Piece], Any]] = {**NUMBERS, **HISTOGRAMS}
     function = functions[name]
     empty_track = Score(QUARTER)
     empty_track.tracks.append(Track())
     for score in (Score(QUARTER), empty_track):
-        assert np.isnan(function(score)).all()
+        assert np.isnan(function(Piece(score))).all()
     for score in (piece((0, 0, 60)), piece((3.99, 1, 60)), piece((7, 1, 127), meter=(2, 4))):
-        function(score)
+        function(Piece(score))
 
 
 def test_drums_have_rhythm_but_no_pitch() -> None:
@@ -204,7 +204,7 @@ def test_shuffling_bars_changes_only_structure() -> None:
     shuffled = random.Random(0).sample(bars, len(bars))
     moved = changed(melody(bars), melody(shuffled))
     assert moved == {"bar_self_similarity_4", "bar_self_similarity_8", "bar_self_similarity_16", "key_stability"}
-    assert bar_self_similarity(melody(shuffled), 4) < bar_self_similarity(melody(bars), 4)
+    assert bar_self_similarity(Piece(melody(shuffled)), 4) < bar_self_similarity(Piece(melody(bars)), 4)
 
 
 def test_shuffling_pitches_keeps_rhythm_and_pitch_classes() -> None:
@@ -219,7 +219,7 @@ def test_truncating_keeps_density_and_loses_long_range_structure() -> None:
     score = melody(tune(4) * 6)
     moved = changed(score, opening(score, 12))
     assert moved == {"bar_self_similarity_16"}
-    assert math.isnan(bar_self_similarity(opening(score, 12), 16))
+    assert math.isnan(bar_self_similarity(Piece(opening(score, 12)), 16))
 
 
 def test_an_opening_has_the_notes_of_its_bars_at_their_full_length() -> None:

@@ -1,0 +1,76 @@
+"""Importance resampling: of several draws keep some, so that what is kept is closer to real music than the draws are.
+
+A judge's log-odds L say how much likelier a draw is as real music than as a sample. Draws that are weighted by exp(L)
+are distributed as real music, as far as the judge is right (Azadi et al., arXiv 1810.06758, and Grover et al.,
+arXiv 1906.09531).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Pick = Literal["resample", "best"]
+PICKS: tuple[Pick, ...] = ("resample", "best")
+GREEDY = (
+    "the best of each group tends to please the discriminator rather than the ear: leave out `pick` to draw in "
+    "proportion to the odds"
+)
+"""What to tell those who pick the best."""
+
+
+class Judge(Protocol):
+    """Whatever values token sequences."""
+
+    def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Log-odds `(n,)` that each of `n` sequences, without padding, is real music rather than a sample."""
+
+
+def choose(log_odds: Tensor, pick: Pick = "resample", seed: int | None = None) -> Tensor:
+    """
+    Choose one of every group of draws.
+
+    Args:
+        log_odds (`Tensor` of shape `(groups, draws)`): of a judge.
+        pick (`str`, *optional*, defaults to `"resample"`): with probability proportional to exp(log-odds); `"best"`:
+            the draw with the highest.
+        seed (`int`, *optional*): decides what is drawn; by default torch's random state does.
+
+    Returns:
+        `LongTensor` of shape `(groups,)`: indices into the draws of each group.
+
+    Raises:
+        ValueError: if log-odds are NaN, or `pick` is neither.
+    """
+    if pick not in PICKS:
+        raise ValueError(f"pick is {pick!r}; use 'resample' or 'best'")
+    log_odds = log_odds.detach().double().cpu()
+    if log_odds.isnan().any():
+        raise ValueError("the log-odds of a draw are NaN: the discriminator's weights are damaged or have diverged")
+    if pick == "best":
+        return log_odds.argmax(dim=1)
+    random = None if seed is None else torch.Generator().manual_seed(_other(seed))
+    return torch.multinomial(log_odds.softmax(dim=1), 1, generator=random)[:, 0]
+
+
+def effective_sample_size(log_odds: Tensor) -> Tensor:
+    """
+    Kish's effective sample size of weights exp(L), (Σw)² / Σw²: how many equally weighted draws are worth as much.
+
+    Args:
+        log_odds (`Tensor` of shape `(..., draws)`): of a judge.
+
+    Returns:
+        `Tensor` of shape `(...)`: between 1, if one draw has all the weight, and the number of draws.
+    """
+    weights = log_odds.double().softmax(dim=-1)
+    return 1 / weights.square().sum(dim=-1)
+
+
+def _other(seed: int) -> int:
+    """Another seed, so that what is chosen does not depend on the numbers that drew it."""
+    return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
+
+
+__all__ = ["GREEDY", "PICKS", "Judge", "Pick", "choose", "effective_sample_size"]
