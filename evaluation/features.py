@@ -199,7 +199,7 @@ class Piece:
         """How long each pitch class sounds by bar, from the first to the last bar with an onset; `(bars, 12)`."""
         notes, grid = self.pitched, self.pitched_grid
         cells = (grid.bars - grid.bars[:1]) * 12 + notes.pitches % 12
-        return np.bincount(cells, notes.durations, minlength=12 * grid.span).reshape(-1, 12)
+        return np.asarray(np.bincount(cells, notes.durations, minlength=12 * grid.span).reshape(-1, 12))
 
     @cached_property
     def key(self) -> Indices:
@@ -396,10 +396,10 @@ def measure_with(functions: Mapping[str, Feature], scores: Sequence[ScoreTick]) 
     return {name: np.stack(values) for name, values in rows.items()}
 
 
-def shares(counts: Indices) -> Vector:
+def shares(counts: Indices | Vector) -> Vector:
     """Counts divided by their sum; NaN if that is 0."""
     total = counts.sum()
-    return counts / total if total else np.full(len(counts), np.nan)
+    return np.asarray(counts / total) if total else np.full(len(counts), np.nan)
 
 
 def _count(numbers: Indices) -> tuple[Indices, Indices]:
