@@ -10,7 +10,7 @@ from transformers.utils.generic import ModelOutput
 from .judging import Ensemble, Judge, TokenJudge
 from .modeling_discriminator import MidiDiscriminator
 from .modeling_midimamba import MidiMambaForCausalLM
-from .resampling import choose, music_of
+from .resampling import check_pick, choose, music_of
 
 _BEST_OF = 8  # draws for each piece, where a discriminator chooses
 
@@ -64,6 +64,7 @@ class MidiGenerationPipeline(Pipeline):
         if discriminator is not None:
             generate_options["judge"] = self._judge(discriminator)
             generate_options.setdefault("best_of", _BEST_OF)
+            check_pick(generate_options.get("pick", "resample"))
         elif {"best_of", "pick"} & generate_options.keys():
             raise ValueError("best_of and pick choose by a discriminator: give discriminator=… as well")
         return ({} if controls is None else {"controls": controls}), generate_options, {}

@@ -14,6 +14,12 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
+def check_pick(pick: str) -> None:
+    """Raise a `ValueError` if there is no such way to choose."""
+    if pick not in ("resample", "best"):
+        raise ValueError(f"pick is {pick!r}; use 'resample' or 'best'")
+
+
 def choose(log_odds: Tensor, pick: str = "resample", seed: int | None = None) -> Tensor:
     """
     Choose one of every group of draws.
@@ -30,8 +36,7 @@ def choose(log_odds: Tensor, pick: str = "resample", seed: int | None = None) ->
     Raises:
         ValueError: if log-odds are NaN, or `pick` is neither.
     """
-    if pick not in ("resample", "best"):
-        raise ValueError(f"pick is {pick!r}; use 'resample' or 'best'")
+    check_pick(pick)
     log_odds = log_odds.detach().double().cpu()
     if log_odds.isnan().any():
         raise ValueError("the log-odds of a draw are NaN: the discriminator's weights are damaged or have diverged")
@@ -87,4 +92,4 @@ def _other(seed: int) -> int:
     return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
 
 
-__all__ = ["choose", "effective_sample_size", "music_of"]
+__all__ = ["check_pick", "choose", "effective_sample_size", "music_of"]
