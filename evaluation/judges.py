@@ -31,7 +31,7 @@ from midimamba.tokenization.processor import MidiProcessor
 
 NOT_MUSIC = -20.0
 """The log-odds of a sequence that cannot be decoded or holds no note: never chosen, and finite as a reward."""
-RIDGES = (1.0, 10.0, 100.0)
+RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
 FOLDS = 5
 BINS = 10
 _FLAT = 1e-6  # of the scales in calibration

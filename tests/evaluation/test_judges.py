@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,9 @@ class Known:
         self.calibration = calibration or Calibration()
         self.discriminator = self
 
-    def log_odds(self, sequences: list[list[int]]) -> Tensor:
-        return self.calibration(self.values[[row[0] for row in sequences]]).double()
+    def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        log_odds: Tensor = self.calibration(self.values[[row[0] for row in sequences]]).double()
+        return log_odds
 
 
 ints = st.integers(-4, 4)
