@@ -27,6 +27,7 @@ _SCALES = np.zeros((12, 12))  # which pitch classes each major scale has
 _SCALES[np.arange(12)[:, None], (np.arange(12)[:, None] + MAJOR) % 12] = 1
 # Lengths in quarter notes, from a triplet of sixty-fourths to two bars. A length counts as the closest one by ratio.
 LENGTHS = np.array([1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 1.5, 2, 3, 4, 8])
+_AT_ONCE = 64  # pieces, so that memory does not grow with their number
 _BORDERS = np.sqrt(LENGTHS[:-1] * LENGTHS[1:])
 
 
@@ -130,6 +131,7 @@ class Piece:
 
     def __init__(self, score: ScoreTick):
         self.score = score
+        self._similarities: dict[int, Vector] = {}
 
     @cached_property
     def notes(self) -> Notes:
@@ -181,6 +183,12 @@ class Piece:
         """Bars by positions and pitch classes. There must be pitched notes."""
         return BarCells.of(self.pitched_grid, self.pitched.pitches % 12, 12)
 
+    def similarities(self, lag: int) -> Vector:
+        """The cosines of bars that are `lag` bars apart, by [`~Piece.pitch_cells`]."""
+        if lag not in self._similarities:
+            self._similarities[lag] = self.pitch_cells.similarities(lag)
+        return self._similarities[lag]
+
     @cached_property
     def pitch_classes(self) -> Vector:
         """The share of each pitch class; NaN without pitched notes."""
@@ -191,7 +199,7 @@ class Piece:
         """How long each pitch class sounds by bar, from the first to the last bar with an onset; `(bars, 12)`."""
         notes, grid = self.pitched, self.pitched_grid
         cells = (grid.bars - grid.bars[:1]) * 12 + notes.pitches % 12
-        return np.bincount(cells, notes.durations, minlength=12 * grid.span).reshape(-1, 12)
+        return np.asarray(np.bincount(cells, notes.durations, minlength=12 * grid.span).reshape(-1, 12))
 
     @cached_property
     def key(self) -> Indices:
@@ -316,7 +324,7 @@ def bar_self_similarity(piece: Piece, lag: int) -> float:
     """
     if piece.pitched_grid.span <= lag:
         return np.nan
-    similarities = piece.pitch_cells.similarities(lag)
+    similarities = piece.similarities(lag)
     return float(np.mean(similarities)) if len(similarities) else np.nan
 
 
@@ -380,16 +388,18 @@ def measure(scores: Sequence[ScoreTick]) -> dict[str, Vector]:
 def measure_with(functions: Mapping[str, Feature], scores: Sequence[ScoreTick]) -> dict[str, Vector]:
     """The same of chosen features."""
     rows: dict[str, list[Vector]] = {name: [] for name in functions}
-    for piece in map(Piece, scores):
+    # One feature of many pieces is faster than many features of one piece: its code stays in the processor's cache.
+    for start in range(0, len(scores), _AT_ONCE):
+        pieces = [Piece(score) for score in scores[start : start + _AT_ONCE]]
         for name, function in functions.items():
-            rows[name].append(np.atleast_1d(np.asarray(function(piece), dtype=np.float64)))
+            rows[name] += [np.atleast_1d(np.asarray(function(piece), dtype=np.float64)) for piece in pieces]
     return {name: np.stack(values) for name, values in rows.items()}
 
 
-def shares(counts: Indices) -> Vector:
+def shares(counts: Indices | Vector) -> Vector:
     """Counts divided by their sum; NaN if that is 0."""
     total = counts.sum()
-    return counts / total if total else np.full(len(counts), np.nan)
+    return np.asarray(counts / total) if total else np.full(len(counts), np.nan)
 
 
 def _count(numbers: Indices) -> tuple[Indices, Indices]:

@@ -65,7 +65,7 @@ def bar_repetition(piece: Piece, lag: int) -> float:
     """
     if piece.pitched_grid.span <= lag:
         return np.nan
-    similarities = piece.pitch_cells.similarities(lag)
+    similarities = piece.similarities(lag)
     return float(np.mean(similarities > _EQUAL)) if len(similarities) else np.nan
 
 

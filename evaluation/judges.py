@@ -24,37 +24,17 @@ from midimamba.evaluation.judged_features import JUDGED
 from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression
 from midimamba.loading import load_any_discriminator
 from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
-from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.judging import Ensemble, Judge, TokenJudge
 from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
-from midimamba.modeling.resampling import Judge, effective_sample_size
-from midimamba.modeling.scoring import score_sequences
+from midimamba.modeling.resampling import effective_sample_size
 from midimamba.tokenization.processor import MidiProcessor
 
 NOT_MUSIC = -20.0
 """The log-odds of a sequence that cannot be decoded or holds no note: never chosen, and finite as a reward."""
-RIDGES = (1.0, 10.0, 100.0)
+RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
 FOLDS = 5
 BINS = 10
 _FLAT = 1e-6  # of the scales in calibration
-
-
-class TokenJudge:
-    """
-    A discriminator of token sequences.
-
-    Args:
-        discriminator (`MidiDiscriminator`): in any mode, which stays as it is.
-        pad_token_id (`int`): padding, which is cut off the ends of sequences.
-    """
-
-    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int):
-        self.discriminator = discriminator
-        self.pad_token_id = pad_token_id
-
-    def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Log-odds `(n,)` of `n` sequences, in float64 on the CPU."""
-        rows = [_without_padding(sequence, self.pad_token_id) for sequence in sequences]
-        return score_sequences(self.discriminator, rows, self.pad_token_id).double().cpu()
 
 
 class MusicalJudge:
@@ -107,24 +87,6 @@ class MusicalJudge:
         except ValueError:
             return None
         return score if score.note_num() else None
-
-
-class Ensemble:
-    """
-    Several judges whose log-odds are added. Calibrate them together; see [`calibrate`].
-
-    Args:
-        judges (`Sequence[Judge]`): at least one.
-    """
-
-    def __init__(self, judges: Sequence[Judge]):
-        if not judges:
-            raise ValueError("an ensemble needs at least one judge")
-        self.judges = list(judges)
-
-    def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Log-odds `(n,)` of `n` sequences, in float64 on the CPU."""
-        return torch.stack([judge.log_odds(sequences) for judge in self.judges]).sum(0)
 
 
 def load_judges(names: Sequence[str | Path], processor: MidiProcessor) -> list[TokenJudge | MusicalJudge]:
@@ -363,13 +325,6 @@ def _platt(log_odds: Matrix, labels: Matrix) -> tuple[Matrix, float]:
                 best, lowest = np.zeros(judges + 1), loss
                 best[columns] = found
     return best[:-1] / units, float(best[-1])
-
-
-def _without_padding(sequence: Sequence[int], pad_token_id: int) -> Tensor:
-    """A sequence up to its last token that is not padding; at least its first token."""
-    ids = torch.as_tensor(sequence, dtype=torch.long).cpu()
-    music = (ids != pad_token_id).nonzero()
-    return ids[: int(music[-1]) + 1 if len(music) else 1]
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import first_bars
-from midimamba.evaluation.features import NUMBERS
+from midimamba.evaluation.features import NUMBERS, Feature, measure_with
 from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.rendering import draw_piano_roll
 from midimamba.evaluation.report_page import MUSIC
@@ -54,10 +54,11 @@ def sampled_pieces(model: MidiMambaForCausalLM, processor: MidiProcessor, num: i
 
 def music_figures(scores: Sequence[ScoreTick]) -> dict[str, float | None]:
     """The features of [`MUSIC`], each a mean over the pieces that have it; `None` if none has."""
-    functions = {**NUMBERS, "most_voices": most_voices}
+    functions: dict[str, Feature] = {**NUMBERS, "most_voices": lambda piece: most_voices(piece.score)}
+    measured = measure_with({name: functions[name] for name in MUSIC}, scores) if scores else {}
     figures: dict[str, float | None] = {}
     for name in MUSIC:
-        values = np.array([functions[name](score) for score in scores], dtype=np.float64)
+        values = measured.get(name, np.zeros(0))
         known = values[np.isfinite(values)]
         figures[name] = float(known.mean()) if len(known) else None
     return figures

@@ -15,8 +15,10 @@ from midimamba.errors import InputError
 from midimamba.evaluation.report_page import bullet_list, training_settings
 from midimamba.files import read_json
 from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
+from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
 from midimamba.text import for_markdown
 from midimamba.tokenization.processor import MidiProcessor
 
@@ -96,7 +98,7 @@ def publish(
     Args:
         folder (`Path`): written by `save_pretrained` of the model and of its processor, or by `midimamba tokenize`.
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
-        discriminator (`Path`, *optional*): folder of a `MidiDiscriminator`.
+        discriminator (`Path`, *optional*): folder of a `MidiDiscriminator` or `MusicalDiscriminator`.
         report (`Path`, *optional*): `report.json` of the run, or the report of `midimamba evaluate`. It becomes the
             evaluation section of the cards and `evaluation.json`; its pictures, and the samples of a run, are uploaded
             as well.
@@ -206,7 +208,13 @@ def _collect_discriminator(source: Path, target: Path) -> None:
     copy_known(source, PUBLISHED, target)
     with _checking(source, target):
         _check_json(target)
-        MidiDiscriminator.from_pretrained(target)
+        network = MusicalDiscriminator if _is_musical(target) else MidiDiscriminator
+        network.from_pretrained(target)
+
+
+def _is_musical(folder: Path) -> bool:
+    """Whether a discriminator hears musical features, and not tokens."""
+    return bool(read_json(folder / "config.json").get("model_type") == MusicalDiscriminatorConfig.model_type)
 
 
 def _add_cards(
@@ -307,6 +315,8 @@ def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | Non
         repo_id=repo_id,
         generator_id=repo_id.removesuffix(_DISCRIMINATOR),
         measures=evaluation and evaluation.of_discriminator,
+        musical=_is_musical(folder),
+        bars=read_json(folder / "config.json").get("bars"),
     )
 
 

@@ -3,10 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import Pipeline
 from transformers.utils.generic import ModelOutput
 
+from .judging import Ensemble, Judge, TokenJudge
+from .modeling_discriminator import MidiDiscriminator
 from .modeling_midimamba import MidiMambaForCausalLM
+from .resampling import check_pick, choose, music_of
+
+_BEST_OF = 8  # draws for each piece, where a discriminator chooses
 
 
 class MidiGenerationPipeline(Pipeline):
@@ -25,12 +31,16 @@ class MidiGenerationPipeline(Pipeline):
       `{"key": "C-major"}`; `pipeline.processor.controls` has the names and their values;
     - num, seed, bars and at_most: as in [`~midimamba.command_options.SamplingOptions`], by default one piece, torch's
       random state, and no limit of bars;
+    - discriminator (`MidiDiscriminator` or a judge, or a list of them, *optional*): chooses one of every `best_of`
+      draws, by default of 8, with `pick` as in `SamplingOptions`. A judge is whatever has `log_odds`, such as
+      [`~midimamba.evaluation.judges.MusicalJudge`]; the log-odds of several are added;
     - everything that `generate` takes. It samples by default. What is not given is the model's own, from its
       `generation_config.json`, as with `midimamba generate`; without one, temperature is 1, `top_p` 0.95, `top_k` 0
       and `max_new_tokens` 2,048.
 
     Raises:
         MidiRefusedError: if a prompt cannot be used.
+        ValueError: if `best_of` or `pick` is given without a discriminator, or the discriminator cannot judge.
         InputError: if a control or its value is unknown, an option makes no sense, the model computes NaN, or pieces
             are not music where the tokenization has no grammar.
     """
@@ -46,9 +56,38 @@ class MidiGenerationPipeline(Pipeline):
     _pipeline_calls_generate = True
 
     def _sanitize_parameters(
-        self, controls: Mapping[str, str | Sequence[str]] | None = None, **generate_options: Any
+        self,
+        controls: Mapping[str, str | Sequence[str]] | None = None,
+        discriminator: Any = None,
+        **generate_options: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if discriminator is not None:
+            generate_options["judge"] = self._judge(discriminator)
+            generate_options.setdefault("best_of", _BEST_OF)
+            check_pick(generate_options.get("pick", "resample"))
+        elif {"best_of", "pick"} & generate_options.keys():
+            raise ValueError("best_of and pick choose by a discriminator: give discriminator=… as well")
         return ({} if controls is None else {"controls": controls}), generate_options, {}
+
+    def _judge(self, given: Any) -> Judge:
+        """What adds the log-odds of discriminators and judges."""
+        judges: list[Judge] = []
+        for each in given if isinstance(given, list | tuple) else [given]:
+            if hasattr(each, "log_odds"):
+                judges.append(each)
+            elif not isinstance(each, MidiDiscriminator):
+                raise ValueError(
+                    f"a {type(each).__name__} does not read tokens: give a MidiDiscriminator, or a judge such as "
+                    "midimamba.evaluation.judges.MusicalJudge(discriminator, processor)"
+                )
+            elif each.config.vocab_size != self.processor.vocab_size:
+                raise ValueError(
+                    f"the discriminator reads {each.config.vocab_size} different tokens, but the generator's "
+                    f"tokenizer has {self.processor.vocab_size}: give a discriminator of this generator"
+                )
+            else:
+                judges.append(TokenJudge(each, self.processor.pad_token_id))
+        return Ensemble(judges)
 
     def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
         # `Pipeline` refuses a call without input; here it means a new piece.
@@ -64,12 +103,20 @@ class MidiGenerationPipeline(Pipeline):
 
     def _forward(self, input_tensors: dict[str, Any], **generate_options: Any) -> ModelOutput:
         bars: int | None = generate_options.pop("bars", None)
+        judge, pick = generate_options.pop("judge", None), generate_options.pop("pick", "resample")
+        best_of, seed = generate_options.get("best_of"), generate_options.get("seed")
         options = self._prepare_generate_kwargs(generate_options)
         prompt = input_tensors.pop("prompt")  # of a batch, the list of them
         composed = self.processor.compose(self.model, input_tensors, bars=bars, **options)
         composed.tell_unfinished([composed], bars)
         # `Pipeline` gives row i to input i.
         rows = composed.ids.unflatten(0, (len(input_tensors["input_ids"]), -1))
+        if judge is not None:
+            ends = self.processor.pad_token_id, self.processor.eos_token_id
+            log_odds = judge.log_odds([music_of(ids, *ends) for ids in composed.ids]).view(-1, best_of)
+            places = choose(log_odds, pick, seed).to(rows.device)
+            groups = rows.unflatten(1, (-1, best_of)).flatten(0, 1)  # (batch * num, best_of, time)
+            rows = groups[torch.arange(len(groups)), places].unflatten(0, (len(rows), -1))
         return ModelOutput(sequences=rows, prompt=prompt)  # (batch, num, time)
 
     def postprocess(self, model_outputs: ModelOutput, **options: Any) -> list[Any]:

@@ -5,29 +5,22 @@ are distributed as real music, as far as the judge is right (Azadi et al., arXiv
 arXiv 1906.09531).
 """
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor
 
-Pick = Literal["resample", "best"]
-PICKS: tuple[Pick, ...] = ("resample", "best")
-GREEDY = (
-    "the best of each group tends to please the discriminator rather than the ear: leave out `pick` to draw in "
-    "proportion to the odds"
-)
-"""What to tell those who pick the best."""
+logger = logging.getLogger(__name__)
 
 
-class Judge(Protocol):
-    """Whatever values token sequences."""
+def check_pick(pick: str) -> None:
+    """Raise a `ValueError` if there is no such way to choose."""
+    if pick not in ("resample", "best"):
+        raise ValueError(f"pick is {pick!r}; use 'resample' or 'best'")
 
-    def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Log-odds `(n,)` that each of `n` sequences, without padding, is real music rather than a sample."""
 
-
-def choose(log_odds: Tensor, pick: Pick = "resample", seed: int | None = None) -> Tensor:
+def choose(log_odds: Tensor, pick: str = "resample", seed: int | None = None) -> Tensor:
     """
     Choose one of every group of draws.
 
@@ -43,12 +36,15 @@ def choose(log_odds: Tensor, pick: Pick = "resample", seed: int | None = None) -
     Raises:
         ValueError: if log-odds are NaN, or `pick` is neither.
     """
-    if pick not in PICKS:
-        raise ValueError(f"pick is {pick!r}; use 'resample' or 'best'")
+    check_pick(pick)
     log_odds = log_odds.detach().double().cpu()
     if log_odds.isnan().any():
         raise ValueError("the log-odds of a draw are NaN: the discriminator's weights are damaged or have diverged")
     if pick == "best":
+        _say_once(
+            "the best of each group of draws tends to please the discriminator rather than the ear: pick 'resample' "
+            "chooses in proportion to the odds"
+        )
         return log_odds.argmax(dim=1)
     random = None if seed is None else torch.Generator().manual_seed(_other(seed))
     return torch.multinomial(log_odds.softmax(dim=1), 1, generator=random)[:, 0]
@@ -68,9 +64,32 @@ def effective_sample_size(log_odds: Tensor) -> Tensor:
     return 1 / weights.square().sum(dim=-1)
 
 
+def music_of(row: Tensor, pad_token_id: int | None, eos_token_id: int | None) -> list[int]:
+    """What a judge is given of a draw: prompt and continuation, without padding and without the token that ends it.
+
+    Where a piece ends is often the choice of whoever asked for so many bars, and says nothing of the music.
+
+    Args:
+        row (`LongTensor` of shape `(time,)`): padded on either side.
+        pad_token_id (`int`, *optional*), eos_token_id (`int`, *optional*): those of the generator.
+    """
+    kept = torch.ones_like(row, dtype=torch.bool)
+    for token in (pad_token_id, eos_token_id):
+        if token is not None:
+            kept &= row != token
+    places = kept.nonzero()
+    ids: list[int] = row[int(places[0]) : int(places[-1]) + 1].tolist() if len(places) else row[:1].tolist()
+    return ids
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _other(seed: int) -> int:
     """Another seed, so that what is chosen does not depend on the numbers that drew it."""
     return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
 
 
-__all__ = ["GREEDY", "PICKS", "Judge", "Pick", "choose", "effective_sample_size"]
+__all__ = ["check_pick", "choose", "effective_sample_size", "music_of"]

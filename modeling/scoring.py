@@ -46,14 +46,14 @@ def score(
 
 
 def score_sequences(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_token_id: int, batch_size: int = 64
+    model: PreTrainedModel, sequences: Sequence[Sequence[int] | Tensor], pad_token_id: int, batch_size: int = 64
 ) -> Tensor:
     """
     The same of sequences of any lengths: those of about the same length are read together.
 
     Args:
         model (`PreTrainedModel`): as for [`score`].
-        sequences (`Sequence[Sequence[int]]`): token ids, without padding, at least one each.
+        sequences (`Sequence[Sequence[int] | LongTensor]`): token ids, without padding, at least one each.
         pad_token_id (`int`): fills up the shorter ones of a batch, on the right, behind a mask.
         batch_size (`int`, *optional*, defaults to 64): sequences per forward pass.
 

@@ -84,7 +84,8 @@ def compose(
         options:
             As for `generate`. What is not given is the model's own, from its generation config, or else a default;
             see [`~midimamba.tokenization.sampling_limits.complete_sampling`]. Also `num`, the same as
-            `num_return_sequences`, and `seed`: an `int` that decides what is drawn, by default torch's random state.
+            `num_return_sequences`, `best_of`, which multiplies it, and `seed`: an `int` that decides what is drawn, by
+            default torch's random state.
 
     Returns:
         [`Composed`]
@@ -99,6 +100,8 @@ def compose(
     seed, processors = options.pop("seed", None), options.pop("logits_processor", None) or ()
     if (num := options.pop("num", None)) is not None:
         options["num_return_sequences"] = num
+    if (best_of := options.pop("best_of", None)) is not None:
+        options["num_return_sequences"] = best_of * (options.get("num_return_sequences") or 1)
     prompt: Tensor = inputs["input_ids"]
     grammar = _grammar(processor, bars, at_most, prompt.shape[1])
     # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.

@@ -17,6 +17,10 @@ MAX_SEED = 2**63 - 1  # of torch
 MAX_NUMPY_SEED = 2**32 - 1
 MAX_SIZE = 2**31 - 1  # of anything that is counted
 
+PICKS = ("resample", "best")
+"""How one of several draws is chosen: at random by the odds that it is real music, or the one with the best odds."""
+BEST_OF = 8  # draws for each piece, where a discriminator chooses
+
 SAMPLING_DEFAULTS: dict[str, Any] = {
     "do_sample": True,
     "temperature": 1.0,
@@ -33,6 +37,7 @@ _RANGES = {
     "max_new_tokens": (MIN_NEW_TOKENS, MAX_SIZE),
     "top_k": (0, MAX_SIZE),
     "seed": (0, MAX_SEED),
+    "best_of": (2, MAX_SIZE),
 }
 
 
@@ -48,6 +53,10 @@ def check_sampling(**options: Any) -> None:
             Above 0 and at most 1.
         top_k (`int`, *optional*):
             At least 0, which stands for all tokens.
+        best_of (`int`, *optional*):
+            At least 2 draws for each piece.
+        pick (`str`, *optional*):
+            One of [`PICKS`].
         options:
             Others are not looked at.
     """
@@ -59,6 +68,8 @@ def check_sampling(**options: Any) -> None:
         raise InputError(f"temperature is {temperature}: give a number from 0.001 to 1000")
     if top_p is not None and not (_lies_within(top_p, 0, 1) and top_p > 0):
         raise InputError(f"top_p is {top_p}: give a number above 0 and at most 1")
+    if (pick := options.get("pick")) is not None and pick not in PICKS:
+        raise InputError(f"pick is {pick!r}: give {' or '.join(PICKS)}")
 
 
 def complete_sampling(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from midimamba.errors import InputError
-from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
+from midimamba.tokenization.sampling_limits import (
+    BEST_OF,
+    MAX_NUMPY_SEED,
+    MAX_SIZE,
+    PICKS,
+    check_sampling,
+    check_whole,
+)
 from midimamba.training.plan import SIZES
 
 _OWN = "(default: the model's own)"
@@ -119,6 +126,10 @@ class SamplingOptions:
         seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces; not negative.
         at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`
             new bars.
+        best_of (`int`, *optional*): draw this many pieces for each wanted one, and let a discriminator choose; at
+            least 2.
+        pick (`str`, *optional*, defaults to `"resample"`): choose with probability proportional to the odds that a
+            draw is real music; `"best"`: choose the draw with the highest odds.
 
     Raises:
         InputError: if a value makes no sense.
@@ -150,6 +161,24 @@ class SamplingOptions:
         },
     )
 
+    best_of: int | None = field(
+        default=None,
+        metadata={
+            "group": "choosing by discriminators",
+            "help": f"draw this many pieces for each wanted one, and choose one of them (default: {BEST_OF} with "
+            "--discriminator)",
+        },
+    )
+    pick: str = field(
+        default=PICKS[0],
+        metadata={
+            "group": "choosing by discriminators",
+            "choices": PICKS,
+            "help": "resample: choose at random, in proportion to the odds that a draw is real music; best: choose "
+            "the draw with the highest odds, which tends to please the discriminator rather than the ear",
+        },
+    )
+
     def __post_init__(self) -> None:
         check_sampling(**asdict(self))
 
@@ -170,6 +199,22 @@ class GenerateOptions:
             "help": "what the music should be like, such as key=C-major; repeat it for more controls or instruments",
         },
     )
+    discriminator: Sequence[str] = field(
+        default=(),
+        metadata={
+            "group": "choosing by discriminators",
+            "metavar": "D",
+            "help": "one or more discriminators, each in a folder or on the Hub; their log-odds are added",
+        },
+    )
+    keep_unused: Path | None = field(
+        default=None,
+        metadata={
+            "group": "choosing by discriminators",
+            "metavar": "DIR",
+            "help": "folder to make for the draws that were not chosen",
+        },
+    )
     list_controls: bool = field(
         default=False, metadata={"group": "request", "help": "print the model's controls and their values, and stop"}
     )
@@ -187,6 +232,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if not self.render and (self.soundfont is not None or self.format != "wav"):
             raise InputError("--soundfont and --format say how to play the pieces: add --render")
+        if self.keep_unused is not None and not self.discriminator:
+            raise InputError("--keep-unused keeps what a discriminator did not choose: add --discriminator")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
 from midimamba.text import show
+from midimamba.tokenization.sampling_limits import PICKS
 
 
 def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
@@ -81,10 +82,7 @@ def tune(options: TuneOptions) -> None:
 
 def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
     """`midimamba generate`: a model to MIDI files."""
-    from midimamba.evaluation.rendering import draw_piano_roll, import_demo
-    from midimamba.evaluation.sound import check_encoder, load_soundfont, render_sounds
-    from midimamba.files import whole_folder
-    from midimamba.generation import generate_scores, load_pair
+    from midimamba.generation import load_pair
     from midimamba.tokenization.ingest import MidiRefusedError
 
     if options.list_controls:
@@ -92,26 +90,84 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
         return
     controls = _read_controls(options.control)
     out = _new_folder(options.out, "the pieces")
+    _check_choosing(options, sampling, out)
+    write = _writer(options)  # what is missing is found before the pieces are sampled
+    model, processor = load_pair(options.model)
+    request = {"prompt": options.prompt, "controls": controls}
+    try:
+        chosen = _sample(model, processor, options.discriminator, sampling, request)
+    except MidiRefusedError as error:
+        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
+    write(out, {f"sample-{index:02d}": score for index, score in enumerate(chosen.scores)})
+    if options.keep_unused is not None:
+        write(
+            options.keep_unused,
+            {
+                f"sample-{i:02d}-{j:02d}": score
+                for i, group in enumerate(chosen.unused)
+                for j, score in enumerate(group)
+            },
+        )
+    line = f"{len(chosen.scores)} pieces in {out}"
+    if options.discriminator:
+        draws = len(chosen.unused[0]) + 1
+        line += f", each one of {draws} draws; effective sample size {chosen.effective_sample_size:.1f} of {draws}"
+    show(line)
+
+
+def _check_choosing(options: GenerateOptions, sampling: SamplingOptions, out: Path) -> None:
+    """Refuse, before any work, options about choosing that cannot be."""
+    if not options.discriminator and (sampling.best_of is not None or sampling.pick != PICKS[0]):
+        raise InputError("--best-of and --pick choose by a discriminator: name one with --discriminator")
+    if options.keep_unused is None:
+        return
+    unused = _new_folder(options.keep_unused, "the unused draws").absolute()
+    if unused.is_relative_to(out.absolute()) or out.absolute().is_relative_to(unused):
+        raise InputError(
+            f"{options.keep_unused} and {out} are not apart, so unused draws would pass for pieces: "
+            "choose another --keep-unused"
+        )
+
+
+def _sample(
+    model: Any, processor: Any, discriminators: Sequence[str], sampling: SamplingOptions, request: dict[str, Any]
+) -> Any:
+    """The pieces, chosen by discriminators if there are any, as [`~midimamba.generation.Chosen`]."""
+    from midimamba.generation import Chosen, choose_scores, generate_scores
+
+    if not discriminators:
+        return Chosen(generate_scores(model, processor, sampling, **request), [], 1.0)
+    from midimamba.evaluation.judges import load_judges
+    from midimamba.modeling.judging import Ensemble
+
+    judge = Ensemble(load_judges(discriminators, processor))
+    return choose_scores(model, processor, judge, sampling, **request)
+
+
+def _writer(options: GenerateOptions) -> Callable[[Path, dict[str, Any]], None]:
+    """What writes scores to a new folder, all or none, with pictures and sound if they are wanted."""
+    from midimamba.evaluation.rendering import draw_piano_roll, import_demo
+    from midimamba.evaluation.sound import check_encoder, load_soundfont, render_sounds
+    from midimamba.files import whole_folder
+
     soundfont = b""
-    if options.render:  # what is missing is found before the pieces are sampled
+    if options.render:
         import_demo("matplotlib.figure")
         check_encoder(options.format)
         soundfont = load_soundfont(options.soundfont)
-    model, processor = load_pair(options.model)
-    try:
-        scores = generate_scores(model, processor, sampling, prompt=options.prompt, controls=controls)
-    except MidiRefusedError as error:
-        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
-    with whole_folder(out) as folder:
-        pieces = {folder / f"sample-{index:02d}.mid": score for index, score in enumerate(scores)}
-        for file, score in pieces.items():
-            score.dump_midi(file)
+
+    def write(out: Path, scores: dict[str, Any]) -> None:
+        with whole_folder(out) as folder:
+            pieces = {folder / f"{name}.mid": score for name, score in scores.items()}
+            for file, score in pieces.items():
+                score.dump_midi(file)
+                if options.render:
+                    draw_piano_roll(score, file.with_suffix(".png"), title=file.stem)
             if options.render:
-                draw_piano_roll(score, file.with_suffix(".png"), title=file.stem)
-        if options.render:
-            sounds = {file.with_suffix(f".{options.format}"): score for file, score in pieces.items()}
-            render_sounds(sounds, soundfont)
-    show(f"{len(scores)} pieces in {out}")
+                sounds = {file.with_suffix(f".{options.format}"): score for file, score in pieces.items()}
+                render_sounds(sounds, soundfont)
+
+    return write
 
 
 def _list_controls(model: str) -> None:

@@ -1,8 +1,8 @@
 """From a generator to scores: new music, with or without controls, or the continuation of a prompt."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from symusic.core import ScoreTick
@@ -15,10 +15,30 @@ from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.evaluation.samples import Samples, decode_all
 from midimamba.loading import load_processor
+from midimamba.modeling.judging import Judge
+from midimamba.modeling.resampling import choose, effective_sample_size, music_of
 from midimamba.tokenization.composing import Composed, seeded
-from midimamba.tokenization.sampling_limits import complete_sampling
+from midimamba.tokenization.processor import Midi
+from midimamba.tokenization.sampling_limits import BEST_OF, complete_sampling
 
 _SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
+
+
+class Chosen(NamedTuple):
+    """
+    What a judge chose, and what it left.
+
+    Args:
+        scores (`list[symusic.Score]`): one of each group of draws.
+        unused (`list[list[symusic.Score]]`): the other draws of each group.
+        effective_sample_size (`float`): the mean over the groups; 1 if one draw of each has all the weight, and the
+            number of draws if the judge finds no difference. See
+            [`~midimamba.modeling.resampling.effective_sample_size`].
+    """
+
+    scores: list[ScoreTick]
+    unused: list[list[ScoreTick]]
+    effective_sample_size: float
 
 
 class _TokenProgress(StoppingCriteria):
@@ -67,8 +87,9 @@ def generate_scores(
     processor: MidiProcessor,
     options: SamplingOptions | None = None,
     *,
-    prompt: str | Path | bytes | ScoreTick | None = None,
+    prompt: Midi | None = None,
     controls: Mapping[str, str | Sequence[str]] | None = None,
+    judge: Judge | None = None,
 ) -> list[ScoreTick]:
     """
     Sample music. Where the tokenization has a grammar, it is valid and holds notes, whatever the model's quality.
@@ -82,6 +103,8 @@ def generate_scores(
         prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): music to continue; every result begins with it.
         controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
             `{"key": "C-major"}`; `processor.controls` has the names and their values.
+        judge ([`~midimamba.modeling.judging.Judge`], *optional*): chooses one of every `options.best_of` draws, by
+            default of 8; see [`choose_scores`], which returns the others as well.
 
     Returns:
         `list[symusic.Score]` of length `options.num`.
@@ -92,9 +115,51 @@ def generate_scores(
             several draws where the tokenization has no grammar.
     """
     options = options or SamplingOptions()
+    if judge is not None:
+        return choose_scores(model, processor, judge, options, prompt=prompt, controls=controls).scores
+    if options.best_of is not None:
+        raise InputError(f"best_of is {options.best_of}, but nothing chooses: give a judge as well")
     inputs = processor(prompt, return_tensors="pt", controls=controls)
     parts = _compose(model, processor, inputs, options)
     return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
+
+
+def choose_scores(
+    model: MidiMambaForCausalLM,
+    processor: MidiProcessor,
+    judge: Judge,
+    options: SamplingOptions | None = None,
+    *,
+    prompt: Midi | None = None,
+    controls: Mapping[str, str | Sequence[str]] | None = None,
+) -> Chosen:
+    """
+    Sample `options.best_of` pieces for each wanted one, and let a judge choose: importance resampling.
+
+    A prompt is judged together with what follows it.
+
+    Args:
+        judge ([`~midimamba.modeling.judging.Judge`]): such as
+            `Ensemble(load_judges(["you/bach-discriminator"], processor))` of [`~midimamba.evaluation.judges`].
+        model, processor, options, prompt, controls: as for [`generate_scores`].
+
+    Raises:
+        MidiRefusedError, InputError: as [`generate_scores`]; also if the judge computes NaN.
+    """
+    options = options or SamplingOptions()
+    options = replace(options, best_of=options.best_of or BEST_OF)
+    parts = _compose(model, processor, processor(prompt, return_tensors="pt", controls=controls), options)
+    draws = [ids for part in parts for ids in part.ids]
+    ends = processor.pad_token_id, processor.eos_token_id
+    log_odds = judge.log_odds([music_of(ids, *ends) for ids in draws]).view(options.num, -1)
+    try:
+        places = choose(log_odds, options.pick, options.seed).tolist()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    scores = [processor.continue_score(prompt, ids) for ids in draws]
+    groups = [scores[start : start + log_odds.shape[1]] for start in range(0, len(scores), log_odds.shape[1])]
+    chosen = [group.pop(place) for group, place in zip(groups, places, strict=True)]
+    return Chosen(chosen, groups, float(effective_sample_size(log_odds).mean()))
 
 
 def generate_samples(model: MidiMambaForCausalLM, processor: MidiProcessor, options: SamplingOptions) -> Samples:
@@ -113,11 +178,12 @@ def _compose(
     options: SamplingOptions,
     **more: Any,
 ) -> list[Composed]:
-    """Continue one prompt `options.num` times, in parts. `more` is for `compose`."""
+    """Continue one prompt `options.num` times, or `best_of` times as often, in parts. `more` is for `compose`."""
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
     sampling = complete_sampling(model.generation_config, given | {"do_sample": True} | more)
     limit = sampling["max_new_tokens"]
-    counts = [min(_SAMPLED_AT_ONCE, options.num - start) for start in range(0, options.num, _SAMPLED_AT_ONCE)]
+    total = options.num * (options.best_of or 1)
+    counts = [min(_SAMPLED_AT_ONCE, total - start) for start in range(0, total, _SAMPLED_AT_ONCE)]
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     parts: list[Composed] = []
     with (

@@ -1,5 +1,6 @@
 """`pipeline("midi-generation")`: what transformers' users try first."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LogitsProcessor, Pipeline, pipeline
 
-from midimamba import MidiGenerationPipeline, MidiMambaForCausalLM, MidiProcessor
+from midimamba import (
+    MidiGenerationPipeline,
+    MidiMambaForCausalLM,
+    MidiProcessor,
+    MusicalDiscriminator,
+    MusicalDiscriminatorConfig,
+)
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MidiRefusedError
 from midimamba.tokenization.musical_time import count_bars
-from support import make_generator, make_score
+from support import make_discriminator, make_generator, make_score
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +172,55 @@ def test_what_cannot_be_used_is_named(compose: MidiGenerationPipeline) -> None:
         compose(b"no music")
     with pytest.raises(InputError, match="control"):
         compose(None, controls={"key": "H-moll"})
+
+
+class PrefersShort:
+    """A judge that remembers what it is asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        self.seen += [list(sequence) for sequence in sequences]
+        return torch.tensor([-1000.0 * len(sequence) for sequence in sequences])
+
+
+def test_a_judge_chooses_for_every_prompt_of_a_batch(
+    compose: MidiGenerationPipeline, processor: MidiProcessor
+) -> None:
+    prompts, judge = [make_score(1, bars=1), make_score(2, bars=3)], PrefersShort()
+    results = compose(
+        prompts, batch_size=2, num=2, best_of=3, bars=2, seed=1, max_new_tokens=60, discriminator=judge, pick="best"
+    )
+    assert [len(scores) for scores in results] == [2, 2]
+    assert len(judge.seen) == 2 * 2 * 3
+    for index, score in enumerate(score for scores in results for score in scores):
+        prompt, group = prompts[index // 2], judge.seen[3 * index : 3 * index + 3]
+        opening = processor.encode(prompt)
+        assert all(ids[: len(opening)] == opening for ids in group)  # without the padding of shorter prompts
+        expected = processor.continue_score(prompt, min(group, key=len))
+        assert score.dumps_midi() == expected.dumps_midi()
+
+
+def test_a_discriminator_of_tokens_chooses_by_the_seed(
+    compose: MidiGenerationPipeline, processor: MidiProcessor
+) -> None:
+    options: dict[str, Any] = {"discriminator": make_discriminator(vocab_size=processor.vocab_size), "bars": 1}
+    runs = [compose(None, seed=seed, max_new_tokens=40, **options)[0].dumps_midi() for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_choice_that_nothing_can_make_is_refused(compose: MidiGenerationPipeline) -> None:
+    with pytest.raises(ValueError, match="give discriminator=… as well"):
+        compose(None, best_of=4)
+    with pytest.raises(ValueError, match="reads 11 different tokens, but the generator's tokenizer has"):
+        compose(None, discriminator=make_discriminator())
+    with pytest.raises(ValueError, match="a MusicalDiscriminator does not read tokens: give a MidiDiscriminator, or"):
+        compose(
+            None,
+            discriminator=[MusicalDiscriminator(MusicalDiscriminatorConfig(feature_names=["a"], feature_widths=[1]))],
+        )
+    with pytest.raises(InputError, match="best_of is 1: give at least 2"):
+        compose(None, discriminator=PrefersShort(), best_of=1)
+    with pytest.raises(ValueError, match="pick is 'worst'"):
+        compose(None, discriminator=PrefersShort(), pick="worst")
