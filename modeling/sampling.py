@@ -43,10 +43,14 @@ class Ending(NamedTuple):
     Args:
         eos_token_id (`int`, *optional*): the token that ends a sequence; by default nothing does.
         pad_token_id (`int`, *optional*, defaults to 0): the token that follows an end.
+        bars (`int`, *optional*): a sequence counts up to the end of this many bars; by default all of it does.
+        bar_token_ids (`tuple[int, ...]`, *optional*): the tokens that begin a bar, for `bars`.
     """
 
     eos_token_id: int | None = None
     pad_token_id: int = 0
+    bars: int | None = None
+    bar_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -63,7 +67,8 @@ class Ending(NamedTuple):
         return cls(end, end if padding is None else padding)
 
     def mask(self, sequences: Tensor, prompt: int) -> Tensor:
-        """The attention mask of sequences: 1 up to the first end, that token included, and 0 after it.
+        """The attention mask of sequences: 1 up to the first end, that token included, and 0 after it. The token that
+        begins the first bar too many has 0 as well.
 
         Args:
             sequences (`LongTensor` of shape `(batch, time)`): what [`sample`] returned, or real music.
@@ -73,12 +78,16 @@ class Ending(NamedTuple):
         Returns:
             `LongTensor` of shape `(batch, time)`.
         """
-        if self.eos_token_id is None:
-            return torch.ones_like(sequences)
-        ends = sequences == self.eos_token_id
-        ends[:, :prompt] = False
-        earlier = ends.cumsum(1) - ends.long()
-        return (earlier == 0).long()
+        mask = torch.ones_like(sequences)
+        if self.eos_token_id is not None:
+            ends = sequences == self.eos_token_id
+            ends[:, :prompt] = False
+            earlier = ends.cumsum(1) - ends.long()
+            mask = (earlier == 0).long()
+        if self.bars is not None:
+            begun = torch.isin(sequences, sequences.new_tensor(self.bar_token_ids)).cumsum(1)
+            mask = mask * (begun <= self.bars).long()
+        return mask
 
     def close(self, tokens: Tensor, is_over: Tensor) -> Tensor:
         """What becomes of tokens `(n,)` just drawn: padding in rows that are over.
@@ -114,6 +123,11 @@ class Sequences(NamedTuple):
     def rows(self, indices: Tensor | slice) -> "Sequences":
         """Some of the sequences."""
         return Sequences(self.ids[indices], self.mask[indices])
+
+    def trimmed(self) -> "Sequences":
+        """The same without the columns at the end that are padding in every row."""
+        longest = int(self.mask.sum(1).max())
+        return Sequences(self.ids[:, :longest], self.mask[:, :longest])
 
 
 NEVER = Ending()

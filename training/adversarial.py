@@ -128,8 +128,8 @@ def musical_folder(output: "Path") -> "Path":
 
 def _check_musical(script_args: AdversarialArguments, training_args: "AdversarialConfig") -> None:
     """Refuse options that a discriminator of musical features cannot serve."""
-    serves = training_args.calibrates and training_args.estimator in ("terminal", "distill")
-    if script_args.musical_discriminator and not (serves and script_args.openings):
+    serves = training_args.calibrates and script_args.openings
+    if script_args.musical_discriminator and not serves:
         raise InputError(
             "musical_discriminator judges whole pieces by their log-odds: set openings to true, reward to log-odds or "
             "shuffled, and estimator to terminal or distill"

@@ -13,7 +13,7 @@ _RULES = (
         lambda value: value >= 1,
         (
             *("prompt_length", "micro_batch_size", "num_rollouts", "ppo_epochs"),
-            *("d_steps", "d_epochs", "num_eval_samples", "mini_batch_size"),
+            *("d_steps", "d_epochs", "num_eval_samples", "mini_batch_size", "bars"),
         ),
     ),
     Rule("at least 2", lambda value: value >= 2, ("group_size",)),
@@ -38,7 +38,7 @@ _RULES = (
 
 # The sections of the help.
 OPTION_GROUPS = {
-    "sequences": ("sequence_length", "prompt_length", "temperature", "micro_batch_size", "mini_batch_size"),
+    "sequences": ("sequence_length", "prompt_length", "bars", "temperature", "micro_batch_size", "mini_batch_size"),
     "action values": (
         *("estimator", "reward", "num_rollouts", "rollout_positions", "rollout_memory_mb", "rollout_momentum"),
     ),
@@ -74,6 +74,8 @@ class AdversarialConfig(TrainingArguments):
         sequence_length (`int`, *optional*, defaults to 128): tokens in a sequence, prompt included.
         prompt_length (`int`, *optional*, defaults to 1): tokens at the start of every sampled sequence that are taken
             from real music and not rewarded. Real and sampled sequences then start alike, wherever a block begins.
+        bars (`int`, *optional*): sequences are judged, and learned from, up to the end of this many bars. Real music
+            and samples are then of one length to a musician, if not in tokens. Unset: up to their end.
         temperature (`float`, *optional*, defaults to 1.0): the policy is the softmax of the generator's logits
             divided by this, in sampling and in every term of the loss but the maximum-likelihood one. Set it to the
             temperature at which the generator will be used.
@@ -93,8 +95,8 @@ class AdversarialConfig(TrainingArguments):
         reward (`str`, *optional*, defaults to `"discriminator"`): the probability that a sequence is real, which is
             the paper's. `log-odds`: its logit, log D - log(1 - D), which does not saturate, and whose mean is the
             negative divergence KL(policy ‖ music) if the discriminator is perfect (arXiv 1710.11248); for `dense` what
-            a token adds to it. The log-odds are calibrated in every round, on held-out music and on samples that the
-            discriminator has not seen, and are 0 if it cannot tell those apart. `constant`, `random` and `shuffled`
+            a token adds to it. For `terminal` and `distill`, log-odds are calibrated in every round, on held-out music
+            and on samples that the discriminator has not seen, and are 0 if it cannot tell those apart. `constant`, `random` and `shuffled`
             (the log-odds, dealt out at random) are the controls without which no effect of a reward can be claimed.
         num_rollouts (`int`, *optional*, defaults to 4): completions per action value; `N` in the paper.
         rollout_positions (`int`, *optional*, defaults to 8): how many actions of a sequence roll-outs value: bar lines
@@ -168,6 +170,7 @@ class AdversarialConfig(TrainingArguments):
     prompt_length: int = field(
         default=1, metadata={"help": "Tokens at the start of a sampled sequence that are taken from real music."}
     )
+    bars: int | None = field(default=None, metadata={"help": "Judge sequences up to the end of this many bars."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the policy."})
     micro_batch_size: int = field(
         default=16, metadata={"help": "Sequences in memory at once while gradients are computed."}
@@ -302,7 +305,7 @@ class AdversarialConfig(TrainingArguments):
     @property
     def calibrates(self) -> bool:
         """Whether the discriminator's log-odds are calibrated in every round."""
-        return self.reward in ("log-odds", "shuffled")
+        return self.reward in ("log-odds", "shuffled") and self.estimator in ("terminal", "distill")
 
     @property
     def _may_step_often(self) -> bool:

@@ -51,8 +51,8 @@ class AdversarialTrainer(GuardedTrainer):
             `bos_token_id` of the generator's configuration.
         processing_class (`ProcessorMixin`, *optional*): saved beside the generator.
         callbacks (`list[TrainerCallback]`, *optional*): as for `Trainer`.
-        bar_token_ids (`Sequence[int]`, *optional*): the tokens that begin a bar, which roll-outs value first; see
-            [`~midimamba.training.action_values.tokens_that_begin_bars`].
+        bar_token_ids (`Sequence[int]`, *optional*): the tokens that begin a bar, which roll-outs value first and
+            `bars` counts; see [`~midimamba.training.action_values.tokens_that_begin_bars`].
         musical_discriminator (`bool`, *optional*, defaults to `False`): add the log-odds of a discriminator of musical
             features, which is fitted in every round; for rewards `log-odds` and `shuffled` of whole sequences.
         peft_config (`LoraConfig`, *optional*): train low-rank adapters of the generator instead of its weights.
@@ -77,7 +77,7 @@ class AdversarialTrainer(GuardedTrainer):
         musical_discriminator: bool = False,
         peft_config: "LoraConfig | None" = None,
     ):
-        check_networks(model, discriminator, args)
+        check_networks(model, discriminator, args, bar_token_ids)
         super().__init__(
             model=model if peft_config is None else add_adapters(model, peft_config),
             args=args,
@@ -89,7 +89,7 @@ class AdversarialTrainer(GuardedTrainer):
         )
         self.check_is_whole()
         self.guard = Guard(args, self.accelerator)
-        self.ending = Ending.of(model.config)
+        self.ending = Ending.of(model.config)._replace(bars=args.bars, bar_token_ids=tuple(bar_token_ids))
         self.rollout_policy = frozen_copy(self.generator)
         self.reference_policy = frozen_copy(self.generator) if args.kl_coef else None
         held_out = spread_blocks(eval_dataset, HELD_OUT).to(args.device)

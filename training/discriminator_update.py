@@ -122,7 +122,7 @@ class DiscriminatorUpdate:
             orders = [torch.randperm(len(ids), device=ids.device).split(size) for ids in (real, fake)]
             for some_real, some_fake in zip(*orders, strict=True):
                 sequences, labels = self._labelled(real[some_real], fake[some_fake])
-                _, measures = self._accumulate(sequences, labels, len(some_real))
+                _, measures = self._accumulate(sequences.trimmed(), labels, len(some_real))
                 measures["d_grad_norm"] = self._descend()
                 passes.append((measures, {}))
             loss = self._held_out_loss(unseen)

@@ -47,6 +47,14 @@ class Batch(NamedTuple):
         old = None if self.old is None else self.old[indices]
         return Batch(self.fake.rows(indices), self.real[indices], self.advantages[indices], old)
 
+    def trimmed(self) -> "Batch":
+        """The same without the columns at the end that are padding in every sample; of music they are left out."""
+        fake = self.fake.trimmed()
+        cut = self.fake.ids.shape[1] - fake.ids.shape[1]
+        actions = self.advantages.shape[1] - cut
+        old = None if self.old is None else self.old[:, :actions]
+        return Batch(fake, self.real[:, : fake.ids.shape[1]], self.advantages[:, :actions], old)
+
     def split(self, rows: int) -> list["Batch"]:
         """Batches of at most `rows` sequences."""
         return [self.rows(slice(start, start + rows)) for start in range(0, len(self.real), rows)]
@@ -214,7 +222,7 @@ class GeneratorUpdate:
             for rows in torch.randperm(len(batch.real), device=batch.real.device).split(size):
                 if terms:
                     self._step(model, optimizer)
-                terms.append(self._accumulate(model, batch.rows(rows)))
+                terms.append(self._accumulate(model, batch.rows(rows).trimmed()))
         return terms
 
     @torch.no_grad()

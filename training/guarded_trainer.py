@@ -5,6 +5,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -330,11 +331,14 @@ class _Hooks(TrainerCallback):
         self.trainer.guard.last_good = self.trainer.checkpoint_folder
 
 
-def check_networks(model: PreTrainedModel, discriminator: MidiDiscriminator, args: AdversarialConfig) -> None:
+def check_networks(
+    model: PreTrainedModel, discriminator: MidiDiscriminator, args: AdversarialConfig, bar_token_ids: Sequence[int]
+) -> None:
     """Refuse networks that do not fit together, and let experts take every token.
 
     Raises:
-        ValueError: if the vocabularies differ, or the estimator needs another discriminator.
+        ValueError: if the vocabularies differ, the estimator needs another discriminator, or `bars` are to be counted
+            where there are none.
     """
     if discriminator.config.vocab_size != model.config.vocab_size:
         raise ValueError(
@@ -343,6 +347,8 @@ def check_networks(model: PreTrainedModel, discriminator: MidiDiscriminator, arg
         )
     if args.estimator == "dense" and discriminator.config.kind != "mamba":
         raise ValueError("estimator 'dense' needs a discriminator of kind 'mamba', which values every prefix")
+    if args.bars is not None and not bar_token_ids:
+        raise ValueError(f"bars is {args.bars}, but the tokenization has no bars; leave it unset")
     for module in model.modules():
         if isinstance(module, SwitchExperts):
             # Sampling drops no token. Nor must the pass that scores its samples, or it scores another policy.

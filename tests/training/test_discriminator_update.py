@@ -22,7 +22,8 @@ def make_update(folder: Path, kind: str = "cnn", ending: Ending = NEVER, **optio
     common: dict[str, Any] = {"sequence_length": LENGTH, "per_device_train_batch_size": COUNT, "d_learning_rate": 1e-2}
     args = AdversarialConfig(**PLAIN | common | {"output_dir": str(folder), "use_cpu": True} | options)
     torch.manual_seed(0)
-    return DiscriminatorUpdate(make_discriminator(kind, dropout=0.0), args, Accelerator(cpu=True), ending)
+    discriminator = make_discriminator(kind, dropout=0.0)
+    return DiscriminatorUpdate(discriminator, args, Accelerator(cpu=True), ending, held_out=real())
 
 
 def numbers(measures: Measures) -> dict[str, float]:
