@@ -96,8 +96,9 @@ class AdversarialConfig(TrainingArguments):
             the paper's. `log-odds`: its logit, log D - log(1 - D), which does not saturate, and whose mean is the
             negative divergence KL(policy ‖ music) if the discriminator is perfect (arXiv 1710.11248); for `dense` what
             a token adds to it. For `terminal` and `distill`, log-odds are calibrated in every round, on held-out music
-            and on samples that the discriminator has not seen, and are 0 if it cannot tell those apart. `constant`, `random` and `shuffled`
-            (the log-odds, dealt out at random) are the controls without which no effect of a reward can be claimed.
+            and on samples that the discriminator has not seen, and are 0 if it cannot tell those apart.
+            `constant`, `random` and `shuffled` (the log-odds, dealt out at random) are the controls
+            without which no effect of a reward can be claimed.
         num_rollouts (`int`, *optional*, defaults to 4): completions per action value; `N` in the paper.
         rollout_positions (`int`, *optional*, defaults to 8): how many actions of a sequence roll-outs value: bar lines
             first, evenly spread ones if there are more, then other actions. Values between them are interpolated.

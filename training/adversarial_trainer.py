@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from midimamba.corpus.packing import BlockCollator
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, Sequences
-from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.action_values import ActionValues
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import Credit
@@ -93,8 +92,8 @@ class AdversarialTrainer(GuardedTrainer):
         self.rollout_policy = frozen_copy(self.generator)
         self.reference_policy = frozen_copy(self.generator) if args.kl_coef else None
         held_out = spread_blocks(eval_dataset, HELD_OUT).to(args.device)
-        musical = processing_class if musical_discriminator and isinstance(processing_class, MidiProcessor) else None
-        self.judges = Judges(discriminator, self.accelerator, held_out, self.ending, musical)
+        decoder = processing_class if musical_discriminator else None
+        self.judges = Judges(discriminator, self.accelerator, held_out, self.ending, decoder)
         reward = Reward(args.reward, discriminator, self.judges.musical_log_odds)
         rows = rows_for_budget(self.rollout_policy, args.sequence_length, args.rollout_memory_mb, reward.judge)
         self.rollouts = Rollouts(

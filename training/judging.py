@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from midimamba.evaluation.judges import (
     Ensemble,
@@ -37,7 +38,11 @@ class Judges:
         accelerator (`Accelerator`): the trainer's.
         held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
         ending (`Ending`): sequences are judged up to their end.
-        processor (`MidiProcessor`, *optional*): adds the discriminator of musical features.
+        processor (`ProcessorMixin`, *optional*): a [`MidiProcessor`], which adds the discriminator of musical
+            features.
+
+    Raises:
+        ValueError: if the processor is another.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class Judges:
         accelerator: Accelerator,
         held_out: Tensor,
         ending: Ending,
-        processor: MidiProcessor | None = None,
+        processor: ProcessorMixin | None = None,
     ):
+        if not isinstance(processor, MidiProcessor | None):
+            raise ValueError(f"a {type(processor).__name__} cannot decode music for a musical discriminator")
         self.token = TokenJudge(discriminator, ending.pad_token_id)
         self.accelerator = accelerator
         self.ending = ending
