@@ -77,9 +77,9 @@ def test_a_context_is_a_piece_as_far_as_both_splits_hold_one(corpus: Facts, leng
     assert context_of(corpus) == length
 
 
-def test_a_batch_holds_four_contexts_unless_the_user_wants_longer_ones() -> None:
+def test_a_batch_holds_two_contexts_unless_the_user_wants_longer_ones() -> None:
     speed, brief, long = Speed(500_000, 1e-4), Limits(seconds=60), Limits(seconds=6000)
-    assert make_plan("tiny", 1024, facts(), brief, speed).length == 256
+    assert make_plan("tiny", 1024, facts(), brief, speed).length == 512
     assert make_plan("tiny", 1024, facts(), long, speed).length == 1024
     assert make_plan("tiny", 1024, facts(), brief, speed, shortest=1024).length == 1024
     assert make_plan("tiny", 64, facts(), brief, speed).length == 64
