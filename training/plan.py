@@ -25,8 +25,8 @@ them. Held-out loss per note, compared with width 128, 3e-3 and steps of four co
 | | Nottingham | chorales | POP909 |
 |---|---|---|---|
 | 6e-3 | -2.6 % | +0.8 % | -1.6 % |
-| two contexts of 512 | -6.8 % | +0.6 % | @POP@ |
-| 2,048 tokens a step | +11 % | +10 % | @POPB@ |
+| two contexts of 512 | -6.8 % | +0.6 % | +0.4 % |
+| 2,048 tokens a step | +11 % | +10 % | +3.4 % |
 | width 64, about 8 tokens per parameter instead of 1.3 | +0.5 % | +3.9 % | -2.9 % |
 | width 192, about 0.4 | +6.7 % | +5.6 % | +4.4 % |
 
