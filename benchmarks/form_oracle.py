@@ -475,8 +475,8 @@ def main() -> None:
     finish(
         {
             "benchmark": "form oracle",
-            "compared": "KL(real ‖ generator) of more maximum likelihood, and of distillation with the exact log-ratio "
-            + "as the reward, in equal processor time",
+            "compared": "KL(real ‖ generator) of more maximum likelihood, and of distillation with the exact "
+            "log-ratio as the reward, in equal processor time",
             "ratio": round(gaps[0] / gaps[1], 4) if all(gaps) else None,
             "arms": arms,
             "entropy": round(-statistics.mean(make_process().log_likelihood(test).tolist()), 4),
