@@ -81,11 +81,11 @@ class Settings:
         every (`int`): steps between evaluations on validation tunes.
     """
 
-    tunes: int = 1000
+    tunes: int = 300
     valid: int = 250
     test: int = 4000
     patience: int = 6
-    seconds: float = 60.0
+    seconds: float = 100.0
     pool: int = 8192
     steps: int = 100
     rounds_kept: int = 40
@@ -260,8 +260,10 @@ def distill(
 
     Returns the generator, and the share of the effective sample size in every round.
     """
-    learner, pools, sizes = Learner(model, settings), [], []
-    weights = []
+    learner = Learner(model, settings)
+    pools: list[Tensor] = []
+    weights: list[Tensor] = []
+    sizes: list[float] = []
     of_real = int(settings.real * settings.batch)
     while learner.seconds < settings.seconds:
         fake = draw(learner.average, settings.pool, problem.process)
