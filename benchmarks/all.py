@@ -160,6 +160,7 @@ STEPS = (
         "--quick --seeds 1 --plot {work}/oracle.png",
         ("seqgan-oracle.npz",),
     ),
+    Step("form-oracle", "benchmarks/form_oracle.py --rows {work}/form-oracle.jsonl", "--quick --seeds 1"),
     *_learned("chorales", "chorales"),
     *_tuned("chorales"),
     # So small a corpus is overfitted: samples are closest to it at much lower temperatures.

@@ -1,0 +1,136 @@
+"""The benchmark of forms: divergences and weights against enumeration, calibrated rewards, runs that continue."""
+
+import dataclasses
+import importlib
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from support import make_generator
+
+
+@pytest.fixture(scope="module")
+def oracle() -> ModuleType:
+    return importlib.import_module("form_oracle")
+
+
+@pytest.fixture(scope="module")
+def process() -> Any:
+    """Two sections of a bar of one note: 256 sequences."""
+    module = importlib.import_module("form_process")
+    return module.FormProcess(
+        forms=("AA", "AB"), section_bars=1, bar_notes=1, pitches=2, scale=(0, 1), change=0.1, noise=0.1
+    )
+
+
+@pytest.fixture
+def settings(oracle: ModuleType) -> Any:
+    return dataclasses.replace(oracle.QUICK, seconds=0.1, tunes=16, valid=8, test=16, pool=16)
+
+
+def every_sequence(process: Any) -> Tensor:
+    rows = itertools.product(range(process.vocab_size), repeat=process.length - 1)
+    return torch.tensor([(0, *tokens) for tokens in rows])
+
+
+def test_divergences_are_those_of_the_enumerated_distributions(oracle: ModuleType, process: Any) -> None:
+    torch.manual_seed(0)
+    model, sequences = make_generator(vocab_size=process.vocab_size), every_sequence(process)
+    real, ours = process.log_likelihood(sequences), oracle.score(model, sequences)
+    assert ours.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    test = process.sample(4000, torch.Generator().manual_seed(1))
+    figures = oracle.figures(model, oracle.Problem(process, test, test, test))
+    assert figures["kl_real"] == pytest.approx((real.exp() * (real - ours)).sum().item(), abs=0.1)
+    assert figures["kl_generator"] == pytest.approx((ours.exp() * (ours - real)).sum().item(), abs=0.1)
+    assert figures["nll"] == pytest.approx(-(real.exp() * ours).sum().item(), abs=0.1)
+    forms = process.has_form(sequences).double()
+    assert figures["form"] == pytest.approx((ours.exp() * forms).sum().item(), abs=0.02)
+
+
+def test_the_exact_reward_makes_samples_look_real(oracle: ModuleType, process: Any, settings: Any) -> None:
+    torch.manual_seed(0)
+    model, sequences = make_generator(vocab_size=process.vocab_size), every_sequence(process)
+    problem = oracle.Problem(process, *(process.sample(16, torch.Generator()) for _ in range(3)))
+    fake = oracle.draw(model, 20_000, process)
+    weights = oracle.reward_of("exact", problem, settings)(model, fake).softmax(0)
+    base = process.vocab_size ** torch.arange(process.length - 2, -1, -1)
+    found = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, (fake[:, 1:] * base).sum(1), weights)
+    assert (found - process.log_likelihood(sequences).exp()).abs().max().item() < 0.03
+
+
+def test_no_weight_exceeds_the_root_of_the_number_and_others_keep_their_ratios(oracle: ModuleType) -> None:
+    log_odds = torch.cat([torch.linspace(-1, 1, 399), torch.tensor([30.0])]).double()
+    weights = oracle.truncated(log_odds)
+    assert weights.sum().item() == pytest.approx(1)
+    usual = oracle.truncated(log_odds[:-1])
+    torch.testing.assert_close(usual, log_odds[:-1].softmax(0))
+    torch.testing.assert_close(weights[:-1] / weights[0], usual / usual[0])
+    assert 1 / weights.square().sum().item() < 400
+
+
+def test_controls_know_nothing(oracle: ModuleType, process: Any, settings: Any) -> None:
+    torch.manual_seed(0)
+    model = make_generator(vocab_size=process.vocab_size)
+    problem = oracle.Problem(process, *(process.sample(16, torch.Generator()) for _ in range(3)))
+    fake = oracle.draw(model, 10_000, process)
+    exact, constant, random, shuffled = (
+        oracle.reward_of(arm, problem, settings)(model, fake).double() for arm in ("exact", *oracle.CONTROLS)
+    )
+    assert constant.unique().tolist() == [0]
+    torch.testing.assert_close(shuffled.sort().values, exact.sort().values)
+    assert random.std().item() == pytest.approx(exact.std().item(), rel=0.05)
+    for control in (random, shuffled):
+        assert abs(torch.corrcoef(torch.stack([exact, control]))[0, 1].item()) < 0.04
+
+
+@pytest.mark.slow
+def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(oracle: ModuleType, settings: Any) -> None:
+    torch.manual_seed(0)
+    settings = dataclasses.replace(settings, tunes=300, valid=200, batch=32, every=20)
+    problem = oracle.Problem.of(settings, 0)
+    # Real tunes, but for their last section, which is that of others: without their form.
+    fake = problem.process.sample(800, torch.Generator().manual_seed(5))
+    half = 1 + 2 * problem.process.section_tokens
+    fake[:, half:] = fake.roll(1, 0)[:, half:]
+    reward = oracle.LearnedReward(problem, settings, learning_rate=1e-2, steps=120)
+    of_fake = reward(torch.nn.Identity(), fake)
+    of_real = reward._logits(problem.process.sample(800, torch.Generator().manual_seed(6)))
+    assert (of_real[:, None] > of_fake[None]).double().mean().item() > 0.75
+    # In calibrated log-odds, exp(L) is a ratio of likelihoods: its mean over the samples is 1.
+    assert of_fake.exp().mean().item() == pytest.approx(1, abs=0.3)
+
+
+def test_maximum_likelihood_never_returns_worse_weights_than_it_started_from(
+    oracle: ModuleType, settings: Any
+) -> None:
+    torch.manual_seed(0)
+    problem = oracle.Problem.of(settings, 0)
+    model = oracle.make_generator("small", problem.process)
+    before = oracle.score(model, problem.valid).mean().item()
+    noise = torch.randint(2, problem.process.vocab_size, (16, problem.process.length))
+    high = dataclasses.replace(settings, learning_rate=1.0)
+    after = oracle.fit(model, problem.valid, high, lambda: noise)
+    assert oracle.score(after, problem.valid).mean().item() == pytest.approx(before)
+
+
+@pytest.mark.slow
+def test_runs_are_kept_and_continued(
+    oracle: ModuleType, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    arms = ["look-back/exact", "small/more", "small/constant"]
+    done = oracle.measure(settings, arms, 1, 1, rows)
+    # What an arm starts from is trained even if nobody asked for it.
+    assert set(done) == {(arm, 0) for arm in (*arms, "look-back/mle", "small/mle")}
+    kept = rows.read_text()
+    monkeypatch.setattr(oracle, "run", lambda *_, **__: pytest.fail("a run was made twice"))
+    assert oracle.measure(settings, arms, 1, 1, rows) == done
+    assert rows.read_text() == kept
+    closed = 1 - done["small/constant", 0]["kl_real"] / done["small/more", 0]["kl_real"]
+    assert oracle.summary("small/constant", done)["kl_real_closed"]["mean"] == pytest.approx(closed, abs=1e-4)
+    assert "kl_real_closed" not in oracle.summary("look-back/exact", done)  # its `more` was not run
