@@ -93,7 +93,6 @@ class MidiDiscriminator(WholeWeights):
     config: MidiDiscriminatorConfig
     _weight_conversions: list[WeightTransform]
     _own_weights = ("encoder.", "score.")
-    _keys_to_ignore_on_load_missing = ("calibration.",)
     base_model_prefix = "encoder"
 
     def __init__(self, config: MidiDiscriminatorConfig):
@@ -109,6 +108,7 @@ class MidiDiscriminator(WholeWeights):
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(num_features, 1)
         self.calibration = Calibration()
+        self._keys_to_ignore_on_load_missing = ["calibration."]
         self.post_init()
         if config.spectral_norm:
             for module in list(self.modules()):
