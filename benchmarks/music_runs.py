@@ -1,207 +1,263 @@
-"""One run of the benchmark `music.py`: tune a generator, sample it at every temperature, compare with real music."""
+"""One run of the benchmark `music.py`: everything that belongs to an arm and a seed, from the generator to figures."""
 
+import copy
 import functools
 import hashlib
 import json
-import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from symusic.core import ScoreTick
-from transformers import Trainer, get_cosine_schedule_with_warmup, set_seed
+from music_judging import Real, figures, first_openings, halve
+from torch import Tensor
 
-from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import SamplingOptions
-from midimamba.corpus.augmentation import Augmentation
+from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator
-from midimamba.evaluation.comparison import Comparison, Reference, compare, model_figures, read_reference
-from midimamba.evaluation.comparison_halves import Figure
-from midimamba.evaluation.samples import Samples
-from midimamba.generation import generate_scores, load_pair
-from midimamba.training.deadline import Deadline
-from midimamba.training.scripts import load_blocks, save_model
+from midimamba.evaluation.comparison import Piece
+from midimamba.evaluation.judges import Ensemble, MusicalJudge, auc, likelihood_gain, load_judges
+from midimamba.evaluation.metrics import piece_nlls
+from midimamba.evaluation.report_music import likelihood
+from midimamba.evaluation.samples import decode_all
+from midimamba.generation import draw_sequences, load_pair
+from midimamba.modeling.resampling import choose, effective_sample_size
 from resumable import Row
-from tuning import CONSTANT, RANDOM, forget, read_recipe, timed_arguments, train
+from tuning import read_recipe, train
 
-CONTROLS = {"constant": CONSTANT, "random": RANDOM}
-MORE_LEARNING_RATE = (
-    5e-4  # of `more`: a sixth of the pre-training recipe's initial rate, falling to 0 as it does there
-)
-MORE_EVALUATIONS = 10
-REPETITION = (
-    "bar_self_similarity_4",
-    "bar_self_similarity_8",
-)  # what distinguishes samples of small models from music
+DRAWS = 8
+"""Of which best-of chooses one."""
+RANDOM_WEIGHTINGS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
     """
-    The settings that all runs have in common.
+    What all runs have in common.
 
     Args:
-        model, data (`str`): the pre-trained generator and its corpus.
-        recipe (`str`): the recipe of adversarial training.
-        length (`int`): tokens per training sequence.
-        steps (`int`, *optional*): generator steps; those of the recipe by default.
-        num, bars (`int`): pieces that are sampled for every figure, and bars per piece that are compared.
-        temperatures (`list[float]`): the temperatures that are tried on the validation split.
+        data (`str`): a corpus.
+        split (`str`): the held-out split on which arms are measured.
+        num, bars (`int`): pieces per figure, and bars per piece.
+        temperatures (`list[float]`): that are tried on the validation split, once for each generator.
+        steps (`int`): of pre-training.
+        rounds (`int`): of every trained arm.
     """
 
-    model: str
     data: str
-    recipe: str = "stable-adversarial"
-    length: int = 128
-    steps: int | None = None
-    num: int = 96
+    split: str = "validation"
+    num: int = 500
     bars: int = 16
-    temperatures: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.9, 1.0])
-
-    @property
-    def key(self) -> str:
-        """A short name of these settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+    temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8])
+    steps: int = 2000
+    rounds: int = 4
 
 
-def run(arm: str, seed: int, settings: Settings, folder: Path, budgets: Mapping[int, float]) -> Row:
-    """Make a run of an arm: its cost, and its figures at its best temperature on the validation and the test split.
+# Pre-training: the rule of `midimamba train` at its smallest size, with steps twice as large.
+BASE: dict[str, Any] = {
+    **{"size": "tiny", "sequence_length": 512, "lookback_bars": [1, 2, 4, 8, 16], "transpose": 5},
+    **{"per_device_train_batch_size": 4, "learning_rate": 6e-3, "lr_scheduler_type": "cosine", "warmup_steps": 40},
+    **{"weight_decay": 0.1, "max_grad_norm": 1.0, "eval_strategy": "steps", "save_strategy": "steps"},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False},
+}
+# More likelihood, for about as long as the other arms take.
+MORE: dict[str, Any] = {"max_steps": 600, "learning_rate": 1e-3}
+# Algorithm 1 with its Monte-Carlo roll-outs, at a few positions of short sequences: all of them would take days.
+PAPER: dict[str, Any] = {
+    **{"sequence_length": 128, "num_rollouts": 4, "rollout_positions": 8, "per_device_train_batch_size": 16},
+    **{"max_steps": 30, "d_warmup_steps": 30, "d_steps": 2},
+}
+POLICY_GRADIENT: dict[str, Any] = {
+    **{"estimator": "terminal", "baseline": "leave-one-out", "ppo_clip": 0.3, "advantage_clip": 3.0},
+    **{"learning_rate": 1.5e-3, "kl_coef": 0.0, "mle_weight": 0.0, "mini_batch_size": 32},
+}
+# The arms that train a generator: how they differ from the recipe `distill-adversarial`.
+TRAINED: dict[str, dict[str, Any]] = {
+    "distilled": {},
+    "distilled, constant": {"reward": "constant", "musical_discriminator": False},
+    "distilled, shuffled": {"reward": "shuffled"},
+    "policy gradient": POLICY_GRADIENT,
+    "policy gradient, random": {**POLICY_GRADIENT, "reward": "random", "musical_discriminator": False},
+    "policy gradient, shuffled": {**POLICY_GRADIENT, "reward": "shuffled"},
+}
+CHOSEN = "chosen"
+"""The run of all arms that choose among draws of the generator itself."""
+MLE = "mle"
+
+
+def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
+    """Make a run: its cost, and figures on `settings.split`.
 
     Args:
-        arm (`str`): one of `ARMS`, or `"trial "` followed by options as JSON. A trial does not use the test split.
-        seed (`int`): for training, samples and figures.
+        arm (`str`): one of `TRAINED`, `more`, `paper`, `"trial "` followed by options as JSON, or `CHOSEN`, whose row
+            has the figures of many arms.
+        seed (`int`): for generators, discriminators, samples and judges.
         settings (`Settings`): the settings of all runs.
-        folder (`Path`): samples are kept here, in a folder `<arm>-<seed>`.
-        budgets (`Mapping[int, float]`): by seed, the processor time in seconds that `more` may take.
+        folder (`Path`): networks and pieces are kept here.
     """
-    seconds = 0.0
-    generator = Path(settings.model)
-    scratch = folder / f".{hashlib.sha256(arm.encode()).hexdigest()[:8]}-{seed}"
-    if arm == "more":
-        generator, seconds = scratch, more_likelihood(settings, seed, budgets[seed], scratch)
-    elif arm != "mle":
-        generator, seconds = scratch, adversarial(arm, settings, seed, scratch)
-    row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "cpu_seconds": round(seconds, 1)}
-    pair = load_pair(str(generator))
-    tried = {each: figures_of(*pair, settings, "validation", each, seed) for each in settings.temperatures}
-    best = min(tried, key=lambda temperature: distance(tried[temperature].values))
-    row |= {"temperature": best, "tried": {str(each): measured.values for each, measured in tried.items()}}
-    measured = {"validation": tried[best]}
-    if not arm.startswith("trial "):
-        measured["test"] = figures_of(*pair, settings, "test", best, seed)
-        kept = folder / f"{arm}-{seed}"
-        kept.mkdir(exist_ok=True)
-        for index, score in enumerate(measured["test"].scores):
-            score.dump_midi(kept / f"{index:03d}.mid")
-    for split, found in measured.items():
-        reference = _reference(settings.data, split, settings.bars)
-        values, floors = numbers(model_figures(*pair, reference, settings.num, settings.length, best, seed))
-        row |= {split: found.values | values, f"{split}_floor": found.floors | floors}
-    forget(scratch)
-    return row
-
-
-def distance(figures: Mapping[str, float | None]) -> float:
-    """The distance from real music: that of a classifier's accuracy from chance, plus 1 minus the overlapping area."""
-    classifier, area = figures["classifier"], figures["mean_overlapping_area"]
-    assert classifier is not None
-    assert area is not None
-    return abs(classifier - 0.5) + 1 - area
-
-
-def adversarial(arm: str, settings: Settings, seed: int, output: Path) -> float:
-    """Train with the recipe and return the processor time in seconds.
-
-    Raises:
-        RuntimeError: if the script fails.
-    """
-    given = {"model": settings.model, "data": settings.data, "seed": seed, "sequence_length": settings.length}
-    steps = {"max_steps": settings.steps} if settings.steps else {}
-    chosen = json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else CONTROLS.get(arm, {})
-    trained = train({**read_recipe(settings.recipe), **given, **steps, **chosen}, output)
-    if trained.failed:
-        raise RuntimeError(f"{arm}, seed {seed}, failed:\n{trained.printed}")
-    return trained.cpu_seconds
-
-
-def more_likelihood(settings: Settings, seed: int, budget: float, output: Path) -> float:
-    """Continue with maximum likelihood for `budget` seconds of processor time, and return the time that it took.
-
-    The weights that were best on the validation split are kept, which may be those of the original generator.
-    """
-    forget(output)
-    blocks, validation, processor = load_blocks(settings.data, 2 * settings.length, Augmentation(), seed)
-    set_seed(seed)
-    model, _ = load_pair(settings.model)
-    optimizer = torch.optim.AdamW(model.parameters(), MORE_LEARNING_RATE, weight_decay=0.1)
-    clock = Deadline(budget, evaluations=MORE_EVALUATIONS, clock=time.process_time)
-    args = timed_arguments(output, per_device_train_batch_size=16, per_device_eval_batch_size=16, seed=seed)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        data_collator=BlockCollator.for_processor(processor),
-        train_dataset=blocks,
-        eval_dataset=validation,
-        callbacks=[clock],
-        optimizers=(optimizer, get_cosine_schedule_with_warmup(optimizer, 0, args.max_steps)),
-    )
     start = time.process_time()
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    best = trainer.state.best_metric
-    save_model(output, model if best is not None and best < before else load_pair(settings.model)[0], processor)
-    return time.process_time() - start
+    origin = Seed(settings, seed, folder)
+    row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "temperature": origin.temperature}
+    if arm == CHOSEN:
+        return row | origin.chosen() | {"cpu_seconds": round(time.process_time() - start)}
+    generator, seconds = origin.trained(arm)
+    samples = origin.draw(generator, settings.num)[1]
+    return row | {"figures": origin.measure(generator, samples), "cpu_seconds": round(seconds)}
+
+
+class Seed:
+    """
+    The generator of a seed, with the halves of the music and a temperature; made once and kept.
+
+    Args:
+        settings (`Settings`): of all runs.
+        seed (`int`): of everything.
+        folder (`Path`): where it is kept.
+    """
+
+    def __init__(self, settings: Settings, seed: int, folder: Path):
+        self.settings, self.seed, self.folder = settings, seed, folder / f"seed-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.data, self.half = halve(settings.data, 0, folder / "half")
+        self.base = self.folder / "base"
+        if not (self.base / "config.json").exists():
+            self._run("pretrain", {**BASE, "data": settings.data, "max_steps": settings.steps}, self.base)
+        self.temperature = self._temperature()
+
+    def _run(self, script: str, options: Mapping[str, Any], output: Path) -> float:
+        """Run a training script; the processor time in seconds."""
+        trained = train({**options, "seed": self.seed}, output, script)
+        if trained.failed:
+            raise RuntimeError(f"{script} of {output} failed:\n{trained.printed}")
+        return trained.cpu_seconds
+
+    def _temperature(self) -> float:
+        """The temperature at which the generator is closest to the validation split."""
+        file = self.folder / "temperature.json"
+        if not file.exists():
+            real = self.real("validation")
+            tried = {}
+            for each in self.settings.temperatures:
+                samples = self.draw(self.base, self.settings.num // 2, each)[1]
+                found = figures(samples, real, self.seed)
+                tried[each] = {**found, "distance": abs(found["classifier"] - 0.5) + 1 - found["overlap"]}
+            best = min(tried, key=lambda each: tried[each]["distance"])
+            file.write_text(json.dumps({"best": best, "tried": tried}))
+        return float(json.loads(file.read_text())["best"])
+
+    def real(self, split: str) -> Real:
+        return _real(self.settings.data, str(self.data), split, self.settings.bars)
+
+    def draw(self, generator: Path, num: int, temperature: float | None = None) -> tuple[list[list[int]], list[Piece]]:
+        """Pieces of a generator: their tokens, and their openings. What is not music is left out of both."""
+        model, processor = load_pair(str(generator))
+        options = SamplingOptions(
+            num, self.settings.bars, temperature=temperature or self.temperature, top_p=1.0, seed=self.seed
+        )
+        sequences, pieces = [], []
+        for ids in draw_sequences(model, processor, options):
+            scores = decode_all(processor, [ids]).scores
+            if found := first_openings(processor, scores, self.settings.bars):
+                sequences.append(ids)
+                pieces.append(found[0])
+        return sequences, pieces
+
+    def measure(self, generator: Path, samples: list[Piece]) -> dict[str, float]:
+        """Figures of samples, and the held-out likelihood of the generator that they are from."""
+        model, processor = load_pair(str(generator))
+        rows = load_corpus(self.settings.data)[0][self.settings.split]
+        nats = likelihood(model, rows, BlockCollator.for_processor(processor))["held_out_nll"]
+        return figures(samples, self.real(self.settings.split), self.seed) | {"held_out_nll_per_token": nats}
+
+    # ---- arms that train ----
+
+    def trained(self, arm: str) -> tuple[Path, float]:
+        """The generator of an arm, and what it cost in seconds of processor time."""
+        output = self.folder / hashlib.sha256(arm.encode()).hexdigest()[:8]
+        cost = output.with_suffix(".cost")
+        if not cost.exists():
+            cost.write_text(str(self._train(arm, output)))
+        return output, float(cost.read_text())
+
+    def _train(self, arm: str, output: Path) -> float:
+        given = {"model": str(self.base), "data": str(self.data), "temperature": self.temperature}
+        if arm == "more":
+            options = {name: value for name, value in BASE.items() if name not in ("size", "lookback_bars")}
+            return self._run(
+                "pretrain", {**options, "model": str(self.base), "data": self.settings.data, **MORE}, output
+            )
+        if arm == "paper":
+            return self._run("adversarial", {**read_recipe("paper-adversarial"), **given, **PAPER}, output)
+        recipe = {**read_recipe("distill-adversarial"), **given, "bars": self.settings.bars}
+        chosen = json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else TRAINED[arm]
+        return self._run("adversarial", {**recipe, "max_steps": self.settings.rounds, **chosen}, output)
+
+    # ---- arms that choose ----
+
+    def judges(self) -> list[Path]:
+        """Discriminators of the generator itself, fitted and calibrated in a round that changes nothing else."""
+        output = self.folder / "judges"
+        found = [self.folder / f"judges-{kind}" for kind in ("discriminator", "musical-discriminator")]
+        if not all((folder / "config.json").exists() for folder in found):
+            for folder in (output, *found):
+                shutil.rmtree(folder, ignore_errors=True)
+            given = {"model": str(self.base), "data": str(self.data), "temperature": self.temperature}
+            recipe = {**read_recipe("distill-adversarial"), **given, "bars": self.settings.bars}
+            self._run("adversarial", {**recipe, "max_steps": 1, "learning_rate": 0.0, "mle_weight": 0.0}, output)
+        return found
+
+    def chosen(self) -> dict[str, Any]:
+        """One of every `DRAWS` draws, by discriminators and by controls."""
+        sequences, pieces = self.draw(self.base, DRAWS * self.settings.num)
+        count = len(pieces) // DRAWS
+        sequences, pieces = sequences[: count * DRAWS], pieces[: count * DRAWS]
+        model, processor = load_pair(str(self.base))
+        judges = load_judges(self.judges(), processor)
+        each = [judge.log_odds(sequences) for judge in judges]
+        both = torch.stack(each).sum(0)
+        weightings = {
+            MLE: torch.zeros(len(both)),
+            "best of 8": both,
+            "best of 8, tokens": each[0],
+            "best of 8, music": each[1],
+            "best of 8, shuffled": both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.seed))],
+            **{
+                f"best of 8, random {k}": _random_weighting(judges[1], pieces, both, k)
+                for k in range(RANDOM_WEIGHTINGS)
+            },
+        }
+        likely = -torch.tensor(piece_nlls(model, sequences, BlockCollator.for_processor(processor))[0])
+        picks = {
+            name: choose(weights.view(count, DRAWS), "resample", self.seed) for name, weights in weightings.items()
+        }
+        picks["best of 8, likelihood"] = likely.view(count, DRAWS).argmax(1)
+        found = {}
+        for name, places in picks.items():
+            samples = [pieces[group * DRAWS + place] for group, place in enumerate(places.tolist())]
+            found[name] = self.measure(self.base, samples)
+        held_out = Ensemble(judges).log_odds(
+            [[processor.bos_token_id, *p.ids] for p in self.real(self.settings.split).held_out]
+        )
+        return {
+            "arms": found,
+            "effective": float(effective_sample_size(both.view(count, DRAWS)).mean()),
+            "auc": auc(held_out, both),
+            "likelihood_gain": likelihood_gain(held_out, both),
+        }
+
+
+def _random_weighting(judge: MusicalJudge, pieces: list[Piece], like: Tensor, seed: int) -> Tensor:
+    """Log-odds of a musical discriminator with random weights, with the deviation that the real ones have."""
+    random = copy.deepcopy(judge.discriminator)
+    with torch.no_grad():
+        random.score.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    log_odds = MusicalJudge(random, judge.processor).of_scores([piece.score for piece in pieces])
+    return log_odds / log_odds.std() * like.std()
 
 
 @functools.cache
-def _reference(data: str, split: str, bars: int) -> Reference:
-    """Read the reference once per process."""
-    return read_reference(data, split, bars)
-
-
-class Measured(NamedTuple):
-    """Values and floors, as [`numbers`] returns them, and the samples that can be used."""
-
-    values: dict[str, float | None]
-    floors: dict[str, float]
-    scores: list[ScoreTick]
-
-
-def numbers(figures: Mapping[str, Figure]) -> tuple[dict[str, float | None], dict[str, float]]:
-    """The values by name, `None` for a missing one, and the floors that there are."""
-    values = {name: figure.estimate.value for name, figure in figures.items()}
-    floors = {name: figure.floor for name, figure in figures.items() if math.isfinite(figure.floor)}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}, floors
-
-
-def figures_of(
-    model: MidiMambaForCausalLM,
-    processor: MidiProcessor,
-    settings: Settings,
-    split: str,
-    temperature: float,
-    seed: int,
-) -> Measured:
-    """All figures of `midimamba evaluate` that samples have."""
-    sampling = SamplingOptions(
-        settings.num, settings.bars, temperature=temperature, top_p=1.0, seed=seed, at_most=True
-    )
-    samples = Samples.of(generate_scores(model, processor, sampling))
-    found = compare(samples, _reference(settings.data, split, settings.bars), settings.length, seed)
-    repetition = {name: Figure(found.features[name].samples, found.features[name].real.value) for name in REPETITION}
-    values, floors = numbers(found.figures | repetition)
-    for kind, known in (("estimate", values), ("floor", floors)):
-        accuracies = (known.get(f"classifier_{name}") for name in ("features", "tokens"))
-        known["classifier"] = max(accuracy for accuracy in accuracies if accuracy is not None)
-        known["mean_overlapping_area"] = mean_overlapping_area(found, kind)
-    return Measured(values, floors, samples.scores)
-
-
-def mean_overlapping_area(found: Comparison, kind: str) -> float:
-    """The mean over the features that both sets have, for `kind` `"estimate"` (samples) or `"floor"` (real music)."""
-    areas = [row.overlapping_area for row in found.features.values()]
-    known = [area for area in areas if math.isfinite(area.estimate.value)]
-    return sum(area.floor if kind == "floor" else area.estimate.value for area in known) / len(known)
+def _real(data: str, half: str, split: str, bars: int) -> Real:
+    return Real.read(data, halve(data, 0, Path(half))[1], split, bars)

@@ -16,7 +16,7 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import SamplingOptions
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.packing import BlockCollator
-from midimamba.evaluation.comparison import compare, read_reference
+from midimamba.evaluation.comparison import Comparison, compare, read_reference
 from midimamba.evaluation.report_music import likelihood
 from midimamba.generation import generate_samples, load_pair
 from midimamba.modeling.mamba_mixer import MidiMambaMixer
@@ -25,8 +25,9 @@ from midimamba.training.plan import LAGS, TRANSPOSE
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks, save_model
 from midimamba.training.temperature import choose_temperature
-from music_runs import REPETITION, mean_overlapping_area
 from resumable import Row
+
+REPETITION = ("bar_self_similarity_4", "bar_self_similarity_8")
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
             "held_out_nll_per_note": nats["held_out_nll_per_note"],
             **{name: figures.samples.value for name, figures in form.items()},
             "copied_runs_12": copies.estimate.value,
-            "mean_overlapping_area": mean_overlapping_area(found, "estimate"),
+            "mean_overlapping_area": mean_overlapping_area(found),
         },
         "real": {
             **{name: figures.real.value for name, figures in form.items()},
@@ -226,3 +227,9 @@ class _Learner:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
+
+
+def mean_overlapping_area(found: Comparison) -> float:
+    """The mean over the features that both sets have."""
+    areas = [row.overlapping_area.estimate.value for row in found.features.values()]
+    return statistics.fmean(area for area in areas if math.isfinite(area))

@@ -2,6 +2,7 @@
 other options; and likelihood until a clock ends it.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -41,18 +42,27 @@ def read_recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
-def train(recipe: dict[str, Any], output: Path) -> Trained:
-    """Run `training/adversarial.py` on one thread. An option that is `None` is unset, whatever its default is.
+def option(text: str) -> Any:
+    """The value that the text of an option stands for. YAML reads `2e-4` as a string."""
+    try:
+        return float(text) if "e" in text else json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def train(recipe: dict[str, Any], output: Path, script: str = "adversarial") -> Trained:
+    """Run a training script on one thread. An option that is `None` is unset, whatever its default is.
 
     Args:
         recipe (`dict[str, Any]`): all options but `output_dir`.
-        output (`Path`): folder of the generator; that of the discriminator, a configuration and a log stand beside it.
+        output (`Path`): folder of the generator; those of discriminators, a configuration and a log stand beside it.
+        script (`str`, *optional*, defaults to `"adversarial"`): or `"pretrain"`.
     """
     forget(output)  # of an interrupted run: later checkpoints outlive earlier ones
     options = {**recipe, "output_dir": str(output), "disable_tqdm": True}
     config, log = output.with_suffix(".yaml"), output.with_suffix(".log")
     config.write_text(yaml.safe_dump(options))
-    command = [sys.executable, "-m", "midimamba.training.adversarial", "--config", str(config)]
+    command = [sys.executable, "-m", f"midimamba.training.{script}", "--config", str(config)]
     start = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -67,7 +77,7 @@ def train(recipe: dict[str, Any], output: Path) -> Trained:
 
 def forget(output: Path) -> None:
     """Delete the networks of a run."""
-    for folder in (output, Path(f"{output}-discriminator")):
+    for folder in (output, Path(f"{output}-discriminator"), Path(f"{output}-musical-discriminator")):
         shutil.rmtree(folder, ignore_errors=True)
 
 

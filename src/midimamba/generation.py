@@ -21,7 +21,7 @@ from midimamba.tokenization.composing import Composed, seeded
 from midimamba.tokenization.processor import Midi
 from midimamba.tokenization.sampling_limits import BEST_OF, complete_sampling
 
-_SAMPLED_AT_ONCE = 16  # so that memory does not grow with the number of pieces
+_SAMPLED_AT_ONCE = 64  # so that memory does not grow with the number of pieces
 
 
 class Chosen(NamedTuple):
@@ -167,8 +167,14 @@ def generate_samples(model: MidiMambaForCausalLM, processor: MidiProcessor, opti
 
     Only `options` bound what is drawn: a `top_k` of the model's own has no effect.
     """
+    return decode_all(processor, draw_sequences(model, processor, options))
+
+
+def draw_sequences(model: MidiMambaForCausalLM, processor: MidiProcessor, options: SamplingOptions) -> list[list[int]]:
+    """The tokens of [`generate_samples`], without padding and the end of sequence, as a judge reads them."""
     parts = _compose(model, processor, processor(None, return_tensors="pt"), options, redraw=False, top_k=0)
-    return decode_all(processor, [ids for part in parts for ids in part.ids.tolist()])
+    ends = processor.pad_token_id, processor.eos_token_id
+    return [music_of(ids, *ends) for part in parts for ids in part.ids]
 
 
 def _compose(

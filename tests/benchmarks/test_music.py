@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +14,8 @@ import pytest
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
-from support import make_generator, make_score
-
-TINY = {
-    **{"rollout_positions": 2, "num_rollouts": 2, "d_warmup_steps": 1, "num_eval_samples": 4},
-    **{"per_device_train_batch_size": 4, "d_steps": 1, "d_epochs": 1, "eval_on_start": False, "eval_strategy": "no"},
-    **{"max_nll_drift": None, "max_self_bleu_increase": None},
-}
+from midimamba.evaluation.judges import fit_musical
+from support import make_discriminator, make_generator, make_score
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +47,6 @@ def model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def row(arm: str, seed: int, **figures: float | None) -> dict[str, Any]:
-    return {
-        **{"arm": arm, "seed": seed, "temperature": 0.9, "cpu_seconds": 10.0},
-        **{"test": figures, "test_floor": {"classifier": 0.5, "copied_runs_12": 0.1}},
-    }
-
-
 def test_a_difference_is_paired_and_has_an_interval_by_students_t(music: ModuleType) -> None:
     found = music.difference([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])  # 2, 3, 1: mean 2, deviation 1
     half = 4.303 / math.sqrt(3)
@@ -72,35 +61,46 @@ def test_options_of_a_trial_are_values(music: ModuleType) -> None:
     assert type(music.option("3")) is int
 
 
-def test_targets_are_measured_against_maximum_likelihood(music: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("classifier", "mean_overlapping_area", "held_out_nll_per_token", "copied_runs_12", "self_bleu_4")
-    monkeypatch.setattr(music, "MEASURES", names)
+def test_signs_are_permuted_exactly(music: ModuleType) -> None:
+    assert music.permutation_p_value([1.0, 1.0, 1.0]) == pytest.approx(2 / 8)  # all signs alike, either way
+    assert music.permutation_p_value([1.0, -1.0]) == 1.0
+    assert music.permutation_p_value([3.0, 1.0, -1.0]) == pytest.approx(6 / 8)
 
-    def arms(*ours: float | None) -> dict[str, Any]:
-        theirs = [row("mle", seed, **dict(zip(names, (0.9, 0.5, 1.0, 0.05, 0.3), strict=True))) for seed in (0, 1)]
-        origins = {each["seed"]: each for each in theirs}
-        rows = [row("stable", seed, **dict(zip(names, ours, strict=True))) for seed in (0, 1)]
-        return {arm: music.summary(each, origins, "test") for arm, each in (("mle", theirs), ("stable", rows))}
 
-    found = arms(0.84, 0.53, 1.02, 0.09, None)
-    assert found["stable"]["classifier"] == {
-        "value": [0.84, 0.0],
-        "floor": 0.5,
-        "minus_mle": {"mean": -0.06, "interval": [-0.06, -0.06]},
-    }
-    assert "self_bleu_4" not in found["stable"]  # a missing figure is not 0
-    assert all(music.targets(found["stable"], found["mle"]).values())
-    worse = arms(0.86, 0.51, 1.04, 0.11, 0.3)
-    assert not any(music.targets(worse["stable"], worse["mle"]).values())
-    # A classifier that is wrong more often than chance can tell the two apart as well.
-    assert not music.targets(arms(0.1, 0.53, 1.0, 0.0, 0.3)["stable"], found["mle"])[
-        "classifier at least 5 points closer to chance"
-    ]
+def test_holm_multiplies_the_smallest_by_the_number_of_tests(music: ModuleType) -> None:
+    assert music.holm([0.01, 0.04]) == pytest.approx([0.02, 0.04])
+    assert music.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])  # never below a smaller one's
+    assert music.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+
+
+def test_arms_are_compared_seed_by_seed(music: ModuleType) -> None:
+    def figures(*values: float) -> dict[int, dict[str, float]]:
+        return {seed: {"classifier": value, "token_classifier": 0.5} for seed, value in enumerate(values)}
+
+    arms = {"mle": figures(0.8, 0.9), "best of 8": figures(0.7, 0.8), "best of 8, random 0": figures(0.8, 0.8)}
+    found = music.summary(arms)
+    assert found["mle"]["classifier"] == pytest.approx([0.85, 0.0707], abs=1e-4)
+    assert found["best of 8"]["minus_mle"]["classifier"]["mean"] == -0.1
+    assert found["best of 8"]["minus_mle"]["classifier"]["p_value"] == 1.0  # 2 / 4, for two judges
+    against = music.against_controls(arms, "best of 8", ["best of 8, random 0", "not there"])
+    assert against["best of 8, random 0"]["mean"] == -0.05
+    assert set(against) == {"best of 8, random 0"}
+
+
+def test_halves_share_no_piece_and_leave_the_held_out_splits_alone(corpus: Path, tmp_path: Path) -> None:
+    judging = importlib.import_module("music_judging")
+    folder, second = judging.halve(str(corpus), 0, tmp_path / "half")
+    whole, half = load_corpus(corpus)[0], load_corpus(folder)[0]
+    first = half["train"]["input_ids"]
+    assert sorted([*first, *second]) == sorted(whole["train"]["input_ids"])
+    assert abs(len(first) - len(second)) <= 1
+    for split in ("validation", "test"):
+        assert half[split]["input_ids"] == whole[split]["input_ids"]
+    assert judging.halve(str(corpus), 0, tmp_path / "half")[1] == second
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_comparison")
-def test_all_arms_are_trained_and_measured_and_a_second_start_continues(
+def test_all_arms_are_measured_and_a_second_start_continues(
     music: ModuleType,
     corpus: Path,
     model: Path,
@@ -108,10 +108,24 @@ def test_all_arms_are_trained_and_measured_and_a_second_start_continues(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runs = importlib.import_module("music_runs")
-    monkeypatch.setattr(runs, "CONTROLS", {"stable": TINY})
-    shared = ["--model", model, "--data", corpus, "--steps", 1, "--length", 32, "--num", 5, "--bars", 2]
-    shared += ["--temperatures", 0.8, 1.0, "--seeds", 1, "--workers", 1, "--rows", tmp_path / "rows.jsonl"]
+    """With a generator that is there already: the scripts that train have tests of their own."""
+    runs, judging = (importlib.import_module(name) for name in ("music_runs", "music_judging"))
+    monkeypatch.setattr(judging, "EPOCHS", 1)
+    made = []
+
+    def make(self: Any, script: str, options: dict[str, Any], output: Path) -> float:
+        made.append((script, options))
+        shutil.copytree(model, output)
+        processor = load_corpus(corpus)[1]
+        judges = Path(f"{output}-discriminator"), Path(f"{output}-musical-discriminator")
+        make_discriminator("mamba", vocab_size=processor.vocab_size).save_pretrained(judges[0])
+        real, fake = ([make_score(seed, bars=4) for seed in range(start, start + 12)] for start in (0, 100))
+        fit_musical(real, fake).save_pretrained(judges[1])
+        return 2.0
+
+    monkeypatch.setattr(runs.Seed, "_run", make)
+    shared = ["--data", corpus, "--num", 6, "--bars", 2, "--temperatures", 0.9, "--seeds", 1, "--workers", 1]
+    shared += ["--rows", tmp_path / "rows.jsonl"]
 
     def main(*options: object) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["music.py", *map(str, [*shared, *options])])
@@ -119,36 +133,18 @@ def test_all_arms_are_trained_and_measured_and_a_second_start_continues(
         result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return result
 
-    found = main("--arms", "more", "stable", "--listen", tmp_path / "test")
-    assert set(found["arms"]) == {"mle", "more", "stable"}
-    assert set(found["targets"].values()) <= {True, False}
-    rows = {each["arm"]: each for each in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
-    # It takes as long as adversarial training took, plus at most one step.
-    assert rows["more"]["cpu_seconds"] == pytest.approx(rows["stable"]["cpu_seconds"], rel=0.5)
-    assert rows["stable"]["test"]["held_out_nll_per_token"] != rows["mle"]["test"]["held_out_nll_per_token"]
-    best = min(rows["mle"]["tried"], key=lambda tried: runs.distance(rows["mle"]["tried"][tried]))
-    assert rows["mle"]["temperature"] == float(best)
-    key = json.loads((tmp_path / "test" / "key.json").read_text())
-    assert {piece["arm"] for piece in key["pieces"].values()} == {"mle", "more", "stable", "real"}
-    left = [file.name for file in (tmp_path / "rows").glob("*/*")]
-    assert sorted(left) == ["mle-0", "more-0", "stable-0"]
-
-    # A trial finds `mle` done, and uses the validation split only.
-    monkeypatch.setattr(runs, "adversarial", lambda arm, settings, seed, output: _copied(model, output))
-    options = ["--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl"]
-    assert main(*options)["split"] == "validation"
-    (trial,) = map(json.loads, (tmp_path / "trials.jsonl").read_text().splitlines())
-    assert (trial["hypothesis"], trial["change"], trial["split"]) == (
-        "nothing changes",
-        {"ppo_epochs": 3},
-        "validation",
-    )
-    assert trial["trial"]["classifier"]["value"] == trial["mle"]["classifier"]["value"]
-    assert "test" not in json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[-1])
-
-
-def _copied(model: Path, output: Path) -> float:
-    output.mkdir()
-    for file in model.iterdir():
-        (output / file.name).write_bytes(file.read_bytes())
-    return 1.0
+    found = main("--runs", "distilled")
+    assert {"mle", "best of 8", "best of 8, likelihood", "best of 8, random 4", "distilled"} < set(found["arms"])
+    assert set(found["against_controls"]["best of 8"]) == {
+        *("best of 8, shuffled", "best of 8, likelihood"),
+        *(f"best of 8, random {k}" for k in range(5)),
+    }
+    assert [script for script, _ in made] == ["pretrain", "adversarial", "adversarial"]
+    assert made[1][1]["learning_rate"] == 0.0  # the discriminators of the generator itself
+    assert made[2][1]["data"] != str(corpus)  # half of the music
+    before = len(made)
+    trial = main("--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl")
+    assert made[before:] == [("adversarial", {**made[2][1], "ppo_epochs": 3})]
+    assert 'trial {"ppo_epochs": 3}' in trial["arms"]
+    (kept,) = map(json.loads, (tmp_path / "trials.jsonl").read_text().splitlines())
+    assert (kept["hypothesis"], kept["change"], kept["split"]) == ("nothing changes", {"ppo_epochs": 3}, "validation")
