@@ -254,6 +254,7 @@ def _random_weighting(judge: MusicalJudge, pieces: list[Piece], like: Tensor, se
     random = copy.deepcopy(judge.discriminator)
     with torch.no_grad():
         random.score.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    random.calibration.set(1.0, 0.0)
     log_odds = MusicalJudge(random, judge.processor).of_scores([piece.score for piece in pieces])
     return log_odds / log_odds.std() * like.std()
 

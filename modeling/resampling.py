@@ -34,12 +34,14 @@ def choose(log_odds: Tensor, pick: str = "resample", seed: int | None = None) ->
         `LongTensor` of shape `(groups,)`: indices into the draws of each group.
 
     Raises:
-        ValueError: if log-odds are NaN, or `pick` is neither.
+        ValueError: if log-odds are not finite, or `pick` is neither.
     """
     check_pick(pick)
     log_odds = log_odds.detach().double().cpu()
-    if log_odds.isnan().any():
-        raise ValueError("the log-odds of a draw are NaN: the discriminator's weights are damaged or have diverged")
+    if not log_odds.isfinite().all():
+        raise ValueError(
+            "the log-odds of a draw are not finite: the discriminator's weights are damaged or have diverged"
+        )
     if pick == "best":
         _say_once(
             "the best of each group of draws tends to please the discriminator rather than the ear: pick 'resample' "

@@ -117,7 +117,7 @@ def test_python_refuses_what_cannot_be(model: MidiMambaForCausalLM, processor: M
         generate_scores(model, processor, short(best_of=4))
     with pytest.raises(InputError, match="pick is 'worst'"):
         short(pick="worst")
-    with pytest.raises(InputError, match="log-odds of a draw are NaN"):
+    with pytest.raises(InputError, match="log-odds of a draw are not finite"):
         generate_scores(model, processor, short(), judge=Remembering(torch.nan))
 
 

@@ -56,7 +56,7 @@ def test_the_ways_to_pick_are_those_that_options_name() -> None:
         choose(torch.zeros(1, 2), pick)
     with pytest.raises(ValueError, match="pick is 'worst'"):
         choose(torch.zeros(1, 2), "worst")
-    with pytest.raises(ValueError, match="log-odds of a draw are NaN"):
+    with pytest.raises(ValueError, match="log-odds of a draw are not finite"):
         choose(torch.tensor([[0.0, torch.nan]]))
 
 
