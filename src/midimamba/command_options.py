@@ -103,7 +103,12 @@ class TuneOptions:
         metadata={"aliases": ("--output_dir",), "help": "folder to make; the discriminator goes to OUT-discriminator"}
     )
     recipe: str = field(
-        default="stable", metadata={"choices": ("stable", "paper"), "help": "stable is the recommended one"}
+        default="stable",
+        metadata={
+            "choices": ("stable", "distill", "paper"),
+            "help": "stable keeps what was learned; distill learns from discriminators that hear form; paper is SeqGAN "
+            "with nothing added",
+        },
     )
     passed: Sequence[str] = ()
 

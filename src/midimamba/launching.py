@@ -46,7 +46,10 @@ def tune(options: TuneOptions) -> None:
     with as_file(recipe) as path:
         arguments = [] if "--config" in options.passed else ["--config", str(path)]
         arguments += ["--model", options.model, "--data", data, "--output_dir", str(options.out)]
-        arguments += ["--sequence_length", str(_length_of(options.model))]
+        if options.recipe == "distill":
+            arguments += ["--temperature", str(_temperature_of(options.model))]
+        else:
+            arguments += ["--sequence_length", str(_length_of(options.model))]
         code = _run("adversarial", [*arguments, *_RESUME, *options.passed], started)
     if code == 0:
         show(f"listen: {listening(options.out)}", file=sys.stderr)
@@ -115,6 +118,13 @@ def _length_of(model: str) -> int:
     arguments = Path(model) / "training_args.json"
     length = read_json(arguments).get("sequence_length") if arguments.is_file() else None
     return min(length, _LONGEST_TUNED) if isinstance(length, int) else _LONGEST_TUNED // 2
+
+
+def _temperature_of(model: str) -> float:
+    """The temperature at which a model is sampled: that of its folder, else 1."""
+    config = Path(model) / "generation_config.json"
+    temperature = read_json(config).get("temperature") if config.is_file() else None
+    return float(temperature) if isinstance(temperature, int | float) else 1.0
 
 
 def _run(script: str, arguments: Sequence[str], started: float) -> int:
