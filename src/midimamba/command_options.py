@@ -106,8 +106,7 @@ class TuneOptions:
         default="stable",
         metadata={
             "choices": ("stable", "distill", "paper"),
-            "help": "stable keeps what was learned; distill learns from discriminators that hear form; paper is SeqGAN "
-            "with nothing added",
+            "help": "stable keeps what was learned, distill uses discriminators that hear form, paper is SeqGAN alone",
         },
     )
     passed: Sequence[str] = ()
