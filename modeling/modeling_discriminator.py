@@ -93,7 +93,7 @@ class MidiDiscriminator(WholeWeights):
     config: MidiDiscriminatorConfig
     _weight_conversions: list[WeightTransform]
     _own_weights = ("encoder.", "score.")
-    _keys_to_ignore_on_load_missing = ("calibration.",)
+    _keys_to_ignore_on_load_missing = ["calibration."]  # noqa: RUF012 - as transformers declares it
     base_model_prefix = "encoder"
 
     def __init__(self, config: MidiDiscriminatorConfig):

@@ -38,6 +38,7 @@ class Judges:
         accelerator (`Accelerator`): the trainer's.
         held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
         ending (`Ending`): sequences are judged up to their end.
+        prompt_length (`int`): tokens at the start of every sequence that were given, in which nothing ends.
         processor (`ProcessorMixin`, *optional*): a [`MidiProcessor`], which adds the discriminator of musical
             features.
 
@@ -51,6 +52,7 @@ class Judges:
         accelerator: Accelerator,
         held_out: Tensor,
         ending: Ending,
+        prompt_length: int,
         processor: ProcessorMixin | None = None,
     ):
         if not isinstance(processor, MidiProcessor | None):
@@ -58,6 +60,7 @@ class Judges:
         self.token = TokenJudge(discriminator, ending.pad_token_id)
         self.accelerator = accelerator
         self.ending = ending
+        self.prompt_length = prompt_length
         self.held_out = self._rows(held_out)
         self.processor = processor
         self.musical: MusicalJudge | None = None
@@ -114,5 +117,5 @@ class Judges:
 
     def _rows(self, ids: Tensor) -> list[list[int]]:
         """Sequences up to their ends, as lists."""
-        lengths = self.ending.mask(ids, 1).sum(1).tolist()
+        lengths = self.ending.mask(ids, self.prompt_length).sum(1).tolist()
         return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]

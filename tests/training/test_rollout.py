@@ -272,7 +272,7 @@ def test_a_causal_discriminator_reads_every_token_once(policy: MidiMambaForCausa
 
 
 def test_nothing_follows_an_end(policy: MidiMambaForCausalLM) -> None:
-    end, padding = ENDING
+    end, padding = ENDING.eos_token_id, ENDING.pad_token_id
     assert end is not None
     torch.manual_seed(0)
     sequences = sample(policy, torch.full((4, 1), end), 20, ENDING)
