@@ -7,7 +7,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from midimamba.errors import InputError
 from midimamba.evaluation.judges import (
+    FOLDS,
     Ensemble,
     MusicalJudge,
     TokenJudge,
@@ -75,13 +77,26 @@ class Judges:
         self.token.discriminator.calibration.set(1.0, 0.0)
 
     def learn(self, real: Tensor, fake: Tensor) -> None:
-        """Fit a new discriminator of musical features on music and samples `(n, time)` of this process."""
+        """Fit a new discriminator of musical features on music and samples `(n, time)` of this process.
+
+        The last one stays where too few of them hold notes.
+
+        Raises:
+            InputError: if there is no last one.
+        """
         if self.processor is None:
             return
         real_scores, fake_scores = (
             decode_all(self.processor, self._rows(self.accelerator.gather(ids))).scores for ids in (real, fake)
         )
-        self.musical = MusicalJudge(fit_musical(real_scores, fake_scores), self.processor)
+        if min(len(real_scores), len(fake_scores)) >= FOLDS:
+            self.musical = MusicalJudge(fit_musical(real_scores, fake_scores), self.processor)
+        elif self.musical is None:
+            raise InputError(
+                f"musical_discriminator needs {FOLDS} pieces and {FOLDS} samples with notes, but a batch has "
+                f"{len(real_scores)} and {len(fake_scores)}: raise per_device_train_batch_size, or train the "
+                "generator longer first"
+            )
 
     def calibrate(self, fake: Sequences) -> Measures:
         """
