@@ -43,8 +43,9 @@ OPTIONS: dict[str, dict[str, object]] = {
     # The same script with everything that distillation and judges of musical features add.
     "distillation": {
         **{"estimator": "distill", "reward": "log-odds", "openings": True, "musical_discriminator": True},
-        **{"sequence_length": 64, "transpose": 3, "bars": 2, "temperature": 0.9, "d_lookback_bars": 1},
+        **{"sequence_length": 48, "transpose": 3, "bars": 2, "temperature": 0.9, "d_lookback_bars": 1},
         **{"per_device_train_batch_size": 12, "mini_batch_size": 4, "d_steps": 1, "d_warmup_steps": 1},
+        **{"d_filter_sizes": 2, "d_num_filters": 8, "d_hidden_size": 16, "d_epochs": 2},
         **{"num_eval_samples": 4, "max_nll_drift": 100, "max_self_bleu_increase": 100},
     },
 }
