@@ -85,7 +85,7 @@ def test_padding_that_is_the_end_itself_counts_as_padding(policy: MidiMambaForCa
 
 
 def test_the_ending_is_that_of_the_configuration(policy: MidiMambaForCausalLM) -> None:
-    assert Ending.of(policy.config) == Ending(2, policy.config.pad_token_id)
+    assert Ending.of(policy.config) == Ending(2, 0)
     assert Ending.of(SimpleNamespace(eos_token_id=7, pad_token_id=None)) == Ending(7, 7)
     assert Ending.of(SimpleNamespace(eos_token_id=None, pad_token_id=3)) == NEVER
     assert Ending.of(SimpleNamespace()) == NEVER
