@@ -124,9 +124,9 @@ class Sequences(NamedTuple):
         """Some of the sequences."""
         return Sequences(self.ids[indices], self.mask[indices])
 
-    def trimmed(self) -> "Sequences":
-        """The same without the columns at the end that are padding in every row."""
-        longest = int(self.mask.sum(1).max())
+    def trimmed(self, least: int = 1) -> "Sequences":
+        """The same without the columns at the end that are padding in every row; at least `least` columns."""
+        longest = max(least, int(self.mask.sum(1).max()))
         return Sequences(self.ids[:, :longest], self.mask[:, :longest])
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from midimamba import MidiProcessor
 from midimamba.cli import main
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
@@ -228,6 +229,34 @@ BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
         {"discriminator": "generator", "d_spectral_norm": "true"},
         "d_spectral_norm would change what the generator has learned",
     ),
+    "distillation of probabilities": (
+        "adversarial.py",
+        {"estimator": "distill", "reward": "discriminator"},
+        "set reward to log-odds, or to a control",
+    ),
+    "shuffled values of prefixes": (
+        "adversarial.py",
+        {"estimator": "monte-carlo", "reward": "shuffled"},
+        "set estimator to terminal or distill",
+    ),
+    "musical judge of blocks": (
+        "adversarial.py",
+        {"musical_discriminator": "true", "estimator": "distill", "reward": "log-odds"},
+        "set openings to true, reward to log-odds or shuffled, and estimator to terminal or distill",
+    ),
+    "musical judge of prefixes": (
+        "adversarial.py",
+        {"musical_discriminator": "true", "openings": "true", "reward": "log-odds"},
+        "set openings to true, reward to log-odds or shuffled, and estimator to terminal or distill",
+    ),
+    "steps with old samples": (
+        "adversarial.py",
+        {"mini_batch_size": 2},
+        "which needs ppo_clip or estimator 'distill'",
+    ),
+    "no bars": ("adversarial.py", {"bars": 0}, "bars is 0, but must be at least 1"),
+    "a temperature of nothing": ("adversarial.py", {"temperature": 0}, "temperature is 0.0, but must be greater than"),
+    "bars to look back by": ("adversarial.py", {"d_lookback_bars": 0}, "lookback_bars"),
     "resume from nothing": ("adversarial.py", {"resume_from_checkpoint": "nowhere"}, "nowhere is no checkpoint"),
 }
 
@@ -247,6 +276,56 @@ def test_bad_input_is_one_clear_line(case: str, corpus: Path, pretrained: Path, 
     assert message in line
     assert "Traceback" not in errors
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def without_bars(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A corpus and a generator of a tokenization that knows no bars."""
+    folder = tmp_path_factory.mktemp("tsd")
+    (folder / "midi").mkdir()
+    for seed in range(6):
+        make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
+    options = CorpusOptions(tokenization="TSD", vocab_size=None, num_workers=1)
+    tokenize_corpus(str(folder / "midi"), folder / "data", options)
+    processor = MidiProcessor.from_pretrained(folder / "data" / "tokenizer")
+    make_generator(vocab_size=processor.vocab_size).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "data", folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bars": 4}, "bars is 4, but the tokenization has no bars; leave it unset"),
+        ({"d_lookback_bars": 1}, "d_lookback_bars needs a tokenization with bars, such as REMI; TSD has none"),
+    ],
+)
+def test_bars_that_a_tokenization_lacks_are_refused(
+    without_bars: tuple[Path, Path], run: Run, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    data, model = without_bars
+    arguments = tiny("chorales-cpu-adversarial.yaml", data=data, model=model, output_dir=tmp_path / "out", **options)
+    code, errors = run("adversarial.py", *arguments)
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["discriminator", "musical-discriminator"])
+def test_the_discriminators_of_another_run_are_not_overwritten(
+    corpus: Path, pretrained: Path, run: Run, tmp_path: Path, kind: str
+) -> None:
+    other = tmp_path / f"tuned-{kind}"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    code, errors = run("adversarial.py", *adversarial(pretrained, corpus, tmp_path / "tuned"))
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert f"tuned-{kind} holds the discriminator of another run" in line
+    assert (other / "config.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
 
 
 def test_an_unknown_recipe_key_is_named(corpus: Path, run: Run, tmp_path: Path) -> None:

@@ -156,11 +156,12 @@ def _tune(
     from midimamba.training.whole_checkpoints import output_folder
 
     resume = find_resume_point(training_args)
-    d_output = discriminator_folder(output_folder(training_args))
-    if training_args.resume_from_checkpoint is None and (d_output / "config.json").exists():
-        raise InputError(
-            f"{d_output} holds the discriminator of another run; choose another --output_dir or delete it"
-        )
+    output = output_folder(training_args)
+    for folder in (discriminator_folder(output), musical_folder(output)):
+        if training_args.resume_from_checkpoint is None and (folder / "config.json").exists():
+            raise InputError(
+                f"{folder} holds the discriminator of another run; choose another --output_dir or delete it"
+            )
     length = training_args.sequence_length
     load = load_openings if script_args.openings else load_blocks
     train, validation, processor = load(script_args.data, length, augmentation, training_args.seed)

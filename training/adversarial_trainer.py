@@ -93,7 +93,7 @@ class AdversarialTrainer(GuardedTrainer):
         self.reference_policy = frozen_copy(self.generator) if args.kl_coef else None
         held_out = spread_blocks(eval_dataset, HELD_OUT).to(args.device)
         decoder = processing_class if musical_discriminator else None
-        self.judges = Judges(discriminator, self.accelerator, held_out, self.ending, decoder)
+        self.judges = Judges(discriminator, self.accelerator, held_out, self.ending, args.prompt_length, decoder)
         reward = Reward(args.reward, discriminator, self.judges.musical_log_odds)
         rows = rows_for_budget(self.rollout_policy, args.sequence_length, args.rollout_memory_mb, reward.judge)
         self.rollouts = Rollouts(

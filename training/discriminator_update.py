@@ -83,7 +83,7 @@ class DiscriminatorUpdate:
         self.discriminator.train()
         size = self.args.mini_batch_size
         if size is not None and size < len(real):
-            return self._learn_from_parts(real, torch.cat([fake, old]), size)
+            return self._learn_from_parts(real, fake, old, size)
         sequences, labels = self._labelled(real, torch.cat([fake, old]))
         limit = self.args.d_max_accuracy
         before: Measures = {}
@@ -101,18 +101,21 @@ class DiscriminatorUpdate:
             measures["d_grad_norm"] = self._descend()
         return {**weighted_mean(passes), **before}
 
-    def _learn_from_parts(self, real: Tensor, fake: Tensor, size: int) -> Measures:
+    def _learn_from_parts(self, real: Tensor, fake: Tensor, old: Tensor, size: int) -> Measures:
         """A step for every `size` real sequences and as many samples, in another order for every pass.
 
         Some of the samples are held out, as some music is. The passes end with the first that makes the discriminator
         worse on both, and that one is undone.
         """
-        before = self._measure(*(self._score(ids) for ids in (real, fake, fake[:0])))
+        before = self._measure(*(self._score(ids) for ids in (real, fake, old)))
         limit = self.args.d_max_accuracy
-        if limit is not None and float(before["d_accuracy"]) > limit:
-            return {**before, "d_skipped": 1.0}
+        if limit is not None:
+            is_skipped = float(before["d_accuracy"]) > limit
+            before["d_skipped"] = float(is_skipped)
+            if is_skipped:
+                return before
         unseen = fake[: max(1, round(HELD_OUT_SHARE * len(fake)))]
-        fake = fake[len(unseen) :]
+        fake = torch.cat([fake[len(unseen) :], old])
         real = real[: len(fake)]
         best = self._held_out_loss(unseen)
         passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []

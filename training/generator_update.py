@@ -49,7 +49,8 @@ class Batch(NamedTuple):
 
     def trimmed(self) -> "Batch":
         """The same without the columns at the end that are padding in every sample; of music they are left out."""
-        fake = self.fake.trimmed()
+        prompt = self.fake.ids.shape[1] - self.advantages.shape[1]
+        fake = self.fake.trimmed(prompt + 1)  # a prompt may have all the bars that count
         cut = self.fake.ids.shape[1] - fake.ids.shape[1]
         actions = self.advantages.shape[1] - cut
         old = None if self.old is None else self.old[:, :actions]
@@ -217,7 +218,7 @@ class GeneratorUpdate:
         """A step for every `size` sequences, in an order of their own for every pass."""
         if self.args.estimator != "distill":
             batch = batch._replace(old=self._log_probabilities(model, batch))
-        terms = []
+        terms: list[LossTerms] = []
         for _ in range(self.args.ppo_epochs):
             for rows in torch.randperm(len(batch.real), device=batch.real.device).split(size):
                 if terms:
@@ -326,4 +327,4 @@ def _negative_likelihood(of_real: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
     """The mean of the valid ones among values `(batch, actions)` that are 0 elsewhere."""
-    return values.sum() / valid.sum()
+    return values.sum() / valid.sum().clamp(min=1)

@@ -272,6 +272,8 @@ class GuardedTrainer(WholeCheckpointTrainer):
 
     def _evaluate_samples(self, dataset: Dataset) -> dict[str, float]:
         real = spread_blocks(dataset, self.args.num_eval_samples).to(self.args.device)
+        if len(real) == 1:
+            real = real.expand(2, -1)  # diversity compares at least two samples
         measures, samples = self.monitor.measure(real, self.sample(real[:, : self.args.prompt_length]))
         if self.is_world_process_zero():
             self.sample_log.write(self.state.global_step, samples)

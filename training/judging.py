@@ -7,7 +7,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from midimamba.errors import InputError
 from midimamba.evaluation.judges import (
+    FOLDS,
     Ensemble,
     MusicalJudge,
     TokenJudge,
@@ -38,6 +40,7 @@ class Judges:
         accelerator (`Accelerator`): the trainer's.
         held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
         ending (`Ending`): sequences are judged up to their end.
+        prompt_length (`int`): tokens at the start of every sequence that were given, in which nothing ends.
         processor (`ProcessorMixin`, *optional*): a [`MidiProcessor`], which adds the discriminator of musical
             features.
 
@@ -51,6 +54,7 @@ class Judges:
         accelerator: Accelerator,
         held_out: Tensor,
         ending: Ending,
+        prompt_length: int,
         processor: ProcessorMixin | None = None,
     ):
         if not isinstance(processor, MidiProcessor | None):
@@ -58,6 +62,7 @@ class Judges:
         self.token = TokenJudge(discriminator, ending.pad_token_id)
         self.accelerator = accelerator
         self.ending = ending
+        self.prompt_length = prompt_length
         self.held_out = self._rows(held_out)
         self.processor = processor
         self.musical: MusicalJudge | None = None
@@ -72,13 +77,26 @@ class Judges:
         self.token.discriminator.calibration.set(1.0, 0.0)
 
     def learn(self, real: Tensor, fake: Tensor) -> None:
-        """Fit a new discriminator of musical features on music and samples `(n, time)` of this process."""
+        """Fit a new discriminator of musical features on music and samples `(n, time)` of this process.
+
+        The last one stays where too few of them hold notes.
+
+        Raises:
+            InputError: if there is no last one.
+        """
         if self.processor is None:
             return
         real_scores, fake_scores = (
             decode_all(self.processor, self._rows(self.accelerator.gather(ids))).scores for ids in (real, fake)
         )
-        self.musical = MusicalJudge(fit_musical(real_scores, fake_scores), self.processor)
+        if min(len(real_scores), len(fake_scores)) >= FOLDS:
+            self.musical = MusicalJudge(fit_musical(real_scores, fake_scores), self.processor)
+        elif self.musical is None:
+            raise InputError(
+                f"musical_discriminator needs {FOLDS} pieces and {FOLDS} samples with notes, but a batch has "
+                f"{len(real_scores)} and {len(fake_scores)}: raise per_device_train_batch_size, or train the "
+                "generator longer first"
+            )
 
     def calibrate(self, fake: Sequences) -> Measures:
         """
@@ -114,5 +132,5 @@ class Judges:
 
     def _rows(self, ids: Tensor) -> list[list[int]]:
         """Sequences up to their ends, as lists."""
-        lengths = self.ending.mask(ids, 1).sum(1).tolist()
+        lengths = self.ending.mask(ids, self.prompt_length).sum(1).tolist()
         return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]

@@ -80,4 +80,6 @@ def _combine(name: str, figures: list[tuple[Tensor, Tensor | float]]) -> Tensor:
     if name.endswith("_max"):
         return torch.stack([value for value, _ in figures]).max()
     total = sum(count for _, count in figures)
+    if isinstance(total, Tensor):
+        total = total.clamp(min=1)  # the mean of nothing is 0
     return torch.stack([value * (count / total) for value, count in figures]).sum()

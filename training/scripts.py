@@ -240,8 +240,8 @@ def load_generator(name: str, processor: MidiProcessor) -> MidiMambaForCausalLM:
     return model
 
 
-def look_back_fields(lags: Sequence[int], processor: MidiProcessor) -> dict[str, Any]:
-    """The fields of a configuration that let a network look back by these bars.
+def look_back_fields(lags: Sequence[int], processor: MidiProcessor, option: str = "lookback_bars") -> dict[str, Any]:
+    """The fields of a configuration that let a network look back by these bars, which an option of that name gives.
 
     Raises:
         InputError: if the tokenization has no bars.
@@ -251,7 +251,7 @@ def look_back_fields(lags: Sequence[int], processor: MidiProcessor) -> dict[str,
     bars, positions = time_ids(processor.midi_tokenizer)
     if not bars:
         raise InputError(
-            "lookback_bars needs a tokenization with bars, such as REMI; "
+            f"{option} needs a tokenization with bars, such as REMI; "
             f"{type(processor.midi_tokenizer).__name__} has none"
         )
     return {"lookback_bars": list(lags), "bar_token_ids": bars, "position_token_ids": positions}
@@ -305,7 +305,10 @@ def _look_back_of(arguments: "AdversarialArguments", processor: MidiProcessor | 
         return {}
     if processor is None:
         raise InputError("d_lookback_bars needs a processor, which knows the tokens that open a bar")
-    return {"bos_token_id": processor.bos_token_id, **look_back_fields(arguments.d_lookback_bars, processor)}
+    return {
+        "bos_token_id": processor.bos_token_id,
+        **look_back_fields(arguments.d_lookback_bars, processor, "d_lookback_bars"),
+    }
 
 
 def _drop_wide_filters(config: MidiDiscriminatorConfig, length: int) -> None:

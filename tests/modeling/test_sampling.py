@@ -85,8 +85,8 @@ def test_padding_that_is_the_end_itself_counts_as_padding(policy: MidiMambaForCa
 
 
 def test_the_ending_is_that_of_the_configuration(policy: MidiMambaForCausalLM) -> None:
-    assert Ending.of(policy.config) == (policy.config.eos_token_id, policy.config.pad_token_id)
-    assert Ending.of(SimpleNamespace(eos_token_id=7, pad_token_id=None)) == (7, 7)
+    assert Ending.of(policy.config) == Ending(2, 0)
+    assert Ending.of(SimpleNamespace(eos_token_id=7, pad_token_id=None)) == Ending(7, 7)
     assert Ending.of(SimpleNamespace(eos_token_id=None, pad_token_id=3)) == NEVER
     assert Ending.of(SimpleNamespace()) == NEVER
     with pytest.raises(ValueError, match=r"eos_token_id is \[2, 4\]; set it to a single token"):

@@ -50,6 +50,20 @@ def test_the_defaults_are_possible_together(tmp_path: Path) -> None:
     assert config.eval_on_start
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"estimator": "distill", "reward": "log-odds", "ppo_epochs": 3, "mini_batch_size": 2},
+        {"estimator": "distill", "reward": "constant"},
+        {"estimator": "terminal", "reward": "shuffled", "mini_batch_size": 2, "ppo_clip": 0.2},
+        {"mini_batch_size": 4},
+    ],
+)
+def test_what_is_possible_is_allowed(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    config = make_config(tmp_path, **overrides)
+    assert config.calibrates == (config.reward in ("log-odds", "shuffled"))
+
+
 def test_a_target_without_a_weight_is_left_out(tmp_path: Path) -> None:
     assert make_config(tmp_path, kl_target=0.1).kl_coef == 0
 
@@ -86,6 +100,14 @@ def test_a_target_without_a_weight_is_left_out(tmp_path: Path) -> None:
         ({"replay_fraction": 1.0}, r"replay_fraction is 1.0, but must be in \[0, 1\)"),
         ({"replay_fraction": 0.2}, "which of 4 negatives is less than one"),
         ({"reward": "best"}, "reward is 'best', but must be one of discriminator, log-odds, constant, random"),
+        ({"estimator": "distill"}, "'distill' weighs samples by log-odds: set reward to log-odds, or to a control"),
+        ({"reward": "shuffled"}, "set estimator to terminal or distill"),
+        ({"reward": "shuffled", "estimator": "dense"}, "set estimator to terminal or distill"),
+        ({"mini_batch_size": 0}, "mini_batch_size is 0, but must be at least 1"),
+        ({"mini_batch_size": 2}, "mini_batch_size 2 is below per_device_train_batch_size 4, which needs ppo_clip"),
+        ({"temperature": 0.0}, "temperature is 0.0, but must be greater than 0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"bars": 0}, "bars is 0, but must be at least 1"),
         ({"rollout_memory_mb": 0.0}, "rollout_memory_mb is 0.0, but must be greater than 0"),
         ({"max_nll_drift": -0.1}, "max_nll_drift is -0.1, but must be at least 0"),
         ({"max_nll_drift": 0.1, "save_strategy": "no"}, "go back to checkpoints that were evaluated"),

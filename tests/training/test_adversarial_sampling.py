@@ -73,7 +73,7 @@ def test_the_loss_of_sequences_that_ended_is_that_of_the_sequences_without_paddi
     if trainer.reference_policy is not None:
         (embeddings,) = trainer.reference_policy.get_input_embeddings().parameters()
         embeddings.mul_(1.1)  # else there is no divergence
-    eos, pad = trainer.ending
+    eos, pad = trainer.ending.eos_token_id, trainer.ending.pad_token_id
     fake = torch.tensor([[1, 3, 4, 5, eos, pad, pad, pad], [1, eos, 6, eos, pad, pad, pad, pad], [3] * LENGTH])
     mask = trainer.ending.mask(fake, 2)
     lengths = mask.sum(1)

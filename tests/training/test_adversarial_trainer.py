@@ -291,6 +291,13 @@ def test_evaluation_measures_likelihood_accuracy_and_diversity(tmp_path: Path) -
     assert 0 < metrics["eval_distinct_1"] <= metrics["eval_distinct_4"] <= 1
 
 
+def test_a_single_held_out_sequence_can_be_evaluated(tmp_path: Path) -> None:
+    """Diversity compares two samples: two are drawn after its prompt."""
+    metrics = make_trainer(tmp_path, num_eval_samples=1).evaluate()
+    assert 0 <= metrics["eval_self_bleu_4"] <= 1
+    assert metrics["eval_d_accuracy_real"] in (0, 1)
+
+
 def test_every_stabiliser_has_its_metric_in_the_log(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **ALL_STABILISERS)
     trainer.train()

@@ -46,6 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
     "skipping": {"estimator": "terminal", "d_warmup_steps": 60, "d_max_accuracy": 0.8},
     "dense": {"estimator": "dense", "kind": "mamba", "micro_batch_size": 1},
     "adapters": {"estimator": "terminal", "peft_config": LoraConfig(r=2), "kl_coef": 0.5},
+    # Calibrated on the samples of all, whose weights have mean 1 over all.
+    "distillation": {
+        **{"estimator": "distill", "reward": "log-odds", "temperature": 0.8, "ppo_epochs": 2, "micro_batch_size": 2},
+        **{"d_warmup_steps": 10},
+    },
     # Sequences of different lengths, which count by their tokens in a discriminator of prefixes.
     "ends": {"estimator": "dense", "kind": "mamba", "ends": True, "micro_batch_size": 1, "ppo_clip": 0.2},
 }
@@ -88,10 +93,10 @@ def make_trainer(
     return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config)
 
 
-def draw_by_content(logits: Tensor) -> Tensor:
+def draw_by_content(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """A token for each row with a number that depends on that row alone, and not on who draws it."""
     numbers = (logits.argmax(-1) * 0.618 + logits.argmin(-1) * 0.414 + 0.1) % 1
-    return sampling.pick(logits, numbers[:, None])
+    return sampling.pick(logits / temperature, numbers[:, None])
 
 
 class Blocks:
@@ -115,7 +120,7 @@ def work(out: Path, rows: int) -> None:
             patch.object(sampling, "draw", draw_by_content),
             patch.object(rollout, "draw", draw_by_content),
             patch.object(
-                AdversarialTrainer, "_draw_blocks", lambda trainer, count, blocks=blocks: blocks(trainer, count)
+                AdversarialTrainer, "draw_blocks", lambda trainer, count, blocks=blocks: blocks(trainer, count)
             ),
         ):
             trainer = make_trainer(out, rows, **options)
@@ -179,7 +184,7 @@ def test_two_processes_give_the_update_of_one(case: str, runs: tuple[Path, Path]
     for network, before in (("g", start.generator), ("d", start.discriminator)):
         apart = [(one[f"{network}.{name}"] - parameter).abs().max() for name, parameter in before.named_parameters()]
         assert max(apart) > 1e-3
-    exact = ("reward", "advantage_std", "d_accuracy", "d_loss", "kl", "kl_coef", "loss")
+    exact = ("reward", "advantage_std", "d_accuracy", "d_loss", "kl", "kl_coef", "loss", "d_auc")
     for key in one:
         if not key.startswith("log."):
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=partial("{}: {}".format, key))

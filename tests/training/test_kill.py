@@ -6,6 +6,7 @@ To kill each script at N moments: `python tests/training/test_kill.py N`.
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -38,6 +39,14 @@ OPTIONS: dict[str, dict[str, object]] = {
     "adversarial": {
         **{"num_rollouts": 2, "rollout_positions": 3, "d_warmup_steps": 1, "num_eval_samples": 4},
         **{"max_nll_drift": 100, "max_self_bleu_increase": 100},
+    },
+    # The same script with everything that distillation and judges of musical features add.
+    "distillation": {
+        **{"estimator": "distill", "reward": "log-odds", "openings": True, "musical_discriminator": True},
+        **{"sequence_length": 48, "transpose": 3, "bars": 2, "temperature": 0.9, "d_lookback_bars": 1},
+        **{"per_device_train_batch_size": 12, "mini_batch_size": 4, "d_steps": 1, "d_warmup_steps": 1},
+        **{"d_filter_sizes": 2, "d_num_filters": 8, "d_hidden_size": 16, "d_epochs": 2},
+        **{"num_eval_samples": 4, "max_nll_drift": 100, "max_self_bleu_increase": 100},
     },
 }
 
@@ -116,7 +125,7 @@ def start(target: Callable[..., None], *arguments: object) -> ForkServerProcess:
 
 def arguments_of(script: str, data: Path, model: Path, out: Path) -> list[str]:
     options = COMMON | OPTIONS[script] | {"data": data, "output_dir": out}
-    if script == "adversarial":
+    if script != "pretrain":
         options["model"] = model
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
@@ -145,6 +154,25 @@ def finish(script: str, data: Path, model: Path, folder: Path, moment: Moment | 
     return contents(folder)
 
 
+def teach(model: Path, data: Path, folder: Path) -> Path:
+    """A copy of a generator that has learned to write notes: judges of musical features need some to hear."""
+    import torch
+    from datasets import load_from_disk
+
+    from midimamba import MidiMambaForCausalLM
+
+    shutil.copytree(model, folder)
+    generator = MidiMambaForCausalLM.from_pretrained(model).train()
+    ids = torch.tensor([piece[:64] for piece in load_from_disk(str(data))["train"]["input_ids"]])
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        generator(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    generator.save_pretrained(folder)
+    return folder
+
+
 def spread(counts: Path, number: int) -> list[Moment]:
     """Moments of all kinds, spread over the calls that a run makes."""
     lines = dict(line.split(":") for line in counts.read_text().splitlines())
@@ -161,6 +189,7 @@ def spread(counts: Path, number: int) -> list[Moment]:
 MOMENTS: dict[str, list[Moment]] = {
     "pretrain": [("model", 1, True), ("pickle", 4, False), ("rename", 1, True), ("seal", 3, False)],
     "adversarial": [("round", 2, False), ("random numbers", 1, True), ("seal", 2, True), ("model", 4, True)],
+    "distillation": [("round", 3, False)],
 }
 
 
@@ -169,10 +198,15 @@ MOMENTS: dict[str, list[Moment]] = {
 def test_killed_runs_end_bitwise_as_the_others_and_leave_no_litter(
     script: str, corpus: Path, pretrained: Path, tmp_path: Path
 ) -> None:
-    straight = finish(script, corpus, pretrained, tmp_path / "straight")
-    assert {"run/model.safetensors", "run/checkpoint-2", "run/checkpoint-3/checkpoint.json"} <= straight.keys()
+    model = teach(pretrained, corpus, tmp_path / "taught") if script == "distillation" else pretrained
+    straight = finish(script, corpus, model, tmp_path / "straight")
+    expected = {"run/model.safetensors", "run/checkpoint-2", "run/checkpoint-3/checkpoint.json"}
+    if script == "distillation":
+        expected |= {f"run-{kind}/model.safetensors" for kind in ("discriminator", "musical-discriminator")}
+        expected |= {"run/checkpoint-3/musical_discriminator/model.safetensors"}
+    assert expected <= straight.keys()
     for number, moment in enumerate(MOMENTS[script]):
-        assert finish(script, corpus, pretrained, tmp_path / str(number), moment) == straight, moment
+        assert finish(script, corpus, model, tmp_path / str(number), moment) == straight, moment
 
 
 def measure(number: int) -> None:
@@ -185,15 +219,17 @@ def measure(number: int) -> None:
         processor = MidiProcessor.from_pretrained(folder / "data" / "tokenizer")
         make_generator(vocab_size=processor.vocab_size).save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
+        teach(folder / "model", folder / "data", folder / "taught")
         for script in OPTIONS:
+            model = folder / ("taught" if script == "distillation" else "model")
             begin = time.monotonic()
             place = folder / script
             place.mkdir()
-            straight = finish(script, folder / "data", folder / "model", place / "straight")
+            straight = finish(script, folder / "data", model, place / "straight")
             wrong, kills = [], 0
             for index, moment in enumerate(spread(place / "straight.counts", number)):
                 try:
-                    found = finish(script, folder / "data", folder / "model", place / str(index), moment)
+                    found = finish(script, folder / "data", model, place / str(index), moment)
                 except NotReachedError:
                     continue
                 kills += 1

@@ -157,10 +157,10 @@ def test_forked_rollouts_equal_reencoded_prefixes(
     assert compared == sum(per_position * (9 - 1 - position) for position in positions)
 
 
-def numbered_draw(numbers: Tensor, first: int) -> Callable[[Tensor], Tensor]:
+def numbered_draw(numbers: Tensor, first: int) -> Callable[[Tensor, float], Tensor]:
     """`draw` with given random numbers `(time, n)` for tokens `first` and following."""
     steps = iter(range(first, len(numbers)))
-    return lambda logits: pick(logits, numbers[next(steps), : len(logits), None])
+    return lambda logits, temperature: pick(logits / temperature, numbers[next(steps), : len(logits), None])
 
 
 def test_positions_of_rows_value_as_each_row_alone(
@@ -272,7 +272,7 @@ def test_a_causal_discriminator_reads_every_token_once(policy: MidiMambaForCausa
 
 
 def test_nothing_follows_an_end(policy: MidiMambaForCausalLM) -> None:
-    end, padding = ENDING
+    end, padding = ENDING.eos_token_id, ENDING.pad_token_id
     assert end is not None
     torch.manual_seed(0)
     sequences = sample(policy, torch.full((4, 1), end), 20, ENDING)
