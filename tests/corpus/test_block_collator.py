@@ -44,6 +44,6 @@ def test_blocks_on_a_device_are_separated_as_rows_are() -> None:
     assert all(torch.equal(separated[name], tensor) for name, tensor in collator(ROWS).items())
 
 
-def test_the_collator_of_a_processor_knows_its_controls() -> None:
+def test_the_collator_of_a_processor_knows_its_controls_and_its_padding() -> None:
     processor = MidiProcessor(build_tokenizer("REMI", controls=["Control-key_C-major", "Control-meter_3/4"]))
-    assert BlockCollator.for_processor(processor, carry_state=True) == BlockCollator(1, (3, 4), True)
+    assert BlockCollator.for_processor(processor, carry_state=True) == BlockCollator(1, (0, 3, 4), True)

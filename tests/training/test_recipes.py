@@ -54,6 +54,7 @@ def test_the_paper_has_no_stabiliser(tmp_path: Path) -> None:
     assert (paper.estimator, paper.num_rollouts, paper.rollout_positions) == ("monte-carlo", 16, None)
     assert (paper.d_steps, paper.d_epochs, paper.d_learning_rate) == (5, 3, 1e-4)
     assert (paper.reward, paper.group_size, paper.prompt_length) == ("discriminator", None, 1)
+    assert (paper.bars, paper.temperature, paper.mini_batch_size) == (None, 1.0, None)
 
 
 def test_the_stable_recipe_has_them_all(tmp_path: Path) -> None:
@@ -79,6 +80,7 @@ def test_an_option_is_a_stabiliser_or_not(tmp_path: Path) -> None:
     """A new option has to say here which of the two it is, so that no recipe forgets it."""
     others = {
         *("sequence_length", "prompt_length", "micro_batch_size", "num_eval_samples", "logging_nan_inf_filter"),
+        *("bars", "temperature", "mini_batch_size"),
         *("estimator", "num_rollouts", "rollout_positions", "rollout_memory_mb", "reward"),
         *("baseline", "group_size", "normalize_advantages", "ppo_epochs"),
         *("d_steps", "d_epochs", "d_warmup_steps", "d_learning_rate"),
