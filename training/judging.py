@@ -1,5 +1,7 @@
 """The judges of a round: the discriminators whose log-odds reward samples, and how far they can be trusted."""
 
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -22,11 +24,21 @@ from midimamba.evaluation.samples import decode_all
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
 from midimamba.modeling.sampling import Ending, Sequences
+from midimamba.text import show
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.training.metrics import Measures
 
 MUSICAL_FOLDER = "musical_discriminator"
 """Of a checkpoint."""
+
+
+SIGNIFICANT = 1.645
+"""Standard deviations above chance: one time in twenty, a discriminator that knows nothing is that good."""
+
+
+def chance_deviation(real: int, fake: int) -> float:
+    """The standard deviation of the AUC of values that say nothing (Mann-Whitney), from the sizes of both sets."""
+    return math.sqrt((real + fake + 1) / (12 * real * fake))
 
 
 class Judges:
@@ -105,13 +117,24 @@ class Judges:
         Judges that do not tell them apart better than chance get a scale of 0: their reward is then the same for all.
 
         Returns:
-            `d_auc` and `d_calibration_error`, on the same music and samples.
+            `d_auc` and `d_calibration_error`, on the same music and samples, and `d_refused`, whether it was chance.
         """
         samples = self._rows(self.accelerator.gather(fake.ids))
         calibrate(self.all, self.held_out, samples)
         ensemble = Ensemble(self.all)
         real, drawn = ensemble.log_odds(self.held_out), ensemble.log_odds(samples)
-        return {"d_auc": auc(real, drawn), "d_calibration_error": calibration_error(real, drawn)}
+        measures = {"d_auc": auc(real, drawn), "d_calibration_error": calibration_error(real, drawn)}
+        refused = measures["d_auc"] <= 0.5 + SIGNIFICANT * chance_deviation(len(real), len(drawn))
+        if refused:
+            for judge in self.all:
+                judge.discriminator.calibration.set(0.0, 0.0)
+            if self.accelerator.is_main_process:
+                show(
+                    f"nothing is learned in this round: the discriminator does not tell {len(real)} held-out pieces "
+                    f"from {len(drawn)} samples better than by chance (AUC {measures['d_auc']:.2f})",
+                    file=sys.stderr,
+                )
+        return {**measures, "d_refused": float(refused)}
 
     def musical_log_odds(self, sequences: Sequences) -> Tensor | float:
         """What the discriminator of musical features adds to the log-odds `(n,)` of sequences; 0 if there is none."""

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
-from midimamba.evaluation.judges import Ensemble
+from midimamba.evaluation.judges import Ensemble, auc
 from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.training.action_values import ActionValues
 from midimamba.training.discriminator_update import DiscriminatorUpdate
-from midimamba.training.judging import Judges
+from midimamba.training.judging import Judges, chance_deviation
 from midimamba.training.rewards import Reward
 from support import make_discriminator, make_generator, make_score
 from trainer_support import LENGTH, make_blocks, make_trainer
@@ -74,6 +74,27 @@ def test_a_judge_that_is_wrong_gets_scale_zero_and_rewards_all_alike() -> None:
     # It may learn again: nothing would pass through a scale of zero.
     judges.forget_calibration()
     assert (discriminator.calibration.scale.item(), discriminator.calibration.offset.item()) == (1, 0)
+
+
+def test_a_judge_that_is_right_by_chance_rewards_nothing_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out music is preferred by a hair, which two random sets would often show."""
+    discriminator = make_discriminator()
+    pool = music(3, 11, 400)
+    with torch.no_grad():
+        order = discriminator(pool).logits[:, 0].argsort()
+    samples = pool[order[0::2]]
+    measures = judges_of(discriminator, pool[order[1::2]]).calibrate(whole(samples))
+    assert 0.5 < measures["d_auc"] < 0.5 + 1.645 * chance_deviation(200, 200)
+    assert measures["d_refused"] == 1.0
+    assert "does not tell 200 held-out pieces from 200 samples better than by chance" in capsys.readouterr().err
+    rewards = Reward("log-odds", discriminator).of_whole(whole(samples), 64)
+    assert (rewards == rewards[0]).all()
+
+
+def test_the_deviation_of_chance_is_that_of_permutations() -> None:
+    numbers = torch.rand(4000, 12 + 7, generator=torch.Generator().manual_seed(0))
+    found = torch.tensor([auc(row[:12], row[12:]) for row in numbers])
+    assert found.std().item() == pytest.approx(chance_deviation(12, 7), rel=0.05)
 
 
 def test_a_judge_that_tells_them_apart_is_trusted_as_far_as_it_is_right() -> None:
