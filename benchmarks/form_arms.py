@@ -19,6 +19,7 @@ from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import inference, sample
 
 ROWS = 1024  # sequences drawn or read at once
+HELD_OUT = 8  # one in this many samples calibrates the discriminator, and says when it has learned enough
 LAGS = (1, 2)  # bars between a section of one bar and its repeat
 # The width, the layers, and the size of the state.
 BASES = {"plain": (32, 2, 8), "small": (12, 1, 2)}
@@ -253,21 +254,23 @@ def truncated(log_odds: Tensor) -> Tensor:
 
 
 def distill(
-    model: MidiMambaForCausalLM, reward: Rewarding, process: FormProcess, settings: Settings
+    model: MidiMambaForCausalLM, reward: Rewarding, problem: Problem, settings: Settings
 ) -> tuple[MidiMambaForCausalLM, list[float]]:
     """Distillation by rounds: sample, weight samples by the exponential of their log-odds, and learn from them.
 
     The weights make samples of every round look like real tunes, so that those of earlier rounds remain of use: each
     round counts by its effective sample size.
 
-    Returns the generator, and the share of the effective sample size in every round.
+    Returns the weights that were best on validation tunes after a round, as [`fit`] does, and the share of the
+    effective sample size in every round.
     """
     learner = Learner(model, settings, 0.0, 0.0)  # there are always more samples
     pools: list[Tensor] = []
     weights: list[Tensor] = []
     sizes: list[float] = []
+    best, best_model = score(model, problem.valid).mean().item(), copy.deepcopy(model)
     while learner.seconds < settings.seconds:
-        fake = draw(learner.average, settings.pool, process)
+        fake = draw(learner.average, settings.pool, problem.process)
         weight = truncated(reward(learner.average, fake).double())
         effective = 1 / weight.square().sum()
         pools, weights = [*pools, fake][-settings.rounds_kept :], [*weights, weight * effective]
@@ -279,7 +282,10 @@ def distill(
                 break
             chosen = torch.multinomial(shares, settings.batch, replacement=True)
             learner.step(samples[chosen], settings.seconds)
-    return learner.average, sizes
+        likelihood = score(learner.average, problem.valid).mean().item()
+        if likelihood > best:
+            best, best_model = likelihood, copy.deepcopy(learner.average)
+    return best_model, sizes
 
 
 class LearnedReward:
@@ -290,8 +296,8 @@ class LearnedReward:
     Args:
         problem (`Problem`): the tunes.
         settings (`Settings`): the batch.
-        learning_rate (`float`, *optional*), steps (`int`, *optional*): of the discriminator; the steps are those of
-            a round.
+        learning_rate (`float`, *optional*): of the discriminator.
+        patience (`int`, *optional*, defaults to 150): steps without a better one after which a round's training ends.
     """
 
     def __init__(
@@ -299,26 +305,28 @@ class LearnedReward:
         problem: Problem,
         settings: Settings,
         learning_rate: float = 5e-3,
-        steps: int = 100,
+        patience: int = 150,
     ):
-        self.problem, self.settings, self.steps = problem, settings, steps
+        self.problem, self.settings, self.patience = problem, settings, patience
         self.discriminator = make_discriminator(problem.process)
         self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), learning_rate, weight_decay=0.1)
 
     def __call__(self, _: nn.Module, fake: Tensor) -> Tensor:
-        """Train on half of the samples, calibrate on the other, and keep the weights that were best on it."""
-        learned, held_out = fake.chunk(2)
+        """Train on most of the samples until the others and validation tunes have not become easier to tell apart for
+        a while. Keep the weights that were best on these, calibrated."""
+        learned, held_out = fake.tensor_split([len(fake) - len(fake) // HELD_OUT])
         labels = torch.cat([torch.ones(self.settings.batch), torch.zeros(self.settings.batch)])
-        best, kept = self._calibrate(held_out), copy.deepcopy(self.discriminator.state_dict())
-        for step in range(1, self.steps + 1):
+        best, kept, step, best_step = self._calibrate(held_out), copy.deepcopy(self.discriminator.state_dict()), 0, 0
+        while step - best_step < self.patience:
             self.discriminator.train()
             self.discriminator.calibration.set(1, 0)
             tunes = torch.cat([pick(rows, self.settings.batch) for rows in (self.problem.train, learned)])
             self.optimizer.zero_grad()
             self.discriminator(tunes, labels=labels).loss.backward()
             self.optimizer.step()
+            step += 1
             if step % self.settings.every == 0 and (loss := self._calibrate(held_out)) < best:
-                best, kept = loss, copy.deepcopy(self.discriminator.state_dict())
+                best, kept, best_step = loss, copy.deepcopy(self.discriminator.state_dict()), step
         self.discriminator.load_state_dict(kept)
         return self._logits(fake)
 

@@ -156,7 +156,7 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     else:
         model = MidiMambaForCausalLM.from_pretrained(folder / f"{base}-{seed}")
         if name in DISTILLED:
-            model, row["effective"] = distill(model, reward_of(name, problem, settings), problem.process, settings)
+            model, row["effective"] = distill(model, reward_of(name, problem, settings), problem, settings)
         elif name in TRAINED:
             model, row["reward"] = tune(model, name, problem, settings, folder / f"{base}-{name}-{seed}")
         else:

@@ -98,26 +98,27 @@ def test_the_exact_reward_closes_a_gap_that_a_constant_reward_leaves(
     oracle: ModuleType, process: Any, settings: Any, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(
-        settings, seconds=2, pool=512, steps=20, rounds_kept=10, batch=32, learning_rate=1e-2, trainer_pool=256
+        settings, seconds=1.5, pool=512, steps=20, rounds_kept=10, batch=32, learning_rate=1e-2
     )
+    settings = dataclasses.replace(settings, trainer_pool=256, trainer_batch=32)
     tunes = process.sample(512, torch.Generator().manual_seed(1))
     problem = oracle.Problem(process, tunes, tunes, tunes)
     gaps = {}
     for arm in ("exact", "constant", "exact-trainer", "exact-gradient"):
         torch.manual_seed(0)
         model = make_generator(vocab_size=process.vocab_size)
-        before = oracle.figures(model, problem)["kl_real"]
+        before = oracle.figures(model, problem)
         if arm in oracle.TRAINED:
             tuned, rewards = oracle.tune(model, arm, problem, settings, tmp_path / arm)
             assert len(rewards) > 1
         else:
             reward = oracle.reward_of(arm, problem, settings)
-            tuned, _ = oracle.distill(model, reward, process, settings)
-        gaps[arm] = oracle.figures(tuned, problem)["kl_real"] / before
-    assert gaps["constant"] > 0.8
-    assert gaps["exact"] < 0.4
-    assert gaps["exact-trainer"] < 0.6
-    assert gaps["exact-gradient"] < 0.8
+            tuned, _ = oracle.distill(model, reward, problem, settings)
+        # A policy gradient follows the other divergence.
+        name = "kl_generator" if arm == "exact-gradient" else "kl_real"
+        gaps[arm] = oracle.figures(tuned, problem)[name] / before[name]
+    assert gaps["exact"] < 0.6
+    assert max(gaps["exact-trainer"], gaps["exact-gradient"]) < 0.95 < gaps["constant"]
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(arms: ModuleT
     fake = problem.process.sample(800, torch.Generator().manual_seed(5))
     half = 1 + 2 * problem.process.section_tokens
     fake[:, half:] = fake.roll(1, 0)[:, half:]
-    reward = arms.LearnedReward(problem, settings, learning_rate=1e-2, steps=200)
+    reward = arms.LearnedReward(problem, settings, learning_rate=1e-2, patience=40)
     of_fake = reward(torch.nn.Identity(), fake)
     of_real = reward._logits(problem.process.sample(800, torch.Generator().manual_seed(6)))
     assert (of_real[:, None] > of_fake[None]).double().mean().item() > 0.75
@@ -162,7 +163,8 @@ def test_runs_are_kept_and_continued(
     oracle: ModuleType, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    arms = ["plain/distilled", "plain/gradient", "small/more", "small/constant"]
+    monkeypatch.setitem(oracle.TRAINED, "gradient", oracle.TRAINED["gradient"] | {"d_warmup_steps": 1})
+    arms = ["plain/exact", "plain/gradient", "small/more", "small/constant"]
     done = oracle.measure(settings, arms, 1, 1, rows)
     # What an arm starts from is trained even if nobody asked for it.
     assert set(done) == {(arm, 0) for arm in (*arms, "plain/mle", "small/mle")}
@@ -172,4 +174,4 @@ def test_runs_are_kept_and_continued(
     assert rows.read_text() == kept
     closed = 1 - done["small/constant", 0]["kl_real"] / done["small/more", 0]["kl_real"]
     assert oracle.summary("small/constant", done)["kl_real_closed"]["mean"] == pytest.approx(closed, abs=1e-4)
-    assert "kl_real_closed" not in oracle.summary("plain/distilled", done)  # its `more` was not run
+    assert "kl_real_closed" not in oracle.summary("plain/exact", done)  # its `more` was not run
