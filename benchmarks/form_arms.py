@@ -52,8 +52,8 @@ class Settings:
     test: int = 4000
     patience: int = 6
     seconds: float = 80.0
-    pool: int = 16384
-    steps: int = 100
+    pool: int = 32768
+    steps: int = 300
     rounds_kept: int = 40
     batch: int = 64
     learning_rate: float = 3e-3
@@ -290,8 +290,8 @@ def distill(
 
 class LearnedReward:
     """
-    The log-odds of a discriminator that is trained a little in every round on the same few tunes, and calibrated on
-    the validation tunes and samples that it was not trained on.
+    The log-odds of a discriminator that goes on learning in every round, from the same few tunes, and is calibrated
+    on validation tunes and on samples that it has not seen.
 
     Args:
         problem (`Problem`): the tunes.
