@@ -1,8 +1,8 @@
 """Does a discriminator teach? Tunes with a form from a process whose likelihood is exact: see form_process.py.
 
-A generator sees few tunes, by maximum likelihood (`mle`). The divergence KL(real ‖ generator) that remains is known
-exactly, since both sides of it are. All other arms start from `mle` with the same seed, and take the same processor
-time:
+A generator sees few tunes, in all keys, by maximum likelihood (`mle`). The divergence KL(real ‖ generator) that
+remains is known exactly, since both sides of it are. All other arms start from `mle` with the same seed, and take the
+same processor time:
 
 - `more`: maximum likelihood goes on, and keeps the weights that were best on validation tunes.
 - `unlimited`: the same on tunes that never come twice. It shows what this network can reach in this time.
@@ -10,359 +10,89 @@ time:
   not close the gap that `more` leaves, no discriminator could: distillation itself is at fault.
 - `distilled`: the reward is a discriminator that has seen the same few tunes, and looks back.
 - `constant`, `random`, `shuffled`: distillation with weights that know nothing: equal; normal, as wide as the exact
-  ones at the start; and the exact ones in another order.
+  ones; and the exact ones in another order.
+- `exact-trainer`: the exact reward, and `estimator: distill` of the package's own trainer.
+- `exact-gradient`, `gradient`: policy gradient by that trainer, with the exact reward and with a discriminator.
 
-There are two bases: `look-back` can hold a section, `small` cannot. KL(real ‖ generator) of a base that is too small
-for the process is bounded from below, which `unlimited` shows, and there no reward can close the gap.
+`exact`, `distilled` and the controls have a loop of their own, since samples of so few tokens cost much less than an
+optimizer step on them: it draws many, and learns only from those that the weights choose, of all rounds so far. The
+trainer learns from each sample of a round once, with its weight.
+
+There are two bases, neither of which looks back: `plain` can hold a section, `small` cannot. KL(real ‖ generator) of a
+base that is too small for the process is bounded from below, which `unlimited` shows, and there no reward can close
+the gap.
 
 Reported for every arm: KL(real ‖ generator) and KL(generator ‖ real) in nats per tune, the share of samples with one
 of the forms, NLL of fresh tunes, and the share of the gap of `more` that is closed, paired by seed. `ratio` is the gap
-of `more` over that of `exact` with the base `look-back`.
+of `more` over that of `exact` with the base `plain`.
 
 A run is one arm with one seed, kept as a line of JSON; a second start continues from these lines.
 """
 
 import argparse
-import copy
 import functools
-import hashlib
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from form_process import BAR, BOS, FormProcess
+from datasets import Dataset
+from form_arms import (
+    BASES,
+    QUICK,
+    LearnedReward,
+    Problem,
+    Rewarding,
+    Settings,
+    distill,
+    draw,
+    fit,
+    log_ratio,
+    make_discriminator,
+    make_generator,
+    make_process,
+    pick,
+    score,
+)
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, set_seed
 
 from measure import finish, make_parser
-from midimamba import MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
-from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.sampling import inference, sample
+from midimamba import MidiMambaForCausalLM
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.adversarial_trainer import AdversarialTrainer
 from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 
-ROWS = 1024  # sequences drawn or read at once
-FORMS = ("AAB", "ABA", "ABB")
-LAGS = (2, 4)  # bars between a section of two bars and its repeat
-
-# The width, the layers, and how far it looks back.
-BASES: dict[str, tuple[int, int, tuple[int, ...]]] = {"look-back": (48, 2, LAGS), "small": (16, 1, ())}
 CONTROLS = ("constant", "random", "shuffled")
 DISTILLED = ("exact", "distilled", *CONTROLS)
-TUNED = ("more", "unlimited", *DISTILLED)
-ARMS = ("mle", *TUNED)
-
-Rewarding = Callable[[nn.Module, Tensor], Tensor]
-"""Log-odds `(n,)` of samples `(n, length)` of a generator."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """
-    What all runs have in common.
-
-    Args:
-        tunes, valid, test (`int`): tunes that the generator learns from, that stop it early, and that measure it.
-        patience (`int`): evaluations without a better one after which `mle` stops.
-        seconds (`float`): processor time of every arm after `mle`.
-        pool (`int`): samples of a round.
-        steps (`int`): optimizer steps of a round.
-        rounds_kept (`int`): how many rounds' samples are learned from.
-        batch (`int`), learning_rate, dropout, weight_decay (`float`): of all arms.
-        real (`float`): share of tunes in a batch of distillation.
-        ema_decay (`float`): of the moving average of the weights, which is what is measured.
-        every (`int`): steps between evaluations on validation tunes.
-    """
-
-    tunes: int = 300
-    valid: int = 250
-    test: int = 4000
-    patience: int = 6
-    seconds: float = 100.0
-    pool: int = 8192
-    steps: int = 100
-    rounds_kept: int = 40
-    batch: int = 64
-    learning_rate: float = 3e-3
-    dropout: float = 0.1
-    weight_decay: float = 0.1
-    real: float = 0.0
-    ema_decay: float = 0.99
-    every: int = 50
-
-    @property
-    def key(self) -> str:
-        """A short name of these settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-
-
-# It shows that everything runs; its figures mean nothing.
-QUICK = Settings(tunes=64, valid=32, test=64, patience=1, seconds=0.5, pool=64, steps=2, rounds_kept=2, every=2)
-
-
-def make_process() -> FormProcess:
-    """The process of this benchmark: three sections of two bars of two notes."""
-    return FormProcess(forms=FORMS, section_bars=2, bar_notes=2, pitches=5, scale=(0, 1, 3), change=0.1, noise=0.01)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The process with its tunes, `(n, length)` each."""
-
-    process: FormProcess
-    train: Tensor
-    valid: Tensor
-    test: Tensor
-
-    @classmethod
-    def of(cls, settings: Settings, seed: int) -> "Problem":
-        """The tunes of a seed. Test tunes are the same for all."""
-        process = make_process()
-        numbers = torch.Generator().manual_seed(1000 + seed)
-        train, valid = (process.sample(count, numbers) for count in (settings.tunes, settings.valid))
-        return cls(process, train, valid, process.sample(settings.test, torch.Generator().manual_seed(0)))
-
-
-def make_generator(base: str, process: FormProcess) -> MidiMambaForCausalLM:
-    """A new generator of one of the bases."""
-    hidden_size, layers, lags = BASES[base]
-    return MidiMambaForCausalLM(
-        MidiMambaConfig(
-            vocab_size=process.vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            state_size=4,
-            lookback_bars=list(lags),
-            bar_token_ids=[BAR],
-            bos_token_id=BOS,
-            pad_token_id=None,
-            eos_token_id=None,
-        )
-    )
-
-
-def log_probabilities(model: nn.Module, tunes: Tensor) -> Tensor:
-    """Log-probabilities `(n,)` of tunes, with a graph."""
-    logits = model(tunes[:, :-1]).logits
-    return -F.cross_entropy(logits.transpose(1, 2), tunes[:, 1:], reduction="none").sum(1)
-
-
-def score(model: nn.Module, tunes: Tensor) -> Tensor:
-    """Log-probabilities `(n,)` of tunes, in double precision."""
-    with inference(model):
-        return torch.cat([log_probabilities(model, rows).double() for rows in tunes.split(ROWS)])
-
-
-def draw(model: nn.Module, count: int, process: FormProcess) -> Tensor:
-    """Samples `(count, length)` of a generator."""
-    starts = torch.full((count, 1), BOS).split(ROWS)
-    return torch.cat([sample(model, rows, process.length) for rows in starts])
-
-
-class Learner:
-    """
-    Steps of likelihood on batches, and the moving average of the weights.
-
-    Args:
-        model (`MidiMambaForCausalLM`): is trained.
-        settings (`Settings`): those of the optimizer.
-
-    Attributes:
-        average (`MidiMambaForCausalLM`): what is sampled from and measured.
-    """
-
-    def __init__(self, model: MidiMambaForCausalLM, settings: Settings):
-        self.model, self.average, self.settings = model, copy.deepcopy(model), settings
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, _, output: F.dropout(output, settings.dropout, module.training)
-        )
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.taken, self.start = 0, time.process_time()
-
-    @property
-    def seconds(self) -> float:
-        """Processor time since the start."""
-        return time.process_time() - self.start
-
-    def step(self, tunes: Tensor, seconds: float | None = None) -> None:
-        """One step; the learning rate falls to a tenth over `seconds`."""
-        if seconds is not None:
-            falling = max(0.1, 1 - self.seconds / seconds)
-            self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * falling
-        self.model.train()
-        loss = -log_probabilities(self.model, tunes).mean() / (tunes.shape[1] - 1)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.taken += 1
-        # At first the average follows faster, or the initial weights would stay in it for long.
-        decay = min(self.settings.ema_decay, self.taken / (self.taken + 9))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-
-
-def pick(tunes: Tensor, count: int) -> Tensor:
-    """Random tunes, any of them more than once."""
-    return tunes[torch.randint(len(tunes), (count,))]
-
-
-def fit(
-    model: MidiMambaForCausalLM,
-    valid: Tensor,
-    settings: Settings,
-    next_batch: Callable[[], Tensor],
-    seconds: float | None = None,
-) -> MidiMambaForCausalLM:
-    """Maximum likelihood, for some processor time or until validation tunes have not become likelier for a while.
-
-    Returns the weights that were best on validation tunes; those at the start count as well.
-    """
-    learner = Learner(model, settings)
-    best, best_model, worse = math.inf, copy.deepcopy(learner.average), 0
-    while (learner.seconds < seconds) if seconds is not None else (worse < settings.patience):
-        if learner.taken % settings.every == 0:
-            nll = -score(learner.average, valid).mean().item()
-            worse = worse + 1 if nll >= best else 0
-            if nll < best:
-                best, best_model = nll, copy.deepcopy(learner.average)
-        learner.step(next_batch(), seconds)
-    return best_model
-
-
-def truncated(log_odds: Tensor) -> Tensor:
-    """Weights `(n,)` that sum to one, in proportion to the exponential of log-odds, of which none counts for more than
-    the square root of their number times the mean (Ionides, "Truncated importance sampling", 2008).
-
-    At first a generator has hardly any samples of some tunes, and one of those would outweigh all others.
-    """
-    weights = log_odds.softmax(0)
-    weights = weights.clamp(max=len(weights) ** -0.5)
-    return weights / weights.sum()
-
-
-def distill(
-    model: MidiMambaForCausalLM, reward: Rewarding, problem: Problem, settings: Settings
-) -> tuple[MidiMambaForCausalLM, list[float]]:
-    """Distillation by rounds: sample, weight samples by the exponential of their log-odds, and learn from them.
-
-    The weights make samples of every round look like real tunes, so that those of earlier rounds remain of use: each
-    round counts by its effective sample size.
-
-    Returns the generator, and the share of the effective sample size in every round.
-    """
-    learner = Learner(model, settings)
-    pools: list[Tensor] = []
-    weights: list[Tensor] = []
-    sizes: list[float] = []
-    of_real = int(settings.real * settings.batch)
-    while learner.seconds < settings.seconds:
-        fake = draw(learner.average, settings.pool, problem.process)
-        weight = truncated(reward(learner.average, fake).double())
-        effective = 1 / weight.square().sum()
-        pools, weights = [*pools, fake][-settings.rounds_kept :], [*weights, weight * effective]
-        weights = weights[-settings.rounds_kept :]
-        sizes.append(round(effective.item() / len(fake), 4))
-        samples, shares = torch.cat(pools), torch.cat(weights)
-        for _ in range(settings.steps):
-            if learner.seconds >= settings.seconds:
-                break
-            chosen = torch.multinomial(shares, settings.batch - of_real, replacement=True)
-            learner.step(torch.cat([samples[chosen], pick(problem.train, of_real)]), settings.seconds)
-    return learner.average, sizes
-
-
-class LearnedReward:
-    """
-    The log-odds of a discriminator that is trained a little in every round on the same few tunes, and calibrated on
-    the validation tunes and samples that it was not trained on.
-
-    Args:
-        problem (`Problem`): the tunes.
-        settings (`Settings`): the batch.
-        lags (`tuple[int, ...]`, *optional*): how far it looks back.
-        hidden_size (`int`, *optional*), learning_rate (`float`, *optional*), steps (`int`, *optional*): of the
-            discriminator; the steps are those of a round.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        settings: Settings,
-        lags: tuple[int, ...] = LAGS,
-        hidden_size: int = 24,
-        learning_rate: float = 2e-3,
-        steps: int = 150,
-    ):
-        self.problem, self.settings, self.steps = problem, settings, steps
-        config = MidiDiscriminatorConfig(
-            kind="mamba",
-            vocab_size=problem.process.vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=1,
-            state_size=4,
-            lookback_bars=list(lags),
-            bar_token_ids=[BAR],
-            bos_token_id=BOS,
-        )
-        self.discriminator = MidiDiscriminator(config)
-        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), learning_rate, weight_decay=0.1)
-
-    def __call__(self, _: nn.Module, fake: Tensor) -> Tensor:
-        """Train on half of the samples, calibrate on the other, and keep the weights that were best on it."""
-        learned, held_out = fake.chunk(2)
-        labels = torch.cat([torch.ones(self.settings.batch), torch.zeros(self.settings.batch)])
-        best, kept = self._calibrate(held_out), copy.deepcopy(self.discriminator.state_dict())
-        for step in range(1, self.steps + 1):
-            self.discriminator.train()
-            self.discriminator.calibration.set(1, 0)
-            tunes = torch.cat([pick(rows, self.settings.batch) for rows in (self.problem.train, learned)])
-            self.optimizer.zero_grad()
-            self.discriminator(tunes, labels=labels).loss.backward()
-            self.optimizer.step()
-            if step % self.settings.every == 0 and (loss := self._calibrate(held_out)) < best:
-                best, kept = loss, copy.deepcopy(self.discriminator.state_dict())
-        self.discriminator.load_state_dict(kept)
-        return self._logits(fake)
-
-    def _logits(self, tunes: Tensor) -> Tensor:
-        with inference(self.discriminator):
-            return torch.cat([self.discriminator(rows).logits[:, 0].double() for rows in tunes.split(ROWS)])
-
-    def _calibrate(self, fake: Tensor) -> float:
-        """Fit scale and offset on held-out tunes and samples of equal total weight; their cross-entropy."""
-        self.discriminator.calibration.set(1, 0)
-        real, fake = self._logits(self.problem.valid), self._logits(fake)
-        numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([numbers], max_iter=30, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            of_real, of_fake = (logits * numbers[0] + numbers[1] for logits in (real, fake))
-            value: Tensor = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        scale, offset = numbers.tolist()
-        self.discriminator.calibration.set(max(scale, 0.0), offset)
-        return loss().item()
+# What the arms of the package's own trainer have in common. Nothing but the reward may move the generator.
+COMMON: dict[str, Any] = {
+    **{"prompt_length": 1, "reward": "constant", "temperature": 1.0, "rollout_momentum": 0.0, "max_steps": 10_000},
+    **{"learning_rate": 2e-3, "weight_decay": 0.0, "ppo_epochs": 1, "kl_coef": 0.0, "kl_target": None},
+    **{"entropy_coef": 0.0, "mle_weight": 0.0, "ema_decay": 0.9, "d_steps": 0, "d_warmup_steps": 0},
+    **{"d_max_accuracy": None, "label_smoothing": 0.0, "r1_weight": 0.0, "replay_fraction": 0.0},
+    **{"max_nll_drift": None, "max_self_bleu_increase": None, "eval_on_start": False, "eval_strategy": "no"},
+    **{"save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "none"},
+}
+# Without an anchor a policy gradient drops tunes: it follows KL(generator ‖ real).
+GRADIENT: dict[str, Any] = {"estimator": "terminal", "kl_coef": 0.3}
+TRAINED: dict[str, dict[str, Any]] = {
+    "exact-trainer": {"estimator": "distill"},
+    "exact-gradient": GRADIENT,
+    "gradient": {**GRADIENT, "reward": "log-odds", "d_steps": 1, "d_epochs": 1, "d_warmup_steps": 60}
+    | {"d_learning_rate": 5e-3},
+}
+ARMS = ("mle", "more", "unlimited", *DISTILLED, *TRAINED)
 
 
 def reward_of(arm: str, problem: Problem, settings: Settings) -> Rewarding:
     """What an arm of distillation rewards."""
 
     def exact(model: nn.Module, fake: Tensor) -> Tensor:
-        return problem.process.log_likelihood(fake) - score(model, fake)
+        return log_ratio(problem.process, model, fake)
 
     rewards: dict[str, Rewarding] = {
         "exact": exact,
@@ -373,14 +103,52 @@ def reward_of(arm: str, problem: Problem, settings: Settings) -> Rewarding:
     return LearnedReward(problem, settings) if arm == "distilled" else rewards[arm]
 
 
+class Deadline(TrainerCallback):
+    """Ends adversarial training after some processor time, in seconds."""
+
+    def __init__(self, seconds: float):
+        self.end = time.process_time() + seconds
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop |= time.process_time() >= self.end
+
+
+def tune(
+    model: MidiMambaForCausalLM, arm: str, problem: Problem, settings: Settings, folder: Path
+) -> tuple[PreTrainedModel, list[float]]:
+    """Adversarial training with the package's own trainer, in which a round is a step. `folder` stays empty.
+
+    Returns the generator, and the reward of every round.
+    """
+    process = problem.process
+    args = AdversarialConfig(
+        output_dir=str(folder),
+        seed=int(torch.randint(2**31, ())),
+        sequence_length=process.length,
+        mini_batch_size=settings.trainer_batch,
+        micro_batch_size=settings.trainer_batch,
+        per_device_train_batch_size=settings.trainer_pool,
+        **(COMMON | TRAINED[arm]),
+    )
+    train, valid = (Dataset.from_dict({"input_ids": rows.tolist()}) for rows in (problem.train, problem.valid))
+    deadline = Deadline(settings.seconds)
+    trainer = AdversarialTrainer(model, make_discriminator(process), args, train, valid, callbacks=[deadline])
+    trainer.remove_callback(PrinterCallback)
+    if args.d_steps == 0:
+        trainer.action_values.reward.control = lambda ids: log_ratio(process, trainer.generator, ids).float()
+    trainer.train()
+    return trainer.generator_for_saving, [row["reward"] for row in trainer.state.log_history if "reward" in row]
+
+
 def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
-    """One run. `arm` is a base and the name of the arm, such as `look-back/exact`; `folder` keeps what it starts
+    """One run. `arm` is a base and the name of the arm, such as `plain/exact`; `folder` keeps what it starts
     from."""
     base, name = arm.split("/")
     problem = Problem.of(settings, seed)
     start = time.process_time()
     set_seed(seed)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings)}
+    model: PreTrainedModel
     if name == "mle":
         model = make_generator(base, problem.process)
         model = fit(model, problem.valid, settings, lambda: pick(problem.train, settings.batch))
@@ -389,6 +157,8 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
         model = MidiMambaForCausalLM.from_pretrained(folder / f"{base}-{seed}")
         if name in DISTILLED:
             model, row["effective"] = distill(model, reward_of(name, problem, settings), problem, settings)
+        elif name in TRAINED:
+            model, row["reward"] = tune(model, name, problem, settings, folder / f"{base}-{name}-{seed}")
         else:
             numbers = torch.Generator().manual_seed(2000 + seed)
             batches: dict[str, Callable[[], Tensor]] = {
@@ -472,7 +242,7 @@ def main() -> None:
     arms = {arm: summary(arm, done) for arm in args.arms if any(job[0] == arm for job in done)}
     for arm, result in arms.items():
         print(f"{arm:24s} {result}")
-    gaps = [arms.get(f"look-back/{arm}", {}).get("kl_real", [None])[0] for arm in ("more", "exact")]
+    gaps = [arms.get(f"plain/{arm}", {}).get("kl_real", [None])[0] for arm in ("more", "exact")]
     test = Problem.of(settings, 0).test
     finish(
         {

@@ -153,6 +153,11 @@ class FormProcess:
             ids[:, place] = torch.where(is_noise, anything, meant)
         return ids
 
+    def transpose(self, ids: Tensor, steps: int) -> Tensor:
+        """The same tunes `(n, length)` in another key, which is as likely."""
+        raised = FIRST_NOTE + (ids - FIRST_NOTE + steps) % self.pitches
+        return torch.where(ids >= FIRST_NOTE, raised, ids)
+
     def has_form(self, ids: Tensor, agreement: float = 0.75) -> Tensor:
         """Whether sequences `(n, length)` have one of the forms: each section that repeats agrees with its source in
         at least this share of its tokens. Shape `(n,)`."""

@@ -13,7 +13,7 @@ _RULES = (
         lambda value: value >= 1,
         (
             *("prompt_length", "micro_batch_size", "num_rollouts", "ppo_epochs"),
-            *("d_steps", "d_epochs", "num_eval_samples", "mini_batch_size", "bars"),
+            *("d_epochs", "num_eval_samples", "mini_batch_size", "bars"),
         ),
     ),
     Rule("at least 2", lambda value: value >= 2, ("group_size",)),
@@ -22,7 +22,7 @@ _RULES = (
         lambda value: value >= 0,
         (
             *("kl_coef", "entropy_coef", "mle_weight", "r1_weight", "d_warmup_steps", "d_learning_rate"),
-            *("d_max_grad_norm", "max_nll_drift", "max_self_bleu_increase"),
+            *("d_steps", "d_max_grad_norm", "max_nll_drift", "max_self_bleu_increase"),
         ),
     ),
     Rule(
@@ -140,7 +140,8 @@ class AdversarialConfig(TrainingArguments):
 
         > Parameters that control the discriminator's steps
 
-        d_steps (`int`, *optional*, defaults to 2): discriminator steps per round, each with fresh negatives.
+        d_steps (`int`, *optional*, defaults to 2): discriminator steps per round, each with fresh negatives; 0: it
+            stays as it is.
         d_epochs (`int`, *optional*, defaults to 3): passes over the negatives of a step; `k` in the paper.
         d_warmup_steps (`int`, *optional*, defaults to 60): discriminator steps before the first round.
         d_max_accuracy (`float`, *optional*, defaults to 0.9): leave out a discriminator step, in the warm-up as well,

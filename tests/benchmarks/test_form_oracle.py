@@ -20,6 +20,11 @@ def oracle() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def arms() -> ModuleType:
+    return importlib.import_module("form_arms")
+
+
+@pytest.fixture(scope="module")
 def process() -> Any:
     """Two sections of a bar of one note: 256 sequences."""
     module = importlib.import_module("form_process")
@@ -63,11 +68,11 @@ def test_the_exact_reward_makes_samples_look_real(oracle: ModuleType, process: A
     assert (found - process.log_likelihood(sequences).exp()).abs().max().item() < 0.03
 
 
-def test_no_weight_exceeds_the_root_of_the_number_and_others_keep_their_ratios(oracle: ModuleType) -> None:
+def test_no_weight_exceeds_the_root_of_the_number_and_others_keep_their_ratios(arms: ModuleType) -> None:
     log_odds = torch.cat([torch.linspace(-1, 1, 399), torch.tensor([30.0])]).double()
-    weights = oracle.truncated(log_odds)
+    weights = arms.truncated(log_odds)
     assert weights.sum().item() == pytest.approx(1)
-    usual = oracle.truncated(log_odds[:-1])
+    usual = arms.truncated(log_odds[:-1])
     torch.testing.assert_close(usual, log_odds[:-1].softmax(0))
     torch.testing.assert_close(weights[:-1] / weights[0], usual / usual[0])
     assert 1 / weights.square().sum().item() < 400
@@ -89,20 +94,55 @@ def test_controls_know_nothing(oracle: ModuleType, process: Any, settings: Any) 
 
 
 @pytest.mark.slow
-def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(oracle: ModuleType, settings: Any) -> None:
+def test_the_exact_reward_closes_a_gap_that_a_constant_reward_leaves(
+    oracle: ModuleType, process: Any, settings: Any, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(
+        settings, seconds=1.5, pool=512, steps=20, rounds_kept=10, batch=32, learning_rate=1e-2
+    )
+    settings = dataclasses.replace(settings, trainer_pool=256, trainer_batch=32)
+    tunes = process.sample(512, torch.Generator().manual_seed(1))
+    problem = oracle.Problem(process, tunes, tunes, tunes)
+    gaps = {}
+    for arm in ("exact", "constant", "exact-trainer", "exact-gradient"):
+        torch.manual_seed(0)
+        model = make_generator(vocab_size=process.vocab_size)
+        before = oracle.figures(model, problem)
+        if arm in oracle.TRAINED:
+            tuned, rewards = oracle.tune(model, arm, problem, settings, tmp_path / arm)
+            assert len(rewards) > 1
+        else:
+            reward = oracle.reward_of(arm, problem, settings)
+            tuned, _ = oracle.distill(model, reward, problem, settings)
+        # A policy gradient follows the other divergence.
+        name = "kl_generator" if arm == "exact-gradient" else "kl_real"
+        gaps[arm] = oracle.figures(tuned, problem)[name] / before[name]
+    assert gaps["exact"] < 0.6
+    assert max(gaps["exact-trainer"], gaps["exact-gradient"]) < 0.95 < gaps["constant"]
+
+
+@pytest.mark.slow
+def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(arms: ModuleType, settings: Any) -> None:
     torch.manual_seed(0)
     settings = dataclasses.replace(settings, tunes=300, valid=200, batch=32, every=20)
-    problem = oracle.Problem.of(settings, 0)
-    # Real tunes, but for their last section, which is that of others: without their form.
+    problem = arms.Problem.of(settings, 0)
+    # Real tunes, but for their second half, which is that of others: without their form.
     fake = problem.process.sample(800, torch.Generator().manual_seed(5))
     half = 1 + 2 * problem.process.section_tokens
     fake[:, half:] = fake.roll(1, 0)[:, half:]
-    reward = oracle.LearnedReward(problem, settings, learning_rate=1e-2, steps=120)
+    reward = arms.LearnedReward(problem, settings, learning_rate=1e-2, patience=40)
     of_fake = reward(torch.nn.Identity(), fake)
     of_real = reward._logits(problem.process.sample(800, torch.Generator().manual_seed(6)))
     assert (of_real[:, None] > of_fake[None]).double().mean().item() > 0.75
     # In calibrated log-odds, exp(L) is a ratio of likelihoods: its mean over the samples is 1.
     assert of_fake.exp().mean().item() == pytest.approx(1, abs=0.3)
+
+
+def test_tunes_are_learned_from_in_all_keys(arms: ModuleType, settings: Any) -> None:
+    problem = arms.Problem.of(settings, 0)
+    keys = problem.process.pitches
+    assert (len(problem.train), len(problem.valid), len(problem.test)) == (16 * keys, 8 * keys, 16)
+    torch.testing.assert_close(problem.train[16:32], problem.process.transpose(problem.train[:16], 1))
 
 
 def test_maximum_likelihood_never_returns_worse_weights_than_it_started_from(
@@ -123,14 +163,15 @@ def test_runs_are_kept_and_continued(
     oracle: ModuleType, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    arms = ["look-back/exact", "small/more", "small/constant"]
+    monkeypatch.setitem(oracle.TRAINED, "gradient", oracle.TRAINED["gradient"] | {"d_warmup_steps": 1})
+    arms = ["plain/exact", "plain/gradient", "small/more", "small/constant"]
     done = oracle.measure(settings, arms, 1, 1, rows)
     # What an arm starts from is trained even if nobody asked for it.
-    assert set(done) == {(arm, 0) for arm in (*arms, "look-back/mle", "small/mle")}
+    assert set(done) == {(arm, 0) for arm in (*arms, "plain/mle", "small/mle")}
     kept = rows.read_text()
     monkeypatch.setattr(oracle, "run", lambda *_, **__: pytest.fail("a run was made twice"))
     assert oracle.measure(settings, arms, 1, 1, rows) == done
     assert rows.read_text() == kept
     closed = 1 - done["small/constant", 0]["kl_real"] / done["small/more", 0]["kl_real"]
     assert oracle.summary("small/constant", done)["kl_real_closed"]["mean"] == pytest.approx(closed, abs=1e-4)
-    assert "kl_real_closed" not in oracle.summary("look-back/exact", done)  # its `more` was not run
+    assert "kl_real_closed" not in oracle.summary("plain/exact", done)  # its `more` was not run

@@ -100,10 +100,11 @@ def test_likelihood_of_a_usual_tune_is_that_of_the_definition(process: ModuleTyp
 def test_likelihood_does_not_change_when_a_tune_is_transposed(process: ModuleType) -> None:
     usual = process.FormProcess(noise=0.01)
     tunes = usual.sample(50, torch.Generator().manual_seed(0))
-    for keys in (1, 7):
-        raised = process.FIRST_NOTE + (tunes - process.FIRST_NOTE + keys) % usual.pitches
-        raised = torch.where(tunes >= process.FIRST_NOTE, raised, tunes)
+    for steps in (1, 7):
+        raised = usual.transpose(tunes, steps)
+        assert (raised != tunes).any(1).all()
         torch.testing.assert_close(usual.log_likelihood(raised), usual.log_likelihood(tunes))
+        torch.testing.assert_close(usual.transpose(raised, usual.pitches - steps), tunes)
 
 
 def test_tunes_have_a_form_and_lose_it_when_a_repeat_is_replaced(process: ModuleType) -> None:

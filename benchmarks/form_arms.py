@@ -1,0 +1,354 @@
+"""What the arms of the benchmark of forms learn from, and how: likelihood, and distillation by rounds."""
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from form_process import BAR, BOS, FormProcess
+from torch import Tensor, nn
+
+from midimamba import MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
+from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.sampling import inference, sample
+
+ROWS = 1024  # sequences drawn or read at once
+HELD_OUT = 8  # one in this many samples calibrates the discriminator, and says when it has learned enough
+LAGS = (1, 2)  # bars between a section of one bar and its repeat
+# The width, the layers, and the size of the state.
+BASES = {"plain": (32, 2, 8), "small": (12, 1, 2)}
+
+Rewarding = Callable[[nn.Module, Tensor], Tensor]
+"""Log-odds `(n,)` of samples `(n, length)` of a generator."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What all runs have in common.
+
+    Args:
+        tunes, valid, test (`int`): tunes that the generator learns from, that stop it early, and that measure it.
+        patience (`int`): evaluations without a better one after which `mle` stops.
+        seconds (`float`): processor time of every arm after `mle`.
+        pool (`int`): samples of a round.
+        steps (`int`): optimizer steps of a round.
+        rounds_kept (`int`): how many rounds' samples are learned from.
+        batch (`int`), learning_rate (`float`): of likelihood and distillation.
+        dropout, weight_decay (`float`): of likelihood on tunes, which are few.
+        ema_decay (`float`): of the moving average of the weights, which is what is measured.
+        every (`int`): steps between evaluations on validation tunes.
+        trainer_pool, trainer_batch (`int`): samples of a round and of a step, in the package's own trainer.
+    """
+
+    tunes: int = 100
+    valid: int = 100
+    test: int = 4000
+    patience: int = 6
+    seconds: float = 90.0
+    pool: int = 32768
+    steps: int = 300
+    rounds_kept: int = 40
+    batch: int = 64
+    learning_rate: float = 3e-3
+    dropout: float = 0.1
+    weight_decay: float = 0.1
+    ema_decay: float = 0.99
+    every: int = 50
+    trainer_pool: int = 512
+    trainer_batch: int = 128
+
+    @property
+    def key(self) -> str:
+        """A short name of these settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+
+# It shows that everything runs; its figures mean nothing.
+QUICK = Settings(
+    tunes=64,
+    valid=32,
+    test=64,
+    patience=1,
+    seconds=0.5,
+    pool=64,
+    steps=2,
+    rounds_kept=2,
+    every=2,
+    trainer_pool=16,
+    trainer_batch=8,
+)
+
+
+def make_process() -> FormProcess:
+    """The process of this benchmark: four sections of a bar of two notes. The notes of a new section are almost
+    independent, so that there is little to learn but the form."""
+    return FormProcess(
+        section_bars=1, bar_notes=2, pitches=5, scale=(0, 1, 2, 3), change=0.05, noise=0.01, spread=100.0
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The process with its tunes, `(n, length)` each."""
+
+    process: FormProcess
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+    @classmethod
+    def of(cls, settings: Settings, seed: int) -> "Problem":
+        """The tunes of a seed, in all keys. Test tunes are the same for all, and only in theirs."""
+        process = make_process()
+        numbers = torch.Generator().manual_seed(1000 + seed)
+        drawn = [process.sample(count, numbers) for count in (settings.tunes, settings.valid)]
+        train, valid = (
+            torch.cat([process.transpose(tunes, steps) for steps in range(process.pitches)]) for tunes in drawn
+        )
+        return cls(process, train, valid, process.sample(settings.test, torch.Generator().manual_seed(0)))
+
+
+def make_generator(base: str, process: FormProcess) -> MidiMambaForCausalLM:
+    """A new generator of one of the bases."""
+    hidden_size, layers, state_size = BASES[base]
+    return MidiMambaForCausalLM(
+        MidiMambaConfig(
+            vocab_size=process.vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            state_size=state_size,
+            bos_token_id=BOS,
+            pad_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def log_probabilities(model: nn.Module, tunes: Tensor) -> Tensor:
+    """Log-probabilities `(n,)` of tunes, with a graph."""
+    logits = model(tunes[:, :-1]).logits
+    return -F.cross_entropy(logits.transpose(1, 2), tunes[:, 1:], reduction="none").sum(1)
+
+
+def score(model: nn.Module, tunes: Tensor) -> Tensor:
+    """Log-probabilities `(n,)` of tunes, in double precision."""
+    with inference(model):
+        return torch.cat([log_probabilities(model, rows).double() for rows in tunes.split(ROWS)])
+
+
+def draw(model: nn.Module, count: int, process: FormProcess) -> Tensor:
+    """Samples `(count, length)` of a generator."""
+    starts = torch.full((count, 1), BOS).split(ROWS)
+    return torch.cat([sample(model, rows, process.length) for rows in starts])
+
+
+class Learner:
+    """
+    Steps of likelihood on batches, and the moving average of the weights.
+
+    Args:
+        model (`MidiMambaForCausalLM`): is trained.
+        settings (`Settings`): the learning rate, and the memory of the average.
+        dropout, weight_decay (`float`): of the training.
+
+    Attributes:
+        average (`MidiMambaForCausalLM`): what is sampled from and measured.
+    """
+
+    def __init__(self, model: MidiMambaForCausalLM, settings: Settings, dropout: float, weight_decay: float):
+        self.model, self.average, self.settings = model, copy.deepcopy(model), settings
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, _, output: F.dropout(output, dropout, module.training)
+        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=weight_decay)
+        self.taken, self.start = 0, time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Processor time since the start."""
+        return time.process_time() - self.start
+
+    def step(self, tunes: Tensor, seconds: float | None = None) -> None:
+        """One step; the learning rate falls to a tenth over `seconds`."""
+        if seconds is not None:
+            falling = max(0.1, 1 - self.seconds / seconds)
+            self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * falling
+        self.model.train()
+        loss = -log_probabilities(self.model, tunes).mean() / (tunes.shape[1] - 1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.taken += 1
+        # At first the average follows faster, or the initial weights would stay in it for long.
+        decay = min(self.settings.ema_decay, self.taken / (self.taken + 9))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+def pick(tunes: Tensor, count: int) -> Tensor:
+    """Random tunes, any of them more than once."""
+    return tunes[torch.randint(len(tunes), (count,))]
+
+
+def fit(
+    model: MidiMambaForCausalLM,
+    valid: Tensor,
+    settings: Settings,
+    next_batch: Callable[[], Tensor],
+    seconds: float | None = None,
+) -> MidiMambaForCausalLM:
+    """Maximum likelihood, for some processor time or until validation tunes have not become likelier for a while.
+
+    Returns the weights that were best on validation tunes; those at the start count as well.
+    """
+    learner = Learner(model, settings, settings.dropout, settings.weight_decay)
+    best, best_model, worse = math.inf, copy.deepcopy(learner.average), 0
+    while (learner.seconds < seconds) if seconds is not None else (worse < settings.patience):
+        if learner.taken % settings.every == 0:
+            nll = -score(learner.average, valid).mean().item()
+            worse = worse + 1 if nll >= best else 0
+            if nll < best:
+                best, best_model = nll, copy.deepcopy(learner.average)
+        learner.step(next_batch(), seconds)
+    return best_model
+
+
+def make_discriminator(process: FormProcess) -> MidiDiscriminator:
+    """A new discriminator, which looks back."""
+    return MidiDiscriminator(
+        MidiDiscriminatorConfig(
+            kind="mamba",
+            vocab_size=process.vocab_size,
+            hidden_size=24,
+            num_hidden_layers=1,
+            state_size=4,
+            lookback_bars=list(LAGS),
+            bar_token_ids=[BAR],
+            bos_token_id=BOS,
+        )
+    )
+
+
+def log_ratio(process: FormProcess, model: nn.Module, fake: Tensor) -> Tensor:
+    """The exact log-odds `(n,)` that samples of a generator are tunes."""
+    return process.log_likelihood(fake) - score(model, fake)
+
+
+def truncated(log_odds: Tensor) -> Tensor:
+    """Weights `(n,)` that sum to one, in proportion to the exponential of log-odds, of which none counts for more than
+    the square root of their number times the mean (Ionides, "Truncated importance sampling", 2008).
+
+    At first a generator has hardly any samples of some tunes, and one of those would outweigh all others.
+    """
+    weights = log_odds.softmax(0)
+    weights = weights.clamp(max=len(weights) ** -0.5)
+    return weights / weights.sum()
+
+
+def distill(
+    model: MidiMambaForCausalLM, reward: Rewarding, problem: Problem, settings: Settings
+) -> tuple[MidiMambaForCausalLM, list[float]]:
+    """Distillation by rounds: sample, weight samples by the exponential of their log-odds, and learn from them.
+
+    The weights make samples of every round look like real tunes, so that those of earlier rounds remain of use: each
+    round counts by its effective sample size.
+
+    Returns the weights that were best on validation tunes after a round, as [`fit`] does, and the share of the
+    effective sample size in every round.
+    """
+    learner = Learner(model, settings, 0.0, 0.0)  # there are always more samples
+    pools: list[Tensor] = []
+    weights: list[Tensor] = []
+    sizes: list[float] = []
+    best, best_model = score(model, problem.valid).mean().item(), copy.deepcopy(model)
+    while learner.seconds < settings.seconds:
+        fake = draw(learner.average, settings.pool, problem.process)
+        weight = truncated(reward(learner.average, fake).double())
+        effective = 1 / weight.square().sum()
+        pools, weights = [*pools, fake][-settings.rounds_kept :], [*weights, weight * effective]
+        weights = weights[-settings.rounds_kept :]
+        sizes.append(round(effective.item() / len(fake), 4))
+        samples, shares = torch.cat(pools), torch.cat(weights)
+        for _ in range(settings.steps):
+            if learner.seconds >= settings.seconds:
+                break
+            chosen = torch.multinomial(shares, settings.batch, replacement=True)
+            learner.step(samples[chosen], settings.seconds)
+        likelihood = score(learner.average, problem.valid).mean().item()
+        if likelihood > best:
+            best, best_model = likelihood, copy.deepcopy(learner.average)
+    return best_model, sizes
+
+
+class LearnedReward:
+    """
+    The log-odds of a discriminator that goes on learning in every round, from the same few tunes, and is calibrated
+    on validation tunes and on samples that it has not seen.
+
+    Args:
+        problem (`Problem`): the tunes.
+        settings (`Settings`): the batch.
+        learning_rate (`float`, *optional*): of the discriminator.
+        patience (`int`, *optional*, defaults to 150): steps without a better one after which a round's training ends.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        learning_rate: float = 5e-3,
+        patience: int = 150,
+    ):
+        self.problem, self.settings, self.patience = problem, settings, patience
+        self.discriminator = make_discriminator(problem.process)
+        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), learning_rate, weight_decay=0.1)
+
+    def __call__(self, _: nn.Module, fake: Tensor) -> Tensor:
+        """Train on most of the samples until the others and validation tunes have not become easier to tell apart for
+        a while. Keep the weights that were best on these, calibrated."""
+        learned, held_out = fake.tensor_split([len(fake) - len(fake) // HELD_OUT])
+        labels = torch.cat([torch.ones(self.settings.batch), torch.zeros(self.settings.batch)])
+        best, kept, step, best_step = self._calibrate(held_out), copy.deepcopy(self.discriminator.state_dict()), 0, 0
+        while step - best_step < self.patience:
+            self.discriminator.train()
+            self.discriminator.calibration.set(1, 0)
+            tunes = torch.cat([pick(rows, self.settings.batch) for rows in (self.problem.train, learned)])
+            self.optimizer.zero_grad()
+            self.discriminator(tunes, labels=labels).loss.backward()
+            self.optimizer.step()
+            step += 1
+            if step % self.settings.every == 0 and (loss := self._calibrate(held_out)) < best:
+                best, kept, best_step = loss, copy.deepcopy(self.discriminator.state_dict()), step
+        self.discriminator.load_state_dict(kept)
+        return self._logits(fake)
+
+    def _logits(self, tunes: Tensor) -> Tensor:
+        with inference(self.discriminator):
+            return torch.cat([self.discriminator(rows).logits[:, 0].double() for rows in tunes.split(ROWS)])
+
+    def _calibrate(self, fake: Tensor) -> float:
+        """Fit scale and offset on held-out tunes and samples of equal total weight; their cross-entropy."""
+        self.discriminator.calibration.set(1, 0)
+        real, fake = self._logits(self.problem.valid), self._logits(fake)
+        numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([numbers], max_iter=30, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            of_real, of_fake = (logits * numbers[0] + numbers[1] for logits in (real, fake))
+            value: Tensor = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        scale, offset = numbers.tolist()
+        self.discriminator.calibration.set(max(scale, 0.0), offset)
+        return loss().item()
