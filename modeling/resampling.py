@@ -34,11 +34,11 @@ def choose(log_odds: Tensor, pick: str = "resample", seed: int | None = None) ->
         `LongTensor` of shape `(groups,)`: indices into the draws of each group.
 
     Raises:
-        ValueError: if log-odds are not finite, or `pick` is neither.
+        ValueError: if log-odds are NaN or infinite, or `pick` is neither. An impossible draw may have minus infinity.
     """
     check_pick(pick)
     log_odds = log_odds.detach().double().cpu()
-    if not log_odds.isfinite().all():
+    if not log_odds.softmax(dim=1).isfinite().all():
         raise ValueError(
             "the log-odds of a draw are not finite: the discriminator's weights are damaged or have diverged"
         )

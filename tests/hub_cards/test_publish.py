@@ -184,8 +184,10 @@ def test_the_snippets_of_the_cards_run_unchanged(hub: FakeHub, desk: Path) -> No
     assert len(snippets) == 3
     done = client(hub, desk, "\n".join(snippets).replace("max_new_tokens=512", "max_new_tokens=32"))
     assert done.returncode == 0, done.stderr
-    prompt, continuation = (Score(desk / name).tracks[0].notes for name in ("prompt.mid", "continuation.mid"))
-    assert [note.pitch for note in continuation][:8] == [note.pitch for note in prompt]
+    scores = [Score(desk / name).to("quarter") for name in ("prompt.mid", "continuation.mid")]
+    # Plain `generate` has no grammar: it may add a note to the last chord of the prompt.
+    prompt, continuation = ({(note.time, note.pitch) for note in score.tracks[0].notes} for score in scores)
+    assert prompt <= continuation
 
 
 @pytest.mark.usefixtures("urls")
