@@ -85,9 +85,9 @@ class Real:
             first_openings(processor, [change.apply(processor.decode(ids), random) for ids in rows], bars)
             for rows in (half, splits[split]["input_ids"])
         )
-        features = (measure([piece.score for piece in pieces]) for pieces in (learned, held_out))
+        ours, theirs = (measure([piece.score for piece in pieces]) for pieces in (learned, held_out))
         training = Melodies(processor.decode(ids) for ids in splits["train"]["input_ids"])
-        return cls(processor, learned, held_out, *features, training, bars)
+        return cls(processor, learned, held_out, ours, theirs, training, bars)
 
 
 def first_openings(processor: MidiProcessor, scores: Sequence[ScoreTick], bars: int) -> list[Piece]:
@@ -145,11 +145,13 @@ def token_accuracy(samples: Sequence[Piece], real: Real, seed: int) -> float:
     half = len(samples) // 2
     seen, unseen = samples[:half], samples[half:]
     processor = real.processor
+    vocab_size = processor.vocab_size
+    assert isinstance(vocab_size, int)  # a tokenization of one stream
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = MidiDiscriminatorConfig(
             kind="cnn",
-            vocab_size=processor.vocab_size,
+            vocab_size=vocab_size,
             hidden_size=32,
             filter_sizes=[1, 2, 3, 4, 6, 8],
             num_filters=[32] * 6,

@@ -216,6 +216,8 @@ class Seed:
         sequences, pieces = sequences[: count * DRAWS], pieces[: count * DRAWS]
         model, processor = load_pair(str(self.base))
         judges = load_judges(self.judges(), processor)
+        musical = judges[1]
+        assert isinstance(musical, MusicalJudge)
         each = [judge.log_odds(sequences) for judge in judges]
         both = torch.stack(each).sum(0)
         weightings = {
@@ -225,8 +227,7 @@ class Seed:
             "best of 8, music": each[1],
             "best of 8, shuffled": both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.seed))],
             **{
-                f"best of 8, random {k}": _random_weighting(judges[1], pieces, both, k)
-                for k in range(RANDOM_WEIGHTINGS)
+                f"best of 8, random {k}": _random_weighting(musical, pieces, both, k) for k in range(RANDOM_WEIGHTINGS)
             },
         }
         likely = -torch.tensor(piece_nlls(model, sequences, BlockCollator.for_processor(processor))[0])
