@@ -1,6 +1,7 @@
 """The benchmark of forms: divergences and weights against enumeration, calibrated rewards, runs that continue."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 from pathlib import Path
@@ -95,8 +96,10 @@ def test_controls_know_nothing(oracle: ModuleType, process: Any, settings: Any) 
 
 @pytest.mark.slow
 def test_the_exact_reward_closes_a_gap_that_a_constant_reward_leaves(
-    oracle: ModuleType, process: Any, settings: Any
+    oracle: ModuleType, process: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A clock that counts: the same steps on every machine.
+    monkeypatch.setattr("time.process_time", functools.partial(next, itertools.count(0, 0.005)))
     settings = dataclasses.replace(
         settings, seconds=1.5, pool=512, steps=20, rounds_kept=10, batch=32, learning_rate=1e-2
     )
@@ -109,7 +112,7 @@ def test_the_exact_reward_closes_a_gap_that_a_constant_reward_leaves(
         before = oracle.figures(model, problem)
         tuned, _ = oracle.distill(model, oracle.reward_of(arm, problem, settings), problem, settings)
         gaps[arm] = oracle.figures(tuned, problem)["kl_real"] / before["kl_real"]
-    assert gaps["exact"] < 0.75 < 0.85 < gaps["constant"]
+    assert gaps["exact"] < 0.5 < 0.85 < gaps["constant"]
 
 
 @pytest.mark.slow
