@@ -27,6 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from music_judging import halve
+
 from measure import add_temperatures, finish, make_parser
 from music_runs import CHOSEN, MLE, TRAINED, Settings, run
 from resumable import Row, difference, make_runs, mean_and_deviation, rows_done
@@ -139,6 +141,7 @@ def main() -> None:
         runs = [CHOSEN, trial]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     folder = args.rows.with_suffix("")
+    halve(args.data, 0, folder / "half")  # before several runs would make it at once
     jobs = [(arm, seed) for seed in seeds for arm in runs]
     jobs = [job for job in jobs if job not in rows_done(args.rows, asdict(settings))]
     make = functools.partial(run, settings=settings, folder=folder)

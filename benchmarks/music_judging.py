@@ -64,7 +64,6 @@ class Real:
         learned, held_out (`list[Piece]`): openings that the judges learn from, and that they are tested on.
         learned_features, held_out_features (`Mapping`): as [`~midimamba.evaluation.features.measure`] returns them.
         training (`Melodies`): of the whole training split, for copies.
-        bars (`int`): of an opening.
     """
 
     processor: MidiProcessor
@@ -73,7 +72,6 @@ class Real:
     learned_features: Mapping[str, Vector]
     held_out_features: Mapping[str, Vector]
     training: Melodies
-    bars: int
 
     @classmethod
     def read(cls, data: str, half: Sequence[Sequence[int]], split: str, bars: int) -> "Real":
@@ -87,7 +85,7 @@ class Real:
         )
         ours, theirs = (measure([piece.score for piece in pieces]) for pieces in (learned, held_out))
         training = Melodies(processor.decode(ids) for ids in splits["train"]["input_ids"])
-        return cls(processor, learned, held_out, ours, theirs, training, bars)
+        return cls(processor, learned, held_out, ours, theirs, training)
 
 
 def first_openings(processor: MidiProcessor, scores: Sequence[ScoreTick], bars: int) -> list[Piece]:

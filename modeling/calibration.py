@@ -9,7 +9,7 @@ class Calibration(nn.Module):
     Platt scaling: `scale * logit + offset`, fitted on music that the discriminator was not trained on.
 
     A new discriminator has scale 1 and offset 0. They are buffers, which no optimizer changes and every checkpoint
-    holds. Checkpoints of before 0.4 lack them, and are read as scale 1 and offset 0.
+    holds. Older checkpoints lack them, and are read as scale 1 and offset 0.
     """
 
     scale: Tensor

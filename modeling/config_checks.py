@@ -61,6 +61,24 @@ def check_positive(values: Mapping[str, Any], names: Iterable[str]) -> None:
             raise ValueError(f"{name} is {value}; it must be a finite number above 0")
 
 
+def check_model_type(config: Mapping[str, Any], name: str | os.PathLike[str], model_type: str, kind: str) -> None:
+    """Refuse the configuration of another kind of model.
+
+    Args:
+        config (`Mapping[str, Any]`): what was read.
+        name (`str`): where it was read.
+        model_type (`str`): the type that it must have.
+        kind (`str`): what a model of this type is called.
+
+    Raises:
+        ValueError: if nothing was read, or another type.
+    """
+    if not config:
+        raise ValueError(f"{name} has no config.json")
+    if config.get("model_type") != model_type:
+        raise ValueError(f"{name} is a model of type {config.get('model_type')!r}, not {kind}")
+
+
 def check_look_back(
     lags: Sequence[int], bars: Sequence[int], positions: Sequence[Sequence[int]], vocab_size: int
 ) -> None:
@@ -83,4 +101,4 @@ def check_look_back(
         raise ValueError(f"bar_token_ids and position_token_ids must lie below vocab_size ({vocab_size})")
 
 
-__all__ = ["check_look_back", "check_positive", "check_sizes", "read_config"]
+__all__ = ["check_look_back", "check_model_type", "check_positive", "check_sizes", "read_config"]

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_look_back, check_sizes, read_config
+from .config_checks import check_look_back, check_model_type, check_sizes, read_config
 
 _SIZES = (
     *("vocab_size", "hidden_size", "filter_sizes", "num_filters"),
@@ -42,7 +42,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
             stretches a difference (arXiv 1802.05957). `cnn`: all of them; `mamba`: the projections of the mixers and
             the last layer.
         lookback_bars (`list[int]`, *optional*, defaults to `[]`):
-            Show beside each token what followed the same place so many bars ago, and whether the token repeats what
+            Show beside each token what followed the same place this many bars ago, and whether the token repeats what
             was there, as in [`MidiMambaConfig`]. Without it a discriminator hardly hears the form of the music.
         bar_token_ids, position_token_ids (`list`, *optional*, defaults to `[]`):
             For `lookback_bars`, as in [`MidiMambaConfig`].
@@ -101,12 +101,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
             ValueError: if it belongs to another kind of model.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not config:
-            raise ValueError(f"{pretrained_model_name_or_path} has no config.json")
-        if config.get("model_type") != cls.model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {config.get('model_type')!r}, not a discriminator"
-            )
+        check_model_type(config, pretrained_model_name_or_path, cls.model_type, "a discriminator")
         return config, unused
 
     @classmethod

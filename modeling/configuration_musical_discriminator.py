@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_sizes, read_config
+from .config_checks import check_model_type, check_sizes, read_config
 
 
 @strict
@@ -63,13 +63,7 @@ class MusicalDiscriminatorConfig(PreTrainedConfig):
             ValueError: if it belongs to another kind of model.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not config:
-            raise ValueError(f"{pretrained_model_name_or_path} has no config.json")
-        if config.get("model_type") != cls.model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {config.get('model_type')!r}, "
-                "not a discriminator of musical features"
-            )
+        check_model_type(config, pretrained_model_name_or_path, cls.model_type, "a discriminator of musical features")
         return config, unused
 
     @classmethod

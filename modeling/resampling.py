@@ -69,7 +69,7 @@ def effective_sample_size(log_odds: Tensor) -> Tensor:
 def music_of(row: Tensor, pad_token_id: int | None, eos_token_id: int | None) -> list[int]:
     """What a judge is given of a draw: prompt and continuation, without padding and without the token that ends it.
 
-    Where a piece ends is often the choice of whoever asked for so many bars, and says nothing of the music.
+    Whoever asks for a number of bars decides where a piece ends, so its end says nothing about the music.
 
     Args:
         row (`LongTensor` of shape `(time,)`): padded on either side.
