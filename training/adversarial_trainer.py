@@ -142,7 +142,7 @@ class AdversarialTrainer(GuardedTrainer):
         fake = self.sample(real[:fresh, : self.args.prompt_length])
         self.judges.forget_calibration()
         self.metrics.add(self.discriminator_update(real, fake))
-        self.judges.learn(real, fake)
+        self.judges.seen = real, fake
 
     def _pretrain_discriminator(self) -> None:
         hidden = self.args.disable_tqdm or not self.is_local_process_zero()

@@ -56,6 +56,10 @@ class Judges:
         processor (`ProcessorMixin`, *optional*): a [`MidiProcessor`], which adds the discriminator of musical
             features.
 
+    Attributes:
+        seen (`tuple[Tensor, Tensor]`, *optional*): music and samples of the last step of the discriminator. The one
+            of musical features is fitted to them when it is needed, and not after every step.
+
     Raises:
         ValueError: if the processor is another.
     """
@@ -78,6 +82,7 @@ class Judges:
         self.held_out = self._rows(held_out)
         self.processor = processor
         self.musical: MusicalJudge | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
 
     @property
     def all(self) -> list[TokenJudge | MusicalJudge]:
@@ -119,6 +124,9 @@ class Judges:
         Returns:
             `d_auc` and `d_calibration_error`, on the same music and samples, and `d_refused`, whether it was chance.
         """
+        if self.seen is not None:
+            self.learn(*self.seen)
+            self.seen = None
         samples = self._rows(self.accelerator.gather(fake.ids))
         calibrate(self.all, self.held_out, samples)
         ensemble = Ensemble(self.all)
