@@ -15,7 +15,7 @@ import torch
 from symusic.core import ScoreTick
 from tqdm.auto import tqdm
 
-from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiProcessor
+from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.load import load_corpus
 from midimamba.evaluation.comparison import Piece, first_bars
@@ -126,43 +126,72 @@ SHOWN = ("bar_self_similarity_4", "bar_self_similarity_8", "scale_consistency", 
 
 
 def feature_accuracy(samples: Sequence[Piece], real: Real) -> float:
-    """How often logistic regression on musical features is right that has learned from half of the samples."""
-    features = measure([piece.score for piece in samples])
-    points = embed(features, real.learned_features)
-    seen, unseen = points[: len(points) // 2], points[len(points) // 2 :]
+    """How often logistic regression on musical features is right that has learned from half of the samples, and is
+    tested on the other half; the mean over both halves."""
+    points = embed(measure([piece.score for piece in samples]), real.learned_features)
     learned, held_out = (
         embed(each, real.learned_features) for each in (real.learned_features, real.held_out_features)
     )
-    labels = np.repeat([1.0, 0.0], [len(learned), len(seen)])
-    weights = logistic_regression(_with_constant(np.concatenate([learned, seen])), labels, RIDGE, balanced(labels))
-    return _accuracy(_with_constant(held_out) @ weights, _with_constant(unseen) @ weights)
+
+    def accuracy(seen: Vector, unseen: Vector) -> float:
+        labels = np.repeat([1.0, 0.0], [len(learned), len(seen)])
+        weights = logistic_regression(_with_constant(np.concatenate([learned, seen])), labels, RIDGE, balanced(labels))
+        return _accuracy(_with_constant(held_out) @ weights, _with_constant(unseen) @ weights)
+
+    half = len(points) // 2
+    return (accuracy(points[:half], points[half:]) + accuracy(points[half:], points[:half])) / 2
 
 
 def token_accuracy(samples: Sequence[Piece], real: Real, seed: int) -> float:
     """The same of a convolutional network that reads tokens and looks back; its family rewards nothing here."""
-    half = len(samples) // 2
-    seen, unseen = samples[:half], samples[half:]
     processor = real.processor
     vocab_size = processor.vocab_size
     assert isinstance(vocab_size, int)  # a tokenization of one stream
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = MidiDiscriminatorConfig(
-            kind="cnn",
-            vocab_size=vocab_size,
-            hidden_size=32,
-            filter_sizes=[1, 2, 3, 4, 6, 8],
-            num_filters=[32] * 6,
-            bos_token_id=processor.bos_token_id,
-            **look_back_fields(LAGS, processor),
-        )
+    config = MidiDiscriminatorConfig(
+        kind="cnn",
+        vocab_size=vocab_size,
+        hidden_size=32,
+        filter_sizes=[1, 2, 3, 4, 6, 8],
+        num_filters=[32] * 6,
+        bos_token_id=processor.bos_token_id,
+        **look_back_fields(LAGS, processor),
+    )
+
+    def accuracy(seen: Sequence[Piece], unseen: Sequence[Piece]) -> float:
         network = MidiDiscriminator(config).train()
         _learn(network, [piece.ids for piece in real.learned], [piece.ids for piece in seen], processor.pad_token_id)
         judged = [
             score_sequences(network, [torch.tensor(piece.ids) for piece in pieces], processor.pad_token_id).numpy()
             for pieces in (real.held_out, unseen)
         ]
-    return _accuracy(*judged)
+        return _accuracy(*judged)
+
+    half = len(samples) // 2
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return (accuracy(samples[:half], samples[half:]) + accuracy(samples[half:], samples[:half])) / 2
+
+
+def embedding_distance(model: MidiMambaForCausalLM, samples: Sequence[Piece], real: Sequence[Piece]) -> float:
+    """
+    The Fréchet distance between samples and as much real music, in what a generator holds of a piece on average.
+
+    Args:
+        model (`MidiMambaForCausalLM`): in any mode. Distances in its space can be compared, others not.
+        samples, real (`Sequence[Piece]`): pieces. Their number is the same wherever distances are compared.
+    """
+    size = min(len(samples), len(real))
+    return frechet_distance(_embeddings(model, samples[:size]), _embeddings(model, real[:size]), replicates=0).value
+
+
+@torch.no_grad()
+def _embeddings(model: MidiMambaForCausalLM, pieces: Sequence[Piece]) -> Vector:
+    """The mean over the tokens of every piece of the last hidden state, `(pieces, hidden_size)`."""
+    rows = [
+        model.model(input_ids=torch.tensor([piece.ids]), use_cache=False).last_hidden_state[0].mean(0)
+        for piece in pieces
+    ]
+    return np.asarray(torch.stack(rows).double().numpy())
 
 
 def _learn(network: MidiDiscriminator, real: list[list[int]], fake: list[list[int]], pad: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from music_judging import Real, figures, first_openings, halve
+from music_judging import Real, embedding_distance, figures, first_openings, halve
 from torch import Tensor
 
 from midimamba.command_options import SamplingOptions
@@ -49,7 +49,7 @@ class Settings:
 
     data: str
     split: str = "validation"
-    num: int = 500
+    num: int = 1000
     bars: int = 16
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8])
     steps: int = 2000
@@ -170,7 +170,12 @@ class Seed:
         model, processor = load_pair(str(generator))
         rows = load_corpus(self.settings.data)[0][self.settings.split]
         nats = likelihood(model, rows, BlockCollator.for_processor(processor))["held_out_nll"]
-        return figures(samples, self.real(self.settings.split), self.seed) | {"held_out_nll_per_token": nats}
+        real = self.real(self.settings.split)
+        return {
+            **figures(samples, real, self.seed),
+            "embedding_frechet": embedding_distance(load_pair(str(self.base))[0], samples, real.learned),
+            "held_out_nll_per_token": nats,
+        }
 
     # ---- arms that train ----
 

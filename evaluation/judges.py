@@ -126,7 +126,7 @@ def fit_musical(
 
     How much the weights are held back, and whether squares of the features help, is chosen by cross-validation, and
     so is the calibration: by log-odds of pieces that the weights were not fitted on. Real music and samples count
-    alike, however many there are of each.
+    alike, however many there are of each. A piece that is given twice, in whatever keys, counts once.
 
     Args:
         real (`Sequence[symusic.Score]`): real music, with notes, of about the length of the samples.
@@ -135,23 +135,26 @@ def fit_musical(
         seed (`int`, *optional*, defaults to 0): for the folds.
 
     Raises:
-        ValueError: if there are fewer than 5 pieces of a kind.
+        ValueError: if there are fewer than 5 different pieces of a kind.
     """
-    if min(len(real), len(fake)) < FOLDS:
-        raise ValueError(f"{len(real)} real pieces and {len(fake)} samples are too few to fit a judge: give {FOLDS}")
-    columns = musical_columns([*real, *fake], JUDGED)
-    labels = np.repeat([1.0, 0.0], [len(real), len(fake)])
+    music, samples = (_distinct_columns(scores) for scores in (real, fake))
+    if min(len(music), len(samples)) < FOLDS:
+        raise ValueError(
+            f"{len(music)} different real pieces and {len(samples)} samples are too few to fit a judge: give {FOLDS}"
+        )
+    columns = np.concatenate([music, samples])
+    labels = np.repeat([1.0, 0.0], [len(music), len(samples)])
     folds = _folds(labels, seed)
     fits = []
     for squares in (False, True):
-        discriminator = _standardized(columns[: len(real)], squares, bars)
+        discriminator = _standardized(music, squares, bars)
         points = discriminator.standardize(torch.from_numpy(columns)).double().numpy()
         points = np.concatenate([points, np.ones((len(points), 1))], axis=1)
         held_out = {ridge: _out_of_fold(points, labels, folds, ridge) for ridge in RIDGES}
         ridge = min(RIDGES, key=lambda each: _cross_entropy(held_out[each], labels))
-        separation = auc(*_parted(held_out[ridge], labels))
-        fits.append((separation, discriminator, points, ridge, held_out[ridge]))
-    _, discriminator, points, ridge, log_odds = max(fits, key=lambda fit: fit[0])  # the first, if they are equal
+        loss = _cross_entropy(held_out[ridge], labels)
+        fits.append((loss, discriminator, points, ridge, held_out[ridge]))
+    _, discriminator, points, ridge, log_odds = min(fits, key=lambda fit: fit[0])  # the first, if they are equal
     weights = logistic_regression(points, labels, ridge, balanced(labels))
     with torch.no_grad():
         discriminator.score.weight.copy_(torch.from_numpy(weights[None, :-1]))
@@ -246,6 +249,16 @@ def musical_columns(scores: Sequence[ScoreTick], names: Iterable[str]) -> Matrix
     return np.concatenate(list(measure_with({name: JUDGED[name] for name in names}, scores).values()), axis=1)
 
 
+def _distinct_columns(scores: Sequence[ScoreTick]) -> Matrix:
+    """All features, without the rows that repeat one up to rounding: no fold may hold what another one tests."""
+    if not scores:
+        return np.zeros((0, 0))
+    columns = musical_columns(scores, JUDGED)
+    known = np.where(np.isnan(columns), math.inf, columns.round(6))  # NaN is not even equal to itself
+    _, first = np.unique(known, axis=0, return_index=True)
+    return columns[np.sort(first)]
+
+
 def _width(name: str) -> int:
     """Columns of a feature."""
     return int(np.size(JUDGED[name](Piece(Score(480)))))
@@ -290,11 +303,6 @@ def _out_of_fold(points: Matrix, labels: Matrix, folds: NDArray[np.int64], ridge
 
 def _cross_entropy(log_odds: Matrix, labels: Matrix) -> float:
     return float(np.mean(balanced(labels) * (np.logaddexp(0, log_odds) - labels * log_odds)))
-
-
-def _parted(values: Matrix, labels: Matrix) -> tuple[Tensor, Tensor]:
-    """Those of real music, and those of samples."""
-    return torch.from_numpy(values[labels == 1]), torch.from_numpy(values[labels == 0])
 
 
 def _platt(log_odds: Matrix, labels: Matrix) -> tuple[Matrix, float]:

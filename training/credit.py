@@ -13,7 +13,7 @@ from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.metrics import Measures
 
 MIN_EFFECTIVE_SHARE = 0.1
-"""Of a round's samples: weights that rest on fewer are evened out."""
+"""Of a round's samples: the largest weights are cut where they would rest on fewer."""
 BASELINE_MEMORY = 0.9
 """Weight of the past in the running baseline: it averages about ten steps."""
 
@@ -106,9 +106,10 @@ def effective_share(weights: Tensor) -> Tensor:
 
 def importance_weights(log_odds: Tensor, least: float) -> Tensor:
     """
-    Weights `exp(c log_odds)` of mean 1, with the largest `c` in [0, 1] whose effective share is at least `least`.
+    Weights `exp(min(log_odds, cap))` of mean 1, with the highest cap at which their effective share is `least`.
 
-    Equal log-odds give weights of exactly 1.
+    That is truncated importance sampling (Ionides 2008): the few samples that a discriminator likes beyond measure
+    count less, and all others as they should. Equal log-odds give weights of exactly 1.
 
     Args:
         log_odds (`Tensor` of shape `(n,)`): of samples.
@@ -116,13 +117,13 @@ def importance_weights(log_odds: Tensor, least: float) -> Tensor:
     """
     centred = (log_odds - log_odds.max()).double()
 
-    def weights(exponent: float) -> Tensor:
-        grown = (exponent * centred).exp()
-        return grown / grown.mean()
+    def weights(cap: float) -> Tensor:
+        capped = (centred.clamp(max=cap) - cap).exp()
+        return capped / capped.mean()
 
-    low, high = 0.0, 1.0
+    low, high = float(centred.min()), 0.0
     if effective_share(weights(high)) < least:
-        for _ in range(40):  # the effective share falls as the exponent grows
+        for _ in range(60):  # the effective share falls as the cap rises
             middle = (low + high) / 2
             low, high = (low, middle) if effective_share(weights(middle)) < least else (middle, high)
         high = low

@@ -11,7 +11,6 @@ from transformers import ProcessorMixin
 
 from midimamba.errors import InputError
 from midimamba.evaluation.judges import (
-    FOLDS,
     Ensemble,
     MusicalJudge,
     TokenJudge,
@@ -106,14 +105,14 @@ class Judges:
         real_scores, fake_scores = (
             decode_all(self.processor, self._rows(self.accelerator.gather(ids))).scores for ids in (real, fake)
         )
-        if min(len(real_scores), len(fake_scores)) >= FOLDS:
+        try:
             self.musical = MusicalJudge(fit_musical(real_scores, fake_scores), self.processor)
-        elif self.musical is None:
-            raise InputError(
-                f"musical_discriminator needs {FOLDS} pieces and {FOLDS} samples with notes, but a batch has "
-                f"{len(real_scores)} and {len(fake_scores)}: raise per_device_train_batch_size, or train the "
-                "generator longer first"
-            )
+        except ValueError as error:
+            if self.musical is None:
+                raise InputError(
+                    f"musical_discriminator: {error}; raise per_device_train_batch_size, or train the generator "
+                    "longer first"
+                ) from error
 
     def calibrate(self, fake: Sequences) -> Measures:
         """

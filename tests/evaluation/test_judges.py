@@ -301,5 +301,16 @@ def test_configurations_that_cannot_be_are_refused(options: dict[str, Any]) -> N
 
 
 def test_too_little_music_to_fit_is_refused(tunes: tuple[list[ScoreTick], list[ScoreTick]]) -> None:
-    with pytest.raises(ValueError, match="4 real pieces and 150 samples are too few"):
+    with pytest.raises(ValueError, match="4 different real pieces and 150 samples are too few"):
         fit_musical(tunes[0][:4], tunes[1])
+    with pytest.raises(ValueError, match="4 different real pieces and 0 samples"):
+        fit_musical(tunes[0][:4] * 2, [])
+
+
+def test_pieces_that_come_twice_count_once(tunes: tuple[list[ScoreTick], list[ScoreTick]]) -> None:
+    """In other keys as well: else a fold tests what the others have learned, and weights are held back too little."""
+    real, fake = (some[:40] for some in tunes)
+    once = fit_musical(real, fake)
+    again = fit_musical([*real, *(score.shift_pitch(3) for score in real)], [*fake, *fake])
+    for name, weights in once.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weights, msg=name)
