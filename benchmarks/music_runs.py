@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from music_judging import Real, embedding_distance, figures, first_openings, halve
+from music_judging import Real, embedding_distance, feature_accuracy, figures, first_openings, halve
 from torch import Tensor
 
 from midimamba.command_options import SamplingOptions
@@ -142,9 +142,8 @@ class Seed:
             tried = {}
             for each in self.settings.temperatures:
                 samples = self.draw(self.base, self.settings.num // 2, each)[1]
-                found = figures(samples, real, self.seed)
-                tried[each] = {**found, "distance": abs(found["classifier"] - 0.5) + 1 - found["overlap"]}
-            best = min(tried, key=lambda each: tried[each]["distance"])
+                tried[each] = feature_accuracy(samples, real)
+            best = min(tried, key=lambda each: tried[each])
             file.write_text(json.dumps({"best": best, "tried": tried}))
         return float(json.loads(file.read_text())["best"])
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from midimamba.corpus.packing import IGNORED, BlockCollator
 from midimamba.modeling.sampling import Sequences
 from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.credit import systematic_resampling
 from midimamba.training.metrics import Measures, weighted_mean
 
 
@@ -55,6 +56,12 @@ class Batch(NamedTuple):
         actions = self.advantages.shape[1] - cut
         old = None if self.old is None else self.old[:, :actions]
         return Batch(fake, self.real[:, : fake.ids.shape[1]], self.advantages[:, :actions], old)
+
+    def resampled(self) -> "Batch":
+        """As many samples, drawn in proportion to the weights that are their advantages, each with the mean weight."""
+        weights = self.advantages.amax(1)
+        rows = systematic_resampling(weights)
+        return Batch(self.fake.rows(rows), self.real, weights.mean() * self.valid[rows])
 
     def split(self, rows: int) -> list["Batch"]:
         """Batches of at most `rows` sequences."""
@@ -215,15 +222,21 @@ class GeneratorUpdate:
         return terms
 
     def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch, size: int) -> list[LossTerms]:
-        """A step for every `size` sequences, in an order of their own for every pass."""
-        if self.args.estimator != "distill":
+        """A step for every `size` sequences, in an order of their own for every pass.
+
+        Distillation draws them in proportion to their weights, which then are all alike: most samples count too little
+        for what a pass over them costs.
+        """
+        distills = self.args.estimator == "distill"
+        if not distills:
             batch = batch._replace(old=self._log_probabilities(model, batch))
         terms: list[LossTerms] = []
         for _ in range(self.args.ppo_epochs):
+            part = batch.resampled() if distills else batch
             for rows in torch.randperm(len(batch.real), device=batch.real.device).split(size):
                 if terms:
                     self._step(model, optimizer)
-                terms.append(self._accumulate(model, batch.rows(rows).trimmed()))
+                terms.append(self._accumulate(model, part.rows(rows).trimmed()))
         return terms
 
     @torch.no_grad()

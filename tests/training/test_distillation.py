@@ -57,7 +57,7 @@ def tilted(log_p: Tensor) -> Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rounds_bring_the_generator_to_itself_times_the_odds(tmp_path: Path, temperature: float) -> None:
     """With an exact discriminator, whose log-odds are those of music against what the generator is by now."""
-    trainer = make_trainer(tmp_path, reward="constant", temperature=temperature, ppo_epochs=2)
+    trainer = make_trainer(tmp_path, reward="constant", temperature=temperature, ppo_epochs=2, learning_rate=3e-3)
     before = log_policy(trainer)
     assert float(before.exp().sum()) == pytest.approx(1)
     target = tilted(before)
@@ -115,7 +115,8 @@ def test_shuffled_log_odds_teach_nothing_but_noise(tmp_path: Path) -> None:
     """The control with the very weights of the real reward, dealt out at random."""
     fitted = []
     for is_shuffled in (False, True):
-        trainer = make_trainer(tmp_path, reward="constant", max_steps=5, learning_rate=2e-3)
+        options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 512}
+        trainer = make_trainer(tmp_path, reward="constant", **options)
         before = log_policy(trainer)
 
         def reward(ids: Tensor, is_shuffled: bool = is_shuffled) -> Tensor:

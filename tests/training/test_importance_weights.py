@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from midimamba.training.adversarial_config import AdversarialConfig
-from midimamba.training.credit import MIN_EFFECTIVE_SHARE, Credit, effective_share, importance_weights
+from midimamba.training.credit import (
+    MIN_EFFECTIVE_SHARE,
+    Credit,
+    effective_share,
+    importance_weights,
+    systematic_resampling,
+)
 from trainer_support import PLAIN
 
 log_odds_of_samples = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=30).map(torch.tensor)
@@ -91,3 +97,21 @@ def test_one_sample_does_not_take_all_the_weight(tmp_path: Path) -> None:
     log_odds[3] = 25
     _, measures = make_credit(tmp_path)(log_odds[:, None], torch.ones(40, 1, dtype=torch.bool))
     assert float(measures["effective_samples"]) == pytest.approx(40 * MIN_EFFECTIVE_SHARE, rel=1e-3)
+
+
+@given(log_odds_of_samples, st.integers(0, 2**31))
+def test_resampling_draws_each_sample_as_often_as_its_weight_says(log_odds: torch.Tensor, seed: int) -> None:
+    weights = importance_weights(log_odds, 0.1).double()
+    torch.manual_seed(seed)
+    counts = systematic_resampling(weights).bincount(minlength=len(weights))
+    assert counts.sum() == len(weights)
+    assert ((counts - weights).abs() < 1 + 1e-4).all()  # the weights have mean 1
+
+
+def test_resampling_is_right_on_average_and_draws_equal_samples_once() -> None:
+    torch.manual_seed(0)
+    weights = torch.tensor([0.2, 0.0, 3.1, 0.7])
+    drawn = torch.stack([systematic_resampling(weights).bincount(minlength=4) for _ in range(4000)]).double().mean(0)
+    torch.testing.assert_close(drawn, weights.double(), atol=0.03, rtol=0)
+    assert drawn[1] == 0
+    assert systematic_resampling(torch.ones(5000)).tolist() == list(range(5000))

@@ -339,3 +339,17 @@ def test_distillation_in_one_step_is_the_weighted_likelihood_by_hand(tmp_path: P
         log_probabilities = trainer.model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     weights = importance_weights(log_odds, 0.1)
     torch.testing.assert_close(loss, -(weights * log_probabilities[:, PROMPT - 1 :].sum(1)).mean())
+
+
+def test_what_is_resampled_has_the_mean_weight_on_every_token() -> None:
+    """Processes have different mean weights, and their gradients are averaged."""
+    batch = make_batch()
+    valid = batch.valid
+    weights = torch.zeros(len(valid))
+    weights[1], weights[3] = 1.0, 3.0
+    drawn = batch._replace(advantages=weights[:, None] * valid).resampled()
+    rows = [int((batch.fake.ids == row).all(1).nonzero()[0]) for row in drawn.fake.ids]
+    assert set(rows) == {1, 3}
+    assert abs(rows.count(3) - 0.75 * len(rows)) < 1
+    torch.testing.assert_close(drawn.advantages, weights.mean() * valid[rows].float())
+    assert torch.equal(drawn.real, batch.real)
