@@ -8,18 +8,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from form_process import BAR, BOS, FormProcess
 from torch import Tensor, nn
 
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
+from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import inference, sample
 
 ROWS = 1024  # sequences drawn or read at once
 HELD_OUT = 8  # one in this many samples calibrates the discriminator, and says when it has learned enough
+FORM_RIDGE = 0.01  # against a mean over pieces: as much as one tune in a hundred
 LAGS = (1, 2)  # bars between a section of one bar and its repeat
 # The width, the layers, and the size of the state.
 BASES = {"plain": (32, 2, 8), "small": (12, 1, 2)}
@@ -288,15 +291,29 @@ def distill(
     return best_model, sizes
 
 
+def repeats(tunes: Tensor, process: FormProcess) -> Tensor:
+    """
+    How the sections of tunes repeat, which is what a form is: features `(n, features)`, in double precision.
+
+    They are the share of tokens in which each pair of sections agrees, and all products of two of these.
+    """
+    sections = tunes[:, 1:].unflatten(1, (-1, process.section_tokens))
+    first, second = torch.triu_indices(sections.shape[1], sections.shape[1], 1)
+    alike = (sections[:, first] == sections[:, second]).double().mean(-1)
+    one, other = torch.triu_indices(alike.shape[1], alike.shape[1])
+    return torch.cat([alike, alike[:, one] * alike[:, other]], dim=1)
+
+
 class LearnedReward:
     """
-    The log-odds of a discriminator that goes on learning in every round, from the same few tunes, and is calibrated
-    on validation tunes and on samples that it has not seen.
+    The summed log-odds of two discriminators that learn from the same few tunes in every round: one of tokens, which
+    looks back, and logistic regression on how sections repeat. They are calibrated together on validation tunes and on
+    samples that neither has seen.
 
     Args:
         problem (`Problem`): the tunes.
         settings (`Settings`): the batch.
-        learning_rate (`float`, *optional*): of the discriminator.
+        learning_rate (`float`, *optional*): of the discriminator of tokens.
         patience (`int`, *optional*, defaults to 150): steps without a better one after which a round's training ends.
     """
 
@@ -312,43 +329,59 @@ class LearnedReward:
         self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), learning_rate, weight_decay=0.1)
 
     def __call__(self, _: nn.Module, fake: Tensor) -> Tensor:
-        """Train on most of the samples until the others and validation tunes have not become easier to tell apart for
-        a while. Keep the weights that were best on these, calibrated."""
+        """Log-odds `(n,)` of samples, most of which the discriminators learn from."""
         learned, held_out = fake.tensor_split([len(fake) - len(fake) // HELD_OUT])
+        self._train(learned, held_out)
+        form = self._fit_to_form(learned)
+        valid, drawn, rewarded = (
+            np.stack([self._logits(tunes).numpy(), form(tunes)], axis=1)
+            for tunes in (self.problem.valid, held_out, fake)
+        )
+        weights = _regression(valid, drawn)[0]
+        return torch.from_numpy(_with_constant(rewarded) @ weights)
+
+    def _train(self, learned: Tensor, held_out: Tensor) -> None:
+        """Steps until held-out samples and validation tunes have not become easier to tell apart for a while. The
+        weights that were best on these stay."""
         labels = torch.cat([torch.ones(self.settings.batch), torch.zeros(self.settings.batch)])
-        best, kept, step, best_step = self._calibrate(held_out), copy.deepcopy(self.discriminator.state_dict()), 0, 0
+        best, kept, step, best_step = self._loss(held_out), copy.deepcopy(self.discriminator.state_dict()), 0, 0
         while step - best_step < self.patience:
             self.discriminator.train()
-            self.discriminator.calibration.set(1, 0)
             tunes = torch.cat([pick(rows, self.settings.batch) for rows in (self.problem.train, learned)])
             self.optimizer.zero_grad()
             self.discriminator(tunes, labels=labels).loss.backward()
             self.optimizer.step()
             step += 1
-            if step % self.settings.every == 0 and (loss := self._calibrate(held_out)) < best:
+            if step % self.settings.every == 0 and (loss := self._loss(held_out)) < best:
                 best, kept, best_step = loss, copy.deepcopy(self.discriminator.state_dict()), step
         self.discriminator.load_state_dict(kept)
-        return self._logits(fake)
+
+    def _loss(self, fake: Tensor) -> float:
+        """The cross-entropy on validation tunes and on samples, once calibrated."""
+        return _regression(
+            self._logits(self.problem.valid)[:, None].numpy(), self._logits(fake)[:, None].numpy(), 0.0
+        )[1]
 
     def _logits(self, tunes: Tensor) -> Tensor:
         with inference(self.discriminator):
             return torch.cat([self.discriminator(rows).logits[:, 0].double() for rows in tunes.split(ROWS)])
 
-    def _calibrate(self, fake: Tensor) -> float:
-        """Fit scale and offset on held-out tunes and samples of equal total weight; their cross-entropy."""
-        self.discriminator.calibration.set(1, 0)
-        real, fake = self._logits(self.problem.valid), self._logits(fake)
-        numbers = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([numbers], max_iter=30, line_search_fn="strong_wolfe")
+    def _fit_to_form(self, learned: Tensor) -> Callable[[Tensor], Matrix]:
+        """Log-odds by how sections repeat."""
+        process = self.problem.process
+        real, fake = (repeats(tunes, process).numpy() for tunes in (self.problem.train, learned))
+        weights = _regression(real, fake, FORM_RIDGE)[0]
+        return lambda tunes: _with_constant(repeats(tunes, process).numpy()) @ weights
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            of_real, of_fake = (logits * numbers[0] + numbers[1] for logits in (real, fake))
-            value: Tensor = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
-            value.backward()
-            return value
 
-        optimizer.step(loss)
-        scale, offset = numbers.tolist()
-        self.discriminator.calibration.set(max(scale, 0.0), offset)
-        return loss().item()
+def _regression(real: Matrix, fake: Matrix, ridge: float = 1e-6) -> tuple[Matrix, float]:
+    """Weights by logistic regression on columns, and the cross-entropy, where both kinds have a weight of one half."""
+    labels = np.repeat([1.0, 0.0], [len(real), len(fake)])
+    points, counts = _with_constant(np.concatenate([real, fake])), balanced(labels) / len(labels)
+    weights = logistic_regression(points, labels, ridge, counts)
+    log_odds = points @ weights
+    return weights, float(counts @ (np.logaddexp(0, log_odds) - labels * log_odds))
+
+
+def _with_constant(columns: Matrix) -> Matrix:
+    return np.concatenate([columns, np.ones((len(columns), 1))], axis=1)

@@ -188,7 +188,7 @@ def embedding_distance(model: MidiMambaForCausalLM, samples: Sequence[Piece], re
 def _embeddings(model: MidiMambaForCausalLM, pieces: Sequence[Piece]) -> Vector:
     """The mean over the tokens of every piece of the last hidden state, `(pieces, hidden_size)`."""
     rows = [
-        model.model(input_ids=torch.tensor([piece.ids]), use_cache=False).last_hidden_state[0].mean(0)
+        model.backbone(input_ids=torch.tensor([piece.ids]), use_cache=False).last_hidden_state[0].mean(0)
         for piece in pieces
     ]
     return np.asarray(torch.stack(rows).double().numpy())

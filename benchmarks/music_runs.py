@@ -49,7 +49,7 @@ class Settings:
 
     data: str
     split: str = "validation"
-    num: int = 1000
+    num: int = 500
     bars: int = 16
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8])
     steps: int = 2000

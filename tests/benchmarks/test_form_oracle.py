@@ -126,8 +126,9 @@ def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(arms: ModuleT
     fake[:, half:] = fake.roll(1, 0)[:, half:]
     reward = arms.LearnedReward(problem, settings, learning_rate=1e-2, patience=40)
     of_fake = reward(torch.nn.Identity(), fake)
-    of_real = reward._logits(problem.process.sample(800, torch.Generator().manual_seed(6)))
-    assert (of_real[:, None] > of_fake[None]).double().mean().item() > 0.75
+    real = problem.process.sample(800, torch.Generator().manual_seed(6))
+    for heard in (reward._logits, lambda tunes: torch.from_numpy(reward._fit_to_form(fake)(tunes))):
+        assert (heard(real)[:, None] > heard(fake)[None]).double().mean().item() > 0.75
     # In calibrated log-odds, exp(L) is a ratio of likelihoods: its mean over the samples is 1.
     assert of_fake.exp().mean().item() == pytest.approx(1, abs=0.3)
 
@@ -159,12 +160,12 @@ def test_runs_are_kept_and_continued(
     rows = tmp_path / "rows.jsonl"
     monkeypatch.setitem(oracle.TRAINED, "gradient", oracle.TRAINED["gradient"] | {"d_warmup_steps": 1})
     arms = ["plain/exact", "plain/gradient", "small/more", "small/constant"]
-    done = oracle.measure(settings, arms, 1, 1, rows)
+    done = oracle.measure(settings, arms, [0], 1, rows)
     # What an arm starts from is trained even if nobody asked for it.
     assert set(done) == {(arm, 0) for arm in (*arms, "plain/mle", "small/mle")}
     kept = rows.read_text()
     monkeypatch.setattr(oracle, "run", lambda *_, **__: pytest.fail("a run was made twice"))
-    assert oracle.measure(settings, arms, 1, 1, rows) == done
+    assert oracle.measure(settings, arms, [0], 1, rows) == done
     assert rows.read_text() == kept
     closed = 1 - done["small/constant", 0]["kl_real"] / done["small/more", 0]["kl_real"]
     assert oracle.summary("small/constant", done)["kl_real_closed"]["mean"] == pytest.approx(closed, abs=1e-4)
