@@ -222,7 +222,8 @@ class GeneratorUpdate:
         return terms
 
     def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch, size: int) -> list[LossTerms]:
-        """A step for every `size` sequences, in an order of their own for every pass.
+        """A step for every `size` sequences, in an order of their own for every pass. The learning rate falls linearly
+        during them, so that a round does not end with the noise of its last steps; the schedule sets it again.
 
         Distillation draws them in proportion to their weights, which then are all alike: most samples count too little
         for what a pass over them costs.
@@ -231,11 +232,15 @@ class GeneratorUpdate:
         if not distills:
             batch = batch._replace(old=self._log_probabilities(model, batch))
         terms: list[LossTerms] = []
+        rates = [group["lr"] for group in optimizer.param_groups]
+        steps = self.args.ppo_epochs * math.ceil(len(batch.real) / size)
         for _ in range(self.args.ppo_epochs):
             part = batch.resampled() if distills else batch
             for rows in torch.randperm(len(batch.real), device=batch.real.device).split(size):
                 if terms:
                     self._step(model, optimizer)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - len(terms) / steps)
                 terms.append(self._accumulate(model, part.rows(rows).trimmed()))
         return terms
 

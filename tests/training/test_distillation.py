@@ -115,7 +115,7 @@ def test_shuffled_log_odds_teach_nothing_but_noise(tmp_path: Path) -> None:
     """The control with the very weights of the real reward, dealt out at random."""
     fitted = []
     for is_shuffled in (False, True):
-        options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 512}
+        options: dict[str, Any] = {"max_steps": 3, "learning_rate": 2e-3, "per_device_train_batch_size": 512}
         trainer = make_trainer(tmp_path, reward="constant", **options)
         before = log_policy(trainer)
 
