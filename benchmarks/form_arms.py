@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from form_process import BAR, BOS, FormProcess
+from form_process import BAR, BOS, FIRST_NOTE, FormProcess
 from torch import Tensor, nn
 
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
@@ -22,7 +22,7 @@ from midimamba.modeling.sampling import inference, sample
 
 ROWS = 1024  # sequences drawn or read at once
 HELD_OUT = 8  # one in this many samples calibrates the discriminator, and says when it has learned enough
-FORM_RIDGE = 0.01  # against a mean over pieces: as much as one tune in a hundred
+RIDGE = 0.01  # against a mean over pieces: as much as one tune in a hundred
 LAGS = (1, 2)  # bars between a section of one bar and its repeat
 # The width, the layers, and the size of the state.
 BASES = {"plain": (32, 2, 8), "small": (12, 1, 2)}
@@ -291,23 +291,25 @@ def distill(
     return best_model, sizes
 
 
-def repeats(tunes: Tensor, process: FormProcess) -> Tensor:
+def heard(tunes: Tensor, process: FormProcess) -> Tensor:
     """
-    How the sections of tunes repeat, which is what a form is: features `(n, features)`, in double precision.
+    What a musician would listen for in tunes: features `(n, features)`, in double precision.
 
-    They are the share of tokens in which each pair of sections agrees, and all products of two of these.
+    They are the share of tokens in which each pair of sections agrees, all products of two of these, and how many
+    different pitches there are, one column for each number.
     """
     sections = tunes[:, 1:].unflatten(1, (-1, process.section_tokens))
     first, second = torch.triu_indices(sections.shape[1], sections.shape[1], 1)
     alike = (sections[:, first] == sections[:, second]).double().mean(-1)
     one, other = torch.triu_indices(alike.shape[1], alike.shape[1])
-    return torch.cat([alike, alike[:, one] * alike[:, other]], dim=1)
+    pitches = torch.stack([(tunes == FIRST_NOTE + pitch).any(1) for pitch in range(process.pitches)]).sum(0)
+    return torch.cat([alike, alike[:, one] * alike[:, other], F.one_hot(pitches, process.pitches + 1).double()], dim=1)
 
 
 class LearnedReward:
     """
     The summed log-odds of two discriminators that learn from the same few tunes in every round: one of tokens, which
-    looks back, and logistic regression on how sections repeat. They are calibrated together on validation tunes and on
+    looks back, and logistic regression on what is [`heard`]. They are calibrated together on validation tunes and on
     samples that neither has seen.
 
     Args:
@@ -332,9 +334,9 @@ class LearnedReward:
         """Log-odds `(n,)` of samples, most of which the discriminators learn from."""
         learned, held_out = fake.tensor_split([len(fake) - len(fake) // HELD_OUT])
         self._train(learned, held_out)
-        form = self._fit_to_form(learned)
+        musical = self._fit_musical(learned)
         valid, drawn, rewarded = (
-            np.stack([self._logits(tunes).numpy(), form(tunes)], axis=1)
+            np.stack([self._logits(tunes).numpy(), musical(tunes)], axis=1)
             for tunes in (self.problem.valid, held_out, fake)
         )
         weights = _regression(valid, drawn)[0]
@@ -366,12 +368,12 @@ class LearnedReward:
         with inference(self.discriminator):
             return torch.cat([self.discriminator(rows).logits[:, 0].double() for rows in tunes.split(ROWS)])
 
-    def _fit_to_form(self, learned: Tensor) -> Callable[[Tensor], Matrix]:
-        """Log-odds by how sections repeat."""
+    def _fit_musical(self, learned: Tensor) -> Callable[[Tensor], Matrix]:
+        """Log-odds by what is heard."""
         process = self.problem.process
-        real, fake = (repeats(tunes, process).numpy() for tunes in (self.problem.train, learned))
-        weights = _regression(real, fake, FORM_RIDGE)[0]
-        return lambda tunes: _with_constant(repeats(tunes, process).numpy()) @ weights
+        real, fake = (heard(tunes, process).numpy() for tunes in (self.problem.train, learned))
+        weights = _regression(real, fake, RIDGE)[0]
+        return lambda tunes: _with_constant(heard(tunes, process).numpy()) @ weights
 
 
 def _regression(real: Matrix, fake: Matrix, ridge: float = 1e-6) -> tuple[Matrix, float]:

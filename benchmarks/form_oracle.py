@@ -9,7 +9,7 @@ same processor time:
 - `exact`: distillation by rounds with the exact log-ratio of the process and the generator as the reward. If it does
   not close the gap that `more` leaves, no discriminator could: distillation itself is at fault.
 - `distilled`: the reward is that of two discriminators which have seen the same few tunes: one of tokens, which looks
-  back, and one of how sections repeat.
+  back, and one of how sections repeat and how many pitches there are.
 - `constant`, `random`, `shuffled`: distillation with weights that know nothing: equal; normal, as wide as the exact
   ones; and the exact ones in another order.
 - `exact-trainer`: the exact reward, and `estimator: distill` of the package's own trainer.

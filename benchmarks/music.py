@@ -30,6 +30,7 @@ from typing import Any
 from music_judging import halve
 
 from measure import add_temperatures, finish, make_parser
+from midimamba.evaluation.rendering import import_demo, save_figure
 from music_runs import CHOSEN, MLE, TRAINED, Settings, run
 from resumable import Row, difference, make_runs, mean_and_deviation, rows_done
 from tuning import option
@@ -37,6 +38,8 @@ from tuning import option
 JUDGES = ("classifier", "token_classifier")
 """The primary and the co-primary figure."""
 RUNS = (CHOSEN, "more", *TRAINED, "paper")
+OURS = ("best of 8", "distilled", "policy gradient")
+"""Arms that a discriminator teaches; the others are parts of them or controls."""
 Figures = dict[str, dict[int, dict[str, float]]]
 """By arm, seed and name."""
 
@@ -97,6 +100,28 @@ def against_controls(arms: Figures, arm: str, controls: Sequence[str]) -> dict[s
     return {control: compare(arms[arm], arms[control])["classifier"] for control in controls if control in arms}
 
 
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """A picture: how much less often than on `mle` each judge is right, with 95 % intervals over seeds."""
+    arms = [arm for arm in results if arm != MLE]
+    figure = import_demo("matplotlib.figure").Figure(figsize=(9, 1.2 + 0.3 * len(arms)), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(JUDGES), sharey=True)
+    for panel, judge in zip(panels, JUDGES, strict=True):
+        gap = results[MLE][judge][0] - 0.5
+        panel.axvline(0, color="0.6", linewidth=0.8)
+        panel.axvline(-gap, color="0.6", linewidth=0.8, linestyle=":")
+        for row, arm in enumerate(arms):
+            found = results[arm]["minus_mle"][judge]
+            low, high = found["interval"] or [found["mean"]] * 2
+            colour = "C0" if arm in OURS else "0.45"
+            panel.plot([low, high], [row, row], color=colour, linewidth=2)
+            panel.plot(found["mean"], row, "o", color=colour, markersize=5)
+        panel.set_title(judge.replace("_", " "))
+        panel.set_xlabel("accuracy minus that on mle (dotted: chance)")
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    save_figure(figure, path)
+
+
 def add_trial(file: Path, hypothesis: str, arm: str, arms: Figures, settings: Settings) -> None:
     """Append a trial and its result to the file, so that nothing is tried twice and nothing is forgotten."""
     entry = {"hypothesis": hypothesis, "change": json.loads(arm.removeprefix("trial ")), "split": settings.split}
@@ -120,6 +145,7 @@ def parse() -> argparse.Namespace:
     add_temperatures(parser, own.temperatures)
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
+    add("--plot", type=Path, help="draw the differences into this file")
     add("--trial", metavar="HYPOTHESIS", help="try another recipe, on the validation split only: what it should show")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the trial")
     add("--trials", type=Path, default=Path("trials.jsonl"), help="where trials are kept (default: %(default)s)")
@@ -158,6 +184,8 @@ def main() -> None:
         "policy gradient": ["policy gradient, random", "policy gradient, shuffled", "more"],
     }
     results = summary(arms)
+    if args.plot:
+        plot(results, args.plot)
     finish(
         {
             "benchmark": "music",

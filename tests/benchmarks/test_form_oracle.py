@@ -127,7 +127,7 @@ def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(arms: ModuleT
     reward = arms.LearnedReward(problem, settings, learning_rate=1e-2, patience=40)
     of_fake = reward(torch.nn.Identity(), fake)
     real = problem.process.sample(800, torch.Generator().manual_seed(6))
-    for heard in (reward._logits, lambda tunes: torch.from_numpy(reward._fit_to_form(fake)(tunes))):
+    for heard in (reward._logits, lambda tunes: torch.from_numpy(reward._fit_musical(fake)(tunes))):
         assert (heard(real)[:, None] > heard(fake)[None]).double().mean().item() > 0.75
     # In calibrated log-odds, exp(L) is a ratio of likelihoods: its mean over the samples is 1.
     assert of_fake.exp().mean().item() == pytest.approx(1, abs=0.3)

@@ -133,7 +133,8 @@ def test_all_arms_are_measured_and_a_second_start_continues(
         result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return result
 
-    found = main("--runs", "distilled")
+    found = main("--runs", "distilled", "--plot", tmp_path / "arms.png")
+    assert (tmp_path / "arms.png").read_bytes().startswith(b"\x89PNG")
     assert {"mle", "best of 8", "best of 8, likelihood", "best of 8, random 4", "distilled"} < set(found["arms"])
     assert set(found["against_controls"]["best of 8"]) == {
         *("best of 8, shuffled", "best of 8, likelihood"),
