@@ -4,7 +4,6 @@ import copy
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -44,7 +43,6 @@ class Settings:
         num, bars (`int`): pieces per figure, and bars per piece.
         temperatures (`list[float]`): that are tried on the validation split, once for each generator.
         steps (`int`): of pre-training.
-        rounds (`int`): of every trained arm.
     """
 
     data: str
@@ -53,7 +51,6 @@ class Settings:
     bars: int = 16
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8])
     steps: int = 2000
-    rounds: int = 4
 
 
 # Pre-training: the rule of `midimamba train` at its smallest size, with steps twice as large.
@@ -70,17 +67,18 @@ PAPER: dict[str, Any] = {
     **{"sequence_length": 128, "num_rollouts": 4, "rollout_positions": 8, "per_device_train_batch_size": 16},
     **{"max_steps": 30, "d_warmup_steps": 30, "d_steps": 2},
 }
+KNOWS_NOTHING: dict[str, Any] = {"musical_discriminator": False, "d_steps": 0}
 POLICY_GRADIENT: dict[str, Any] = {
-    **{"estimator": "terminal", "baseline": "leave-one-out", "ppo_clip": 0.3, "advantage_clip": 3.0},
-    **{"learning_rate": 1.5e-3, "kl_coef": 0.0, "mle_weight": 0.0, "mini_batch_size": 32},
+    **{"estimator": "terminal", "baseline": "leave-one-out", "ppo_clip": 0.2, "advantage_clip": 3.0},
+    **{"learning_rate": 5e-4, "mini_batch_size": 32},
 }
 # The arms that train a generator: how they differ from the recipe `distill-adversarial`.
 TRAINED: dict[str, dict[str, Any]] = {
     "distilled": {},
-    "distilled, constant": {"reward": "constant", "musical_discriminator": False},
+    "distilled, constant": {"reward": "constant", **KNOWS_NOTHING},
     "distilled, shuffled": {"reward": "shuffled"},
     "policy gradient": POLICY_GRADIENT,
-    "policy gradient, random": {**POLICY_GRADIENT, "reward": "random", "musical_discriminator": False},
+    "policy gradient, random": {**POLICY_GRADIENT, "reward": "random", **KNOWS_NOTHING},
     "policy gradient, shuffled": {**POLICY_GRADIENT, "reward": "shuffled"},
 }
 CHOSEN = "chosen"
@@ -197,21 +195,14 @@ class Seed:
             return self._run("adversarial", {**read_recipe("paper-adversarial"), **given, **PAPER}, output)
         recipe = {**read_recipe("distill-adversarial"), **given, "bars": self.settings.bars}
         chosen = json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else TRAINED[arm]
-        return self._run("adversarial", {**recipe, "max_steps": self.settings.rounds, **chosen}, output)
+        return self._run("adversarial", {**recipe, **chosen}, output)
 
     # ---- arms that choose ----
 
     def judges(self) -> list[Path]:
-        """Discriminators of the generator itself, fitted and calibrated in a round that changes nothing else."""
-        output = self.folder / "judges"
-        found = [self.folder / f"judges-{kind}" for kind in ("discriminator", "musical-discriminator")]
-        if not all((folder / "config.json").exists() for folder in found):
-            for folder in (output, *found):
-                shutil.rmtree(folder, ignore_errors=True)
-            given = {"model": str(self.base), "data": str(self.data), "temperature": self.temperature}
-            recipe = {**read_recipe("distill-adversarial"), **given, "bars": self.settings.bars}
-            self._run("adversarial", {**recipe, "max_steps": 1, "learning_rate": 0.0, "mle_weight": 0.0}, output)
-        return found
+        """Discriminators of the generator itself: those of the only round of `distilled`."""
+        output, _ = self.trained("distilled")
+        return [Path(f"{output}-{kind}") for kind in ("discriminator", "musical-discriminator")]
 
     def chosen(self) -> dict[str, Any]:
         """One of every `DRAWS` draws, by discriminators and by controls."""
