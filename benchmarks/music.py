@@ -12,7 +12,7 @@ by seed: the mean difference with a 95 % interval by the t distribution, and an 
 with Holm's correction over the two judges. `ratio` is the classifier's distance from chance for `best of 8` over that
 for `mle`.
 
-@REGISTERED@
+The hypotheses and the rule of success are in benchmarks/README.md. They were committed before the test split was read.
 
 Every run is a separate process with one thread. Finished runs are kept, and a second start continues from them.
 """
@@ -32,7 +32,7 @@ from music_judging import halve
 from measure import add_temperatures, finish, make_parser
 from midimamba.evaluation.rendering import import_demo, save_figure
 from music_runs import CHOSEN, MLE, TRAINED, Settings, run
-from resumable import Row, difference, make_runs, mean_and_deviation, rows_done
+from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 from tuning import option
 
 JUDGES = ("classifier", "token_classifier")
@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, help="corpus made by `midimamba tokenize`")
     add("--split", choices=("validation", "test"), default=own.split, help="to measure on (default: %(default)s)")
-    add("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="runs (default: all)")
+    add("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="runs to make (default: all)")
     add("--seeds", type=int, default=8, help="generators (default: %(default)s)")
     add("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
     add("--num", type=int, default=own.num, help="pieces per figure (default: %(default)s)")
@@ -174,32 +174,38 @@ def main() -> None:
         for row in make_runs(phase, make, args.rows, args.workers):
             print(row["arm"], row["seed"], json.dumps(row.get("figures", {}).get("classifier")), flush=True)
     done = rows_done(args.rows, asdict(settings))
-    arms = figures_by_arm([done[arm, seed] for seed in seeds for arm in runs])
+    kept = {job: row for job, row in done.items() if job[0] in (CHOSEN, trial, *(() if trial else RUNS))}
+    arms = figures_by_arm(list(kept.values()))
     if trial:
         add_trial(args.trials, args.trial, trial, arms, settings)
+    finish(report(kept, arms) | {"settings": asdict(settings)}, args.out)
+    if args.plot:
+        plot(summary(arms), args.plot)
+
+
+def report(rows: Mapping[Job, Row], arms: Figures) -> dict[str, Any]:
+    """What all kept runs show, those of earlier starts as well."""
     controls = {
         "best of 8": [name for name in arms if name.startswith("best of 8, ") and name not in USED],
         "distilled": ["distilled, constant", "distilled, shuffled", "more"],
         "policy gradient": ["policy gradient, random", "policy gradient, shuffled", "more"],
     }
     results = summary(arms)
-    if args.plot:
-        plot(results, args.plot)
-    finish(
-        {
-            "benchmark": "music",
-            "compared": "a fresh classifier's distance from chance for best of 8, over that for mle",
-            "ratio": round((results["best of 8"]["classifier"][0] - 0.5) / (results[MLE]["classifier"][0] - 0.5), 4),
-            "arms": results,
-            "against_controls": {
-                arm: against_controls(arms, arm, names) for arm, names in controls.items() if arm in arms
-            },
-            "chosen": [{k: done[CHOSEN, seed][k] for k in ("effective", "auc", "likelihood_gain")} for seed in seeds],
-            "cpu_seconds": {arm: statistics.median(done[arm, s]["cpu_seconds"] for s in seeds) for arm in runs},
-            "settings": asdict(settings),
+    cpu_seconds: dict[str, list[float]] = {}
+    for (arm, _), row in rows.items():
+        cpu_seconds.setdefault(arm, []).append(row["cpu_seconds"])
+    names = ("temperature", "effective", "auc", "likelihood_gain")
+    return {
+        "benchmark": "music",
+        "compared": "a fresh classifier's distance from chance for best of 8, over that for mle",
+        "ratio": round((results["best of 8"]["classifier"][0] - 0.5) / (results[MLE]["classifier"][0] - 0.5), 4),
+        "arms": results,
+        "against_controls": {
+            arm: against_controls(arms, arm, found) for arm, found in controls.items() if arm in arms
         },
-        args.out,
-    )
+        "seeds": {seed: {name: row[name] for name in names} for (arm, seed), row in rows.items() if arm == CHOSEN},
+        "cpu_seconds": {arm: statistics.median(values) for arm, values in cpu_seconds.items()},
+    }
 
 
 USED = ("best of 8, tokens", "best of 8, music")
