@@ -6,21 +6,25 @@ Everything is measured on the test split, which neither training phase has used.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from symusic.core import ScoreTick
 from torch import Tensor
 
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator, PackedBlocks, stack_blocks
 from midimamba.errors import InputError, exit_on_input_error
-from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu
+from midimamba.evaluation.judges import Ensemble, auc, load_judges
+from midimamba.evaluation.metrics import distinct_n, self_bleu
 from midimamba.evaluation.report_curves import draw_curves
 from midimamba.evaluation.report_music import BARS, draw_real, likelihood, music_figures, openings, sampled_pieces
 from midimamba.evaluation.report_page import ORDERS, Report, report_page, training_settings
 from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
-from midimamba.loading import load_discriminator, load_generator
+from midimamba.loading import load_generator
 from midimamba.text import for_json
 
 NEEDED = (
@@ -95,7 +99,6 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
     # Neighbouring blocks belong to one piece and repeat each other, so choose from the whole split.
     real = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    discriminator = load_discriminator(run / "generator-discriminator", device_map=device)
     report: Report = {}
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
         model = load_generator(run / folder, device_map=device)
@@ -103,7 +106,6 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
         report[phase] = {
             **likelihood(model, splits["test"], collator),
             **_diversity(samples),
-            **discriminator_accuracy(discriminator, real, samples),
         }
     report["real"] = _diversity(real)
     report["settings"] = {
@@ -117,17 +119,56 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
 
 
 def _measure_music(run: Path, report: Report, num_pieces: int, seed: int) -> None:
-    """Add what the music is like to a report, and draw real music."""
+    """Add what the music is like to a report, and what the run's discriminators say of it; draw real music."""
     splits, processor = load_corpus(run / "data")
     real = openings(processor, splits["test"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    sampled = {}
     for phase, folder in (("before", "pretrained"), ("after", "generator")):
         model = load_generator(run / folder, device_map=device)
-        report[phase]["music"] = music_figures(sampled_pieces(model, processor, num_pieces, seed))
+        sampled[phase] = sampled_pieces(model, processor, num_pieces, seed)
+        report[phase]["music"] = music_figures(sampled[phase])
     report["real"]["music"] = music_figures(real)
     report["settings"] |= {"sampled_pieces": num_pieces, "real_pieces": len(real), "bars_per_piece": BARS}
+    some = np.random.default_rng(seed).permutation(len(splits["train"]))[: len(real)]
+    known = openings(processor, splits["train"].select(some.tolist()))
+    _measure_discriminators(run, report, sampled, real, known)
     if samples := len(list((run / "samples").glob("*.png"))):
         draw_real(real, run / "real", samples, seed)
+
+
+def _measure_discriminators(
+    run: Path,
+    report: Report,
+    sampled: Mapping[str, Sequence[ScoreTick]],
+    real: Sequence[ScoreTick],
+    known: Sequence[ScoreTick],
+) -> None:
+    """Add how well the run's discriminators, taken together, tell samples from real music.
+
+    Args:
+        run (`Path`), report (`Report`): of the run.
+        sampled (`Mapping[str, Sequence[symusic.Score]]`): samples `before` and `after` tuning.
+        real (`Sequence[symusic.Score]`): music that they have not seen.
+        known (`Sequence[symusic.Score]`): music that they were trained on.
+    """
+    processor = load_corpus(run / "data")[1]
+    folders = [run / f"generator-{kind}" for kind in ("discriminator", "musical-discriminator")]
+    judge = Ensemble(load_judges([folder for folder in folders if folder.exists()], processor))
+    length = report["settings"]["tokens_per_sequence"]
+
+    def log_odds(scores: Sequence[ScoreTick]) -> Tensor:
+        return judge.log_odds([processor.encode(score)[:length] for score in scores])
+
+    def right(values: Tensor) -> float:
+        return float((values > 0).double().mean())
+
+    of_real = log_odds(real)
+    for phase, scores in sampled.items():
+        fake = log_odds(scores)
+        shares = {"accuracy_real": right(of_real), "accuracy_fake": 1 - right(fake)}
+        report[phase] |= shares | {"accuracy": sum(shares.values()) / 2, "auc": auc(of_real, fake)}
+    report["real"]["judged_real_in_training"] = right(log_odds(known))
 
 
 def _diversity(sequences: Tensor) -> dict[str, float]:

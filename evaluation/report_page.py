@@ -67,10 +67,17 @@ def evaluation_table(report: Report) -> str:
     judged_real = (1 - before["accuracy_fake"], 1 - after["accuracy_fake"], after["accuracy_real"])
     rows.append("| judged real by the discriminator | " + " | ".join(f"{share:.0%}" for share in judged_real) + " |")
     rows.append(f"| discriminator accuracy | {before['accuracy']:.0%} | {after['accuracy']:.0%} | |")
+    if "auc" in before:  # not in reports of earlier versions
+        rows.append(f"| discriminator AUC | {before['auc']:.2f} | {after['auc']:.2f} | |")
     rows.append(
-        "\nEvery column is measured on {fresh_samples} sequences of {tokens_per_sequence} tokens. Samples are drawn "
-        "at temperature 1, without the grammar.".format(**report["settings"])
+        "\nDiversity is measured on {fresh_samples} sequences of {tokens_per_sequence} tokens, drawn at temperature 1 "
+        "without the grammar.".format(**report["settings"])
     )
+    if "judged_real_in_training" in real:
+        rows.append(
+            "The discriminator judges the pieces of the next table; where there are two, their log-odds are added. Of "
+            f"as many pieces that it was trained on, it judges {real['judged_real_in_training']:.0%} to be real."
+        )
     return "\n".join(rows)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.evaluation.features import measure, opening
+from midimamba.evaluation.judges import Ensemble, fit_musical, load_judges
 from midimamba.evaluation.report import main, write_report
 from midimamba.evaluation.report_page import MUSIC, Report
 from midimamba.training.adversarial_config import AdversarialConfig
-from support import make_discriminator, make_generator
+from support import make_discriminator, make_generator, make_score
 
 LENGTH = 24
 SMALL = {"num_samples": 8, "num_pieces": 2}
@@ -173,3 +175,30 @@ def test_an_unfinished_run_is_refused_and_the_missing_part_named(
 def test_sizes_that_cannot_be_compared_are_refused(finished_run: Path, arguments: dict[str, int]) -> None:
     with pytest.raises(InputError, match=r"larger|smaller"):
         write_report(finished_run, **arguments)
+
+
+def test_discriminators_judge_whole_pieces_and_two_of_them_together(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    fit_musical(
+        [make_score(seed, bars=8) for seed in range(8)], [make_score(seed, bars=2) for seed in range(8, 16)]
+    ).save_pretrained(run / "generator-musical-discriminator")
+    alone, together = write_report(finished_run, **SMALL), write_report(run, **SMALL)
+    splits, processor = load_corpus(run / "data")
+    test, train = (
+        [processor.encode(opening(processor.decode(ids), 16))[:LENGTH] for ids in splits[split]["input_ids"]]
+        for split in ("test", "train")
+    )
+    judges = load_judges([run / "generator-discriminator", run / "generator-musical-discriminator"], processor)
+    both = [Ensemble(judges).log_odds(rows) for rows in (test, train)]
+    assert together["after"]["accuracy_real"] == float((both[0] > 0).double().mean())
+    assert alone["after"]["accuracy_real"] == float((judges[0].log_odds(test) > 0).double().mean())
+    known = together["real"]["judged_real_in_training"]
+    assert len(test) == 1
+    assert known in (both[1] > 0).double().tolist()  # as many pieces as are held out
+    for report in (alone, together):
+        for phase in ("before", "after"):
+            assert 0 <= report[phase]["auc"] <= 1
+    page = (run / "report.md").read_text()
+    assert "| discriminator AUC |" in page
+    assert f"it judges {known:.0%} to be real" in page
