@@ -17,6 +17,7 @@ divergence, which is 0 only for the oracle.
 samples that are not those of NLL_test. The LSTM of the paper runs through all its epochs and overfits, which lowers
 its NLL_oracle and raises its NLL_test. The adversarial arms start from one of these with the same seed, with the
 recipes of training/recipes: `paper` from the LSTM of the paper, with its learning rate, and `stable` from the Mamba.
+`paper-10000` is `paper` with a discriminator that sees 10,000 samples in every round, as that of the original does.
 `constant` and `random` are `paper` with a reward without information, and `stable-constant` and `stable-random` are
 the same for `stable`: what they change was not learned from a discriminator. `oracle` is measured as a generator.
 
@@ -85,8 +86,11 @@ PAPER = functools.partial(Tuning, "mle-lstm-paper", "paper-adversarial")
 STABLE = functools.partial(Tuning, "mle", "stable-adversarial")
 # The learning rate of an LSTM with 32 units, and fewer steps than the 200 of the paper: each takes ten seconds.
 PAPER_OPTIONS = {"learning_rate": 1e-2, "max_steps": 60}
+# Batches of 64 samples: about 10,000 in a round, as in the original code, and ten times as many before the first.
+LONG = {"d_steps": 157, "d_warmup_steps": 1570}
 ADVERSARIAL = {
     "paper": PAPER(PAPER_OPTIONS),
+    "paper-10000": PAPER(PAPER_OPTIONS | LONG),
     "constant": PAPER(PAPER_OPTIONS | CONSTANT),
     "random": PAPER(PAPER_OPTIONS | RANDOM),
     "stable": STABLE(),

@@ -14,6 +14,7 @@ from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.modeling.scoring import score
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.metrics import Measures, weighted_mean
+from midimamba.training.progress import progress
 from midimamba.training.replay import ReplayBuffer
 
 HELD_OUT_SHARE = 0.125
@@ -123,7 +124,7 @@ class DiscriminatorUpdate:
             kept = {name: value.clone() for name, value in self.discriminator.state_dict().items()}
             self.discriminator.train()
             orders = [torch.randperm(len(ids), device=ids.device).split(size) for ids in (real, fake)]
-            for some_real, some_fake in zip(*orders, strict=True):
+            for some_real, some_fake in progress(list(zip(*orders, strict=True)), "discriminator", self.args):
                 sequences, labels = self._labelled(real[some_real], fake[some_fake])
                 _, measures = self._accumulate(sequences.trimmed(), labels, len(some_real))
                 measures["d_grad_norm"] = self._descend()

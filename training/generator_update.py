@@ -18,6 +18,7 @@ from midimamba.modeling.sampling import Sequences
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import systematic_resampling
 from midimamba.training.metrics import Measures, weighted_mean
+from midimamba.training.progress import progress
 
 
 class Batch(NamedTuple):
@@ -236,7 +237,8 @@ class GeneratorUpdate:
         steps = self.args.ppo_epochs * math.ceil(len(batch.real) / size)
         for _ in range(self.args.ppo_epochs):
             part = batch.resampled() if distills else batch
-            for rows in torch.randperm(len(batch.real), device=batch.real.device).split(size):
+            order = torch.randperm(len(batch.real), device=batch.real.device).split(size)
+            for rows in progress(order, "generator", self.args):
                 if terms:
                     self._step(model, optimizer)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):

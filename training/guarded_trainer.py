@@ -43,6 +43,7 @@ from midimamba.training.lora import merged
 from midimamba.training.metrics import Metrics
 from midimamba.training.monitoring import Monitor, SampleLog, spread_blocks
 from midimamba.training.policies import distance, follow, frozen_copy, load_policy, weights_of
+from midimamba.training.progress import progress
 from midimamba.training.rollout import Rollouts
 from midimamba.training.whole_checkpoints import (
     TRAINER_STATE_FILE,
@@ -50,6 +51,9 @@ from midimamba.training.whole_checkpoints import (
     choose_checkpoint,
     output_folder,
 )
+
+SAMPLED_AT_ONCE = 512
+"""Sequences: more gain no speed, and cost memory."""
 
 
 class GuardedTrainer(WholeCheckpointTrainer):
@@ -128,8 +132,11 @@ class GuardedTrainer(WholeCheckpointTrainer):
 
     def sample(self, prompts: Tensor) -> Tensor:
         """Sequences `(n, time)` that the generator draws after prompts `(n, prompt)`."""
-        self._num_sampled += len(prompts) * (self.args.sequence_length - prompts.shape[1])
-        return sample(self.generator, prompts, self.args.sequence_length, self.ending, self.args.temperature)
+        length, temperature = self.args.sequence_length, self.args.temperature
+        self._num_sampled += len(prompts) * (length - prompts.shape[1])
+        parts = prompts.split(SAMPLED_AT_ONCE)
+        bar = progress(parts, "samples", self.args)
+        return torch.cat([sample(self.generator, part, length, self.ending, temperature) for part in bar])
 
     def draw_blocks(self, count: int) -> Tensor:
         """`count` blocks of the training music at random, `(count, time)`."""

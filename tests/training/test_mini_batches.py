@@ -1,5 +1,6 @@
 """Several optimizer steps in a round: against loops written by hand, and what is held out stays unseen."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,20 @@ def watch_losses(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 def test_a_pass_in_parts_is_a_loop_of_optimizer_steps(tmp_path: Path, options: dict[str, Any]) -> None:
     by_hand, in_parts = (prepared(tmp_path, mini_batch_size=4, micro_batch_size=3, **options) for _ in range(2))
     batch = make_batch()
+    if by_hand.args.estimator == "distill":
+        weights = batch.advantages[:, :1].exp()
+        batch = batch._replace(advantages=weights * batch.valid)
     with torch.no_grad():
         old = by_hand.generator_loss(by_hand.model, batch).log_probabilities
     torch.manual_seed(9)
+    group, taken = by_hand.optimizer.param_groups[0], 0
+    rate = group["lr"]
     for _ in range(by_hand.args.ppo_epochs):
+        drawn = batch.resampled() if by_hand.args.estimator == "distill" else batch._replace(old=old)
         for rows in torch.randperm(COUNT).split(4):
-            part = batch.rows(rows)
-            if by_hand.args.estimator != "distill":
-                part = part._replace(old=old[rows])
+            part = drawn.rows(rows)
+            group["lr"] = rate * (1 - taken / (by_hand.args.ppo_epochs * math.ceil(COUNT / 4)))
+            taken += 1
             by_hand.optimizer.zero_grad()
             by_hand.generator_loss(by_hand.model, part).loss.backward()
             by_hand.optimizer.step()
@@ -353,3 +360,13 @@ def test_what_is_resampled_has_the_mean_weight_on_every_token() -> None:
     assert abs(rows.count(3) - 0.75 * len(rows)) < 1
     torch.testing.assert_close(drawn.advantages, weights.mean() * valid[rows].float())
     assert torch.equal(drawn.real, batch.real)
+
+
+def test_a_round_of_many_steps_shows_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"estimator": "distill", "reward": "log-odds", "mini_batch_size": 3}
+    options["per_device_train_batch_size"] = 12
+    for disable in (False, True):
+        trainer = make_trainer(tmp_path / str(disable), max_steps=1, disable_tqdm=disable, **options)
+        trainer.train()
+        shown = capsys.readouterr().err
+        assert ("generator:" in shown, "discriminator:" in shown) == (not disable, not disable)
