@@ -266,7 +266,7 @@ def publish(options: PublishOptions) -> None:
     done = publish_run(
         options.folder,
         options.repo,
-        discriminator=options.discriminator,
+        discriminators=options.discriminator,
         report=options.report,
         license=options.license,
         private=options.private,

@@ -9,6 +9,7 @@ import pytest
 from transformers import TrainingArguments
 
 from midimamba.errors import InputError
+from midimamba.hub_cards.publish import DISCRIMINATORS
 from midimamba.training.publishing import publish_run, take_over_push
 
 from .fake_hub import FakeHub
@@ -45,12 +46,16 @@ def test_pretraining_pushes_once_and_only_what_users_load(
 def test_a_push_that_cannot_work_is_refused_before_training(online: FakeHub, tmp_path: Path) -> None:
     assert not take_over_push(arguments(tmp_path / "model"))
     args = arguments(tmp_path / "model", push_to_hub=True)
-    assert take_over_push(args, with_discriminator=True)
+    assert take_over_push(args, DISCRIMINATORS)
     assert not args.push_to_hub
     with pytest.raises(InputError, match="cannot be the name"):
         take_over_push(arguments(tmp_path / "my model", push_to_hub=True))
-    with pytest.raises(InputError, match="cannot be the name"):
-        take_over_push(arguments(tmp_path / ("x" * 90), push_to_hub=True), with_discriminator=True)
+    # Long enough that only one of the three names is too long: that of the discriminator of musical features.
+    almost = arguments(tmp_path / ("x" * 80), push_to_hub=True)
+    assert take_over_push(almost, DISCRIMINATORS[:1])
+    almost.push_to_hub = True
+    with pytest.raises(InputError, match="x-musical-discriminator' cannot be the name"):
+        take_over_push(almost, DISCRIMINATORS)
     online.role = "read"
     with pytest.raises(InputError, match="may only read"):
         take_over_push(arguments(tmp_path / "model", push_to_hub=True))
