@@ -227,7 +227,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
     "spectral norm of a generator": (
         "adversarial.py",
         {"discriminator": "generator", "d_spectral_norm": "true"},
-        "d_spectral_norm would change what the generator has learned",
+        "d_spectral_norm is True, but a discriminator from 'generator' is not built anew",
     ),
     "distillation of probabilities": (
         "adversarial.py",

@@ -54,9 +54,9 @@ class AdversarialArguments:
     )
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
     d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
-    d_lookback_bars: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Show a new discriminator what followed the same place this many bars ago."},
+    d_lookback_bars: list[int] | None = field(
+        default=None,
+        metadata={"help": "Show a new cnn or mamba what followed the same place this many bars ago."},
     )
     openings: bool = field(
         default=False,
@@ -78,6 +78,17 @@ class AdversarialArguments:
             raise InputError("d_hidden_size, d_num_hidden_layers, d_filter_sizes and d_num_filters must be at least 1")
         if not 0 <= self.d_dropout < 1:
             raise InputError(f"d_dropout is {self.d_dropout}, but must be in [0, 1)")
+        if self.discriminator not in ("cnn", "mamba"):
+            self._refuse_another_shape()
+
+    def _refuse_another_shape(self) -> None:
+        """A discriminator that is not built here has its shape already."""
+        for name, unset in (("d_lookback_bars", "none"), ("d_spectral_norm", "false")):
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{name} is {value}, but a discriminator from {self.discriminator!r} is not built anew: "
+                    f"set {name} to {unset}, or discriminator to cnn or mamba"
+                )
 
 
 def main() -> None:
