@@ -14,13 +14,22 @@ from torch import Tensor
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator, PackedBlocks, stack_blocks
 from midimamba.errors import InputError, exit_on_input_error
+from midimamba.evaluation.judges import load_judges
 from midimamba.evaluation.metrics import discriminator_accuracy, distinct_n, self_bleu
 from midimamba.evaluation.report_curves import draw_curves
 from midimamba.evaluation.report_music import BARS, draw_real, likelihood, music_figures, openings, sampled_pieces
-from midimamba.evaluation.report_page import ORDERS, Report, report_page, training_settings
+from midimamba.evaluation.report_page import (
+    MUSICAL_DISCRIMINATOR,
+    ORDERS,
+    Report,
+    report_page,
+    training_settings,
+)
 from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
 from midimamba.loading import load_discriminator, load_generator
+from midimamba.modeling.judging import music_of
+from midimamba.modeling.sampling import Ending
 from midimamba.text import for_json
 
 NEEDED = (
@@ -43,7 +52,7 @@ def write_report(
 
     Args:
         run (`Path`): the folder of the run, with `data`, `pretrained`, `generator`, `generator-discriminator` and,
-            if there are any, `samples`.
+            if there are any, `generator-musical-discriminator` and `samples`.
         seed (`int`, *optional*, defaults to 0): for the fresh samples.
         num_samples (`int`, *optional*, defaults to 64): fresh samples per model. At most as many as the test split has
             blocks, so that samples and music are compared in sets of equal size.
@@ -69,6 +78,7 @@ def write_report(
                 "copy the file of the run again"
             )
     report = _measure(run, seed, num_samples, length or training["sequence_length"], training["prompt_length"])
+    _measure_musical(run, report, seed, training["prompt_length"])
     _measure_music(run, report, num_pieces, seed)
     report["training"] = training
     draw_curves(run / "pretrained", run / "generator", run / "curves.png")
@@ -114,6 +124,38 @@ def _measure(run: Path, seed: int, num_samples: int, length: int, prompt_length:
         "evaluation_seed": seed,
     }
     return report
+
+
+def _measure_musical(run: Path, report: Report, seed: int, prompt_length: int) -> None:
+    """Add the accuracy of the discriminator of musical features, if the run has one.
+
+    It hears pieces of the test split from their beginnings on, cut to as many tokens as the sequences of the other
+    one, and a sample for each.
+    """
+    folder = run / f"generator-{MUSICAL_DISCRIMINATOR}"
+    if not (folder / "config.json").exists():
+        return
+    splits, processor = load_corpus(run / "data")
+    (judge,) = load_judges([folder], processor)
+    length, count = (report["settings"][name] for name in ("tokens_per_sequence", "fresh_samples"))
+    pieces = [ids[:length] for ids in splits["test"]["input_ids"] if len(ids) > prompt_length][:count]
+    if not pieces:
+        return
+    right = float((judge.log_odds(pieces) > 0).double().mean())
+    prompts = torch.tensor([ids[:prompt_length] for ids in pieces])
+    for phase, name in (("before", "pretrained"), ("after", "generator")):
+        model = load_generator(run / name, device_map="cuda" if torch.cuda.is_available() else "cpu")
+        ending = Ending.of(model.config)
+        samples = fresh_samples(model, prompts, length, seed, ending)
+        rows = [music_of(ids, ending.pad_token_id, ending.eos_token_id) for ids in samples]
+        right_fake = float((judge.log_odds(rows) <= 0).double().mean())
+        accuracy = (right + right_fake) / 2
+        report[phase][MUSICAL_DISCRIMINATOR] = {
+            "accuracy": accuracy,
+            "accuracy_real": right,
+            "accuracy_fake": right_fake,
+        }
+    report["settings"]["musical_pieces"] = len(pieces)
 
 
 def _measure_music(run: Path, report: Report, num_pieces: int, seed: int) -> None:

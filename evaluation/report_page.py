@@ -12,6 +12,9 @@ Report = dict[str, Any]
 ORDERS = (1, 2, 3, 4)
 """Of the n-grams whose diversity is measured."""
 
+MUSICAL_DISCRIMINATOR = "musical-discriminator"
+"""Under this name a report has what it measured of a run's discriminator of musical features."""
+
 MUSIC = {
     "bar_self_similarity_4": "likeness of bars 4 apart",
     "bar_self_similarity_8": "likeness of bars 8 apart",
@@ -48,9 +51,16 @@ def check_report(report: Report) -> None:
     diversity = [*(f"distinct_{n}" for n in ORDERS), "self_bleu_4"]
     tuned = [*diversity, "held_out_nll", "accuracy", "accuracy_real", "accuracy_fake"]
     sizes = ["fresh_samples", "tokens_per_sequence"]
-    for part, names in (("before", tuned), ("after", tuned), ("real", diversity), ("settings", sizes)):
-        for name in names:
-            value = report[part][name]
+    parts = {name: report[name] for name in ("before", "after", "real", "settings")}
+    names = {"before": tuned, "after": tuned, "real": diversity, "settings": sizes}
+    if MUSICAL_DISCRIMINATOR in parts["after"]:
+        sizes.append("musical_pieces")
+        for phase in ("before", "after"):
+            part = f"{phase}.{MUSICAL_DISCRIMINATOR}"
+            parts[part], names[part] = report[phase][MUSICAL_DISCRIMINATOR], tuned[-3:]
+    for part, figures in parts.items():
+        for name in names[part]:
+            value = figures[name]
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{part}.{name} is {type(value).__name__} and not a number")
     if not report["before"]["held_out_nll"]:
@@ -64,14 +74,25 @@ def evaluation_table(report: Report) -> str:
     rows.append(f"| held-out NLL, nats per token ↓ | {before['held_out_nll']:.3f} | {after['held_out_nll']:.3f} | |")
     for name, label in [*((f"distinct_{n}", f"distinct-{n}") for n in ORDERS), ("self_bleu_4", "self-BLEU-4")]:
         rows.append(f"| {label} | {before[name]:.3f} | {after[name]:.3f} | {real[name]:.3f} |")
-    judged_real = (1 - before["accuracy_fake"], 1 - after["accuracy_fake"], after["accuracy_real"])
-    rows.append("| judged real by the discriminator | " + " | ".join(f"{share:.0%}" for share in judged_real) + " |")
-    rows.append(f"| discriminator accuracy | {before['accuracy']:.0%} | {after['accuracy']:.0%} | |")
-    rows.append(
-        "\nEvery column is measured on {fresh_samples} sequences of {tokens_per_sequence} tokens. Samples are drawn "
-        "at temperature 1, without the grammar.".format(**report["settings"])
+    rows += _judged_rows("discriminator", before, after)
+    closing = (
+        "Every column is measured on {fresh_samples} sequences of {tokens_per_sequence} tokens. Samples are drawn "
+        "at temperature 1, without the grammar."
     )
+    if MUSICAL_DISCRIMINATOR in after:
+        musical = (figures[MUSICAL_DISCRIMINATOR] for figures in (before, after))
+        rows += _judged_rows("discriminator of musical features", *musical)
+        closing += " The discriminator of musical features hears the beginnings of {musical_pieces} pieces."
+    rows.append("\n" + closing.format(**report["settings"]))
     return "\n".join(rows)
+
+
+def _judged_rows(name: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    judged_real = (1 - before["accuracy_fake"], 1 - after["accuracy_fake"], after["accuracy_real"])
+    return [
+        f"| judged real by the {name} | " + " | ".join(f"{share:.0%}" for share in judged_real) + " |",
+        f"| {name} accuracy | {before['accuracy']:.0%} | {after['accuracy']:.0%} | |",
+    ]
 
 
 def music_table(report: Report) -> str:

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import features_from_json, figures_from_json
 from midimamba.evaluation.comparison_page import EXPLANATION, features_table, figures_table
-from midimamba.evaluation.report_page import check_report, evaluation_table, interpretation, sample_gallery
+from midimamba.evaluation.report_page import (
+    MUSICAL_DISCRIMINATOR,
+    check_report,
+    evaluation_table,
+    interpretation,
+    sample_gallery,
+)
 from midimamba.files import read_json
 from midimamba.text import for_link
 
@@ -35,7 +41,7 @@ class Evaluation(NamedTuple):
     pictures: str
     gallery: str
     files: dict[str, Path]
-    of_discriminators: Mapping[str, dict[str, float]] = {}
+    of_discriminators: Mapping[str, dict[str, float] | None] = {}
 
 
 def read_evaluation(file: Path) -> Evaluation:
@@ -73,7 +79,7 @@ def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
         "![Curves of both training phases](curves.png)" if "curves.png" in found else "",
         sample_gallery(run),
         {**found, "evaluation.json": file},
-        {"discriminator": report["after"]},
+        {"discriminator": report["after"], MUSICAL_DISCRIMINATOR: report["after"].get(MUSICAL_DISCRIMINATOR)},
     )
 
 

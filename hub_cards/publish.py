@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from midimamba.errors import InputError
-from midimamba.evaluation.report_page import bullet_list, training_settings
+from midimamba.evaluation.report_page import MUSICAL_DISCRIMINATOR, bullet_list, training_settings
 from midimamba.files import read_json
 from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
 from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
@@ -59,7 +59,7 @@ PUBLISHED = (
     ),
 )
 TAGS = ["midi", "music", "mamba", "seqgan"]
-DISCRIMINATORS = ("discriminator", "musical-discriminator")
+DISCRIMINATORS = ("discriminator", MUSICAL_DISCRIMINATOR)
 """The kinds of discriminators: of tokens, and of musical features. Each goes to the repository `<repo>-<kind>`."""
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_only_draws_that_are_chosen_or_kept_are_decoded(
     decoded: list[object] = []
     decode = MidiProcessor.continue_score
 
-    def watched(self: MidiProcessor, prompt: object, ids: object) -> object:
+    def watched(self: MidiProcessor, prompt: Any, ids: Any) -> object:
         decoded.append(ids)
         return decode(self, prompt, ids)
 
@@ -124,8 +125,7 @@ def test_a_prompt_and_controls_are_judged_together_with_what_follows(
 ) -> None:
     prompt, judge = make_score(3, bars=2), Remembering()
     options, controls = short(1, best_of=2), {"key": "C-major"}
-    request = {"prompt": prompt, "controls": controls}
-    chosen = choose_scores(model, processor, judge, options, **request, keep_unused=True)
+    chosen = choose_scores(model, processor, judge, options, prompt=prompt, controls=controls, keep_unused=True)
     opening = processor.encode(prompt, controls=controls)
     assert all(ids[: len(opening)] == opening and len(ids) > len(opening) for ids in judge.seen)
     assert processor.eos_token_id not in {ids[-1] for ids in judge.seen}

@@ -62,6 +62,7 @@ class RecipeParser(TrlParser):
         # Not by the types of the fields: the parser takes the `None` out of them.
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+        optional.discard("report_to")  # whose "none" is a value of its own
         for action in self._actions:
             if action.dest in optional and action.type is not None:
                 action.type = functools.partial(_value_or_none, action.type)

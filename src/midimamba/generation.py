@@ -159,7 +159,8 @@ def choose_scores(
         places = choose(log_odds, options.pick, options.seed).tolist()
     except ValueError as error:
         raise InputError(str(error)) from error
-    groups = [draws[start : start + options.best_of] for start in range(0, len(draws), options.best_of)]
+    size = log_odds.shape[1]
+    groups = [draws[start : start + size] for start in range(0, len(draws), size)]
     chosen = [group.pop(place) for group, place in zip(groups, places, strict=True)]
 
     def decode(sequences: Sequence[Tensor]) -> list[ScoreTick]:

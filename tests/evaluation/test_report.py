@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.evaluation.features import measure, opening
+from midimamba.evaluation.judges import fit_musical
 from midimamba.evaluation.report import main, write_report
 from midimamba.evaluation.report_page import MUSIC, Report
+from midimamba.evaluation.samples import decode_all, fresh_samples, until_end
+from midimamba.hub_cards.evaluation import read_evaluation
+from midimamba.modeling.sampling import Ending
 from midimamba.training.adversarial_config import AdversarialConfig
-from support import make_discriminator, make_generator
+from support import make_discriminator, make_generator, make_score
 
 LENGTH = 24
 SMALL = {"num_samples": 8, "num_pieces": 2}
@@ -155,6 +160,39 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
     assert "(samples/sample-01.png)<br>[sound](samples/sample-01.mp3) |" in page
     assert "- `estimator`: monte-carlo" in page
     assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
+
+
+def test_the_discriminator_of_musical_features_is_measured_on_beginnings(finished_run: Path, tmp_path: Path) -> None:
+    """One that calls everything real but what is not music, so that what it is given shows in its accuracy."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    assert "musical_pieces" not in write_report(run, **SMALL)["settings"]
+    real, fake = ([make_score(seed, bars=2, drums=drums) for seed in range(6)] for drums in (False, True))
+    discriminator = fit_musical(real, fake)
+    discriminator.calibration.set(0.0, 1.0)
+    discriminator.save_pretrained(run / "generator-musical-discriminator")
+    report = write_report(run, **SMALL)
+    splits, processor = load_corpus(run / "data")
+    pieces = [ids[:LENGTH] for ids in splits["test"]["input_ids"]]
+    assert report["settings"]["musical_pieces"] == len(pieces)
+    for phase, folder in (("before", "pretrained"), ("after", "generator")):
+        model = MidiMambaForCausalLM.from_pretrained(run / folder)
+        prompts = torch.tensor([ids[:2] for ids in pieces])
+        samples = fresh_samples(model, prompts, LENGTH, 0, Ending.of(model.config))
+        silent = 1 - len(decode_all(processor, [until_end(ids, 2) for ids in samples.tolist()]).scores) / len(pieces)
+        found = report[phase]["musical-discriminator"]
+        assert found == {"accuracy": (1 + silent) / 2, "accuracy_real": 1.0, "accuracy_fake": silent}
+    page = (run / "report.md").read_text()
+    shares = [1 - report[phase]["musical-discriminator"]["accuracy_fake"] for phase in ("before", "after")]
+    row = f"| judged real by the discriminator of musical features | {shares[0]:.0%} | {shares[1]:.0%} | 100% |"
+    assert row in page.splitlines()
+    assert f"hears the beginnings of {len(pieces)} pieces" in page
+    # The card of that discriminator says so, and one whose figures are missing is refused.
+    evaluation = read_evaluation(run / "report.json")
+    assert evaluation.of_discriminators["musical-discriminator"] == report["after"]["musical-discriminator"]
+    del report["before"]["musical-discriminator"]
+    (run / "report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="without 'musical-discriminator'"):
+        read_evaluation(run / "report.json")
 
 
 def test_an_unfinished_run_is_refused_and_the_missing_part_named(

@@ -27,7 +27,9 @@ def run(folder: Path, processor: MidiProcessor, tmp_path_factory: pytest.TempPat
     shutil.copytree(folder, run / "tuned-musical-discriminator")
     diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
     measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.91, "accuracy_fake": 0.59}
-    settings = {"fresh_samples": 9, "tokens_per_sequence": 77}
+    musical = {"accuracy": 0.65, "accuracy_real": 0.82, "accuracy_fake": 0.48}
+    measures |= {"musical-discriminator": musical}
+    settings = {"fresh_samples": 9, "tokens_per_sequence": 77, "musical_pieces": 9}
     report = {"before": measures, "after": measures, "real": diversity, "settings": settings}
     (run / "report.json").write_text(json.dumps(report))
     return run
@@ -109,10 +111,10 @@ def test_each_kind_goes_to_a_repository_of_its_own(
     assert line in cards["you/bach"].splitlines()
     for name in names:
         assert f"midimamba generate you/bach --discriminator {name} --best-of 8" in cards[name]
-    # The report has measured the discriminator of tokens alone.
-    assert {name for name, card in cards.items() if "91% of real sequences" in card} == {
-        name for name in names if "musical" not in name
-    }
+    # Each has its own figures of the report.
+    figures = {"discriminator": "91% of real sequences and 59%", "musical-discriminator": "82% of real pieces and 48%"}
+    for kind, name in zip(kinds, names, strict=True):
+        assert {other for other, text in figures.items() if text in cards[name]} == {kind}
 
 
 def test_the_card_of_a_generator_without_discriminators_names_none(run: Path) -> None:

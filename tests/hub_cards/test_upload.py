@@ -52,7 +52,8 @@ def run(release: Path, tmp_path: Path) -> Path:
 
 
 def send(run: Path, **options: Any) -> dict[str, str]:
-    options = {"discriminators": [run / "judge"], "report": run / "report.json"} | options
+    given: dict[str, Any] = {"discriminators": [run / "judge"], "report": run / "report.json"}
+    options = given | options
     return publish(run / "model", "bach", **options).urls
 
 
