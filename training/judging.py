@@ -51,7 +51,7 @@ class Judges:
         discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
         accelerator (`Accelerator`): the trainer's.
         held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
-        ending (`Ending`): sequences are judged up to their end.
+        ending (`Ending`): sequences are judged up to their end, and without the token that ends them.
         prompt_length (`int`): tokens at the start of every sequence that were given, in which nothing ends.
         processor (`ProcessorMixin`, *optional*): a [`MidiProcessor`], which adds the discriminator of musical
             features.

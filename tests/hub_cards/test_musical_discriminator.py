@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -26,9 +27,9 @@ def run(folder: Path, processor: MidiProcessor, tmp_path_factory: pytest.TempPat
     make_discriminator(vocab_size=processor.vocab_size).save_pretrained(run / "tuned-discriminator")
     shutil.copytree(folder, run / "tuned-musical-discriminator")
     diversity = {f"distinct_{n}": 0.125 for n in (1, 2, 3, 4)} | {"self_bleu_4": 0.25}
-    measures = diversity | {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.91, "accuracy_fake": 0.59}
+    measures: dict[str, Any] = {"held_out_nll": 2.0, "accuracy": 0.75, "accuracy_real": 0.91, "accuracy_fake": 0.59}
     musical = {"accuracy": 0.65, "accuracy_real": 0.82, "accuracy_fake": 0.48}
-    measures |= {"musical-discriminator": musical}
+    measures |= diversity | {"musical-discriminator": musical}
     settings = {"fresh_samples": 9, "tokens_per_sequence": 77, "musical_pieces": 9}
     report = {"before": measures, "after": measures, "real": diversity, "settings": settings}
     (run / "report.json").write_text(json.dumps(report))

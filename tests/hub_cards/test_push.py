@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from midimamba.errors import InputError
 from midimamba.hub_cards.publish import DISCRIMINATORS
 from midimamba.training.publishing import publish_run, take_over_push
+from support import teach
 
 from .fake_hub import FakeHub
 
@@ -48,7 +49,8 @@ def test_tuning_pushes_both_discriminators(
     online: FakeHub, corpus: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {
-        **{"model": pretrained, "data": corpus, "output_dir": tmp_path / "tuned", "use_cpu": True, "max_steps": 1},
+        **{"model": teach(pretrained, corpus, tmp_path / "taught"), "data": corpus, "output_dir": tmp_path / "tuned"},
+        **{"use_cpu": True, "max_steps": 1},
         **{"sequence_length": 48, "bars": 2, "per_device_train_batch_size": 12, "mini_batch_size": 4},
         **{"d_lookback_bars": 1, "d_hidden_size": 16, "d_num_hidden_layers": 1, "d_epochs": 1, "d_warmup_steps": 1},
         **{"num_eval_samples": 4, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False},
