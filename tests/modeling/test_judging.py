@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midimamba.modeling.judging import Ensemble, TokenJudge, music_of
@@ -18,6 +18,7 @@ def test_a_judge_is_given_the_music_without_padding_and_end() -> None:
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS], ids=["padding", "ends as padding"])
+@settings(deadline=None)
 @given(before=st.integers(0, 3), after=st.integers(0, 3), inside=st.lists(st.integers(0, 10), max_size=5))
 def test_padding_and_ends_are_cut_off_both_sides_and_kept_between(
     pad: int, before: int, after: int, inside: list[int]
