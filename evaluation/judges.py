@@ -37,6 +37,10 @@ BINS = 10
 _FLAT = 1e-6  # of the scales in calibration
 
 
+class NothingToCompareError(ValueError):
+    """Judges cannot be calibrated: all real music or all samples are missing, or are not music."""
+
+
 class MusicalJudge:
     """
     A discriminator of musical features, which hears what token sequences sound like.
@@ -114,7 +118,7 @@ def load_judges(names: Sequence[str | Path], processor: MidiProcessor) -> list[T
                 f"{name}: the discriminator reads {discriminator.config.vocab_size} different tokens, but the "
                 f"generator's tokenizer has {processor.vocab_size}: name a discriminator of this generator"
             )
-        judges.append(TokenJudge(discriminator, processor.pad_token_id))
+        judges.append(TokenJudge(discriminator, processor.pad_token_id, processor.eos_token_id))
     return judges
 
 
@@ -179,15 +183,16 @@ def calibrate(
         fake (`Sequence[Sequence[int]]`): samples that no judge was fitted on.
 
     Raises:
-        ValueError: if there is nothing of one kind.
+        NothingToCompareError: if there is nothing of one kind, or a judge can read nothing of it as music.
     """
     columns = [torch.cat([judge.log_odds(real), judge.log_odds(fake)]).numpy() for judge in judges]
     log_odds = np.stack(columns, axis=1)
     labels = np.repeat([1.0, 0.0], [len(real), len(fake)])
     music = (log_odds != NOT_MUSIC).all(axis=1)  # which stays what it is, whatever the calibration
     log_odds, labels = log_odds[music], labels[music]
-    if not 0 < labels.mean() < 1:
-        raise ValueError("calibration compares real music and samples, and one of them is missing")
+    for label, kind, given in ((1.0, "pieces of real music", real), (0.0, "samples", fake)):
+        if label not in labels:
+            raise NothingToCompareError(f"none of {len(given)} {kind} is music, so there is nothing to compare")
     scales, offset = _platt(log_odds, labels)
     for judge, scale in zip(judges, scales.tolist(), strict=True):
         before = judge.discriminator.calibration
@@ -339,6 +344,7 @@ __all__ = [
     "Ensemble",
     "Judge",
     "MusicalJudge",
+    "NothingToCompareError",
     "TokenJudge",
     "auc",
     "calibrate",

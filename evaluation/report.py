@@ -21,10 +21,18 @@ from midimamba.evaluation.judges import Ensemble, auc, load_judges
 from midimamba.evaluation.metrics import distinct_n, self_bleu
 from midimamba.evaluation.report_curves import draw_curves
 from midimamba.evaluation.report_music import BARS, draw_real, likelihood, music_figures, openings, sampled_pieces
-from midimamba.evaluation.report_page import ORDERS, Report, report_page, training_settings
+from midimamba.evaluation.report_page import (
+    BOTH_DISCRIMINATORS,
+    MUSICAL_DISCRIMINATOR,
+    ORDERS,
+    Report,
+    report_page,
+    training_settings,
+)
 from midimamba.evaluation.samples import fresh_samples
 from midimamba.files import write_whole
 from midimamba.loading import load_generator
+from midimamba.modeling.judging import Judge
 from midimamba.text import for_json
 
 NEEDED = (
@@ -47,7 +55,7 @@ def write_report(
 
     Args:
         run (`Path`): the folder of the run, with `data`, `pretrained`, `generator`, `generator-discriminator` and,
-            if there are any, `samples`.
+            if there are any, `generator-musical-discriminator` and `samples`.
         seed (`int`, *optional*, defaults to 0): for the fresh samples.
         num_samples (`int`, *optional*, defaults to 64): fresh samples per model. At most as many as the test split has
             blocks, so that samples and music are compared in sets of equal size.
@@ -144,7 +152,7 @@ def _measure_discriminators(
     real: Sequence[ScoreTick],
     known: Sequence[ScoreTick],
 ) -> None:
-    """Add how well the run's discriminators, taken together, tell samples from real music.
+    """Add how well the run's discriminators tell samples from real music, each and both together.
 
     Args:
         run (`Path`), report (`Report`): of the run.
@@ -153,22 +161,31 @@ def _measure_discriminators(
         known (`Sequence[symusic.Score]`): music that they were trained on.
     """
     processor = load_corpus(run / "data")[1]
-    folders = [run / f"generator-{kind}" for kind in ("discriminator", "musical-discriminator")]
-    judge = Ensemble(load_judges([folder for folder in folders if folder.exists()], processor))
+    kinds = [kind for kind in ("discriminator", MUSICAL_DISCRIMINATOR) if (run / f"generator-{kind}").exists()]
+    found: list[Judge] = [*load_judges([run / f"generator-{kind}" for kind in kinds], processor)]
+    judges = dict(zip(kinds, found, strict=True))
+    together: Judge = Ensemble(found)
+    if len(found) > 1:
+        judges[BOTH_DISCRIMINATORS] = together
     length = report["settings"]["tokens_per_sequence"]
+    tokens = {name: [processor.encode(score)[:length] for score in scores] for name, scores in sampled.items()}
+    of_real, of_known = ([processor.encode(score)[:length] for score in scores] for scores in (real, known))
+    for phase, of_fake in tokens.items():
+        for kind, judge in judges.items():
+            figures = _right(judge.log_odds(of_real), judge.log_odds(of_fake))
+            report[phase] |= figures if kind == "discriminator" else {kind: figures}
+    report["real"]["judged_real_in_training"] = float((together.log_odds(of_known) > 0).double().mean())
 
-    def log_odds(scores: Sequence[ScoreTick]) -> Tensor:
-        return judge.log_odds([processor.encode(score)[:length] for score in scores])
 
-    def right(values: Tensor) -> float:
-        return float((values > 0).double().mean())
-
-    of_real = log_odds(real)
-    for phase, scores in sampled.items():
-        fake = log_odds(scores)
-        shares = {"accuracy_real": right(of_real), "accuracy_fake": 1 - right(fake)}
-        report[phase] |= shares | {"accuracy": sum(shares.values()) / 2, "auc": auc(of_real, fake)}
-    report["real"]["judged_real_in_training"] = right(log_odds(known))
+def _right(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """How often log-odds are right of real music and of samples, and their AUC."""
+    of_real, of_fake = (right.double().mean().item() for right in (real > 0, fake <= 0))
+    return {
+        "accuracy": (of_real + of_fake) / 2,
+        "accuracy_real": of_real,
+        "accuracy_fake": of_fake,
+        "auc": auc(real, fake),
+    }
 
 
 def _diversity(sequences: Tensor) -> dict[str, float]:

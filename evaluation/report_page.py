@@ -1,5 +1,6 @@
 """The page of a run's report, and the parts of it that a model card shows as well."""
 
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ Report = dict[str, Any]
 
 ORDERS = (1, 2, 3, 4)
 """Of the n-grams whose diversity is measured."""
+
+MUSICAL_DISCRIMINATOR = "musical-discriminator"
+"""Under this name a report has what it measured of a run's discriminator of musical features."""
+BOTH_DISCRIMINATORS = "both-discriminators"
+"""And under this one, of the sum of its log-odds and those of the discriminator of tokens."""
+_CALLED = {MUSICAL_DISCRIMINATOR: "discriminator of musical features", BOTH_DISCRIMINATORS: "two together"}
 
 MUSIC = {
     "bar_self_similarity_4": "likeness of bars 4 apart",
@@ -48,9 +55,15 @@ def check_report(report: Report) -> None:
     diversity = [*(f"distinct_{n}" for n in ORDERS), "self_bleu_4"]
     tuned = [*diversity, "held_out_nll", "accuracy", "accuracy_real", "accuracy_fake"]
     sizes = ["fresh_samples", "tokens_per_sequence"]
-    for part, names in (("before", tuned), ("after", tuned), ("real", diversity), ("settings", sizes)):
-        for name in names:
-            value = report[part][name]
+    parts = {name: report[name] for name in ("before", "after", "real", "settings")}
+    names = {"before": tuned, "after": tuned, "real": diversity, "settings": sizes}
+    for kind in (MUSICAL_DISCRIMINATOR, BOTH_DISCRIMINATORS):
+        if kind in report["after"]:
+            for phase in ("before", "after"):
+                parts[f"{phase}.{kind}"], names[f"{phase}.{kind}"] = report[phase][kind], tuned[-3:]
+    for part, figures in parts.items():
+        for name in names[part]:
+            value = figures[name]
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{part}.{name} is {type(value).__name__} and not a number")
     if not report["before"]["held_out_nll"]:
@@ -64,21 +77,31 @@ def evaluation_table(report: Report) -> str:
     rows.append(f"| held-out NLL, nats per token ↓ | {before['held_out_nll']:.3f} | {after['held_out_nll']:.3f} | |")
     for name, label in [*((f"distinct_{n}", f"distinct-{n}") for n in ORDERS), ("self_bleu_4", "self-BLEU-4")]:
         rows.append(f"| {label} | {before[name]:.3f} | {after[name]:.3f} | {real[name]:.3f} |")
-    judged_real = (1 - before["accuracy_fake"], 1 - after["accuracy_fake"], after["accuracy_real"])
-    rows.append("| judged real by the discriminator | " + " | ".join(f"{share:.0%}" for share in judged_real) + " |")
-    rows.append(f"| discriminator accuracy | {before['accuracy']:.0%} | {after['accuracy']:.0%} | |")
-    if "auc" in before:  # not in reports of earlier versions
-        rows.append(f"| discriminator AUC | {before['auc']:.2f} | {after['auc']:.2f} | |")
+    rows += _judged_rows("discriminator", before, after)
+    for kind in (MUSICAL_DISCRIMINATOR, BOTH_DISCRIMINATORS):
+        if kind in after:
+            rows += _judged_rows(_CALLED[kind], before[kind], after[kind])
     rows.append(
         "\nDiversity is measured on {fresh_samples} sequences of {tokens_per_sequence} tokens, drawn at temperature 1 "
         "without the grammar.".format(**report["settings"])
     )
     if "judged_real_in_training" in real:
         rows.append(
-            "The discriminator judges the pieces of the next table; where there are two, their log-odds are added. Of "
-            f"as many pieces that it was trained on, it judges {real['judged_real_in_training']:.0%} to be real."
+            "Discriminators judge the pieces of the next table; two together add their log-odds. Of as many pieces of "
+            f"the training split, {real['judged_real_in_training']:.0%} are judged to be real."
         )
     return "\n".join(rows)
+
+
+def _judged_rows(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    judged_real = (1 - before["accuracy_fake"], 1 - after["accuracy_fake"], after["accuracy_real"])
+    rows = [
+        f"| judged real by the {name} | " + " | ".join(f"{share:.0%}" for share in judged_real) + " |",
+        f"| {name}: accuracy | {before['accuracy']:.0%} | {after['accuracy']:.0%} | |",
+    ]
+    if "auc" in before:  # not in reports of earlier versions
+        rows.append(f"| {name}: AUC | {before['auc']:.2f} | {after['auc']:.2f} | |")
+    return rows
 
 
 def music_table(report: Report) -> str:

@@ -1,5 +1,6 @@
 """The evaluation section of a card and its files, from the report of a run or of `midimamba evaluate`."""
 
+from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,13 @@ from typing import Any, NamedTuple
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import features_from_json, figures_from_json
 from midimamba.evaluation.comparison_page import EXPLANATION, features_table, figures_table
-from midimamba.evaluation.report_page import check_report, evaluation_table, interpretation, sample_gallery
+from midimamba.evaluation.report_page import (
+    MUSICAL_DISCRIMINATOR,
+    check_report,
+    evaluation_table,
+    interpretation,
+    sample_gallery,
+)
 from midimamba.files import read_json
 from midimamba.text import for_link
 
@@ -25,7 +32,8 @@ class Evaluation(NamedTuple):
         pictures (`str`): pictures of the figures, as Markdown with paths of the repository.
         gallery (`str`): pictures of samples, as Markdown with paths of the repository.
         files (`dict[str, Path]`): the files to upload, by their path in the repository.
-        of_discriminator (`dict`, *optional*): the `accuracy_real` and `accuracy_fake` of the discriminator.
+        of_discriminators (`Mapping`, *optional*): the `accuracy_real` and `accuracy_fake` of every discriminator that
+            was measured, by its kind.
     """
 
     table: str
@@ -33,7 +41,7 @@ class Evaluation(NamedTuple):
     pictures: str
     gallery: str
     files: dict[str, Path]
-    of_discriminator: dict[str, float] | None = None
+    of_discriminators: Mapping[str, dict[str, float] | None] = {}
 
 
 def read_evaluation(file: Path) -> Evaluation:
@@ -71,7 +79,7 @@ def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
         "![Curves of both training phases](curves.png)" if "curves.png" in found else "",
         sample_gallery(run),
         {**found, "evaluation.json": file},
-        report["after"],
+        {"discriminator": report["after"], MUSICAL_DISCRIMINATOR: report["after"].get(MUSICAL_DISCRIMINATOR)},
     )
 
 

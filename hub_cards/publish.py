@@ -1,7 +1,7 @@
-"""Publish networks on the Hub: two repositories with cards, and of each folder only the files that a user loads."""
+"""Publish networks on the Hub: a repository with a card for each, and of its folder only what a user loads."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from midimamba.errors import InputError
-from midimamba.evaluation.report_page import bullet_list, training_settings
+from midimamba.evaluation.report_page import MUSICAL_DISCRIMINATOR, bullet_list, training_settings
 from midimamba.files import read_json
 from midimamba.modeling.configuration_midimamba import STOCK, MidiMambaConfig
 from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
@@ -59,7 +59,8 @@ PUBLISHED = (
     ),
 )
 TAGS = ["midi", "music", "mamba", "seqgan"]
-_DISCRIMINATOR = "-discriminator"
+DISCRIMINATORS = ("discriminator", MUSICAL_DISCRIMINATOR)
+"""The kinds of discriminators: of tokens, and of musical features. Each goes to the repository `<repo>-<kind>`."""
 
 
 class Published(NamedTuple):
@@ -67,7 +68,8 @@ class Published(NamedTuple):
     What was published.
 
     Args:
-        urls (`dict[str, str]`): the addresses of `generator` and, if there is one, `discriminator`; or of `corpus`.
+        urls (`dict[str, str]`): the addresses of `generator` and, if there are any, `discriminator` and
+            `musical-discriminator`; or of `corpus`.
         left_out (`list[str]`): files and folders that are not known and so were not uploaded.
     """
 
@@ -79,14 +81,15 @@ def publish(
     folder: Path,
     repo_id: str,
     *,
-    discriminator: Path | None = None,
+    discriminators: Sequence[Path] = (),
     report: Path | None = None,
     license: str | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> Published:
     """
-    Upload a generator to `repo_id`, and its discriminator to `<repo_id>-discriminator`, each in one commit.
+    Upload a generator to `repo_id`, and its discriminators to `<repo_id>-discriminator`, if it reads tokens, and
+    `<repo_id>-musical-discriminator`, if it hears musical features, each in one commit.
 
     A folder with a `corpus.json` is a corpus, and is uploaded to the data set repository `repo_id`.
 
@@ -98,7 +101,8 @@ def publish(
     Args:
         folder (`Path`): written by `save_pretrained` of the model and of its processor, or by `midimamba tokenize`.
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token. Created if it does not exist.
-        discriminator (`Path`, *optional*): folder of a `MidiDiscriminator` or `MusicalDiscriminator`.
+        discriminators (`Sequence[Path]`, *optional*): folders of a `MidiDiscriminator`, a `MusicalDiscriminator`, or
+            one of each.
         report (`Path`, *optional*): `report.json` of the run, or the report of `midimamba evaluate`. It becomes the
             evaluation section of the cards and `evaluation.json`; its pictures, and the samples of a run, are uploaded
             as well.
@@ -111,11 +115,11 @@ def publish(
         [`Published`]: the addresses, and what was left out.
 
     Raises:
-        InputError: if a folder is neither a checkpoint nor a corpus, if a file in it is broken, if the report cannot
-            be read, or if the Hub cannot be reached or refuses.
+        InputError: if a folder is neither a checkpoint nor a corpus, if a file in it is broken, if two discriminators
+            are of one kind, if the report cannot be read, or if the Hub cannot be reached or refuses.
     """
     is_corpus = (folder / "corpus.json").is_file()
-    if is_corpus and (discriminator is not None or report is not None):
+    if is_corpus and (discriminators or report is not None):
         raise InputError(f"{folder} is a corpus; leave out --discriminator and --report, which belong to a generator")
     check_license(license)
     check_name(repo_id)
@@ -124,7 +128,7 @@ def publish(
         if is_corpus:
             uploads, others = _prepare_corpus(hub, scratch, folder, repo_id, license)
         else:
-            uploads, others = _prepare_models(hub, scratch, folder, repo_id, discriminator, report, license)
+            uploads, others = _prepare_models(hub, scratch, folder, repo_id, discriminators, report, license)
         return Published(hub.send(uploads, private), others)
 
 
@@ -146,38 +150,47 @@ def _prepare_models(
     scratch: Path,
     folder: Path,
     repo_id: str,
-    discriminator: Path | None,
+    discriminators: Sequence[Path],
     report: Path | None,
     license: str | None,
 ) -> tuple[list[Upload], list[str]]:
-    """The same of a generator and its discriminator."""
-    _check_checkpoints(folder, discriminator)
+    """The same of a generator and its discriminators."""
+    _check_checkpoints(folder, discriminators)
     uploads = [Upload("generator", repo_id, scratch / "generator")]
+    sources = {"generator": folder}
     others = left_out(folder, PUBLISHED)
     evaluation = _collect_generator(folder, uploads[0].folder, report)
-    if discriminator is not None:
-        check_name(f"{repo_id}{_DISCRIMINATOR}")
-        uploads.append(Upload("discriminator", f"{repo_id}{_DISCRIMINATOR}", scratch / "discriminator"))
-        others += [f"{discriminator.name}/{name}" for name in left_out(discriminator, PUBLISHED)]
-        _collect_discriminator(discriminator, uploads[1].folder)
+    for index, source in enumerate(discriminators):
+        target = scratch / f"discriminator-{index}"
+        kind = _collect_discriminator(source, target)
+        if kind in sources:
+            raise InputError(
+                f"{sources[kind]} and {source} are both of the kind {kind}, and a generator is published with one of "
+                "each kind: leave one out"
+            )
+        sources[kind] = source
+        uploads.append(Upload(kind, f"{repo_id}-{kind}", target))
+        check_name(uploads[-1].repo_id)
+        others += [f"{source.name}/{name}" for name in left_out(source, PUBLISHED)]
     uploads = hub.prepare(uploads)
-    _add_cards(uploads, [folder, discriminator or folder], evaluation, license)
+    _add_cards(uploads, sources, evaluation, license)
     return uploads, others
 
 
-def check_target(repo_id: str, *, with_discriminator: bool = False, token: str | None = None) -> None:
+def check_target(repo_id: str, *, discriminators: Sequence[str] = (), token: str | None = None) -> None:
     """
     Check before long work whether something could be published.
 
     Args:
         repo_id (`str`): `"owner/name"`, or `"name"` for the owner of the token.
-        with_discriminator (`bool`, *optional*, defaults to `False`): whether a discriminator is published as well.
+        discriminators (`Sequence[str]`, *optional*): the kinds of those that are published as well, of
+            [`DISCRIMINATORS`].
         token (`str`, *optional*): the token for the Hub; that of `hf auth login` by default.
 
     Raises:
         InputError: if a name is impossible, if there is no token that may write, or if the Hub cannot be reached.
     """
-    for name in (repo_id, f"{repo_id}{_DISCRIMINATOR}")[: 1 + with_discriminator]:
+    for name in (repo_id, *(f"{repo_id}-{kind}" for kind in discriminators)):
         check_name(name)
     Hub(token).resolve([Upload("generator", repo_id, Path())])
 
@@ -203,30 +216,37 @@ def _collect_generator(source: Path, target: Path, report: Path | None) -> Evalu
     return evaluation
 
 
-def _collect_discriminator(source: Path, target: Path) -> None:
-    """Fill `target` with what is uploaded of a discriminator, and check that it loads."""
+def _collect_discriminator(source: Path, target: Path) -> str:
+    """Fill `target` with what is uploaded of a discriminator, check that it loads, and return its kind."""
     copy_known(source, PUBLISHED, target)
     with _checking(source, target):
         _check_json(target)
-        network = MusicalDiscriminator if _is_musical(target) else MidiDiscriminator
+        kind = _kind_of(target)
+        network = MidiDiscriminator if kind == DISCRIMINATORS[0] else MusicalDiscriminator
         network.from_pretrained(target)
+    return kind
 
 
-def _is_musical(folder: Path) -> bool:
-    """Whether a discriminator hears musical features, and not tokens."""
-    return bool(read_json(folder / "config.json").get("model_type") == MusicalDiscriminatorConfig.model_type)
+def _kind_of(folder: Path) -> str:
+    """Whether a discriminator reads tokens or hears musical features, as one of [`DISCRIMINATORS`]."""
+    return DISCRIMINATORS[read_json(folder / "config.json").get("model_type") == MusicalDiscriminatorConfig.model_type]
 
 
 def _add_cards(
-    uploads: Sequence[Upload], sources: Sequence[Path], evaluation: Evaluation | None, license: str | None
+    uploads: Sequence[Upload], sources: Mapping[str, Path], evaluation: Evaluation | None, license: str | None
 ) -> None:
-    """Write a card where the owner has written none."""
-    makers = {"generator": _generator_card, "discriminator": _discriminator_card}
-    for upload, source in zip(uploads, sources, strict=False):
+    """Write a card where the owner has written none. `sources` has the owner's folder of each kind."""
+    judges = [upload.repo_id for upload in uploads if upload.kind in DISCRIMINATORS]
+    for upload in uploads:
         card = upload.folder / "README.md"
-        if not card.exists():
-            with _checking(source, upload.folder):
-                makers[upload.kind](upload.folder, upload.repo_id, evaluation, license).save(card)
+        if card.exists():
+            continue
+        with _checking(sources[upload.kind], upload.folder):
+            if upload.kind in DISCRIMINATORS:
+                made = _discriminator_card(upload.folder, upload.repo_id, evaluation, license)
+            else:
+                made = _generator_card(upload.folder, upload.repo_id, evaluation, license, judges)
+            made.save(card)
 
 
 @contextmanager
@@ -265,7 +285,7 @@ def _check_json(folder: Path) -> None:
                 raise InputError(f"{file} names weights that are not beside it: save the model again")
 
 
-def _check_checkpoints(generator: Path, discriminator: Path | None) -> None:
+def _check_checkpoints(generator: Path, discriminators: Sequence[Path]) -> None:
     """Check before anything is sent whether the folders are complete."""
     if not (generator / "config.json").is_file():
         raise InputError(
@@ -273,7 +293,7 @@ def _check_checkpoints(generator: Path, discriminator: Path | None) -> None:
             "name a folder with a config.json or a corpus.json"
         )
     _require(generator, "*.safetensors", "miditok.json")
-    if discriminator is not None:
+    for discriminator in discriminators:
         _require(discriminator, "config.json", "*.safetensors")
 
 
@@ -285,11 +305,17 @@ def _require(folder: Path, *patterns: str) -> None:
             )
 
 
-def _generator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
+def _generator_card(
+    folder: Path,
+    repo_id: str,
+    evaluation: Evaluation | None,
+    license: str | None,
+    discriminators: Sequence[str] = (),
+) -> ModelCard:
     # The Hub has no task for symbolic music. Text generation loads the model and describes its output: tokens.
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, license=license)
-    fields = _architecture(folder)
-    return _render("generator_card.md", data, folder, repo_id=repo_id, evaluation=evaluation, **fields)
+    fields = {"repo_id": repo_id, "evaluation": evaluation, "discriminators": discriminators, **_architecture(folder)}
+    return _render("generator_card.md", data, folder, **fields)
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
@@ -308,14 +334,15 @@ def _architecture(folder: Path) -> dict[str, Any]:
 
 def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
     data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=TAGS, license=license)
+    kind = _kind_of(folder)
     return _render(
         "discriminator_card.md",
         data,
         folder,
         repo_id=repo_id,
-        generator_id=repo_id.removesuffix(_DISCRIMINATOR),
-        measures=evaluation and evaluation.of_discriminator,
-        musical=_is_musical(folder),
+        generator_id=repo_id.removesuffix(f"-{kind}"),
+        measures=evaluation and evaluation.of_discriminators.get(kind),
+        musical=kind != DISCRIMINATORS[0],
         bars=read_json(folder / "config.json").get("bars"),
     )
 

@@ -41,7 +41,7 @@ class Upload(NamedTuple):
     One repository and all that goes into it.
 
     Args:
-        kind (`str`): `"generator"`, `"discriminator"` or `"corpus"`.
+        kind (`str`): `"generator"`, `"discriminator"`, `"musical-discriminator"` or `"corpus"`.
         repo_id (`str`): `"owner/name"`.
         folder (`Path`): a scratch folder; every file in it is uploaded.
         stale (`str`, *optional*): pattern of files in the repository that this upload replaces.

@@ -23,16 +23,18 @@ class TokenJudge:
 
     Args:
         discriminator (`MidiDiscriminator`): in any mode, which stays as it is.
-        pad_token_id (`int`): padding, which is cut off the ends of sequences.
+        pad_token_id (`int`), eos_token_id (`int`, *optional*): those of the generator. The discriminator is given
+            what [`music_of`] leaves of a sequence.
     """
 
-    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int):
+    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int, eos_token_id: int | None):
         self.discriminator = discriminator
         self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
 
     def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Log-odds `(n,)` of `n` sequences, in float64 on the CPU."""
-        rows = [_without_padding(sequence, self.pad_token_id) for sequence in sequences]
+        rows = [music_of(sequence, self.pad_token_id, self.eos_token_id) for sequence in sequences]
         return score_sequences(self.discriminator, rows, self.pad_token_id).double().cpu()
 
 
@@ -55,11 +57,24 @@ class Ensemble:
         return torch.stack([judge.log_odds(sequences) for judge in self.judges]).sum(0)
 
 
-def _without_padding(sequence: Sequence[int], pad_token_id: int) -> Tensor:
-    """A sequence up to its last token that is not padding; at least its first token."""
-    ids = torch.as_tensor(sequence, dtype=torch.long).cpu()
-    music = (ids != pad_token_id).nonzero()
-    return ids[: int(music[-1]) + 1 if len(music) else 1]
+def music_of(sequence: Sequence[int] | Tensor, pad_token_id: int | None, eos_token_id: int | None) -> list[int]:
+    """What a judge is given of a sequence: prompt and continuation, without padding and the token that ends it.
+
+    Whoever asks for a number of bars decides where a piece ends, so its end says nothing about the music. A judge that
+    heard it would be calibrated on other sequences than those among which it chooses.
+
+    Args:
+        sequence (`Sequence[int]` or `LongTensor` of shape `(time,)`): padded on either side, or not at all.
+        pad_token_id (`int`, *optional*), eos_token_id (`int`, *optional*): those of the generator; they may be the
+            same.
+
+    Returns:
+        `list[int]`: from the first to the last token that is neither; what is between them stays. The first token of
+        a sequence that has no other.
+    """
+    ids: list[int] = sequence.tolist() if isinstance(sequence, Tensor) else list(sequence)
+    places = [place for place, token in enumerate(ids) if token not in (pad_token_id, eos_token_id)]
+    return ids[places[0] : places[-1] + 1] if places else ids[:1]
 
 
-__all__ = ["Ensemble", "Judge", "TokenJudge"]
+__all__ = ["Ensemble", "Judge", "TokenJudge", "music_of"]

@@ -7,10 +7,10 @@ import torch
 from transformers import Pipeline
 from transformers.utils.generic import ModelOutput
 
-from .judging import Ensemble, Judge, TokenJudge
+from .judging import Ensemble, Judge, TokenJudge, music_of
 from .modeling_discriminator import MidiDiscriminator
 from .modeling_midimamba import MidiMambaForCausalLM
-from .resampling import check_pick, choose, music_of
+from .resampling import check_pick, choose
 
 _BEST_OF = 8  # draws for each piece, where a discriminator chooses
 
@@ -86,7 +86,7 @@ class MidiGenerationPipeline(Pipeline):
                     f"tokenizer has {self.processor.vocab_size}: give a discriminator of this generator"
                 )
             else:
-                judges.append(TokenJudge(each, self.processor.pad_token_id))
+                judges.append(TokenJudge(each, self.processor.pad_token_id, self.processor.eos_token_id))
         return Ensemble(judges)
 
     def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:

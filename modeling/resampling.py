@@ -66,24 +66,6 @@ def effective_sample_size(log_odds: Tensor) -> Tensor:
     return 1 / weights.square().sum(dim=-1)
 
 
-def music_of(row: Tensor, pad_token_id: int | None, eos_token_id: int | None) -> list[int]:
-    """What a judge is given of a draw: prompt and continuation, without padding and without the token that ends it.
-
-    Whoever asks for a number of bars decides where a piece ends, so its end says nothing about the music.
-
-    Args:
-        row (`LongTensor` of shape `(time,)`): padded on either side.
-        pad_token_id (`int`, *optional*), eos_token_id (`int`, *optional*): those of the generator.
-    """
-    kept = torch.ones_like(row, dtype=torch.bool)
-    for token in (pad_token_id, eos_token_id):
-        if token is not None:
-            kept &= row != token
-    places = kept.nonzero()
-    ids: list[int] = row[int(places[0]) : int(places[-1]) + 1].tolist() if len(places) else row[:1].tolist()
-    return ids
-
-
 @cache
 def _say_once(message: str) -> None:
     logger.warning(message)
@@ -94,4 +76,4 @@ def _other(seed: int) -> int:
     return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
 
 
-__all__ = ["check_pick", "choose", "effective_sample_size", "music_of"]
+__all__ = ["check_pick", "choose", "effective_sample_size"]

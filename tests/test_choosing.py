@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_one_of_each_group_of_draws_is_chosen(
 ) -> None:
     monkeypatch.setattr(generation, "_SAMPLED_AT_ONCE", at_once)
     judge = Remembering()
-    chosen = choose_scores(model, processor, judge, short(2, best_of=4))
+    chosen = choose_scores(model, processor, judge, short(2, best_of=4), keep_unused=True)
     assert (len(chosen.scores), [len(group) for group in chosen.unused]) == (2, [3, 3])
     draws = [processor.continue_score(None, ids).dumps_midi() for ids in judge.seen]
     for index, score in enumerate(chosen.scores):
@@ -84,13 +85,33 @@ def test_one_of_each_group_of_draws_is_chosen(
 def test_draws_are_those_of_the_same_seed_without_a_judge(
     model: MidiMambaForCausalLM, processor: MidiProcessor
 ) -> None:
-    chosen = choose_scores(model, processor, Remembering(0.0), short(2, best_of=3, seed=4))
+    chosen = choose_scores(model, processor, Remembering(0.0), short(2, best_of=3, seed=4), keep_unused=True)
     plain = generate_scores(model, processor, short(6, seed=4))
     drawn = [[score, *group] for score, group in zip(chosen.scores, chosen.unused, strict=True)]
     assert {score.dumps_midi() for group in drawn for score in group} == {score.dumps_midi() for score in plain}
     assert chosen.effective_sample_size == pytest.approx(3)
     again = generate_scores(model, processor, short(2, best_of=3, seed=4), judge=Remembering(0.0))
     assert [score.dumps_midi() for score in again] == [score.dumps_midi() for score in chosen.scores]
+
+
+def test_only_draws_that_are_chosen_or_kept_are_decoded(
+    model: MidiMambaForCausalLM, processor: MidiProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[object] = []
+    decode = MidiProcessor.continue_score
+
+    def watched(self: MidiProcessor, prompt: Any, ids: Any) -> object:
+        decoded.append(ids)
+        return decode(self, prompt, ids)
+
+    monkeypatch.setattr(MidiProcessor, "continue_score", watched)
+    options = short(2, best_of=4, seed=3)
+    alone = choose_scores(model, processor, Remembering(0.01), options)
+    assert (len(decoded), alone.unused) == (2, [])
+    kept = choose_scores(model, processor, Remembering(0.01), options, keep_unused=True)
+    assert len(decoded) == 2 + 8
+    assert [score.dumps_midi() for score in alone.scores] == [score.dumps_midi() for score in kept.scores]
+    assert alone.effective_sample_size == kept.effective_sample_size
 
 
 def test_by_default_one_of_eight_is_chosen(model: MidiMambaForCausalLM, processor: MidiProcessor) -> None:
@@ -104,7 +125,7 @@ def test_a_prompt_and_controls_are_judged_together_with_what_follows(
 ) -> None:
     prompt, judge = make_score(3, bars=2), Remembering()
     options, controls = short(1, best_of=2), {"key": "C-major"}
-    chosen = choose_scores(model, processor, judge, options, prompt=prompt, controls=controls)
+    chosen = choose_scores(model, processor, judge, options, prompt=prompt, controls=controls, keep_unused=True)
     opening = processor.encode(prompt, controls=controls)
     assert all(ids[: len(opening)] == opening and len(ids) > len(opening) for ids in judge.seen)
     assert processor.eos_token_id not in {ids[-1] for ids in judge.seen}

@@ -6,17 +6,10 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
-from midimamba.corpus.augmentation import Augmentation
 from midimamba.hub_cards.publish import PUBLISHED
-from midimamba.training.adversarial import AdversarialArguments
-from midimamba.training.adversarial_config import AdversarialConfig
-from midimamba.training.pretrain import PretrainArguments
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("modeling", "tokenization", "corpus", "evaluation", "hub_cards", "training")
@@ -123,18 +116,3 @@ def test_a_plain_install_asks_for_nothing_that_compiles() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not any(name in line for line in project["dependencies"] for name in ("mamba-ssm", "causal-conv1d"))
     assert {"cuda", "demo", "test", "dev"} <= set(project["optional-dependencies"])
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "training" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_key_of_a_recipe_is_an_option(recipe: Path) -> None:
-    values = yaml.safe_load(recipe.read_text())
-    adversarial = "adversarial" in recipe.stem
-    classes: tuple[Any, ...] = (
-        (AdversarialArguments, AdversarialConfig, Augmentation)
-        if adversarial
-        else (PretrainArguments, TrainingArguments, Augmentation)
-    )
-    parsed = HfArgumentParser(classes).parse_dict(values)
-    # An option of the wrong type would stay a string, or become another value.
-    for key, value in values.items():
-        assert any(getattr(part, key, None) == value for part in parsed), key

@@ -227,7 +227,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
     "spectral norm of a generator": (
         "adversarial.py",
         {"discriminator": "generator", "d_spectral_norm": "true"},
-        "d_spectral_norm would change what the generator has learned",
+        "d_spectral_norm is True, but a discriminator from 'generator' is not built anew",
     ),
     "distillation of probabilities": (
         "adversarial.py",
@@ -371,6 +371,27 @@ def test_a_vocabulary_mismatch_is_refused(corpus: Path, run: Run, tmp_path: Path
     assert code == 2
     assert "the discriminator knows 44 tokens, the generator 720" in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("discriminator", ["generator", "judge"])
+def test_bars_to_look_back_by_are_refused_where_they_would_be_ignored(
+    discriminator: str, corpus: Path, pretrained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe gives them; what the message says to do helps."""
+    monkeypatch.chdir(tmp_path)
+    make_discriminator(vocab_size=44).save_pretrained("judge")
+    options = tiny("distill-adversarial.yaml", model=pretrained, data=corpus, output_dir="out", d_dropout=0.0)
+    options += ["--discriminator", discriminator]
+    code, errors = run("adversarial.py", *options)
+    assert code == 2
+    assert errors.splitlines()[-1] == (
+        f"error: d_lookback_bars is [1, 2, 4, 8, 16], but a discriminator from '{discriminator}' is not built anew: "
+        "set d_lookback_bars to none, or discriminator to cnn or mamba"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["judge"]
+    if discriminator == "judge":
+        code, errors = run("adversarial.py", *options, "--d_lookback_bars", "none")
+        assert (code, "the discriminator knows 44 tokens, the generator 720" in errors) == (2, True)
 
 
 def test_an_earlier_run_is_never_overwritten(corpus: Path, pretrained: Path, run: Run, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ class AdversarialArguments:
     )
     d_num_filters: list[int] | None = field(default=None, metadata={"help": "Filters of each width; unset: SeqGAN's."})
     d_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm for a new discriminator's layers."})
-    d_lookback_bars: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Show a new discriminator what followed the same place this many bars ago."},
+    d_lookback_bars: list[int] | None = field(
+        default=None,
+        metadata={"help": "Show a new cnn or mamba what followed the same place this many bars ago."},
     )
     openings: bool = field(
         default=False,
@@ -78,6 +78,17 @@ class AdversarialArguments:
             raise InputError("d_hidden_size, d_num_hidden_layers, d_filter_sizes and d_num_filters must be at least 1")
         if not 0 <= self.d_dropout < 1:
             raise InputError(f"d_dropout is {self.d_dropout}, but must be in [0, 1)")
+        if self.discriminator not in ("cnn", "mamba"):
+            self._refuse_another_shape()
+
+    def _refuse_another_shape(self) -> None:
+        """A discriminator that is not built here has its shape already."""
+        for name, unset in (("d_lookback_bars", "none"), ("d_spectral_norm", "false")):
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{name} is {value}, but a discriminator from {self.discriminator!r} is not built anew: "
+                    f"set {name} to {unset}, or discriminator to cnn or mamba"
+                )
 
 
 def main() -> None:
@@ -101,7 +112,7 @@ def tune(
     augmentation: "Augmentation",
     training_args: "AdversarialConfig",
 ) -> None:
-    """Tune, save both networks, publish if asked.
+    """Tune, save the networks, publish if asked.
 
     Raises:
         InputError: if model, data and options do not fit together, there is nothing to resume, or another run writes
@@ -146,6 +157,7 @@ def _tune(
     from transformers.utils import SAFE_WEIGHTS_NAME
 
     from midimamba.corpus.packing import BlockCollator
+    from midimamba.hub_cards.publish import DISCRIMINATORS
     from midimamba.training.action_values import tokens_that_begin_bars
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
@@ -172,7 +184,7 @@ def _tune(
     arguments = [training_args, augmentation, lora_args, script_args]
     recipe = recipe_of(arguments, (train, validation), model, is_given=True)
     check_recipe(resume, recipe, training_args.world_size)
-    push = take_over_push(training_args, with_discriminator=True)
+    push = take_over_push(training_args, DISCRIMINATORS[: 1 + script_args.musical_discriminator])
     try:
         trainer = AdversarialTrainer(
             model=model,
@@ -195,7 +207,7 @@ def _tune(
 
 
 def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:
-    """Write the two networks, and publish them if asked."""
+    """Write the networks, and publish them if asked."""
     from midimamba.training.publishing import publish_run
     from midimamba.training.scripts import announce, save_model
     from midimamba.training.whole_checkpoints import output_folder
@@ -205,12 +217,13 @@ def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: S
     save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
     save_model(output, trainer.generator_for_saving, processor, arguments=arguments, state=trainer.state)
     announce(f"the generator is in {output}, the discriminator in {d_output}")
+    discriminators = [d_output]
     if trainer.judges.musical is not None:
-        musical = musical_folder(output)
-        save_model(musical, trainer.judges.musical.discriminator, arguments=arguments)
-        announce(f"the discriminator of musical features is in {musical}")
+        discriminators.append(musical_folder(output))
+        save_model(discriminators[-1], trainer.judges.musical.discriminator, arguments=arguments)
+        announce(f"the discriminator of musical features is in {discriminators[-1]}")
     if push:
-        publish_run(trainer.args, output, d_output)
+        publish_run(trainer.args, output, discriminators)
 
 
 if __name__ == "__main__":

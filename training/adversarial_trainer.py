@@ -94,7 +94,7 @@ class AdversarialTrainer(GuardedTrainer):
         held_out = spread_blocks(eval_dataset, HELD_OUT).to(args.device)
         decoder = processing_class if musical_discriminator else None
         self.judges = Judges(discriminator, self.accelerator, held_out, self.ending, args.prompt_length, decoder)
-        reward = Reward(args.reward, discriminator, self.judges.musical_log_odds)
+        reward = Reward(args.reward, discriminator, self.judges.log_odds)
         rows = rows_for_budget(self.rollout_policy, args.sequence_length, args.rollout_memory_mb, reward.judge)
         self.rollouts = Rollouts(
             self.rollout_policy, args.num_rollouts, rows, self.ending, args.prompt_length, args.temperature

@@ -1,6 +1,7 @@
 """The discriminator's steps, and what keeps it from winning too early."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 
@@ -106,7 +107,7 @@ class DiscriminatorUpdate:
         """A step for every `size` real sequences and as many samples, in another order for every pass.
 
         Some of the samples are held out, as some music is. The passes end with the first that makes the discriminator
-        worse on both, and that one is undone.
+        worse on both, and that one is undone, in the optimizer as well.
         """
         before = self._measure(*(self._score(ids) for ids in (real, fake, old)))
         limit = self.args.d_max_accuracy
@@ -121,7 +122,7 @@ class DiscriminatorUpdate:
         best = self._held_out_loss(unseen)
         passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []
         for _ in range(self.args.d_epochs):
-            kept = {name: value.clone() for name, value in self.discriminator.state_dict().items()}
+            kept = copy.deepcopy((self.discriminator.state_dict(), self.optimizer.state_dict()))
             self.discriminator.train()
             orders = [torch.randperm(len(ids), device=ids.device).split(size) for ids in (real, fake)]
             for some_real, some_fake in progress(list(zip(*orders, strict=True)), "discriminator", self.args):
@@ -131,7 +132,8 @@ class DiscriminatorUpdate:
                 passes.append((measures, {}))
             loss = self._held_out_loss(unseen)
             if loss > best:
-                self.discriminator.load_state_dict(kept)
+                self.discriminator.load_state_dict(kept[0])
+                self.optimizer.load_state_dict(kept[1])  # its moments have gone the same way
                 break
             best = loss
         return {**weighted_mean(passes), **before, "d_loss_held_out": best}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
     Args:
         fake (`Sequences` of shape `(batch, time)`): what the generator sampled.
-        real (`LongTensor` of shape `(batch, time)`): blocks of music.
+        real (`LongTensor` of shape `(batch, time)`): blocks of music, which may be longer or shorter than the samples.
         advantages (`Tensor` of shape `(batch, actions)`): of the sampled actions, the last tokens of `fake`; 0 on
             padding.
         old (`Tensor` of shape `(batch, actions)`, *optional*): log-probabilities of the actions when they were
@@ -50,13 +51,13 @@ class Batch(NamedTuple):
         return Batch(self.fake.rows(indices), self.real[indices], self.advantages[indices], old)
 
     def trimmed(self) -> "Batch":
-        """The same without the columns at the end that are padding in every sample; of music they are left out."""
+        """The same without the columns at the end that are padding in every sample. Music keeps its own length."""
         prompt = self.fake.ids.shape[1] - self.advantages.shape[1]
         fake = self.fake.trimmed(prompt + 1)  # a prompt may have all the bars that count
         cut = self.fake.ids.shape[1] - fake.ids.shape[1]
         actions = self.advantages.shape[1] - cut
         old = None if self.old is None else self.old[:, :actions]
-        return Batch(fake, self.real[:, : fake.ids.shape[1]], self.advantages[:, :actions], old)
+        return Batch(fake, self.real, self.advantages[:, :actions], old)
 
     def resampled(self) -> "Batch":
         """As many samples, drawn in proportion to the weights that are their advantages, each with the mean weight."""
@@ -131,18 +132,21 @@ class GeneratorLoss:
         return LossTerms(loss, chosen.detach(), measures, counts)
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the model says of samples and of music, each `(batch, time - 1, vocab)`, and the music's labels."""
+        """What the model says of samples and of music, each `(batch, time - 1, vocab)` with their own `time`, and the
+        music's labels."""
         sequences, extra, labels = batch.fake.ids, {}, None
+        lengths = [batch.fake.ids.shape[1], batch.real.shape[1]]
         if self.args.mle_weight:
             music = self.collator.separate(batch.real)
-            sequences, labels = torch.cat([batch.fake.ids, batch.real]), music["labels"]
+            sequences, labels = _stacked(batch.fake.ids, batch.real), music["labels"]
             if "seq_idx" in music and _separates_documents(model):
                 # The sampler's state runs on past a token that begins a piece, in the prompt or drawn. The gradient
                 # needs the probabilities it drew from: a sampled sequence is one document.
-                extra["seq_idx"] = torch.cat([torch.zeros_like(batch.fake.ids), music["seq_idx"]])
+                extra["seq_idx"] = _stacked(torch.zeros_like(batch.fake.ids), music["seq_idx"])
         logits = model(input_ids=sequences, use_cache=False, **extra).logits[:, :-1]
         rows = len(batch.fake.ids)
-        of_fake, of_real = logits.float().split([rows, len(sequences) - rows])
+        parts = logits.float().split([rows, len(sequences) - rows])
+        of_fake, of_real = (part[:, : length - 1] for part, length in zip(parts, lengths, strict=True))
         return (of_fake / self.args.temperature).log_softmax(-1), of_real.log_softmax(-1), labels
 
     def _policy_loss(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -332,6 +336,13 @@ def _separates_documents(model: nn.Module) -> bool:
     inner: Any = getattr(model, "module", model)  # inside the wrapper of distributed training
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return "seq_idx" in inspect.signature(inner.forward).parameters
+
+
+def _stacked(fake: Tensor, real: Tensor) -> Tensor:
+    """Sequences `(n, time)` and `(m, other time)` as `(n + m, longest)`. The shorter ones are filled up on the right,
+    which the tokens before do not see."""
+    longest = max(fake.shape[1], real.shape[1])
+    return torch.cat([F.pad(ids, (0, longest - ids.shape[1])) for ids in (fake, real)])
 
 
 def _chosen(log_probabilities: Tensor, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from midimamba.errors import InputError
 from midimamba.evaluation.judges import (
     Ensemble,
     MusicalJudge,
+    NothingToCompareError,
     TokenJudge,
     auc,
     calibrate,
@@ -50,7 +51,7 @@ class Judges:
         discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
         accelerator (`Accelerator`): the trainer's.
         held_out (`LongTensor` of shape `(n, time)`): music that nothing is trained on.
-        ending (`Ending`): sequences are judged up to their end.
+        ending (`Ending`): sequences are judged up to their end, and without the token that ends them.
         prompt_length (`int`): tokens at the start of every sequence that were given, in which nothing ends.
         processor (`ProcessorMixin`, *optional*): a [`MidiProcessor`], which adds the discriminator of musical
             features.
@@ -74,7 +75,7 @@ class Judges:
     ):
         if not isinstance(processor, MidiProcessor | None):
             raise ValueError(f"a {type(processor).__name__} cannot decode music for a musical discriminator")
-        self.token = TokenJudge(discriminator, ending.pad_token_id)
+        self.token = TokenJudge(discriminator, ending.pad_token_id, ending.eos_token_id)
         self.accelerator = accelerator
         self.ending = ending
         self.prompt_length = prompt_length
@@ -119,35 +120,38 @@ class Judges:
         Calibrate the judges together, on held-out music and on samples that they have not seen.
 
         Judges that do not tell them apart better than chance get a scale of 0: their reward is then the same for all.
+        So do judges for which no sample, or no held-out piece, is music.
 
         Returns:
-            `d_auc` and `d_calibration_error`, on the same music and samples, and `d_refused`, whether it was chance.
+            `d_auc` and `d_calibration_error`, on the same music and samples, and `d_refused`, whether it was refused.
         """
         if self.seen is not None:
             self.learn(*self.seen)
             self.seen = None
         samples = self._rows(self.accelerator.gather(fake.ids))
-        calibrate(self.all, self.held_out, samples)
+        refusal = ""
+        try:
+            calibrate(self.all, self.held_out, samples)
+        except NothingToCompareError as error:
+            refusal = str(error)
         ensemble = Ensemble(self.all)
         real, drawn = ensemble.log_odds(self.held_out), ensemble.log_odds(samples)
         measures = {"d_auc": auc(real, drawn), "d_calibration_error": calibration_error(real, drawn)}
-        refused = measures["d_auc"] <= 0.5 + SIGNIFICANT * chance_deviation(len(real), len(drawn))
-        if refused:
+        if not refusal and measures["d_auc"] <= 0.5 + SIGNIFICANT * chance_deviation(len(real), len(drawn)):
+            refusal = (
+                f"the discriminator does not tell {len(real)} held-out pieces from {len(drawn)} samples better than "
+                f"by chance (AUC {measures['d_auc']:.2f})"
+            )
+        if refusal:
             for judge in self.all:
                 judge.discriminator.calibration.set(0.0, 0.0)
             if self.accelerator.is_main_process:
-                show(
-                    f"nothing is learned in this round: the discriminator does not tell {len(real)} held-out pieces "
-                    f"from {len(drawn)} samples better than by chance (AUC {measures['d_auc']:.2f})",
-                    file=sys.stderr,
-                )
-        return {**measures, "d_refused": float(refused)}
+                show(f"nothing is learned in this round: {refusal}", file=sys.stderr)
+        return {**measures, "d_refused": float(bool(refusal))}
 
-    def musical_log_odds(self, sequences: Sequences) -> Tensor | float:
-        """What the discriminator of musical features adds to the log-odds `(n,)` of sequences; 0 if there is none."""
-        if self.musical is None:
-            return 0.0
-        return self.musical.log_odds(self._rows(sequences.ids)).to(sequences.ids.device, torch.float32)
+    def log_odds(self, sequences: Sequences) -> Tensor:
+        """What all judges together say of sequences: log-odds `(n,)` that they are real, on their device."""
+        return Ensemble(self.all).log_odds(self._rows(sequences.ids)).to(sequences.ids.device, torch.float32)
 
     def save(self, folder: Path) -> None:
         """Add the discriminator of musical features to a checkpoint."""

@@ -1,5 +1,6 @@
 """`--push_to_hub` of the training scripts: one upload at the end, of what users load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -8,7 +9,7 @@ from midimamba.hub_cards.publish import check_target, publish
 from midimamba.training.scripts import announce
 
 
-def take_over_push(args: TrainingArguments, with_discriminator: bool = False) -> bool:
+def take_over_push(args: TrainingArguments, discriminators: Sequence[str] = ()) -> bool:
     """
     Whether to publish when training is done. Call it before a `Trainer` is made.
 
@@ -16,31 +17,32 @@ def take_over_push(args: TrainingArguments, with_discriminator: bool = False) ->
 
     Args:
         args (`TrainingArguments`): `push_to_hub` is turned off.
-        with_discriminator (`bool`, *optional*, defaults to `False`): whether a discriminator is published as well.
+        discriminators (`Sequence[str]`, *optional*): the kinds of those that are published as well, of
+            [`~midimamba.hub_cards.publish.DISCRIMINATORS`].
 
     Raises:
         InputError: if the name is impossible or the token may not write, before hours of training.
     """
     push, args.push_to_hub = bool(args.push_to_hub), False
     if push and args.process_index == 0:
-        check_target(_repository(args), with_discriminator=with_discriminator, token=args.hub_token)
+        check_target(_repository(args), discriminators=discriminators, token=args.hub_token)
     return push
 
 
-def publish_run(args: TrainingArguments, folder: Path, discriminator: Path | None = None) -> None:
+def publish_run(args: TrainingArguments, folder: Path, discriminators: Sequence[Path] = ()) -> None:
     """
     Publish what a run has saved, and say where.
 
     Args:
         args (`TrainingArguments`): of the run; they name the repository.
         folder (`Path`): of the generator.
-        discriminator (`Path`, *optional*): its folder.
+        discriminators (`Sequence[Path]`, *optional*): theirs.
 
     Raises:
         InputError: if the Hub cannot be reached or refuses. The run is saved in any case.
     """
     private = bool(args.hub_private_repo)
-    done = publish(folder, _repository(args), discriminator=discriminator, private=private, token=args.hub_token)
+    done = publish(folder, _repository(args), discriminators=discriminators, private=private, token=args.hub_token)
     for url in done.urls.values():
         announce(f"published {url}")
 

@@ -36,18 +36,19 @@ class Reward:
         kind (`str`): `discriminator`, the probability that a sequence is real; `log-odds`, its logit; or a control,
             `constant`, `random` or `shuffled`.
         discriminator (`MidiDiscriminator`): without the wrappers of distributed training.
-        added (`Callable`, *optional*): what is added to the log-odds of whole [`Sequences`].
+        judges (`Callable`, *optional*): computes the log-odds of whole [`Sequences`] for the kinds `log-odds` and
+            `shuffled`, as they were calibrated; by default the discriminator does.
 
     Attributes:
         control (`Callable`, *optional*): what scores sequences `(n, time)` instead of the discriminator.
     """
 
     def __init__(
-        self, kind: str, discriminator: MidiDiscriminator, added: Callable[[Sequences], Tensor | float] | None = None
+        self, kind: str, discriminator: MidiDiscriminator, judges: Callable[[Sequences], Tensor] | None = None
     ):
         self.kind = kind
         self.discriminator = discriminator
-        self.added = added
+        self.judges = judges
         self.control: Callable[[Tensor], Tensor] | None = None
         if kind == "constant":
             self.control = lambda sequences: torch.ones(len(sequences), device=sequences.device)
@@ -73,9 +74,10 @@ class Reward:
 
     def of_whole(self, sequences: Sequences, rows_at_once: int) -> Tensor:
         """Rewards `(batch,)` of whole sequences; for `shuffled`, dealt out among them."""
-        scores = self._scores(sequences, rows_at_once)
-        if self.control is None and self.added is not None:
-            scores = scores + self.added(sequences)
+        if self.judges is not None and self.kind in ("log-odds", "shuffled"):
+            scores = self.judges(sequences)
+        else:
+            scores = self._scores(sequences, rows_at_once)
         rewards = self.of_scores(scores)
         if self.kind == "shuffled":
             rewards = rewards[torch.randperm(len(rewards)).to(rewards.device)]

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 from datasets import DatasetDict
@@ -59,7 +59,10 @@ class RecipeParser(TrlParser):
         kinds: list[Any] = list(dataclass_types)  # TRL has a name of its own for their type
         super().__init__(kinds, usage=usage, formatter_class=layout, **kwargs)
         fields = {kind: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
-        optional = {field.name for kind in fields for field in dataclasses.fields(kind) if "None" in str(field.type)}
+        # Not by the types of the fields: the parser takes the `None` out of them.
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+        optional.discard("report_to")  # whose "none" is a value of its own
         for action in self._actions:
             if action.dest in optional and action.type is not None:
                 action.type = functools.partial(_value_or_none, action.type)
@@ -72,6 +75,14 @@ class RecipeParser(TrlParser):
         self._optionals._group_actions = [action for action in self._actions if action.dest not in placed]
         self._optionals.title = "options of Trainer"
         self._action_groups.append(self._action_groups.pop(self._action_groups.index(self._optionals)))
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse's. A list of which only `none` was given is unset."""
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(namespace).items():
+            if value == [None]:
+                setattr(namespace, name, None)
+        return namespace, rest
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see --help")
@@ -267,8 +278,6 @@ def load_discriminator(
             checkpoint of that name.
     """
     if arguments.discriminator == "generator":
-        if arguments.d_spectral_norm:
-            raise InputError("d_spectral_norm would change what the generator has learned: use cnn or mamba with it")
         if not isinstance(generator, MidiMambaForCausalLM):
             raise InputError(f"a discriminator cannot start as a {type(generator).__name__}: use cnn or mamba")
         try:

@@ -67,7 +67,7 @@ COMMANDS = {
     ),
     "publish": Command(
         (PublishOptions,),
-        "Upload to the Hub a generator with its tokenizer, card and discriminator; or a corpus, as a data set.",
+        "Upload to the Hub a generator with its tokenizer, card and discriminators; or a corpus, as a data set.",
         "midimamba publish runs/demo/generator --repo you/bach --discriminator runs/demo/generator-discriminator",
     ),
     "info": Command((), "Show versions, device and scan backend.", "midimamba info"),

@@ -351,8 +351,15 @@ class PublishOptions:
     folder: Path = field(
         metadata={"positional": True, "help": "of a generator, or of a corpus made by `midimamba tokenize`"}
     )
-    repo: str = field(metadata={"help": "repository, as owner/name; the discriminator's is <repo>-discriminator"})
-    discriminator: Path | None = field(default=None, metadata={"help": "folder of the generator's discriminator"})
+    repo: str = field(metadata={"help": "repository of the generator or corpus, as owner/name"})
+    discriminator: Sequence[Path] = field(
+        default=(),
+        metadata={
+            "metavar": "DIR",
+            "help": "folders of the generator's discriminators, at most one of each kind: that of tokens goes to "
+            "<repo>-discriminator, that of musical features to <repo>-musical-discriminator",
+        },
+    )
     report: Path | None = field(
         default=None,
         metadata={

@@ -22,7 +22,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
 from midimamba.text import show
-from midimamba.tokenization.sampling_limits import PICKS
+from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
 
 
 def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
@@ -95,7 +95,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
     model, processor = load_pair(options.model)
     request = {"prompt": options.prompt, "controls": controls}
     try:
-        chosen = _sample(model, processor, options.discriminator, sampling, request)
+        chosen = _sample(model, processor, options, sampling, request)
     except MidiRefusedError as error:
         raise InputError(f"{options.prompt} cannot be continued: {error}") from error
     write(out, {f"sample-{index:02d}": score for index, score in enumerate(chosen.scores)})
@@ -110,7 +110,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
         )
     line = f"{len(chosen.scores)} pieces in {out}"
     if options.discriminator:
-        draws = len(chosen.unused[0]) + 1
+        draws = sampling.best_of or BEST_OF
         line += f", each one of {draws} draws; effective sample size {chosen.effective_sample_size:.1f} of {draws}"
     show(line)
 
@@ -130,18 +130,19 @@ def _check_choosing(options: GenerateOptions, sampling: SamplingOptions, out: Pa
 
 
 def _sample(
-    model: Any, processor: Any, discriminators: Sequence[str], sampling: SamplingOptions, request: dict[str, Any]
+    model: Any, processor: Any, options: GenerateOptions, sampling: SamplingOptions, request: dict[str, Any]
 ) -> Any:
     """The pieces, chosen by discriminators if there are any, as [`~midimamba.generation.Chosen`]."""
     from midimamba.generation import Chosen, choose_scores, generate_scores
 
-    if not discriminators:
+    if not options.discriminator:
         return Chosen(generate_scores(model, processor, sampling, **request), [], 1.0)
     from midimamba.evaluation.judges import load_judges
     from midimamba.modeling.judging import Ensemble
 
-    judge = Ensemble(load_judges(discriminators, processor))
-    return choose_scores(model, processor, judge, sampling, **request)
+    judge = Ensemble(load_judges(options.discriminator, processor))
+    keep = options.keep_unused is not None
+    return choose_scores(model, processor, judge, sampling, keep_unused=keep, **request)
 
 
 def _writer(options: GenerateOptions) -> Callable[[Path, dict[str, Any]], None]:
@@ -266,7 +267,7 @@ def publish(options: PublishOptions) -> None:
     done = publish_run(
         options.folder,
         options.repo,
-        discriminator=options.discriminator,
+        discriminators=options.discriminator,
         report=options.report,
         license=options.license,
         private=options.private,

@@ -15,8 +15,8 @@ from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.evaluation.samples import Samples, decode_all
 from midimamba.loading import load_processor
-from midimamba.modeling.judging import Judge
-from midimamba.modeling.resampling import choose, effective_sample_size, music_of
+from midimamba.modeling.judging import Judge, music_of
+from midimamba.modeling.resampling import choose, effective_sample_size
 from midimamba.tokenization.composing import Composed, seeded
 from midimamba.tokenization.processor import Midi
 from midimamba.tokenization.sampling_limits import BEST_OF, complete_sampling
@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
 
     Args:
         scores (`list[symusic.Score]`): one of each group of draws.
-        unused (`list[list[symusic.Score]]`): the other draws of each group.
+        unused (`list[list[symusic.Score]]`): the other draws of each group, if they are kept; else empty.
         effective_sample_size (`float`): the mean over the groups; 1 if one draw of each has all the weight, and the
             number of draws if the judge finds no difference. See
             [`~midimamba.modeling.resampling.effective_sample_size`].
@@ -104,7 +104,7 @@ def generate_scores(
         controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
             `{"key": "C-major"}`; `processor.controls` has the names and their values.
         judge ([`~midimamba.modeling.judging.Judge`], *optional*): chooses one of every `options.best_of` draws, by
-            default of 8; see [`choose_scores`], which returns the others as well.
+            default of 8; see [`choose_scores`], which can return the others as well.
 
     Returns:
         `list[symusic.Score]` of length `options.num`.
@@ -132,6 +132,7 @@ def choose_scores(
     *,
     prompt: Midi | None = None,
     controls: Mapping[str, str | Sequence[str]] | None = None,
+    keep_unused: bool = False,
 ) -> Chosen:
     """
     Sample `options.best_of` pieces for each wanted one, and let a judge choose: importance resampling.
@@ -142,6 +143,8 @@ def choose_scores(
         judge ([`~midimamba.modeling.judging.Judge`]): such as
             `Ensemble(load_judges(["you/bach-discriminator"], processor))` of [`~midimamba.evaluation.judges`].
         model, processor, options, prompt, controls: as for [`generate_scores`].
+        keep_unused (`bool`, *optional*, defaults to `False`): whether to decode and return the draws that were not
+            chosen.
 
     Raises:
         MidiRefusedError, InputError: as [`generate_scores`]; also if the judge computes NaN.
@@ -156,10 +159,15 @@ def choose_scores(
         places = choose(log_odds, options.pick, options.seed).tolist()
     except ValueError as error:
         raise InputError(str(error)) from error
-    scores = [processor.continue_score(prompt, ids) for ids in draws]
-    groups = [scores[start : start + log_odds.shape[1]] for start in range(0, len(scores), log_odds.shape[1])]
+    size = log_odds.shape[1]
+    groups = [draws[start : start + size] for start in range(0, len(draws), size)]
     chosen = [group.pop(place) for group, place in zip(groups, places, strict=True)]
-    return Chosen(chosen, groups, float(effective_sample_size(log_odds).mean()))
+
+    def decode(sequences: Sequence[Tensor]) -> list[ScoreTick]:
+        return [processor.continue_score(prompt, ids) for ids in sequences]
+
+    unused = [decode(group) for group in groups] if keep_unused else []
+    return Chosen(decode(chosen), unused, float(effective_sample_size(log_odds).mean()))
 
 
 def generate_samples(model: MidiMambaForCausalLM, processor: MidiProcessor, options: SamplingOptions) -> Samples:

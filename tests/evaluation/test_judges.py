@@ -252,7 +252,9 @@ def test_a_token_judge_reads_sequences_of_any_length_without_their_padding() -> 
         discriminator = make_discriminator(kind)
         sequences = [[1, 5, 3], [2] * 9, [4, 4, 1, 6, 8, 8, 3, 2]]
         expected = [discriminator(torch.tensor([row])).logits.item() for row in sequences]
-        found = TokenJudge(discriminator, 0).log_odds([[*row, 0, 0] if len(row) == 3 else row for row in sequences])
+        found = TokenJudge(discriminator, 0, None).log_odds(
+            [[*row, 0, 0] if len(row) == 3 else row for row in sequences]
+        )
         torch.testing.assert_close(found, torch.tensor(expected).double(), atol=1e-5, rtol=0)
 
 

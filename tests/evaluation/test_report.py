@@ -20,6 +20,7 @@ from midimamba.evaluation.features import measure, opening
 from midimamba.evaluation.judges import Ensemble, fit_musical, load_judges
 from midimamba.evaluation.report import main, write_report
 from midimamba.evaluation.report_page import MUSIC, Report
+from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.training.adversarial_config import AdversarialConfig
 from support import make_discriminator, make_generator, make_score
 
@@ -191,8 +192,11 @@ def test_discriminators_judge_whole_pieces_and_two_of_them_together(finished_run
     )
     judges = load_judges([run / "generator-discriminator", run / "generator-musical-discriminator"], processor)
     both = [Ensemble(judges).log_odds(rows) for rows in (test, train)]
-    assert together["after"]["accuracy_real"] == float((both[0] > 0).double().mean())
-    assert alone["after"]["accuracy_real"] == float((judges[0].log_odds(test) > 0).double().mean())
+    assert together["after"]["both-discriminators"]["accuracy_real"] == float((both[0] > 0).double().mean())
+    for report in (alone, together):
+        assert report["after"]["accuracy_real"] == float((judges[0].log_odds(test) > 0).double().mean())
+    heard = float((judges[1].log_odds(test) > 0).double().mean())
+    assert together["after"]["musical-discriminator"]["accuracy_real"] == heard
     known = together["real"]["judged_real_in_training"]
     assert len(test) == 1
     assert known in (both[1] > 0).double().tolist()  # as many pieces as are held out
@@ -200,5 +204,12 @@ def test_discriminators_judge_whole_pieces_and_two_of_them_together(finished_run
         for phase in ("before", "after"):
             assert 0 <= report[phase]["auc"] <= 1
     page = (run / "report.md").read_text()
-    assert "| discriminator AUC |" in page
-    assert f"it judges {known:.0%} to be real" in page
+    assert "| two together: AUC |" in page
+    assert f"of the training split, {known:.0%} are judged to be real" in page
+    # The card of the musical one says what is measured of it, and one whose figures are missing is refused.
+    evaluation = read_evaluation(run / "report.json")
+    assert evaluation.of_discriminators["musical-discriminator"] == together["after"]["musical-discriminator"]
+    del together["before"]["musical-discriminator"]
+    (run / "report.json").write_text(json.dumps(together))
+    with pytest.raises(InputError, match="without 'musical-discriminator'"):
+        read_evaluation(run / "report.json")

@@ -27,7 +27,7 @@ from midimamba.hub_cards.publish import publish
 
 run = Path(sys.argv[1])
 discriminator = run / "generator-discriminator"
-urls = publish(run / "generator", "bach", discriminator=discriminator, report=run / "report.json", private=True)
+urls = publish(run / "generator", "bach", discriminators=[discriminator], report=run / "report.json", private=True)
 print(json.dumps(urls.urls))
 """
 
@@ -252,7 +252,7 @@ def test_a_folder_that_is_not_a_generator_is_refused_before_anything_is_sent(
     with pytest.raises(InputError, match="a checkpoint to publish"):
         publish(tmp_path, "you/bach")
     with pytest.raises(InputError, match="a checkpoint to publish"):
-        publish(run / "generator", "you/bach", discriminator=tmp_path / "nowhere")
+        publish(run / "generator", "you/bach", discriminators=[tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}"])

@@ -310,7 +310,7 @@ def test_sizes_have_the_names_of_the_hub(rows: int, name: str) -> None:
 
 def test_options_of_generators_are_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--discriminator"):
-        publish(corpus, "you/data", discriminator=tmp_path)
+        publish(corpus, "you/data", discriminators=[tmp_path])
     with pytest.raises(InputError, match="--report"):
         publish(corpus, "you/data", report=tmp_path)
 

@@ -52,7 +52,8 @@ def run(release: Path, tmp_path: Path) -> Path:
 
 
 def send(run: Path, **options: Any) -> dict[str, str]:
-    options = {"discriminator": run / "judge", "report": run / "report.json"} | options
+    given: dict[str, Any] = {"discriminators": [run / "judge"], "report": run / "report.json"}
+    options = given | options
     return publish(run / "model", "bach", **options).urls
 
 
@@ -133,7 +134,7 @@ def test_an_impossible_licence_creates_nothing(license: str, online: FakeHub, ru
 @pytest.mark.parametrize("name", ["", "a/b/c", "a--b", "../x", "x" * 97, "x" * 90, "a b", "<b>", "x.git", "\u202e"])
 def test_an_impossible_name_creates_nothing(name: str, online: FakeHub, run: Path) -> None:
     with pytest.raises(InputError, match="cannot be the name of a repository"):
-        publish(run / "model", name, discriminator=run / "judge")  # whose name is 14 characters longer
+        publish(run / "model", name, discriminators=[run / "judge"])  # whose name is 14 characters longer
     assert not online.created
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from midimamba.modeling import resampling
-from midimamba.modeling.resampling import choose, effective_sample_size, music_of
+from midimamba.modeling.resampling import choose, effective_sample_size
 from midimamba.tokenization.sampling_limits import PICKS
 
 
@@ -69,9 +69,3 @@ def test_effective_sample_size_counts_draws_of_equal_weight() -> None:
     weights = log_odds.exp()
     assert effective_sample_size(log_odds).item() == pytest.approx(float(weights.sum() ** 2 / (weights**2).sum()))
     assert effective_sample_size(log_odds + 500).item() == pytest.approx(effective_sample_size(log_odds).item())
-
-
-def test_a_judge_is_given_the_music_without_padding_and_end() -> None:
-    assert music_of(torch.tensor([0, 0, 1, 5, 0, 6, 2, 0]), 0, 2) == [1, 5, 0, 6]
-    assert music_of(torch.tensor([1, 5, 2, 2]), 2, 2) == [1, 5]
-    assert music_of(torch.tensor([1, 5]), None, None) == [1, 5]

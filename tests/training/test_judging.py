@@ -40,20 +40,35 @@ def whole(ids: Tensor, ending: Ending = ENDING, prompt: int = 1) -> Sequences:
 @pytest.mark.parametrize("kind", ["cnn", "mamba"])
 @pytest.mark.parametrize("prompt", [1, 4])
 @pytest.mark.parametrize("bars", [None, 2])
-def test_what_is_calibrated_is_what_rewards(kind: str, prompt: int, bars: int | None) -> None:
-    """The same sequences, up to the same ends: those in prompts end nothing, and bars end for both."""
-    ending = Ending(2, 0, bars, (7, 8))
+@pytest.mark.parametrize("padding", [0, 2], ids=["padding", "ends as padding"])
+def test_what_is_calibrated_is_what_rewards(kind: str, prompt: int, bars: int | None, padding: int) -> None:
+    """The same music, up to its end and without it. Ends in prompts end nothing, and bars end for both."""
+    ending = Ending(2, padding, bars, (7, 8))
     ids = music(1, 11)
+    ids[:, 0] = 3  # nothing ends or pads at once
     assert (ids[:, 1:4] == 2).any()
-    judges = judges_of(make_discriminator(kind), ids, ending, prompt)
-    reward = Reward("log-odds", judges.token.discriminator, judges.musical_log_odds)
-    expected = reward.of_whole(whole(ids, ending, prompt), 16).double()
-    judged = Ensemble(judges.all).log_odds(judges.held_out)
-    torch.testing.assert_close(judged, expected, atol=1e-5, rtol=1e-4)
-    # And after calibration still.
-    judges.calibrate(whole(music(3, 9, seed=3), ending, prompt))
-    expected = reward.of_whole(whole(ids, ending, prompt), 16).double()
-    torch.testing.assert_close(Ensemble(judges.all).log_odds(judges.held_out), expected, atol=1e-5, rtol=1e-4)
+    discriminator = make_discriminator(kind)
+    heard = []
+    for row in ids.tolist():
+        ends = [place for place, token in enumerate(row) if token == 2 and place >= prompt] + [len(row)]
+        begun = [place for place, token in enumerate(row) if token in (7, 8)] if bars else []
+        row = row[: min(ends[0], *begun[bars : bars + 1] if bars else begun, len(row))]
+        while row[-1] == 2:  # a prompt may end in ends
+            row = row[:-1]
+        heard.append(row)
+    assert len({len(row) for row in heard}) > 2
+    judges = judges_of(discriminator, ids, ending, prompt)
+    for _ in range(2):  # before and after calibration
+        with torch.no_grad():
+            expected = torch.cat([discriminator(torch.tensor([row])).logits[:, 0] for row in heard])
+        for kind_of_reward in ("log-odds", "shuffled"):
+            found = Reward(kind_of_reward, discriminator, judges.log_odds).of_whole(whole(ids, ending, prompt), 16)
+            if kind_of_reward == "shuffled":
+                expected, found = expected.sort().values, found.sort().values
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        found = Ensemble(judges.all).log_odds(judges.held_out).float()
+        torch.testing.assert_close(found.sort().values, expected, atol=1e-5, rtol=1e-4)
+        judges.calibrate(whole(music(3, 9, seed=3), ending, prompt))
 
 
 def test_a_judge_that_is_wrong_gets_scale_zero_and_rewards_all_alike() -> None:
@@ -68,7 +83,7 @@ def test_a_judge_that_is_wrong_gets_scale_zero_and_rewards_all_alike() -> None:
     assert discriminator.calibration.scale.item() == 0
     assert measures["d_auc"] == 0.5
     assert float(measures["d_calibration_error"]) == pytest.approx(0, abs=0.02)
-    reward = Reward("log-odds", discriminator, judges.musical_log_odds)
+    reward = Reward("log-odds", discriminator, judges.log_odds)
     rewards = reward.of_whole(whole(samples), 64)
     assert (rewards == rewards[0]).all()
     # It may learn again: nothing would pass through a scale of zero.
@@ -120,11 +135,11 @@ def test_a_judge_that_tells_them_apart_is_trusted_as_far_as_it_is_right() -> Non
 def test_shuffled_rewards_are_the_log_odds_dealt_out(count: int, seed: int) -> None:
     discriminator = DISCRIMINATOR
     ids = music(3, 11, count, seed)
-    added = torch.linspace(0, 1, count)
-    kinds = (Reward(kind, discriminator, lambda _: added) for kind in ("log-odds", "shuffled"))
+    judged = discriminator(ids).logits[:, 0].detach() + torch.linspace(0, 1, count)
+    kinds = (Reward(kind, discriminator, lambda _: judged) for kind in ("log-odds", "shuffled"))
     plain, shuffled = (reward.of_whole(whole(ids), 8) for reward in kinds)
     torch.testing.assert_close(shuffled.sort().values, plain.sort().values)
-    torch.testing.assert_close(plain, discriminator(ids).logits[:, 0].detach() + added, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(plain, judged)
 
 
 def test_shuffled_rewards_are_dealt_out_anew_in_every_round() -> None:
@@ -214,23 +229,24 @@ def test_a_musical_judge_is_fitted_calibrated_added_saved_and_loaded(
     judges = musical_judges(processor, real[8:])
     judges.save(tmp_path)
     assert not list(tmp_path.iterdir())  # there is none yet
-    assert judges.musical_log_odds(whole(real, ending)) == 0
+    tokens_alone = judges.token.log_odds(judges._rows(real)).float()
+    torch.testing.assert_close(judges.log_odds(whole(real, ending)), tokens_alone)
     judges.learn(real[:8], fake[:8])
     measures = judges.calibrate(whole(fake[8:], ending))
     assert measures["d_auc"] == 1.0
     assert judges.musical is not None
-    reward = Reward("log-odds", judges.token.discriminator, judges.musical_log_odds)
+    reward = Reward("log-odds", judges.token.discriminator, judges.log_odds)
     ids = torch.cat([real[8:], fake[8:]])
     rewards = reward.of_whole(whole(ids, ending), 4)
     assert rewards.dtype == torch.float32
-    expected = Ensemble(judges.all).log_odds(judges._rows(ids)).float()
+    rows = judges._rows(ids)
+    expected = (judges.token.log_odds(rows) + judges.musical.log_odds(rows)).float()
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-4)
     assert rewards[:4].min() > rewards[4:].max()
     judges.save(tmp_path)
     other = musical_judges(processor, real[8:])
     other.load(tmp_path)
     assert other.musical is not None
-    rows = judges._rows(ids)
     assert torch.equal(other.musical.log_odds(rows), judges.musical.log_odds(rows))
 
 
@@ -247,6 +263,41 @@ def test_too_few_samples_that_are_music_are_one_clear_line_or_leave_the_judge_as
     fitted = judges.musical
     judges.learn(real[:8], silent[:8])
     assert judges.musical is fitted
+
+
+@pytest.mark.parametrize("silent", ["samples", "held-out music", "both"])
+def test_a_round_in_which_nothing_is_music_is_refused_and_does_not_end_the_run(
+    silent: str, processor: MidiProcessor, pieces: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, fake = pieces
+    nothing = torch.full_like(fake, processor.eos_token_id)
+    nothing[:, 0] = processor.bos_token_id
+    held_out, samples = (
+        nothing if silent in (kind, "both") else ids for kind, ids in (("held-out music", real), ("samples", fake))
+    )
+    ending = Ending(processor.eos_token_id, processor.pad_token_id)
+    judges = musical_judges(processor, held_out)
+    judges.seen = real[:8], fake[:8]
+    measures = judges.calibrate(whole(samples, ending))
+    assert measures["d_refused"] == 1.0
+    what = "samples" if silent == "samples" else "pieces of real music"
+    assert capsys.readouterr().err.splitlines() == [
+        f"nothing is learned in this round: none of 12 {what} is music, so there is nothing to compare"
+    ]
+    assert judges.musical is not None
+    for judge in judges.all:
+        assert judge.discriminator.calibration.scale.item() == 0
+    rewards = judges.log_odds(whole(samples, ending))
+    assert (rewards == rewards[0]).all()
+    # The next round is judged as ever.
+    judges.forget_calibration()
+    judges.held_out = judges._rows(real[8:])
+    judges.seen = real[:8], fake[:8]
+    assert judges.calibrate(whole(fake[8:], ending)) | {"d_calibration_error": 0} == {
+        "d_auc": 1.0,
+        "d_calibration_error": 0,
+        "d_refused": 0.0,
+    }
 
 
 def test_another_processor_cannot_serve_a_musical_judge() -> None:

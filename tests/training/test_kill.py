@@ -6,7 +6,6 @@ To kill each script at N moments: `python tests/training/test_kill.py N`.
 import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from midimamba import MidiProcessor
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
-from support import make_generator, make_score
+from support import make_generator, make_score, teach
 
 Moment = tuple[str, int, bool]
 """A function, its how-manieth call, and whether the process is killed before it or in its middle, or after it."""
@@ -152,25 +151,6 @@ def finish(script: str, data: Path, model: Path, folder: Path, moment: Moment | 
     last.join(120)
     assert last.exitcode == 0, moment
     return contents(folder)
-
-
-def teach(model: Path, data: Path, folder: Path) -> Path:
-    """A copy of a generator that has learned to write notes: judges of musical features need some to hear."""
-    import torch
-    from datasets import load_from_disk
-
-    from midimamba import MidiMambaForCausalLM
-
-    shutil.copytree(model, folder)
-    generator = MidiMambaForCausalLM.from_pretrained(model).train()
-    ids = torch.tensor([piece[:64] for piece in load_from_disk(str(data))["train"]["input_ids"]])
-    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        generator(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    generator.save_pretrained(folder)
-    return folder
 
 
 def spread(counts: Path, number: int) -> list[Moment]:

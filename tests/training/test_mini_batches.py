@@ -1,5 +1,6 @@
 """Several optimizer steps in a round: against loops written by hand, and what is held out stays unseen."""
 
+import copy
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_parts_lose_only_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     batch = Batch(fake, batch.real, batch.advantages * mask[:, PROMPT:])
     trainer.generator_update(trainer.model, trainer.optimizer, batch)
     assert [part.fake.ids.shape[1] for part in seen] == [int(part.fake.mask.sum(1).max()) for part in seen]
-    assert all(part.real.shape[1] == part.fake.ids.shape[1] for part in seen)
+    assert all(part.real.shape[1] == LENGTH for part in seen)  # music keeps its length
     assert all(part.advantages.shape[1] == part.fake.ids.shape[1] - PROMPT for part in seen)
     policy = make_generator()
     wide = batch.rows(slice(0, 2))
@@ -154,6 +155,35 @@ def test_parts_lose_only_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert wide.trimmed().fake.ids.shape[1] == 4
     for whole, cut in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, cut, atol=1e-6, rtol=1e-4)
+
+
+def test_music_of_a_part_keeps_its_length_beside_short_samples(tmp_path: Path) -> None:
+    """Its likelihood is that of the whole blocks, and the samples are learned from as without the music."""
+    policy = make_generator()
+    batch = make_batch()
+    mask = torch.zeros_like(batch.fake.mask)
+    mask[:, :4] = 1
+    fake = Sequences(batch.fake.ids.masked_fill(mask == 0, 0), mask)
+    batch = Batch(fake, batch.real, batch.advantages * mask[:, PROMPT:])
+    trimmed = batch.trimmed()
+    assert trimmed.fake.ids.shape[1] == 4
+    both, alone = (prepared(tmp_path, ppo_clip=0.2, mle_weight=weight).generator_loss for weight in (0.5, 0.0))
+    terms = both(policy, trimmed)
+    labels = both.collator.separate(batch.real)["labels"]
+    count = int((labels[:, 1:] != -100).sum())
+    # `GeneratorLoss` sums over time and averages over blocks; `labels` average over tokens.
+    separated = both.collator.separate(batch.real)
+    likelihood = policy(**separated).loss * count / COUNT
+    assert int(terms.counts["mle_loss"]) == count
+    torch.testing.assert_close(terms.loss, alone(policy, trimmed).loss + 0.5 * likelihood, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(terms.log_probabilities, alone(policy, trimmed).log_probabilities)
+    torch.testing.assert_close(terms.loss, both(policy, batch).loss, atol=1e-5, rtol=1e-5)
+    # Shorter music as well.
+    short = trimmed._replace(real=batch.real[:, :3])
+    expected = alone(policy, trimmed).loss + 0.5 * policy(**both.collator.separate(short.real)).loss * (
+        int((both.collator.separate(short.real)["labels"][:, 1:] != -100).sum()) / COUNT
+    )
+    torch.testing.assert_close(both(policy, short).loss, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_that_has_all_the_bars_teaches_nothing_and_breaks_nothing(tmp_path: Path) -> None:
@@ -274,6 +304,34 @@ def test_a_pass_that_makes_it_worse_is_undone_and_the_last(tmp_path: Path, monke
     assert len(seen) == 4  # a single pass
     assert float(measures["d_loss_held_out"]) == pytest.approx(loss, abs=1e-5)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(update).items())
+    assert not update.optimizer.state_dict()["state"]  # as before the first step
+
+
+def test_what_is_undone_leaves_no_trace_in_the_optimizer(tmp_path: Path) -> None:
+    """It goes on as one that was stopped before the pass that made it worse."""
+    held_out, real, fake = music(8, 5), music(), samples()
+    undone, stopped = (make_update(tmp_path, held_out, d_epochs=epochs) for epochs in (2, 1))
+    for update in (undone, stopped):  # a pass that helps
+        torch.manual_seed(2)
+        update(real, fake)
+        if update is undone:
+            assert {int(moments["step"]) for moments in update.optimizer.state_dict()["state"].values()} == {8}
+    moments = copy.deepcopy(undone.optimizer.state_dict()["state"])
+    weights = state(undone)
+    undone.held_out = samples(8, 7)  # from now on, whatever is learned makes it worse
+    undone.optimizer.param_groups[0]["lr"] = 0.1
+    undone(real, fake)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state(undone).items())
+    after = undone.optimizer.state_dict()["state"]
+    assert after.keys() == moments.keys()
+    for key, expected in moments.items():
+        assert expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(after[key][name], tensor) for name, tensor in expected.items())
+    # And it can learn on.
+    undone.held_out = held_out
+    undone.optimizer.param_groups[0]["lr"] = 1e-3
+    undone(real, fake)
+    assert int(undone.optimizer.state_dict()["state"][0]["step"]) > int(moments[0]["step"])
 
 
 def test_the_best_weights_are_those_before_the_first_pass_that_is_worse(tmp_path: Path) -> None:

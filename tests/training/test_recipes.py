@@ -1,6 +1,7 @@
 """The two named recipes: the paper has no stabiliser on, the stable one has them all, and both train."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments
 
 from midimamba.corpus.augmentation import Augmentation
+from midimamba.errors import InputError
 from midimamba.training.adversarial import AdversarialArguments
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.lora import LoraArguments
+from midimamba.training.pretrain import PretrainArguments
+from midimamba.training.scripts import RecipeParser
 from support import make_discriminator, make_generator
 from trainer_support import moved, parameters
 
@@ -71,9 +76,46 @@ def test_the_stable_recipe_is_the_defaults(tmp_path: Path) -> None:
             assert getattr(stable, option.name) == getattr(defaults, option.name), option.name
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*-adversarial.yaml")), ids=lambda file: file.stem)
-def test_recipes_hold_only_known_options(file: Path, tmp_path: Path) -> None:
-    read(file.stem.removesuffix("-adversarial"), tmp_path)
+def parse(file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """All options of a recipe, as its script reads it."""
+    of_script = AdversarialArguments if file.stem.endswith("-adversarial") else PretrainArguments
+    trainer = AdversarialConfig if of_script is AdversarialArguments else TrainingArguments
+    monkeypatch.setattr(sys, "argv", ["script.py", "--config", str(file), "--use_cpu", "true"])
+    parts = RecipeParser((of_script, LoraArguments, Augmentation, trainer)).parse_recipe()
+    return {name: value for part in parts for name, value in vars(part).items()}
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_recipe_sets_its_options_to_its_values_and_may_hold_no_other(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parse(file, monkeypatch)
+    recipe = yaml.safe_load(file.read_text())
+    assert {name: options[name] for name in recipe} == recipe
+    (tmp_path / file.name).write_text(file.read_text() + "\nlearning_rat: 1.0\n")
+    with pytest.raises(InputError, match="learning_rat"):
+        parse(tmp_path / file.name, monkeypatch)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_recipe_sets_can_be_unset(times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list and a number; also by a second parser: making one must not change what the next one reads."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\ndata: d\noutput_dir: o\nreport_to: none\nd_lookback_bars: [1, 2]\nd_max_accuracy: 0.9\n"
+        "discriminator: mamba\n"
+    )
+    line = ["--config", str(recipe), "--use_cpu", "true"]
+    monkeypatch.setattr(
+        sys, "argv", ["adversarial.py", *line, "--d_lookback_bars", "none", "--d_max_accuracy", "none"]
+    )
+    for _ in range(times):
+        arguments, config = RecipeParser((AdversarialArguments, AdversarialConfig)).parse_args_and_config(
+            fail_with_unknown_args=False, return_remaining_strings=True
+        )[:2]
+    assert arguments.d_lookback_bars is None
+    assert config.d_max_accuracy is None
+    assert config.report_to == []  # "none" is a value of its own there
 
 
 def test_an_option_is_a_stabiliser_or_not(tmp_path: Path) -> None:
