@@ -23,11 +23,11 @@ class TokenJudge:
 
     Args:
         discriminator (`MidiDiscriminator`): in any mode, which stays as it is.
-        pad_token_id (`int`), eos_token_id (`int`, *optional*): those of the generator. The discriminator is given
-            what [`music_of`] leaves of a sequence.
+        pad_token_id (`int`, *optional*), eos_token_id (`int`, *optional*): those of the generator. The discriminator
+            is given what [`music_of`] leaves of a sequence.
     """
 
-    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int, eos_token_id: int | None):
+    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int | None, eos_token_id: int | None):
         self.discriminator = discriminator
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
@@ -35,7 +35,7 @@ class TokenJudge:
     def log_odds(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Log-odds `(n,)` of `n` sequences, in float64 on the CPU."""
         rows = [music_of(sequence, self.pad_token_id, self.eos_token_id) for sequence in sequences]
-        return score_sequences(self.discriminator, rows, self.pad_token_id).double().cpu()
+        return score_sequences(self.discriminator, rows, self.pad_token_id or 0).double().cpu()
 
 
 class Ensemble:

@@ -75,7 +75,9 @@ class Judges:
     ):
         if not isinstance(processor, MidiProcessor | None):
             raise ValueError(f"a {type(processor).__name__} cannot decode music for a musical discriminator")
-        self.token = TokenJudge(discriminator, ending.pad_token_id, ending.eos_token_id)
+        # Where nothing ends, nothing is padding, and every token is music.
+        padding = None if ending.eos_token_id is None else ending.pad_token_id
+        self.token = TokenJudge(discriminator, padding, ending.eos_token_id)
         self.accelerator = accelerator
         self.ending = ending
         self.prompt_length = prompt_length
