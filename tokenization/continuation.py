@@ -18,6 +18,8 @@ from .voices import limit_voices
 
 # The largest time division that MIDI can write.
 _MAX_DIVISION = 2**15 - 1
+# With this many ticks to the finest position of the tokenizer, new notes are at most a quarter of one off.
+_FINE_ENOUGH = 2
 
 _MELODIC_CHANNELS = 15  # symusic gives them to the tracks in turn
 
@@ -33,8 +35,8 @@ def add_continuation(
 ) -> ScoreTick:
     """Add to a prompt what was sampled after it.
 
-    Nothing of the prompt changes, except that its time division may be multiplied, that its tracks go on, and that a
-    sustain pedal it leaves pressed is lifted where it ends. New notes of an instrument go to the prompt's first track
+    Nothing of the prompt changes, ticks included, except that its tracks go on, that a sustain pedal it leaves pressed
+    is lifted where it ends, and that a time division too coarse for new notes is multiplied. New notes of an instrument go to the prompt's first track
     of its program; a new instrument gets a track of its own. While a note of the prompt sounds, new notes of its
     pitch and program are left out: they would end it. New notes end early where more than `voices` would sound; see
     [`~midimamba.tokenization.voices.limit_voices`].
@@ -53,10 +55,8 @@ def add_continuation(
     """
     new = _difference(continued, encoded)
     settle_notes(tokenizer, new)
-    division = lcm(prompt.ticks_per_quarter, continued.ticks_per_quarter)
-    if division > _MAX_DIVISION:
-        division = prompt.ticks_per_quarter
-    score = prompt.resample(division)  # by a whole number, so exactly
+    score = in_fine_division(prompt, continued.ticks_per_quarter)
+    division = score.ticks_per_quarter
     end = score.end()
     _lift_pedals(score, end)
     new = new.resample(division, min_dur=1)
@@ -68,6 +68,18 @@ def add_continuation(
     if tokenizer.config.use_time_signatures:
         _add_meters(score, encoded, continued)
     return score
+
+
+def in_fine_division(score: ScoreTick, needed: int) -> ScoreTick:
+    """A copy of a score to which notes of another time division can be added.
+
+    The times stay as they are if a quarter note has at least twice as many ticks as `needed`. Otherwise they are
+    multiplied by a whole number, so that both fit, as far as MIDI can write such a division.
+    """
+    division = score.ticks_per_quarter
+    if division < _FINE_ENOUGH * needed and (common := lcm(division, needed)) <= _MAX_DIVISION:
+        division = common
+    return score.resample(division)
 
 
 def _key(track: Track) -> _Key:
