@@ -36,10 +36,10 @@ def add_continuation(
     """Add to a prompt what was sampled after it.
 
     Nothing of the prompt changes, ticks included, except that its tracks go on, that a sustain pedal it leaves pressed
-    is lifted where it ends, and that a time division too coarse for new notes is multiplied. New notes of an instrument go to the prompt's first track
-    of its program; a new instrument gets a track of its own. While a note of the prompt sounds, new notes of its
-    pitch and program are left out: they would end it. New notes end early where more than `voices` would sound; see
-    [`~midimamba.tokenization.voices.limit_voices`].
+    is lifted where it ends, and that a time division too coarse for new notes is multiplied. New notes of an
+    instrument go to the prompt's first track of its program; a new instrument gets a track of its own. While a note of
+    the prompt sounds, new notes of its pitch and program are left out: they would end it. New notes end early where
+    more than `voices` would sound; see [`~midimamba.tokenization.voices.limit_voices`].
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
