@@ -23,7 +23,7 @@ _FINE_ENOUGH = 2
 
 _MELODIC_CHANNELS = 15  # symusic gives them to the tracks in turn
 
-_Key = tuple[bool, int]
+Instrument = tuple[bool, int]
 
 
 def add_continuation(
@@ -60,7 +60,7 @@ def add_continuation(
     end = score.end()
     _lift_pedals(score, end)
     new = new.resample(division, min_dur=1)
-    _leave_out_struck_again(score, new)
+    leave_out_struck_again(score, new)
     limit_voices(new, voices, score)
     _add_notes(score, new)
     encoded, continued = encoded.resample(division), continued.resample(division)
@@ -82,20 +82,20 @@ def in_fine_division(score: ScoreTick, needed: int) -> ScoreTick:
     return score.resample(division)
 
 
-def _key(track: Track) -> _Key:
+def instrument_of(track: Track) -> Instrument:
     """Which tracks are of one instrument."""
     return track.is_drum, 0 if track.is_drum else track.program
 
 
 def _difference(continued: ScoreTick, encoded: ScoreTick) -> ScoreTick:
     """The notes that only `continued` has, with its meters."""
-    known = Counter((_key(track), *_identity(note)) for track in encoded.tracks for note in track.notes)
+    known = Counter((instrument_of(track), *_identity(note)) for track in encoded.tracks for note in track.notes)
     new = Score(continued.ticks_per_quarter)
     new.time_signatures = continued.time_signatures
     for track in continued.tracks:
         notes = []
         for note in track.notes:
-            identity = (_key(track), *_identity(note))
+            identity = (instrument_of(track), *_identity(note))
             known[identity] -= 1
             if known[identity] < 0:
                 notes.append(note)
@@ -117,30 +117,32 @@ def _lift_pedals(score: ScoreTick, end: int) -> None:
             track.controls.append(ControlChange(max(end, pedal[-1].time), SUSTAIN, 0))
 
 
-def _leave_out_struck_again(score: ScoreTick, new: ScoreTick) -> None:
+def leave_out_struck_again(score: ScoreTick, new: ScoreTick) -> None:
     """Leave out new notes that begin while their pitch and program sound in the prompt."""
-    sounding: dict[tuple[_Key, int], list[tuple[int, int]]] = defaultdict(list)
+    sounding: dict[tuple[Instrument, int], list[tuple[int, int]]] = defaultdict(list)
     for track in score.tracks:
         for note in track.notes:
-            sounding[_key(track), note.pitch].append((note.time, note.end))
+            sounding[instrument_of(track), note.pitch].append((note.time, note.end))
     for track in new.tracks:
-        track.notes = NoteTickList([note for note in track.notes if _fits(note, sounding[_key(track), note.pitch])])
+        track.notes = NoteTickList(
+            [note for note in track.notes if _fits(note, sounding[instrument_of(track), note.pitch])]
+        )
 
 
 def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
-    homes: dict[_Key, int] = {}
+    homes: dict[Instrument, int] = {}
     for index, track in enumerate(score.tracks):
         if track.notes:
-            homes.setdefault(_key(track), index)
+            homes.setdefault(instrument_of(track), index)
     for track in new.tracks:
         if not track.notes:
             continue
-        if _key(track) in homes:
-            home = score.tracks[homes[_key(track)]]
+        if instrument_of(track) in homes:
+            home = score.tracks[homes[instrument_of(track)]]
             home.notes.extend(track.notes)
             home.notes.sort()
         else:
-            homes[_key(track)] = len(score.tracks)
+            homes[instrument_of(track)] = len(score.tracks)
             score.tracks.append(track)
 
 

@@ -22,6 +22,7 @@ from midimamba import loading
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks, EpochOpenings
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import PackedBlocks
+from midimamba.corpus.rearranging import InfillBlocks, share_of
 from midimamba.errors import InputError
 from midimamba.files import flush_folder
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
@@ -172,16 +173,17 @@ def check_one_stream(data: str, processor: MidiProcessor) -> None:
 
 
 def load_blocks(
-    data: str, length: int, augmentation: Augmentation, seed: int
+    data: str, length: int, augmentation: Augmentation, seed: int, infill_share: float | None = 0.0
 ) -> tuple[PackedBlocks | EpochBlocks, PackedBlocks, MidiProcessor]:
     """Training and validation blocks of `length` tokens from a tokenized corpus, with its processor.
 
-    Only the training blocks are augmented.
+    Only the training blocks are augmented, and a share of their pieces is rearranged for infilling; `None` is the
+    share that the corpus was made for, see [`~midimamba.corpus.rearranging.share_of`].
 
     Raises:
         InputError: if `data` is no corpus or one of several vocabularies, or a split is shorter than one block.
     """
-    train, splits, processor = load_training_blocks(data, length, augmentation, seed)
+    train, splits, processor = load_training_blocks(data, length, augmentation, seed, infill_share)
     return train, PackedBlocks(splits["validation"], length), processor
 
 
@@ -207,12 +209,14 @@ def load_openings(
 
 
 def load_training_blocks(
-    data: str, length: int, augmentation: Augmentation, seed: int
+    data: str, length: int, augmentation: Augmentation, seed: int, infill_share: float | None = 0.0
 ) -> tuple[PackedBlocks | EpochBlocks, DatasetDict, MidiProcessor]:
     """As [`load_blocks`], for a corpus whose validation split may be empty: it comes as it is, with the others."""
     splits, processor = load_corpus(data)
     check_one_stream(data, processor)
     train = PackedBlocks(splits["train"], length)
+    if share := share_of(infill_share, processor):
+        return InfillBlocks(splits["train"], processor, length, augmentation, seed, share), splits, processor
     if augmentation.changes_music or (processor.controls and augmentation.control_dropout):
         return EpochBlocks(splits["train"], processor, length, augmentation, seed), splits, processor
     return train, splits, processor

@@ -68,6 +68,10 @@ class TrainOptions:
             "help": "size of the generator (default: the one that suits corpus, machine and time)",
         },
     )
+    infill: bool = field(
+        default=False,
+        metadata={"help": "learn to fill gaps as well, for `midimamba infill`; a corpus must be made with --infill"},
+    )
     passed: Sequence[str] = ()
 
     def __post_init__(self) -> None:
