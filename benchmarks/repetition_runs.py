@@ -172,7 +172,7 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
         choose_temperature(model, processor, training.data, training.temperatures)
     reference = read_reference(training.data, "test", training.bars)
     nats = likelihood(model, reference.rows, BlockCollator.for_processor(processor))
-    samples = generate_samples(model, processor, SamplingOptions(training.num, training.bars, seed=seed))
+    samples = generate_samples(model, processor, SamplingOptions(training.num, bars=training.bars, seed=seed))
     found = compare(samples, reference, seed=seed)
     form = {name: found.features[name] for name in REPETITION}
     copies = found.figures["copied_runs_12"]

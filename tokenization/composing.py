@@ -32,17 +32,21 @@ class Composed(NamedTuple):
     Args:
         ids (`LongTensor` of shape `(rows, time)`): prompts and what follows them, padded on the right.
         unfinished (`int`): rows that `max_new_tokens` cut off before they had all bars that were asked for.
+        bars (`int`): how many new bars were asked for.
     """
 
     ids: Tensor
     unfinished: int = 0
+    bars: int = 0
 
     @staticmethod
-    def tell_unfinished(parts: Sequence["Composed"], bars: int | None) -> None:
+    def tell_unfinished(parts: Sequence["Composed"]) -> None:
         """Say in one line how many pieces are shorter than asked for, if any are."""
         if cut := sum(part.unfinished for part in parts):
             total = sum(len(part.ids) for part in parts)
-            logger.warning("%d of %d pieces stop before %s new bars are full: raise max_new_tokens", cut, total, bars)
+            logger.warning(
+                "%d of %d pieces stop before %s new bars are full: raise max_new_tokens", cut, total, parts[0].bars
+            )
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -119,7 +123,7 @@ def compose(
     if grammar is None or not grammar.min_bars:
         return Composed(ids)
     ends = (ids[:, prompt.shape[1] :] == processor.eos_token_id).any(dim=1)
-    return Composed(ids, int((~ends).sum()))
+    return Composed(ids, int((~ends).sum()), grammar.min_bars)
 
 
 def _asked(processor: Any, prompt: Tensor) -> Asked | None:
