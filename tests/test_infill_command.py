@@ -61,6 +61,7 @@ def outside(score: ScoreTick, start: float, end: float) -> list[object]:
     return [score.ticks_per_quarter, tracks, list(score.tempos), list(score.time_signatures)]
 
 
+@pytest.mark.slow
 def test_a_file_comes_back_with_new_bars_and_nothing_else(
     model: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def notes(score: ScoreTick) -> set[tuple[int, Fraction, int]]:
     }
 
 
+@pytest.mark.slow
 def test_a_gap_is_filled_and_the_rest_stays(tmp_path: Path) -> None:
     processor = MidiProcessor(build_tokenizer(infill=True))
     make_generator(vocab_size=processor.vocab_size).save_pretrained(tmp_path)
