@@ -18,7 +18,7 @@ That tracks are wanted as well as bars is as in MMM (Ens and Pasquier, 2020, htt
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -309,6 +309,18 @@ class Arranger:
         for meter in piece.meters[span.first : span.last].tolist():
             prompt += [self.fill_id] if meter < 0 else [meter, self.fill_id]
         return prompt, self._merge(self.write(piece, span.first, span.last, span.wanted, with_tempos=False))
+
+    def continued(
+        self, piece: Piece, first: int, last: int, before: int = CONTEXT_BARS
+    ) -> tuple[list[int], list[int]]:
+        """Bars of a piece after those before them, as a continuation: the prompt without BOS, and bars without tempos.
+
+        So a model's likelihood of them can be compared with that of a span that [`arrange`] gives.
+        """
+        start = max(first - before, 0)
+        unchanging = replace(piece, tempos=piece.tempos[piece.tempos[:, 0] < first])
+        prompt, both = self.write(unchanging, start, first), self.write(unchanging, start, last)
+        return self._merge(prompt), self._merge(both[len(prompt) :])
 
     def _merge(self, ids: list[int]) -> list[int]:
         return merge_ids(self.tokenizer, ids) if ids else []
