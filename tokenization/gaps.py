@@ -1,6 +1,7 @@
 """A gap in a score: which notes are taken out, and how new ones are put in. Everything else stays as it is."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 from miditok import MusicTokenizer
@@ -55,8 +56,7 @@ def find_gap(score: ScoreTick, bars: Sequence[int], tracks: Sequence[int] | None
     Raises:
         InputError: if the score does not have these bars or tracks.
     """
-    whole = len(bars) == 2 and all(isinstance(bar, int) and not isinstance(bar, bool) for bar in bars)
-    if not whole or bars[0] > bars[1]:
+    if len(bars) != 2 or not all(isinstance(bar, Integral) for bar in bars) or bars[0] > bars[1]:
         raise InputError(f"bars is {tuple(bars)}: give the first bar and the last, such as (5, 8)")
     lines = bar_starts(score)
     count = int((lines < score.end()).sum())
