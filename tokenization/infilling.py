@@ -82,8 +82,14 @@ class Piece:
     def up_to(self, bar: int) -> "Piece":
         """The piece without this bar and those after it."""
         notes, tempos = self.bar < bar, self.tempos[:, 0] < bar
-        columns = (column[notes] for column in (self.bar, self.position, self.program, self.tokens))
-        return Piece(self.meters[:bar], *columns, self.tempos[tempos])
+        return Piece(
+            self.meters[:bar],
+            self.bar[notes],
+            self.position[notes],
+            self.program[notes],
+            self.tokens[notes],
+            self.tempos[tempos],
+        )
 
 
 class Span(NamedTuple):

@@ -90,8 +90,8 @@ def test_the_ticks_of_a_prompt_stay_as_they_are(quarter: int) -> None:
     assert found.ticks_per_quarter == quarter
     for ours, theirs in zip(prompt.tracks, found.tracks, strict=False):
         assert list(theirs.notes)[: len(ours.notes)] == sorted(ours.notes, key=lambda note: note.time)
-    for ours, theirs in ((prompt.tempos, found.tempos), (prompt.time_signatures, found.time_signatures)):
-        assert list(theirs)[: len(ours)] == list(ours)
+    assert list(found.tempos)[:1] == list(prompt.tempos)
+    assert list(found.time_signatures)[:2] == list(prompt.time_signatures)
 
 
 @pytest.mark.parametrize("name", GROWING)

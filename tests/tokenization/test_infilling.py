@@ -71,11 +71,11 @@ def _time(note: Note) -> int:
 
 def everything_but_notes(score: ScoreTick) -> list[Any]:
     tracks = [
-        (track.name, track.program, track.is_drum, *map(list, (track.controls, track.pedals, track.pitch_bends)))
+        (track.name, track.program, track.is_drum, list(track.controls), list(track.pedals), list(track.pitch_bends))
         for track in score.tracks
     ]
-    shared = (score.tempos, score.time_signatures, score.key_signatures, score.markers)
-    return [score.ticks_per_quarter, tracks, *map(list, shared)]
+    shared = [list(score.tempos), list(score.time_signatures), list(score.key_signatures), list(score.markers)]
+    return [score.ticks_per_quarter, tracks, *shared]
 
 
 @settings(max_examples=60, deadline=None)
