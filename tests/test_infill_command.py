@@ -1,12 +1,14 @@
 """`midimamba infill`, from a folder of music to a filled file; and what it refuses, in one line each."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 from symusic import Score, Tempo
 from symusic.core import ScoreTick
 
-from midimamba import MidiProcessor
+from midimamba import MidiProcessor, launching, load
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
@@ -65,15 +67,15 @@ def outside(score: ScoreTick, start: float, end: float) -> list[object]:
 def test_a_file_comes_back_with_new_bars_and_nothing_else(
     model: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--bars", "3-5", "--tracks", "2,3", "--num", 3, "--control", "key=G-minor", "--top-p", 1)
+    options = ("--bars", "3-4", "--tracks", "2,3", "--num", 2, "--control", "key=G-minor", "--top-p", 1)
     assert command(monkeypatch, "infill", model, song, "--out", tmp_path / "out", *options) == 0
     files = sorted((tmp_path / "out").iterdir())
-    assert [file.name for file in files] == ["song-00.mid", "song-01.mid", "song-02.mid"]
+    assert [file.name for file in files] == ["song-00.mid", "song-01.mid"]
     before = Score(song)
     lines = bar_starts(before)
     found = [Score(file) for file in files]
     for score in found:
-        assert outside(score, lines[2], lines[5]) == outside(before, lines[2], lines[5])
+        assert outside(score, lines[2], lines[4]) == outside(before, lines[2], lines[4])
     assert len({tuple(map(str, score.tracks[1].notes)) for score in [*found, before]}) > 1
 
 
@@ -147,3 +149,38 @@ def test_a_corpus_without_infilling_stays_as_it_was_and_others_than_remi_cannot_
     options = CorpusOptions(tokenizer=str(tmp_path / "plain" / "tokenizer"), infill=True)
     with pytest.raises(InputError, match="has no tokens for infilling: leave out --infill"):
         tokenize_corpus(str(tmp_path / "music"), tmp_path / "no", options)
+
+
+@pytest.mark.slow
+def test_train_makes_a_model_that_fills_gaps(
+    song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "music").mkdir()
+    for seed in range(12):
+        make_score(seed).dump_midi(tmp_path / "music" / f"{seed}.mid")
+    given: list[str] = []
+    monkeypatch.setattr(launching, "_run", lambda script, arguments, started: given.extend(arguments) or 0)
+    assert (
+        command(monkeypatch, "train", tmp_path / "music", "--out", tmp_path / "model", "--infill", "--steps", 4) == 0
+    )
+    assert given[given.index("--infill_share") + 1] == "0.3"
+    data = given[given.index("--data") + 1]
+    shape = "--hidden_size 16 --num_hidden_layers 1 --sequence_length 400 --lookback_bars 1 2 --max_steps 4"
+    rest = f"--data {data} --output_dir {tmp_path / 'model'} --infill_share 0.5 --use_cpu --eval_strategy no"
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *shape.split(), *rest.split(), "--save_strategy", "no"])
+    runpy.run_path(str(Path(__file__).parents[1] / "training" / "pretrain.py"), run_name="__main__")
+    processor = MidiProcessor.from_pretrained(tmp_path / "model")
+    # Look-back does not reach from the bars before a gap to those after it, which come first.
+    assert load(str(tmp_path / "model")).config.section_token_ids == [processor.arranger.gap_id]
+    options = ("--bars", "2", "--num", 1, "--out", tmp_path / "out")
+    assert command(monkeypatch, "infill", tmp_path / "model", song, *options) == 0
+    # A corpus without the tokens is refused before anything is trained.
+    plain = CorpusOptions(vocab_size=None, valid_fraction=0, test_fraction=0, num_workers=1)
+    tokenize_corpus(str(tmp_path / "music"), tmp_path / "plain", plain)
+    arguments = f"--plan true --data {tmp_path / 'plain'} --output_dir {tmp_path / 'no'} --infill_share 0.3 --use_cpu"
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments.split()])
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(__file__).parents[1] / "training" / "pretrain.py"), run_name="__main__")
+    assert "has no tokens for infilling: make it with `midimamba tokenize SOURCE --infill`" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
