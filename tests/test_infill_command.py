@@ -159,7 +159,12 @@ def test_train_makes_a_model_that_fills_gaps(
     for seed in range(12):
         make_score(seed).dump_midi(tmp_path / "music" / f"{seed}.mid")
     given: list[str] = []
-    monkeypatch.setattr(launching, "_run", lambda script, arguments, started: given.extend(arguments) or 0)
+
+    def run(script: str, arguments: list[str], started: float) -> int:
+        given.extend(arguments)
+        return 0
+
+    monkeypatch.setattr(launching, "_run", run)
     assert (
         command(monkeypatch, "train", tmp_path / "music", "--out", tmp_path / "model", "--infill", "--steps", 4) == 0
     )

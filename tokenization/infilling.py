@@ -1,18 +1,20 @@
 """Infilling: a piece arranged so that what is wanted comes last, after everything that stays.
 
-A causal model reads the bars after the gap, the bars before it, then what other instruments play in it, and writes:
+A causal model reads the bars after the gap, what is wanted, the bars before it, then what other instruments play in
+it, and writes:
 
-    BOS controls GAP after GAP before programs [others] (TimeSig FILL) … | span EOS
+    BOS controls GAP after GAP programs (TimeSig GAP) … before [FILL FILL others] FILL | span EOS
 
-`programs` are those that may play in the span. `others` are the bars of the gap with what stays in them, where only
-some tracks are wanted. One FILL stands for each wanted bar, after its meter. A GAP right after BOS and the controls
-tells an arranged piece from one that is written from its beginning to its end.
+`programs` are those that may play in the span, and then each wanted bar is a meter and a GAP. `others` are the bars of
+the gap with what stays in them, where only some tracks are wanted. A GAP right after BOS and the controls tells an
+arranged piece from one that is written from its beginning to its end.
 
-The bars before the gap come last because that leaves them right before what continues them: the order is
-suffix, prefix, middle of Bavarian et al. (2022), "Efficient Training of Language Models to Fill in the Middle",
-https://arxiv.org/abs/2207.14255. It also keeps the look-back of a model aligned: 4 bars ago is 4 bars before in the
-piece, down to the first bar before the gap. Where `others` come between, the same bar of the other instruments is as
-many bars ago as bars are wanted, and everything before the gap that much further.
+The bars before the gap come last because that leaves them right before what continues them, with a single FILL
+between: the order is suffix, prefix, middle of Bavarian et al. (2022), "Efficient Training of Language Models to Fill
+in the Middle", https://arxiv.org/abs/2207.14255. It also keeps the look-back of a model aligned: 4 bars ago is 4 bars
+before in the piece, down to the first bar that is shown; it does not reach the bars after the gap. Where `others` come
+between, the same bar of the other instruments is as many bars ago as bars are wanted, and everything before the gap
+that much further.
 
 That tracks are wanted as well as bars is as in MMM (Ens and Pasquier, 2020, https://arxiv.org/abs/2008.06048).
 """
@@ -309,11 +311,14 @@ class Arranger:
         right = self.write(piece, span.last, min(span.last + after, piece.num_bars))
         left = self.write(piece, max(span.first - before, 0), span.first)
         others = self.write(piece, span.first, span.last, ~span.wanted) if span.beside else []
-        prompt = [self.gap_id, *self._merge(right), self.gap_id, *self._merge(left)]
+        prompt = [self.gap_id, *self._merge(right), self.gap_id]
         prompt += [self._ids[_PROGRAM][program] for program in sorted(span.programs)]
-        prompt += self._merge(others)
         for meter in piece.meters[span.first : span.last].tolist():
-            prompt += [self.fill_id] if meter < 0 else [meter, self.fill_id]
+            prompt += [self.gap_id] if meter < 0 else [meter, self.gap_id]
+        prompt += self._merge(left)
+        if span.beside:
+            prompt += [self.fill_id, self.fill_id, *self._merge(others)]
+        prompt.append(self.fill_id)
         return prompt, self._merge(self.write(piece, span.first, span.last, span.wanted, with_tempos=False))
 
     def continued(
@@ -336,12 +341,11 @@ class Arranger:
         if not len(prompt) or int(prompt[-1]) != self.fill_id:
             return None
         ids = self.expand(prompt)
-        kind = self._kind[ids]
-        fills = np.flatnonzero(ids == self.fill_id)
+        gaps = np.flatnonzero(ids == self.gap_id)[1:]  # the first is that before the bars after
+        header = ids[gaps[0] : gaps[-1]]
         has_meters = bool(self.tokenizer.config.use_time_signatures)
-        meters = [self._meter(int(ids[place - 1]) if has_meters else -1) for place in fills]
-        is_listed = (kind[:-1] == _PROGRAM) & (kind[1:] != _PITCH)
-        return Asked(meters, self._value[ids[:-1][is_listed]].tolist())
+        meters = [self._meter(int(ids[place - 1]) if has_meters else -1) for place in gaps[1:]]
+        return Asked(meters, self._value[header[self._kind[header] == _PROGRAM]].tolist())
 
     def filling(self, ids: Sequence[int]) -> list[int]:
         """What a model wrote after a prompt: the ids after the last FILL."""
