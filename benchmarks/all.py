@@ -74,6 +74,12 @@ def _repetition(name: str, data: str, needs: tuple[str, ...] = (), options: str 
     return Step(f"repetition-{name}", command, quick, needs)
 
 
+def _infilling(name: str, needs: tuple[str, ...], options: str = "") -> Step:
+    """What infilling gains and costs, on a corpus in the folder of intermediate files."""
+    command = f"benchmarks/infilling.py --data {{work}}/{name}-infill --rows {{work}}/infilling-{name}.jsonl {options}"
+    return Step(f"infilling-{name}", command, "--seeds 1 --steps 5 --length 256 --batch-size 2 --pieces 8", needs)
+
+
 def _tuned(name: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
     """What adversarial training does to the generator of a corpus: its stability, and its controls."""
     ablation = _on(name, "ablation.py") + f" --rows {{work}}/ablation-{name}.jsonl"
@@ -175,6 +181,23 @@ STEPS = (
     _repetition("nottingham", "nottingham-notes", _NOTTINGHAM),
     *_tuned("nottingham", _NOTTINGHAM),
     _music("nottingham", "nottingham-notes", _NOTTINGHAM),
+    Step(
+        "nottingham corpus for infilling",
+        "-m midimamba.cli tokenize {corpora}/nottingham.tar.gz --vocab-size 800 "
+        "--tokenizer-config benchmarks/no-velocities.yaml --infill --out {work}/nottingham-infill",
+        _FEW_PIECES,
+        _NOTTINGHAM,
+        "nottingham-infill/corpus.json",
+    ),
+    _infilling("nottingham", _NOTTINGHAM),
+    Step(
+        "pop909 corpus for infilling",
+        "-m midimamba.cli tokenize {corpora}/pop909.tar.gz --vocab-size 800 --infill --out {work}/pop909-infill",
+        _FEW_PIECES,
+        _POP909,
+        "pop909-infill/corpus.json",
+    ),
+    _infilling("pop909", _POP909, "--length 1024 --batch-size 4"),
     Step(
         "recipe",
         "benchmarks/recipe.py --data {work}/chorales-data --rows {work}/recipe.jsonl",

@@ -152,7 +152,7 @@ class Seed:
         """Pieces of a generator: their tokens, and their openings. What is not music is left out of both."""
         model, processor = load_pair(str(generator))
         options = SamplingOptions(
-            num, self.settings.bars, temperature=temperature or self.temperature, top_p=1.0, seed=self.seed
+            num, bars=self.settings.bars, temperature=temperature or self.temperature, top_p=1.0, seed=self.seed
         )
         sequences, pieces = [], []
         for ids in draw_sequences(model, processor, options):

@@ -121,7 +121,7 @@ def costs(training: Training, rounds: int = 9) -> dict[str, dict[str, float]]:
     blocks, _, processor = load_blocks(training.data, training.length, Augmentation(), 0)
     batch = BlockCollator.for_processor(processor)([blocks[i % len(blocks)] for i in range(training.batch_size)])
     prompt = torch.tensor([blocks[i % len(blocks)]["input_ids"] for i in range(16)])
-    learners = {name: _Learner(new_generator(arm, processor, training.size), 1e-4, 1000) for name, arm in ARMS.items()}
+    learners = {name: Learner(new_generator(arm, processor, training.size), 1e-4, 1000) for name, arm in ARMS.items()}
     steps: dict[str, list[float]] = {name: [] for name in ARMS}
     tokens: dict[str, list[float]] = {name: [] for name in ARMS}
     for _ in range(rounds):
@@ -172,7 +172,7 @@ def run(arm: str, seed: int, training: Training, steps: Mapping[str, int], folde
         choose_temperature(model, processor, training.data, training.temperatures)
     reference = read_reference(training.data, "test", training.bars)
     nats = likelihood(model, reference.rows, BlockCollator.for_processor(processor))
-    samples = generate_samples(model, processor, SamplingOptions(training.num, training.bars, seed=seed))
+    samples = generate_samples(model, processor, SamplingOptions(training.num, bars=training.bars, seed=seed))
     found = compare(samples, reference, seed=seed)
     form = {name: found.features[name] for name in REPETITION}
     copies = found.figures["copied_runs_12"]
@@ -202,7 +202,7 @@ def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> 
     blocks, _, processor = load_blocks(training.data, training.length, augmentation, seed)
     collator = BlockCollator.for_processor(processor)
     set_seed(seed)
-    learner = _Learner(new_generator(ARMS[arm], processor, training.size), training.learning_rate, steps)
+    learner = Learner(new_generator(ARMS[arm], processor, training.size), training.learning_rate, steps)
     order, epoch = list[int](), 0
     for _ in range(steps):
         if len(order) < training.batch_size:
@@ -213,7 +213,7 @@ def train(arm: str, seed: int, training: Training, steps: int, output: Path) -> 
     save_model(output, learner.model, processor)
 
 
-class _Learner:
+class Learner:
     """A generator and what trains it."""
 
     def __init__(self, model: MidiMambaForCausalLM, learning_rate: float, steps: int):

@@ -31,7 +31,9 @@ from midimamba.files import is_taken, locked, read_json, whole_file, whole_folde
 from midimamba.text import for_json, printable
 from midimamba.tokenization.choices import CONTROLS
 from midimamba.tokenization.controls import control_token
+from midimamba.tokenization.infilling import check_can_infill
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.tokenizations import GAP
 from midimamba.tokenization.tokenizer import (
     build_tokenizer,
     check_subword_model,
@@ -135,6 +137,8 @@ def _arguments(source: str, options: CorpusOptions) -> dict[str, Any]:
     arguments = {"source": source, **asdict(options)}
     for name in ("midi_column", "streaming", "num_workers"):
         del arguments[name]
+    if not options.infill:  # corpora that were made before there was this option stay what they are
+        del arguments["infill"]
     lists = {name: list(arguments[name]) for name in ("controls", "labels")}
     return arguments | lists | {"tokenizer_options": dict(options.tokenizer_options)}
 
@@ -145,12 +149,19 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
         raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
     _check_labels(options)
     if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer)
+        tokenizer = load_tokenizer(options.tokenizer)
+        if options.infill and GAP not in tokenizer.special_tokens:
+            raise InputError(f"the tokenizer of {options.tokenizer} has no tokens for infilling: leave out --infill")
+        return tokenizer
     tokenizer = build_tokenizer(options.tokenization, **options.tokenizer_options)
     if tokenizer.is_multi_voc:
+        if options.infill:
+            check_can_infill(tokenizer)
         if options.controls or options.labels:
             raise InputError(f"{options.tokenization} cannot have control tokens: leave out controls and labels")
         return tokenizer
+    if options.infill:
+        check_can_infill(tokenizer)
     check_subword_model(options.subword_model)
     if options.vocab_size is not None:
         check_vocab_size(tokenizer, options.vocab_size)
@@ -226,7 +237,7 @@ def _save(
             f"the splits that {arguments['source']} gives leave no usable piece to train on: "
             "put some files in the split train"
         )
-    tokenizer = base if options.tokenizer else _train(store, options)
+    tokenizer = base if options.tokenizer else _train(store, base, options)
     processor = MidiProcessor(tokenizer, **_facts(store, base, options))
     shift = len(tokenizer.special_tokens) - len(base.special_tokens)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
@@ -262,7 +273,7 @@ def _save(
     return report
 
 
-def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
+def _train(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> MusicTokenizer:
     """The tokenizer of the corpus, with the control tokens that occur in the train split, and a subword model."""
     values = store.control_values([*options.controls, *options.labels])
     for name in options.labels:
@@ -272,10 +283,13 @@ def _train(store: PieceStore, options: CorpusOptions) -> MusicTokenizer:
                 "leave it out of --labels"
             )
     tokens = list(dict.fromkeys(control_token(name, value) for name in values for value in values[name]))
-    tokenizer = build_tokenizer(options.tokenization, controls=tokens, **options.tokenizer_options)
+    tokenizer = build_tokenizer(
+        options.tokenization, controls=tokens, infill=options.infill, **options.tokenizer_options
+    )
     if options.vocab_size is not None:
-        vocab_size = options.vocab_size + len(tokens)
-        pieces = (piece.ids + len(tokens) for piece in store.pieces("train", order="place"))
+        added = len(tokenizer.special_tokens) - len(base.special_tokens)
+        vocab_size = options.vocab_size + added
+        pieces = (piece.ids + added for piece in store.pieces("train", order="place"))
         train_on_ids(tokenizer, _up_to(pieces, options.training_tokens), vocab_size, options.subword_model)
     return tokenizer
 

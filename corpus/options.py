@@ -8,6 +8,9 @@ from midimamba.errors import InputError
 from midimamba.tokenization.choices import CONTROLS, SUBWORD_MODELS, TOKENIZATIONS
 from midimamba.tokenization.sampling_limits import MAX_SIZE, check_fraction, check_whole
 
+INFILL_SHARE = 0.3
+"""The share of training pieces that are rearranged where a corpus was made for infilling."""
+
 
 def integer_or_none(text: str) -> int | None:
     """The value of a flag that may be the word `none`."""
@@ -37,6 +40,8 @@ class CorpusOptions:
         training_tokens (`int`, *optional*, defaults to 10,000,000):
             Train the subword model on pieces with at most this many base tokens in total, drawn at random. This
             bounds its memory.
+        infill (`bool`, *optional*, defaults to `False`):
+            Whether the tokenizer has what a model needs to fill gaps. Only REMI can have it.
 
     > Parameters that control the control tokens
 
@@ -104,6 +109,13 @@ class CorpusOptions:
         metadata={
             "group": "tokenizer",
             "help": "train the subword model on at most this many base tokens, which bounds its memory",
+        },
+    )
+    infill: bool = field(
+        default=False,
+        metadata={
+            "group": "tokenizer",
+            "help": "add the tokens with which a model can learn to fill gaps (REMI only)",
         },
     )
     controls: Sequence[str] = field(

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from midimamba.errors import InputError
 from midimamba.tokenization.controls import is_control
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.tokenizations import FILL, GAP
 
 IGNORED = -100  # the label that the losses of transformers and torch leave out
 
@@ -91,7 +92,7 @@ class BlockCollator:
     Args:
         bos_token_id (`int`, *optional*): the id with which a piece starts. Without one, each block is a single piece.
         ignored_ids (`tuple[int]`, *optional*): tokens that are not music to predict: controls, which users request,
-            and padding.
+            what asks to fill a gap, and padding.
         carry_state (`bool`, *optional*, defaults to `False`): whether the state carries over from piece to piece.
     """
 
@@ -103,8 +104,9 @@ class BlockCollator:
     def for_processor(cls, processor: MidiProcessor, carry_state: bool = False) -> Self:
         """The collator for a corpus that was made with `processor`."""
         vocab = processor.midi_tokenizer.vocab
-        controls = (vocab[token] for token in processor.midi_tokenizer.special_tokens if is_control(token))
-        return cls(processor.bos_token_id, (processor.pad_token_id, *controls), carry_state)
+        given = [token for token in processor.midi_tokenizer.special_tokens if is_control(token)]
+        given += [token for token in (GAP, FILL) if token in vocab]
+        return cls(processor.bos_token_id, (processor.pad_token_id, *(vocab[t] for t in given)), carry_state)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Blocks of equal length to a batch, as [`~BlockCollator.separate`] describes it."""

@@ -104,6 +104,8 @@ class MidiMambaConfig(MambaConfig):
             Ids that open a bar, for the look-back.
         position_token_ids (`list[list[int]]`, *optional*, defaults to `[]`):
             Pairs of an id and the last position in the bar that it sets, for the look-back.
+        section_token_ids (`list[int]`, *optional*, defaults to `[]`):
+            Ids that the look-back does not reach across, because what follows them is from elsewhere in the piece.
     """
 
     model_type = "midimamba"
@@ -132,6 +134,7 @@ class MidiMambaConfig(MambaConfig):
     lookback_bars: list[int] | tuple[int, ...] = ()
     bar_token_ids: list[int] | tuple[int, ...] = ()
     position_token_ids: list[list[int]] | tuple[list[int], ...] = ()
+    section_token_ids: list[int] | tuple[int, ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_numbers({**kwargs, **vars(self)})

@@ -102,6 +102,9 @@ class LookBack(nn.Module):
         """
         if state is None:
             state = LookBackState.empty(self.config, len(ids), torch.float32, ids.device)
+        if self.config.section_token_ids:
+            sections = torch.isin(ids, ids.new_tensor(self.config.section_token_ids))
+            begins = sections if begins is None else begins | sections
         state.make_room(past + ids.shape[1])
         if ids.device.type == "cpu" and _has_numba():
             return self._find_by_kernel(ids, begins, state, past)

@@ -29,6 +29,9 @@ class MidiGenerationPipeline(Pipeline):
 
     - controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
       `{"key": "C-major"}`; `pipeline.processor.controls` has the names and their values;
+    - infill (`Mapping[str, Any]`, *optional*): what to write anew instead of continuing the piece, such as
+      `{"bars": (5, 8)}` or `{"bars": (5, 8), "tracks": [0]}`; as for `processor.infill`. Everything else stays as it
+      is in the piece;
     - num, seed, bars and at_most: as in [`~midimamba.command_options.SamplingOptions`], by default one piece, torch's
       random state, and no limit of bars;
     - discriminator (`MidiDiscriminator` or a judge, or a list of them, *optional*): chooses one of every `best_of`
@@ -59,15 +62,19 @@ class MidiGenerationPipeline(Pipeline):
         self,
         controls: Mapping[str, str | Sequence[str]] | None = None,
         discriminator: Any = None,
+        infill: Mapping[str, Any] | None = None,
         **generate_options: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if infill is not None and discriminator is not None:
+            raise ValueError("a discriminator judges whole pieces, not fillings: leave out one of the two")
         if discriminator is not None:
             generate_options["judge"] = self._judge(discriminator)
             generate_options.setdefault("best_of", _BEST_OF)
             check_pick(generate_options.get("pick", "resample"))
         elif {"best_of", "pick"} & generate_options.keys():
             raise ValueError("best_of and pick choose by a discriminator: give discriminator=… as well")
-        return ({} if controls is None else {"controls": controls}), generate_options, {}
+        asked = {} if infill is None else {"infill": infill}
+        return ({} if controls is None else {"controls": controls}) | asked, generate_options, asked
 
     def _judge(self, given: Any) -> Judge:
         """What adds the log-odds of discriminators and judges."""
@@ -98,7 +105,12 @@ class MidiGenerationPipeline(Pipeline):
             return super().__call__(list(inputs), *args, **options) if inputs else []
         return super().__call__(inputs, *args, **options)
 
-    def preprocess(self, input_: Any, **options: Any) -> dict[str, Any]:
+    def preprocess(self, input_: Any, infill: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+        if infill is not None:
+            if input_ is None:
+                raise ValueError("there is no piece with a gap to fill: give one as the input")
+            asked = self.processor.infill(input_, **infill, **options, return_tensors="pt")
+            return dict(asked) | {"prompt": input_}
         return dict(self.processor(input_, return_tensors="pt", **options)) | {"prompt": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **generate_options: Any) -> ModelOutput:
@@ -108,7 +120,7 @@ class MidiGenerationPipeline(Pipeline):
         options = self._prepare_generate_kwargs(generate_options)
         prompt = input_tensors.pop("prompt")  # of a batch, the list of them
         composed = self.processor.compose(self.model, input_tensors, bars=bars, **options)
-        composed.tell_unfinished([composed], bars)
+        composed.tell_unfinished([composed])
         # `Pipeline` gives row i to input i.
         rows = composed.ids.unflatten(0, (len(input_tensors["input_ids"]), -1))
         if judge is not None:
@@ -119,8 +131,12 @@ class MidiGenerationPipeline(Pipeline):
             rows = groups[torch.arange(len(groups)), places].unflatten(0, (len(rows), -1))
         return ModelOutput(sequences=rows, prompt=prompt)  # (batch, num, time)
 
-    def postprocess(self, model_outputs: ModelOutput, **options: Any) -> list[Any]:
+    def postprocess(
+        self, model_outputs: ModelOutput, infill: Mapping[str, Any] | None = None, **options: Any
+    ) -> list[Any]:
         prompt = model_outputs["prompt"]
+        if infill is not None:
+            return [self.processor.place(prompt, ids, **infill) for ids in model_outputs["sequences"][0]]
         return [self.processor.continue_score(prompt, ids) for ids in model_outputs["sequences"][0]]
 
 

@@ -13,9 +13,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .errors import InputError
 from .grammar import MidiGrammar
 from .grammar_tables import check_supported
+from .infilling import Asked
 from .ingest import check_score
 from .sampling_limits import check_sampling, complete_sampling
-from .tokenizations import BAR
+from .tokenizations import BAR, GAP
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,21 @@ class Composed(NamedTuple):
     Args:
         ids (`LongTensor` of shape `(rows, time)`): prompts and what follows them, padded on the right.
         unfinished (`int`): rows that `max_new_tokens` cut off before they had all bars that were asked for.
+        bars (`int`): how many new bars were asked for.
     """
 
     ids: Tensor
     unfinished: int = 0
+    bars: int = 0
 
     @staticmethod
-    def tell_unfinished(parts: Sequence["Composed"], bars: int | None) -> None:
+    def tell_unfinished(parts: Sequence["Composed"]) -> None:
         """Say in one line how many pieces are shorter than asked for, if any are."""
         if cut := sum(part.unfinished for part in parts):
             total = sum(len(part.ids) for part in parts)
-            logger.warning("%d of %d pieces stop before %s new bars are full: raise max_new_tokens", cut, total, bars)
+            logger.warning(
+                "%d of %d pieces stop before %s new bars are full: raise max_new_tokens", cut, total, parts[0].bars
+            )
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -76,7 +81,8 @@ def compose(
         inputs (`Mapping[str, Tensor]`):
             What the processor returned: `input_ids` of shape (batch, time) and `attention_mask`.
         bars (`int`, *optional*):
-            New bars per piece. Without effect where the tokenization has no bar tokens.
+            New bars per piece. Without effect where the tokenization has no bar tokens, and for a prompt that asks to
+            fill a gap: exactly the wanted bars are sampled.
         at_most (`bool`, *optional*, defaults to `False`):
             Whether a piece may end before it has that many bars.
         redraw (`bool`, *optional*, defaults to `True`):
@@ -103,7 +109,10 @@ def compose(
     if (best_of := options.pop("best_of", None)) is not None:
         options["num_return_sequences"] = best_of * (options.get("num_return_sequences") or 1)
     prompt: Tensor = inputs["input_ids"]
-    grammar = _grammar(processor, bars, at_most, prompt.shape[1])
+    asked = _asked(processor, prompt)
+    grammar = (
+        _grammar(processor, bars, at_most, prompt.shape[1]) if asked is None else _filling(processor, asked, prompt)
+    )
     # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
     last = [] if grammar is None else [grammar]
     options["logits_processor"] = LogitsProcessorList([_FiniteLogits(), *processors, *last])
@@ -114,7 +123,28 @@ def compose(
     if grammar is None or not grammar.min_bars:
         return Composed(ids)
     ends = (ids[:, prompt.shape[1] :] == processor.eos_token_id).any(dim=1)
-    return Composed(ids, int((~ends).sum()))
+    return Composed(ids, int((~ends).sum()), grammar.min_bars)
+
+
+def _asked(processor: Any, prompt: Tensor) -> Asked | None:
+    """The gap that prompts of shape (batch, time) ask to fill, if they do.
+
+    Raises:
+        InputError: if they ask for different gaps, which one grammar cannot tell apart.
+    """
+    if GAP not in processor.midi_tokenizer.special_tokens:
+        return None
+    found = [processor.arranger.asked(row) for row in prompt.tolist()]
+    if any(asked != found[0] for asked in found):
+        raise InputError("the prompts of one batch ask for different gaps: give them one by one")
+    return found[0] if found else None
+
+
+def _filling(processor: Any, asked: Asked, prompt: Tensor) -> MidiGrammar:
+    grammar: MidiGrammar = processor.grammar(
+        prompt_length=prompt.shape[1], meters=asked.meters, programs=asked.programs
+    )
+    return grammar
 
 
 @contextmanager

@@ -18,10 +18,12 @@ from .voices import limit_voices
 
 # The largest time division that MIDI can write.
 _MAX_DIVISION = 2**15 - 1
+# With this many ticks to the finest position of the tokenizer, new notes are at most a quarter of one off.
+_FINE_ENOUGH = 2
 
 _MELODIC_CHANNELS = 15  # symusic gives them to the tracks in turn
 
-_Key = tuple[bool, int]
+Instrument = tuple[bool, int]
 
 
 def add_continuation(
@@ -33,11 +35,11 @@ def add_continuation(
 ) -> ScoreTick:
     """Add to a prompt what was sampled after it.
 
-    Nothing of the prompt changes, except that its time division may be multiplied, that its tracks go on, and that a
-    sustain pedal it leaves pressed is lifted where it ends. New notes of an instrument go to the prompt's first track
-    of its program; a new instrument gets a track of its own. While a note of the prompt sounds, new notes of its
-    pitch and program are left out: they would end it. New notes end early where more than `voices` would sound; see
-    [`~midimamba.tokenization.voices.limit_voices`].
+    Nothing of the prompt changes, ticks included, except that its tracks go on, that a sustain pedal it leaves pressed
+    is lifted where it ends, and that a time division too coarse for new notes is multiplied. New notes of an
+    instrument go to the prompt's first track of its program; a new instrument gets a track of its own. While a note of
+    the prompt sounds, new notes of its pitch and program are left out: they would end it. New notes end early where
+    more than `voices` would sound; see [`~midimamba.tokenization.voices.limit_voices`].
 
     Args:
         tokenizer (`miditok.MusicTokenizer`):
@@ -53,14 +55,12 @@ def add_continuation(
     """
     new = _difference(continued, encoded)
     settle_notes(tokenizer, new)
-    division = lcm(prompt.ticks_per_quarter, continued.ticks_per_quarter)
-    if division > _MAX_DIVISION:
-        division = prompt.ticks_per_quarter
-    score = prompt.resample(division)  # by a whole number, so exactly
+    score = in_fine_division(prompt, continued.ticks_per_quarter)
+    division = score.ticks_per_quarter
     end = score.end()
     _lift_pedals(score, end)
     new = new.resample(division, min_dur=1)
-    _leave_out_struck_again(score, new)
+    leave_out_struck_again(score, new)
     limit_voices(new, voices, score)
     _add_notes(score, new)
     encoded, continued = encoded.resample(division), continued.resample(division)
@@ -70,20 +70,32 @@ def add_continuation(
     return score
 
 
-def _key(track: Track) -> _Key:
+def in_fine_division(score: ScoreTick, needed: int) -> ScoreTick:
+    """A copy of a score to which notes of another time division can be added.
+
+    The times stay as they are if a quarter note has at least twice as many ticks as `needed`. Otherwise they are
+    multiplied by a whole number, so that both fit, as far as MIDI can write such a division.
+    """
+    division = score.ticks_per_quarter
+    if division < _FINE_ENOUGH * needed and (common := lcm(division, needed)) <= _MAX_DIVISION:
+        division = common
+    return score.resample(division)
+
+
+def instrument_of(track: Track) -> Instrument:
     """Which tracks are of one instrument."""
     return track.is_drum, 0 if track.is_drum else track.program
 
 
 def _difference(continued: ScoreTick, encoded: ScoreTick) -> ScoreTick:
     """The notes that only `continued` has, with its meters."""
-    known = Counter((_key(track), *_identity(note)) for track in encoded.tracks for note in track.notes)
+    known = Counter((instrument_of(track), *_identity(note)) for track in encoded.tracks for note in track.notes)
     new = Score(continued.ticks_per_quarter)
     new.time_signatures = continued.time_signatures
     for track in continued.tracks:
         notes = []
         for note in track.notes:
-            identity = (_key(track), *_identity(note))
+            identity = (instrument_of(track), *_identity(note))
             known[identity] -= 1
             if known[identity] < 0:
                 notes.append(note)
@@ -105,30 +117,32 @@ def _lift_pedals(score: ScoreTick, end: int) -> None:
             track.controls.append(ControlChange(max(end, pedal[-1].time), SUSTAIN, 0))
 
 
-def _leave_out_struck_again(score: ScoreTick, new: ScoreTick) -> None:
+def leave_out_struck_again(score: ScoreTick, new: ScoreTick) -> None:
     """Leave out new notes that begin while their pitch and program sound in the prompt."""
-    sounding: dict[tuple[_Key, int], list[tuple[int, int]]] = defaultdict(list)
+    sounding: dict[tuple[Instrument, int], list[tuple[int, int]]] = defaultdict(list)
     for track in score.tracks:
         for note in track.notes:
-            sounding[_key(track), note.pitch].append((note.time, note.end))
+            sounding[instrument_of(track), note.pitch].append((note.time, note.end))
     for track in new.tracks:
-        track.notes = NoteTickList([note for note in track.notes if _fits(note, sounding[_key(track), note.pitch])])
+        track.notes = NoteTickList(
+            [note for note in track.notes if _fits(note, sounding[instrument_of(track), note.pitch])]
+        )
 
 
 def _add_notes(score: ScoreTick, new: ScoreTick) -> None:
-    homes: dict[_Key, int] = {}
+    homes: dict[Instrument, int] = {}
     for index, track in enumerate(score.tracks):
         if track.notes:
-            homes.setdefault(_key(track), index)
+            homes.setdefault(instrument_of(track), index)
     for track in new.tracks:
         if not track.notes:
             continue
-        if _key(track) in homes:
-            home = score.tracks[homes[_key(track)]]
+        if instrument_of(track) in homes:
+            home = score.tracks[homes[instrument_of(track)]]
             home.notes.extend(track.notes)
             home.notes.sort()
         else:
-            homes[_key(track)] = len(score.tracks)
+            homes[instrument_of(track)] = len(score.tracks)
             score.tracks.append(track)
 
 

@@ -7,7 +7,7 @@ tokens it stands for may. The state of the music is carried from call to call, s
 the piece is. Rows that do not continue what the last call saw (another prompt) are read from their start.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,17 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .grammar_tables import DRUMS, DRUMS_ROW, NOTES, PITCHES, PROGRAMS, UNSET, check_supported, grammar_tables
+from .grammar_tables import (
+    DRUMS,
+    DRUMS_ROW,
+    NOTES,
+    PITCHES,
+    PROGRAMS,
+    UNSET,
+    check_supported,
+    grammar_tables,
+    number_of,
+)
 from .tokenizer import EOS
 
 # From the start of a sequence, or from any note, the next note is complete within this many base tokens.
@@ -82,6 +92,9 @@ class MidiGrammar(LogitsProcessor):
             decide the instruments, and their bars do not count.
         voices (`int`, *optional*):
             At most this many of the notes that begin at one onset are not drums. By default any number.
+        meters (`Sequence[str]`, *optional*):
+            The time signatures of the new bars, such as `["4/4", "3/4"]`. Exactly these bars are sampled, and the last
+            of them may end without a note. For filling a gap; `max_bars` and `min_bars` then have no effect.
 
     Raises:
         InputError: if the tokenizer isn't REMI, TSD or Structured, or an option adds tokens beyond the rules.
@@ -98,8 +111,11 @@ class MidiGrammar(LogitsProcessor):
         programs: Collection[int] | None = None,
         prompt_length: int = 0,
         voices: int | None = None,
+        meters: Sequence[str] | None = None,
     ) -> None:
         check_supported(tokenizer)
+        if meters is not None:
+            max_bars = min_bars = len(meters)
         if max_bars is not None and max_bars < max(min_bars, 1):
             raise ValueError("max_bars must be at least 1, and not less than min_bars")
         if (max_bars is not None or min_bars) and not tokenizer.token_ids_of_type("Bar"):
@@ -117,7 +133,11 @@ class MidiGrammar(LogitsProcessor):
         allowed = torch.ones(PROGRAMS, dtype=torch.bool)
         if programs:
             allowed = torch.isin(known, torch.tensor(sorted(programs)))
-        self._tables = grammar_tables(tokenizer, max_notes, self.voices) | {"programs": allowed}
+        self.fills = meters is not None
+        self._tables = grammar_tables(tokenizer, max_notes, self.voices) | {
+            "programs": allowed,
+            "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
+        }
         # What the last call saw: its ids, in a buffer that grows, and the state after them.
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._time = 0
@@ -180,6 +200,8 @@ class MidiGrammar(LogitsProcessor):
         if self.min_bars:
             has_ended = values[:, _LAST] == table["end_type"]
             allowed[:, self.eos_token_id] &= (values[:, _BARS] >= self.min_bars) | has_ended
+        if self.fills:
+            allowed = self._in_meter(allowed, values)
 
         sayable = self._sayable(state, programs)
         sayable &= may_play | ~table["inherits"]
@@ -187,6 +209,16 @@ class MidiGrammar(LogitsProcessor):
         sayable &= allowed
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
         return torch.where(sayable.any(dim=1, keepdim=True), sayable, allowed)
+
+    def _in_meter(self, allowed: Tensor, values: Tensor) -> Tensor:
+        """`allowed` of shape (batch, vocab) as far as bars have the meters that are wanted."""
+        table = self._tables
+        bars = values[:, _BARS, None, None] + table["meter_bar"] - 1  # (batch, vocab, meters)
+        wanted = table["meters"][bars.clamp(min=0, max=len(table["meters"]) - 1)]
+        allowed &= ((table["meter_of"] == UNSET) | (table["meter_of"] == wanted)).all(dim=2)
+        is_last = (values[:, _BARS] == self.max_bars) & (values[:, _NOTES] > 0)
+        allowed[:, self.eos_token_id] |= is_last & table["is_head"][values[:, _LAST]]
+        return allowed
 
     def _sayable(self, state: _State, programs: Tensor) -> Tensor:
         """Which ids keep every onset to notes that MIDI can tell apart and `programs` may play, (batch, vocab)."""

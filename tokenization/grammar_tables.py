@@ -11,6 +11,7 @@ from torch import Tensor
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
 from .errors import InputError
+from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
 
 # The rules rely on a note being Pitch, Velocity, Duration under the program before it. MIDILike ends notes long after
@@ -75,6 +76,7 @@ class _Meaning:
     programs: set[int] = field(default_factory=set)  # those it names
     announces: int = _NONE  # the program of the note that must follow at its last onset
     asked: int = UNSET  # the program that a control asks for
+    meters: list[tuple[int, str]] = field(default_factory=list)  # the bars it opened up to each meter, and the meter
 
     @property
     def pitched(self) -> list[int]:
@@ -122,7 +124,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
     Returns:
         `dict[str, Tensor]`: the numbers of `_Meaning`, of shape (vocab,) each, and
 
-        - `follows` (types, vocab): which ids may follow a type;
+        - `follows` (types, vocab): which ids may follow a type; `is_head` (types,): whether positions may;
         - `distance`, `named` (types,): fewest base tokens to a complete note; the same if a program must come first;
         - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,): how an id changes a state, and the first state;
         - `tail_program`, `tail_pitch` (vocab, longest tail): the notes at the last onset, padded;
@@ -130,7 +132,9 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
         - `any_id` (ids,): those after which a note of any program must follow at the same onset;
         - `clashes` (programs, vocab): ids that repeat a note if they come under a program;
         - `programs_of_id` (programs, vocab), `asked` (vocab, programs): the programs that an id names, or asks for;
-        - `pitches` (programs,): how many pitches a program has.
+        - `pitches` (programs,): how many pitches a program has;
+        - `meter_of`, `meter_bar` (vocab, meters): the time signatures that an id writes, as [`number_of`], padded, and
+          how many bars it has opened by then.
     """
     followers = _followers(tokenizer)
     types = list(followers)
@@ -145,7 +149,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
         meaning.fits &= _onsets_fit(meaning, max_notes, voices, int(pitches.min()))
     tables = {
         name: torch.tensor([getattr(meaning, name) for meaning in meanings])
-        for name in _Meaning.__annotations__.keys() - {"onsets", "programs"}
+        for name in _Meaning.__annotations__.keys() - {"onsets", "programs", "meters"}
     }
     graph = torch.tensor([[after in followers[kind] for after in types] for kind in types])
     left = torch.stack([tables[name] for name in ("last", "position", "limit", "program")], dim=1)
@@ -153,6 +157,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
     return (
         tables
         | _note_tables(meanings)
+        | _meter_tables(meanings)
         | {
             "follows": graph[:, tables["first"]] & tables["fits"],
             "distance": torch.tensor([near[kind] for kind in types]),
@@ -163,9 +168,26 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
             "adds": torch.stack([tables[name] for name in ("tail", "tail_bars", "bars")], dim=1),
             "ends": torch.arange(len(meanings)) == tokenizer.vocab[EOS],
             "end_type": torch.tensor(types.index("EOS")),
+            "is_head": torch.tensor([kind == ("TimeSig" if "TimeSig" in types else "Bar") for kind in types]),
             "pitches": pitches[(torch.arange(PROGRAMS) > 0).long()],
         }
     )
+
+
+def number_of(meter: str) -> int:
+    """A time signature such as `"3/4"` as one number."""
+    numerator, denominator = meter.split("/")
+    return 1000 * int(numerator) + int(denominator)
+
+
+def _meter_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
+    """The time signatures that each id writes, and the bars that it has opened by then."""
+    width = max(1, *(len(meaning.meters) for meaning in meanings))
+    rows = [meaning.meters + [(0, "")] * (width - len(meaning.meters)) for meaning in meanings]
+    return {
+        "meter_bar": torch.tensor([[bar for bar, _ in row] for row in rows]),
+        "meter_of": torch.tensor([[number_of(meter) if meter else UNSET for _, meter in row] for row in rows]),
+    }
 
 
 def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
@@ -289,9 +311,9 @@ def _meaning(
 ) -> _Meaning:
     types = {kind: index for index, kind in enumerate(followers)}
     kinds = [token.split("_")[0] for token in tokens]
-    if tokens == [PAD] or is_control(tokens[0]):  # neither changes what may follow
+    if tokens in ([PAD], [GAP]) or is_control(tokens[0]):  # none of them changes what may follow
         return _Meaning(first=types["PAD"], asked=_PROGRAM_OF_CONTROL.get(tokens[0], UNSET))
-    if tokens == [BOS]:  # MidiTok decodes 4/4 and the piano until a token says otherwise
+    if tokens in ([BOS], [FILL]):  # MidiTok decodes 4/4 and the piano until a token says otherwise
         return _Meaning(types["BOS"], -1, 4 * positions_per_beat, -DRUMS, first=types["BOS"], begins=True)
     if tokens == [EOS]:
         return _Meaning(types["EOS"], first=types["EOS"])
@@ -319,7 +341,9 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1
+        meaning.bars += 1
     elif kind == "TimeSig":
+        meaning.meters.append((meaning.bars, value))
         meaning.limit = int(value.split("/")[0]) * positions_per_beat
     elif kind == "Program":
         meaning.program = int(value) - DRUMS
@@ -342,7 +366,6 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
 
 def _count(meaning: _Meaning, kinds: list[str], distances: tuple[dict[str, int], dict[str, int]]) -> None:
     """Count base tokens and bars before, between and after the complete notes."""
-    meaning.bars = kinds.count("Bar")
     notes = [index for index, kind in enumerate(kinds) if kind == NOTE_END]
     near, named = distances
     if notes:

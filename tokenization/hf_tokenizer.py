@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .controls import is_control
 from .errors import InputError
-from .tokenizations import BAR, BOS, EOS, PAD, TRACK_START
+from .tokenizations import BAR, BOS, EOS, FILL, GAP, PAD, TRACK_START
 
 # The first code point of Unicode's largest private area: no text can be mistaken for one of these symbols.
 _PRIVATE = 0xF0000
@@ -29,7 +29,8 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
 
     It is a plain `tokenizers` pipeline, so that `AutoTokenizer` loads what it saves without this package. A normalizer
     writes every base token as one private character, each bar or track starts a word, MidiTok's own model applies, and
-    the decoder writes the characters as tokens again. Control tokens are special tokens, just as BOS and EOS are. Text
+    the decoder writes the characters as tokens again. Control tokens and those of
+    infilling are special tokens, just as BOS and EOS are. Text
     that isn't a base token is dropped.
 
     Raises:
@@ -38,8 +39,8 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
     if tokenizer.is_multi_voc:
         raise InputError(f"{type(tokenizer).__name__} has no text form: its steps are rows of ids, not tokens")
     vocab: dict[str, int] = tokenizer.vocab
-    controls = [token for token in vocab if is_control(token)]
-    special = [PAD, BOS, EOS, *controls]
+    more = [token for token in vocab if is_control(token) or token in (GAP, FILL)]
+    special = [PAD, BOS, EOS, *more]
     symbols = {token: chr(_PRIVATE + index) for token, index in vocab.items() if token not in special}
     pipeline = Tokenizer(_private_model(tokenizer, symbols))
     # The longest first, or Pitch_6 would match the start of Pitch_60.
@@ -69,7 +70,7 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        extra_special_tokens=controls,
+        extra_special_tokens=more,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],

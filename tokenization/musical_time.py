@@ -58,13 +58,15 @@ def meter_spans(score: ScoreTick, end: int) -> list[tuple[Meter, int]]:
 
 def bar_starts(score: ScoreTick) -> NDArray[np.float64]:
     """Ticks at which bars start, the last of them at or after the end of the last note."""
-    found = meters(score)
-    ends = [*(meter.time for meter in found[1:]), max(score.end(), 1)]
+    end, found = max(score.end(), 1), meters(score)
+    inside = [meter for meter in found if meter.time < end]
+    ends = [*(meter.time for meter in inside[1:]), end]
     starts: list[float] = []
-    for meter, end in zip(found, ends, strict=True):
+    for meter, stop in zip(inside, ends, strict=True):
         length = meter.bar_length(score.ticks_per_quarter)
-        starts.extend(np.arange(meter.time, end, length))
-    return np.array([*starts, starts[-1] + length])
+        starts.extend(np.arange(meter.time, stop, length))
+    # A meter after the last note ends the last bar as well.
+    return np.array([*starts, min([starts[-1] + length, *(meter.time for meter in found[len(inside) :])])])
 
 
 def count_bars(score: ScoreTick, end: int) -> int:

@@ -7,6 +7,7 @@ nothing else of midimamba.
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,9 @@ from .composing import Composed, compose
 from .continuation import add_continuation, warn_of_shared_channels
 from .controls import control_ids, controls_of
 from .errors import InputError
+from .gaps import fill_gap, find_gap
 from .grammar import MidiGrammar
+from .infilling import Arranger
 from .ingest import check_score, read_unordered
 from .normalization import normalize, settle_notes
 from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, encode_normalized, fast_tokenizer, load_tokenizer, merge_ids
@@ -262,6 +265,84 @@ class MidiProcessor(ProcessorMixin):
             raise ValueError("the ids do not begin with those of the prompt: give the prompt that was encoded")
         encoded, continued = self._score(opening), self._score(music)
         result = add_continuation(self.midi_tokenizer, score, encoded, continued, self.voices)
+        warn_of_shared_channels(result)
+        return result
+
+    @cached_property
+    def arranger(self) -> Arranger:
+        """What arranges pieces for infilling.
+
+        Raises:
+            InputError: if the tokenizer has no tokens for it, because the model has not learned it.
+        """
+        return Arranger(self.midi_tokenizer)
+
+    def infill(
+        self,
+        midi: Midi,
+        bars: Sequence[int],
+        tracks: Sequence[int] | None = None,
+        controls: Controls | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Encode a piece as a prompt that asks for some of its bars, in all tracks or in some.
+
+        Give what `generate` returns for it to [`place`]. [`compose`] samples exactly these bars.
+
+        Args:
+            midi (`str`, `Path`, `bytes` or `symusic.Score`):
+                The piece. The notes that begin in these bars and tracks are not part of the prompt. Of the rest, up to
+                16 bars before and 16 after are.
+            bars (`Sequence[int]`):
+                The first bar and the last, counted from 1: `(5, 8)` are four bars.
+            tracks (`Sequence[int]`, *optional*):
+                Indices into the tracks of the score. By default all. Several tracks of one instrument are not told
+                apart in ids: what is written for one of them goes together with what stays in the others.
+            controls (`Mapping[str, str | Sequence[str]]`, *optional*):
+                What is requested, as for `self(...)`.
+            return_tensors (`str`, *optional*):
+                `"pt"` for tensors of shape (1, time); `None` for a list of ids.
+
+        Raises:
+            MidiRefusedError: if the piece cannot be used.
+            InputError: if the model has not learned to fill gaps, the piece has no such bars or tracks, there is no
+                such control, or the tokenizer has no meters for the wanted bars.
+        """
+        arranger = self.arranger
+        score = read_unordered(midi)[0]
+        ids = [self.bos_token_id, *self.control_ids(controls or {})]
+        ids += arranger.prompt(score, find_gap(score, bars, tracks))
+        encoding = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        return BatchEncoding(encoding, tensor_type=return_tensors, prepend_batch_axis=return_tensors is not None)
+
+    def place(
+        self,
+        midi: Midi,
+        ids: Sequence[Any] | np.ndarray | torch.Tensor,
+        bars: Sequence[int],
+        tracks: Sequence[int] | None = None,
+    ) -> ScoreTick:
+        """A piece with what was sampled for some of its bars instead of what was there.
+
+        Everything else is the piece itself, not what ids say of it: notes, ticks, tempos, meters, names, controllers,
+        pedals. New notes end where the last of these bars ends; see [`~midimamba.tokenization.gaps.fill_gap`].
+
+        Args:
+            midi, bars, tracks:
+                As for [`infill`].
+            ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
+                One sequence: the prompt of `infill`, and what follows it.
+
+        Raises:
+            MidiRefusedError: if the piece cannot be used.
+            InputError: if the piece has no such bars or tracks, or the model has not learned to fill gaps.
+            ValueError: if `ids` is more than one sequence, or not music, or holds no request.
+        """
+        score = read_unordered(midi)[0]
+        gap = find_gap(score, bars, tracks)
+        steps = torch.as_tensor(ids, dtype=torch.long).flatten().tolist()
+        new = self._score(self._music(self.arranger.filling(steps)))
+        result = fill_gap(self.midi_tokenizer, score, gap, new, self.voices)
         warn_of_shared_channels(result)
         return result
 

@@ -22,6 +22,7 @@ from .errors import InputError
 PAD, BOS, EOS = "PAD_None", "BOS_None", "EOS_None"
 BAR = "Bar_None"
 TRACK_START = "Track_Start"
+GAP, FILL = "Infill_Gap", "Infill_Fill"  # what they stand for is in infilling.py
 
 _DEFAULTS: dict[str, Any] = {
     # MidiTok's own default range silently drops the lowest and the highest notes, and drums outside General MIDI 2.
@@ -98,7 +99,9 @@ OPTIONS = tuple(
 )
 
 
-def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (), **options: Any) -> MusicTokenizer:
+def build_tokenizer(
+    tokenization: str = "REMI", *, controls: Sequence[str] = (), infill: bool = False, **options: Any
+) -> MusicTokenizer:
     """Build an untrained MidiTok tokenizer that writes all tracks of a piece as one sequence.
 
     Those of `ONE_STREAM` write one id per step. Those of `MULTI_VOCABULARY` write a row of ids per step, each from a
@@ -126,6 +129,8 @@ def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (),
         controls (`Sequence[str]`, *optional*):
             Control tokens as [`~midimamba.tokenization.controls.control_token`] writes them, for one of `ONE_STREAM`.
             They get the ids from 3 on, in this order; all other base tokens come after them. Nothing else changes.
+        infill (`bool`, *optional*, defaults to `False`):
+            Whether there are the two tokens of [`~midimamba.tokenization.infilling`]. They come after the controls.
         options:
             Fields of `miditok.TokenizerConfig` that replace this package's choice, in MidiTok's form or as JSON and
             YAML hold them (`beat_res: {"0_4": 12}`); for PerTok, MMM, Octuple and MuMIDI also their own.
@@ -144,7 +149,7 @@ def build_tokenizer(tokenization: str = "REMI", *, controls: Sequence[str] = (),
     given = {name: _python_value(name, value) for name, value in options.items()}
     defaults = _DEFAULTS | _OWN_DEFAULTS.get(tokenization, {})
     merged = {"encode_ids_split": _split(tokenization, defaults | given), **defaults, **given, **_FIXED}
-    merged["special_tokens"] = [*merged["special_tokens"], *controls]
+    merged["special_tokens"] = [*merged["special_tokens"], *controls, *((GAP, FILL) if infill else ())]
     try:
         tokenizer = _construct(tokenization, merged)
     except (ValueError, TypeError, KeyError) as error:

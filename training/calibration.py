@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator, PackedBlocks
+from midimamba.corpus.rearranging import share_of
 from midimamba.errors import InputError
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.tokenization.processor import MidiProcessor
@@ -115,6 +116,7 @@ class Calibration:
         self.training_args, self.given = training_args, given
         self.splits, self.processor = load_corpus(script_args.data)
         check_one_stream(script_args.data, self.processor)
+        share_of(script_args.infill_share, self.processor)  # refuses what cannot be before any work
         self.facts = facts_of(self.splits, self.processor)
         if self.facts.tokens < SHORTEST:
             raise InputError(

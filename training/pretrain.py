@@ -85,6 +85,13 @@ class PretrainArguments:
     state_size: int = field(
         default=16, metadata={"help": "State of every channel of a new model without a named size."}
     )
+    infill_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rearrange this share of the pieces, each epoch in another way, so that the model learns to fill "
+            "gaps. Unset: 0.3 for a corpus made with --infill, else 0."
+        },
+    )
     carry_state: bool = field(
         default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
     )
@@ -201,7 +208,9 @@ def _train(
     peft_config = lora_config(lora_args)
     resume = find_resume_point(training_args)
     length = script_args.sequence_length
-    blocks, splits, processor = load_training_blocks(script_args.data, length, augmentation, training_args.seed)
+    blocks, splits, processor = load_training_blocks(
+        script_args.data, length, augmentation, training_args.seed, script_args.infill_share
+    )
     evaluates = training_args.eval_strategy != IntervalStrategy.NO
     validation = PackedBlocks(splits["validation"], length) if evaluates else None
     set_seed(training_args.seed)

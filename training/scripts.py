@@ -22,6 +22,7 @@ from midimamba import loading
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks, EpochOpenings
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import PackedBlocks
+from midimamba.corpus.rearranging import InfillBlocks, share_of
 from midimamba.errors import InputError
 from midimamba.files import flush_folder
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
@@ -31,6 +32,7 @@ from midimamba.text import show
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sampling_limits import give_sampling_defaults
+from midimamba.tokenization.tokenizations import GAP
 from midimamba.tokenization.tokenizer import time_ids
 from midimamba.training.option_checks import TRAINER_RULES, check_numbers
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
@@ -183,16 +185,17 @@ def check_one_stream(data: str, processor: MidiProcessor) -> None:
 
 
 def load_blocks(
-    data: str, length: int, augmentation: Augmentation, seed: int
+    data: str, length: int, augmentation: Augmentation, seed: int, infill_share: float | None = 0.0
 ) -> tuple[PackedBlocks | EpochBlocks, PackedBlocks, MidiProcessor]:
     """Training and validation blocks of `length` tokens from a tokenized corpus, with its processor.
 
-    Only the training blocks are augmented.
+    Only the training blocks are augmented, and a share of their pieces is rearranged for infilling; `None` is the
+    share that the corpus was made for, see [`~midimamba.corpus.rearranging.share_of`].
 
     Raises:
         InputError: if `data` is no corpus or one of several vocabularies, or a split is shorter than one block.
     """
-    train, splits, processor = load_training_blocks(data, length, augmentation, seed)
+    train, splits, processor = load_training_blocks(data, length, augmentation, seed, infill_share)
     return train, PackedBlocks(splits["validation"], length), processor
 
 
@@ -218,12 +221,14 @@ def load_openings(
 
 
 def load_training_blocks(
-    data: str, length: int, augmentation: Augmentation, seed: int
+    data: str, length: int, augmentation: Augmentation, seed: int, infill_share: float | None = 0.0
 ) -> tuple[PackedBlocks | EpochBlocks, DatasetDict, MidiProcessor]:
     """As [`load_blocks`], for a corpus whose validation split may be empty: it comes as it is, with the others."""
     splits, processor = load_corpus(data)
     check_one_stream(data, processor)
     train = PackedBlocks(splits["train"], length)
+    if share := share_of(infill_share, processor):
+        return InfillBlocks(splits["train"], processor, length, augmentation, seed, share), splits, processor
     if augmentation.changes_music or (processor.controls and augmentation.control_dropout):
         return EpochBlocks(splits["train"], processor, length, augmentation, seed), splits, processor
     return train, splits, processor
@@ -265,7 +270,9 @@ def look_back_fields(lags: Sequence[int], processor: MidiProcessor, option: str 
             f"{option} needs a tokenization with bars, such as REMI; "
             f"{type(processor.midi_tokenizer).__name__} has none"
         )
-    return {"lookback_bars": list(lags), "bar_token_ids": bars, "position_token_ids": positions}
+    fields = {"lookback_bars": list(lags), "bar_token_ids": bars, "position_token_ids": positions}
+    gap = processor.midi_tokenizer.vocab.get(GAP)  # what follows it is from elsewhere in the piece
+    return fields if gap is None or option != "lookback_bars" else fields | {"section_token_ids": [gap]}
 
 
 def load_discriminator(

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from midimamba.command_options import (
+    DrawingOptions,
     EvaluateOptions,
     GenerateOptions,
+    InfillOptions,
     ListenOptions,
     PublishOptions,
     SamplingOptions,
@@ -53,6 +55,11 @@ COMMANDS = {
         (GenerateOptions, SamplingOptions),
         "Sample music from a generator, or let it continue a MIDI file.",
         "midimamba generate runs/demo/generator --prompt opening.mid --bars 8 --out continued",
+    ),
+    "infill": Command(
+        (InfillOptions, DrawingOptions),
+        "Write some bars of a MIDI file anew, in all tracks or in some. Everything else stays as it is.",
+        "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
     ),
     "evaluate": Command(
         (EvaluateOptions,),

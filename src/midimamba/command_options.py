@@ -4,6 +4,7 @@ The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.o
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,12 @@ from midimamba.training.plan import SIZES
 
 _OWN = "(default: the model's own)"
 _MINUTES = 10.0
+_CONTROL = {
+    "group": "request",
+    "repeated": True,
+    "metavar": "NAME=VALUE",
+    "help": "what the music should be like, such as key=C-major; repeat it for more controls or instruments",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,10 @@ class TrainOptions:
             "help": "size of the generator (default: the one that suits corpus, machine and time)",
         },
     )
+    infill: bool = field(
+        default=False,
+        metadata={"help": "learn to fill gaps as well, for `midimamba infill`; a corpus must be made with --infill"},
+    )
     passed: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -113,14 +124,12 @@ class TuneOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class DrawingOptions:
     """
-    How a generator is sampled.
+    How pieces are drawn from a generator, new ones or fillings of a gap.
 
     Args:
         num (`int`, *optional*, defaults to 4): number of pieces.
-        bars (`int`, *optional*, defaults to 16): this many new bars per piece. TSD and Structured have no bar tokens:
-            there the model or `max_new_tokens` ends a piece.
         max_new_tokens (`int`, *optional*): at most this many new tokens per piece; at least 16. A piece that needs
             more has fewer bars. By default the model's own, from its generation config, or else 2048.
         temperature (`float`, *optional*): below 1 safer, above 1 wilder; from 0.001 to 1000. By default the model's
@@ -128,21 +137,12 @@ class SamplingOptions:
         top_p (`float`, *optional*): draw from the most likely tokens with this total probability. By default the
             model's own, or else 0.95.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces; not negative.
-        at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`
-            new bars.
-        best_of (`int`, *optional*): draw this many pieces for each wanted one, and let a discriminator choose; at
-            least 2.
-        pick (`str`, *optional*, defaults to `"resample"`): choose with probability proportional to the odds that a
-            draw is real music; `"best"`: choose the draw with the highest odds.
 
     Raises:
         InputError: if a value makes no sense.
     """
 
     num: int = field(default=4, metadata={"group": "sampling", "help": "number of pieces"})
-    bars: int = field(
-        default=16, metadata={"group": "sampling", "help": "new bars per piece; TSD and Structured have no bars"}
-    )
     max_new_tokens: int | None = field(
         default=None, metadata={"group": "sampling", "help": f"at most this many new tokens per piece {_OWN}"}
     )
@@ -157,6 +157,34 @@ class SamplingOptions:
         },
     )
     seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
+
+    def __post_init__(self) -> None:
+        check_sampling(**asdict(self))
+
+
+@dataclass(frozen=True)
+class SamplingOptions(DrawingOptions):
+    """
+    How a generator is sampled.
+
+    Args:
+        num, max_new_tokens, temperature, top_p, seed: as in [`DrawingOptions`].
+        bars (`int`, *optional*, defaults to 16): this many new bars per piece. TSD and Structured have no bar tokens:
+            there the model or `max_new_tokens` ends a piece.
+        at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`
+            new bars.
+        best_of (`int`, *optional*): draw this many pieces for each wanted one, and let a discriminator choose; at
+            least 2.
+        pick (`str`, *optional*, defaults to `"resample"`): choose with probability proportional to the odds that a
+            draw is real music; `"best"`: choose the draw with the highest odds.
+
+    Raises:
+        InputError: if a value makes no sense.
+    """
+
+    bars: int = field(
+        default=16, metadata={"group": "sampling", "help": "new bars per piece; TSD and Structured have no bars"}
+    )
     at_most: bool = field(
         default=False,
         metadata={
@@ -183,26 +211,35 @@ class SamplingOptions:
         },
     )
 
+
+@dataclass(frozen=True, kw_only=True)
+class RenderingOptions:
+    """Whether pieces are drawn and played, and how."""
+
+    render: bool = field(
+        default=False, metadata={"group": "rendering", "help": "write a piano roll and the sound beside each piece"}
+    )
+    soundfont: Path | None = field(
+        default=None,
+        metadata={"group": "rendering", "help": "play with this .sf2 file instead of the one that pretty_midi ships"},
+    )
+    format: str = field(
+        default="wav", metadata={"group": "rendering", "choices": ("wav", "mp3"), "help": "of the sound"}
+    )
+
     def __post_init__(self) -> None:
-        check_sampling(**asdict(self))
+        if not self.render and (self.soundfont is not None or self.format != "wav"):
+            raise InputError("--soundfont and --format say how to play the pieces: add --render")
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(RenderingOptions):
     """What `midimamba generate` reads, asks for and writes; how it samples is in [`SamplingOptions`]."""
 
     model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
     out: Path | None = field(default=None, metadata={"help": "folder to make"})
     prompt: Path | None = field(default=None, metadata={"group": "request", "help": "a MIDI file to continue"})
-    control: Sequence[str] = field(
-        default=(),
-        metadata={
-            "group": "request",
-            "repeated": True,
-            "metavar": "NAME=VALUE",
-            "help": "what the music should be like, such as key=C-major; repeat it for more controls or instruments",
-        },
-    )
+    control: Sequence[str] = field(default=(), metadata=_CONTROL)
     discriminator: Sequence[str] = field(
         default=(),
         metadata={
@@ -222,22 +259,57 @@ class GenerateOptions:
     list_controls: bool = field(
         default=False, metadata={"group": "request", "help": "print the model's controls and their values, and stop"}
     )
-    render: bool = field(
-        default=False, metadata={"group": "rendering", "help": "write a piano roll and the sound beside each piece"}
-    )
-    soundfont: Path | None = field(
-        default=None,
-        metadata={"group": "rendering", "help": "play with this .sf2 file instead of the one that pretty_midi ships"},
-    )
-    format: str = field(
-        default="wav", metadata={"group": "rendering", "choices": ("wav", "mp3"), "help": "of the sound"}
-    )
 
     def __post_init__(self) -> None:
-        if not self.render and (self.soundfont is not None or self.format != "wav"):
-            raise InputError("--soundfont and --format say how to play the pieces: add --render")
+        super().__post_init__()
         if self.keep_unused is not None and not self.discriminator:
             raise InputError("--keep-unused keeps what a discriminator did not choose: add --discriminator")
+
+
+_BARS = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class InfillOptions(RenderingOptions):
+    """What `midimamba infill` reads, asks for and writes. Raises [`InputError`] for values that cannot be."""
+
+    model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
+    song: Path = field(metadata={"positional": True, "help": "a MIDI file"})
+    bars: str = field(
+        metadata={
+            "group": "request",
+            "metavar": "5-8",
+            "help": "the bars to write anew, counted from 1; or a single one",
+        }
+    )
+    out: Path = field(metadata={"help": "folder to make"})
+    tracks: str | None = field(
+        default=None,
+        metadata={
+            "group": "request",
+            "metavar": "1,2",
+            "help": "the tracks to write anew, counted from 1; the others stay (default: all tracks)",
+        },
+    )
+    control: Sequence[str] = field(default=(), metadata=_CONTROL)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _BARS.fullmatch(self.bars):
+            raise InputError(f"--bars is {self.bars!r}: write the first bar and the last, such as 5-8")
+        if self.tracks is not None and not all(map(str.isdecimal, self.tracks.split(","))):
+            raise InputError(f"--tracks is {self.tracks!r}: write numbers such as 1,2")
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first bar and the last, counted from 1."""
+        first, last = self.bars.partition("-")[::2]
+        return int(first), int(last or first)
+
+    @property
+    def numbers(self) -> list[int] | None:
+        """The tracks, counted from 1; `None` for all."""
+        return None if self.tracks is None else [int(number) for number in self.tracks.split(",")]
 
 
 @dataclass(frozen=True)
@@ -296,9 +368,8 @@ class EvaluateOptions:
     @property
     def sampling(self) -> SamplingOptions:
         """How a generator is sampled for the comparison. Real pieces end where they end, and so do these."""
-        return SamplingOptions(
-            self.num, self.bars, self.max_new_tokens, self.temperature, self.top_p, self.seed, at_most=True
-        )
+        names = ("num", "bars", "max_new_tokens", "temperature", "top_p", "seed")
+        return SamplingOptions(**{name: getattr(self, name) for name in names}, at_most=True)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from midimamba.command_options import (
+    DrawingOptions,
     EvaluateOptions,
     GenerateOptions,
+    InfillOptions,
     ListenOptions,
     PublishOptions,
+    RenderingOptions,
     SamplingOptions,
     TokenizeFiles,
     TrainOptions,
@@ -23,6 +26,8 @@ from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
 from midimamba.text import show
 from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
+
+_LISTED = 16  # tracks in a message
 
 
 def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
@@ -115,6 +120,36 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
     show(line)
 
 
+def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
+    """`midimamba infill`: some bars of a MIDI file anew."""
+    from midimamba.generation import infill_scores, load_pair
+    from midimamba.tokenization.gaps import find_gap
+    from midimamba.tokenization.ingest import MidiRefusedError, read_unordered
+
+    controls = _read_controls(options.control)
+    out = _new_folder(options.out, "the pieces")
+    write = _writer(options)
+    try:
+        song = read_unordered(options.song)[0]
+        tracks = _chosen_tracks(options.numbers, [track.name for track in song.tracks])
+        find_gap(song, options.span, tracks)  # what the piece does not have is told before the model is loaded
+        model, processor = load_pair(options.model)
+        scores = infill_scores(model, processor, song, options.span, tracks, drawing, controls)
+    except MidiRefusedError as error:
+        raise InputError(f"{options.song} cannot be used: {error}") from error
+    write(out, {f"{options.song.stem}-{index:02d}": score for index, score in enumerate(scores)})
+    show(f"{len(scores)} pieces in {out}")
+
+
+def _chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:
+    """Indices of the tracks that the user counts from 1."""
+    if wrong := [number for number in numbers or () if not 1 <= number <= len(names)]:
+        listed = ", ".join(f"{number} {name!r}" for number, name in enumerate(names[:_LISTED], 1))
+        more = ", …" if len(names) > _LISTED else ""
+        raise InputError(f"there is no track {wrong[0]}: --tracks can name {listed}{more}")
+    return None if numbers is None else [number - 1 for number in numbers]
+
+
 def _check_choosing(options: GenerateOptions, sampling: SamplingOptions, out: Path) -> None:
     """Refuse, before any work, options about choosing that cannot be."""
     if not options.discriminator and (sampling.best_of is not None or sampling.pick != PICKS[0]):
@@ -145,7 +180,7 @@ def _sample(
     return choose_scores(model, processor, judge, sampling, keep_unused=keep, **request)
 
 
-def _writer(options: GenerateOptions) -> Callable[[Path, dict[str, Any]], None]:
+def _writer(options: RenderingOptions) -> Callable[[Path, dict[str, Any]], None]:
     """What writes scores to a new folder, all or none, with pictures and sound if they are wanted."""
     from midimamba.evaluation.rendering import draw_piano_roll, import_demo
     from midimamba.evaluation.sound import check_encoder, load_soundfont, render_sounds

@@ -1,7 +1,7 @@
 """From a generator to scores: new music, with or without controls, or the continuation of a prompt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
-from midimamba.command_options import SamplingOptions
+from midimamba.command_options import DrawingOptions, SamplingOptions
 from midimamba.errors import InputError
 from midimamba.evaluation.samples import Samples, decode_all
 from midimamba.loading import load_processor
@@ -124,6 +124,43 @@ def generate_scores(
     return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
 
 
+def infill_scores(
+    model: MidiMambaForCausalLM,
+    processor: MidiProcessor,
+    song: Midi,
+    bars: tuple[int, int],
+    tracks: Sequence[int] | None = None,
+    options: DrawingOptions | None = None,
+    controls: Mapping[str, str | Sequence[str]] | None = None,
+) -> list[ScoreTick]:
+    """
+    Write some bars of a piece anew, in all tracks or in some. Everything else is the piece itself.
+
+    torch's random state is afterwards what it was before.
+
+    Args:
+        model (`MidiMambaForCausalLM`): a generator that has learned to fill gaps.
+        processor (`MidiProcessor`): its processor.
+        song (`str`, `Path`, `bytes` or `symusic.Score`): the piece.
+        bars (`tuple[int, int]`): the first bar and the last, counted from 1.
+        tracks (`Sequence[int]`, *optional*): indices into the tracks of the score. By default all.
+        options ([`~midimamba.command_options.DrawingOptions`], *optional*): how many fillings, how daring.
+        controls (`Mapping[str, str | Sequence[str]]`, *optional*): as for [`generate_scores`].
+
+    Returns:
+        `list[symusic.Score]` of length `options.num`.
+
+    Raises:
+        MidiRefusedError: if the piece cannot be used.
+        InputError: if the piece has no such bars or tracks, the model has not learned to fill gaps or computes NaN, or
+            there is no such control or value.
+    """
+    inputs = processor.infill(song, bars, tracks, controls, return_tensors="pt")
+    drawing = asdict(options or DrawingOptions())
+    parts = _compose(model, processor, inputs, SamplingOptions(**drawing, bars=bars[1] - bars[0] + 1))
+    return [processor.place(song, ids, bars, tracks) for part in parts for ids in part.ids]
+
+
 def choose_scores(
     model: MidiMambaForCausalLM,
     processor: MidiProcessor,
@@ -216,5 +253,5 @@ def _compose(
             )
             parts.append(part)
             bar.update(len(parts) * limit - bar.n)  # a part ends early when all of its pieces do
-    Composed.tell_unfinished(parts, options.bars)
+    Composed.tell_unfinished(parts)
     return parts

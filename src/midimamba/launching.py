@@ -10,6 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from midimamba.command_options import TrainOptions, TuneOptions
+from midimamba.corpus.options import INFILL_SHARE, CorpusOptions
 from midimamba.errors import InputError, check_hub, reaching_hub
 from midimamba.files import check_can_be_made, read_json
 from midimamba.text import show
@@ -28,9 +29,11 @@ def train(options: TrainOptions) -> None:
     if _is_finished(options.out, options.data):
         return
     check_can_be_made(options.out)
-    data = _corpus_of(options.data, options.out)
+    data = _corpus_of(options.data, options.out, CorpusOptions(infill=options.infill))
     arguments = ["--plan", "true", "--data", data, "--output_dir", str(options.out)]
-    for name, value in (("minutes", options.time), ("max_steps", options.steps), ("size", options.size)):
+    share = INFILL_SHARE if options.infill else None
+    named = (("minutes", options.time), ("max_steps", options.steps), ("size", options.size), ("infill_share", share))
+    for name, value in named:
         arguments += [] if value is None else [f"--{name}", str(value)]
     _leave_with(_run("pretrain", [*arguments, *_RESUME, *options.passed], started))
 
@@ -41,7 +44,7 @@ def tune(options: TuneOptions) -> None:
     if _is_finished(options.out, options.data):
         return
     check_can_be_made(options.out)
-    data = _corpus_of(options.data, options.out, tokenizer=options.model)
+    data = _corpus_of(options.data, options.out, CorpusOptions(tokenizer=options.model))
     recipe = files("midimamba.training.recipes") / f"{options.recipe}-adversarial.yaml"
     with as_file(recipe) as path:
         arguments = [] if "--config" in options.passed else ["--config", str(path)]
@@ -78,21 +81,20 @@ def _own_corpus(out: Path) -> Path:
     return out.with_name(f"{out.name}-data")
 
 
-def _corpus_of(data: str, out: Path, tokenizer: str | None = None) -> str:
+def _corpus_of(data: str, out: Path, options: CorpusOptions) -> str:
     """The corpus that `data` is, or that is made of it and kept.
 
     Args:
         data (`str`): a corpus, or anything that `midimamba tokenize` takes.
         out (`Path`): of the generator. The corpus is made beside it.
-        tokenizer (`str`, *optional*): the generator whose tokenizer the corpus needs.
+        options (`CorpusOptions`): how it is made.
     """
     if _is_corpus(data):
         return data
     from midimamba.command_options import TokenizeFiles
     from midimamba.commands import tokenize
-    from midimamba.corpus.options import CorpusOptions
 
-    tokenize(TokenizeFiles(data, _own_corpus(out)), CorpusOptions(tokenizer=tokenizer))
+    tokenize(TokenizeFiles(data, _own_corpus(out)), options)
     return str(_own_corpus(out))
 
 

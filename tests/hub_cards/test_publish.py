@@ -151,6 +151,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
         *("grammar_tables.py", "composing.py", "sampling_limits.py", "voices.py"),
         *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
+        *("infilling.py", "gaps.py"),
         *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
         *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "samples/sample-00.mp3"),
     }

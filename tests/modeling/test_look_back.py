@@ -117,6 +117,18 @@ def test_a_piece_that_repeats_a_bar_is_told_what_follows(find: Find) -> None:
     assert repeated[0, 13:, 1].all()
 
 
+@pytest.mark.usefixtures("find")
+def test_a_section_is_to_the_look_back_what_a_piece_is() -> None:
+    options = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, **LOOK_BACK}
+    pieces, sections = (LookBack(MidiMambaConfig(**options, section_token_ids=ids)) for ids in ([], [11]))
+    ids = music(8, 150)
+    marked = ids.clone()
+    marked[:, 1:][ids[:, 1:] == BOS] = 11
+    assert (marked == 11).sum() > 8
+    for ours, theirs in zip(sections.find(marked, None, None, 0), pieces.find(ids, None, None, 0), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_no_token_of_the_future_is_seen(model: MidiMambaForCausalLM) -> None:
     ids = music(2, 60)
     with torch.no_grad():

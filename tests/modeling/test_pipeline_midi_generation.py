@@ -22,7 +22,8 @@ from midimamba import (
 )
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MidiRefusedError
-from midimamba.tokenization.musical_time import count_bars
+from midimamba.tokenization.musical_time import bar_starts, count_bars
+from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator, make_score
 
 
@@ -48,6 +49,33 @@ def notes(score: ScoreTick) -> set[tuple[int, Fraction, int]]:
     return {
         (track.program, Fraction(note.time, division), note.pitch) for track in score.tracks for note in track.notes
     }
+
+
+@pytest.mark.slow
+def test_a_gap_is_filled_and_the_rest_stays(tmp_path: Path) -> None:
+    processor = MidiProcessor(build_tokenizer(infill=True))
+    make_generator(vocab_size=processor.vocab_size).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    compose: Any = pipeline("midi-generation", model=str(tmp_path), device="cpu")  # type: ignore[call-overload]
+    songs = [make_score(3), make_score(4)]
+    for song, found in zip(songs, compose(songs, infill={"bars": (2, 3), "tracks": [1]}, num=2, seed=0), strict=True):
+        assert len(found) == 2
+        start, end = bar_starts(song)[[1, 3]].astype(int).tolist()
+        for score in found:
+            assert [score.tracks[i] for i in (0, 2, 3)] == [song.tracks[i] for i in (0, 2, 3)]
+            mine, its = (
+                sorted(
+                    (n.time, n.pitch, n.velocity, n.duration)
+                    for n in each.tracks[1].notes
+                    if not start <= n.time < end
+                )
+                for each in (score, song)
+            )
+            assert mine == its
+    with pytest.raises(ValueError, match="leave out one of the two"):
+        compose(songs[0], infill={"bars": (2, 3)}, discriminator=make_discriminator(vocab_size=processor.vocab_size))
+    with pytest.raises(ValueError, match="no piece with a gap"):
+        compose(infill={"bars": (2, 3)})
 
 
 def test_it_takes_the_fast_class_and_continues_a_file(compose: MidiGenerationPipeline, tmp_path: Path) -> None:

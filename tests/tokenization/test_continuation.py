@@ -83,6 +83,17 @@ def test_a_prompt_comes_back_as_it_is(name: str, quarter: int) -> None:
     )
 
 
+@pytest.mark.parametrize("quarter", [96, 120, 220, 480, 1024, 20000])
+def test_the_ticks_of_a_prompt_stay_as_they_are(quarter: int) -> None:
+    prompt = band(quarter)
+    found = PROCESSORS["REMI"].continue_score(prompt, PROCESSORS["REMI"].encode(longer(prompt)))
+    assert found.ticks_per_quarter == quarter
+    for ours, theirs in zip(prompt.tracks, found.tracks, strict=False):
+        assert list(theirs.notes)[: len(ours.notes)] == sorted(ours.notes, key=lambda note: note.time)
+    assert list(found.tempos)[:1] == list(prompt.tempos)
+    assert list(found.time_signatures)[:2] == list(prompt.time_signatures)
+
+
 @pytest.mark.parametrize("name", GROWING)
 def test_what_follows_is_added(name: str) -> None:
     processor, prompt = PROCESSORS[name], band()

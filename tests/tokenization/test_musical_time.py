@@ -85,3 +85,13 @@ def test_the_best_key_is_that_of_the_highest_correlation() -> None:
 
 def test_weights_that_are_all_alike_have_no_key() -> None:
     assert best_keys(np.array([np.ones(12), np.zeros(12), np.arange(12.0)])).shape == (1,)
+
+
+def test_a_meter_after_the_last_note_ends_the_last_bar_and_begins_none() -> None:
+    later = scored(100, ((0, 4, 4), (4 * QUARTER, 15, 16), (40 * QUARTER, 2, 4)))
+    del later.time_signatures[0]
+    # symusic counts meters as part of a piece, so that bars go on up to the last of them.
+    assert bar_starts(later)[:2].tolist() == [0, 4 * QUARTER]
+    assert bar_starts(later)[-1] == 40 * QUARTER
+    at_end = scored(4 * QUARTER, ((4 * QUARTER, 15, 16),))
+    assert bar_starts(at_end).tolist() == [0, 4 * QUARTER]

@@ -28,6 +28,7 @@ CODE = {
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
     *("grammar_tables.py", "composing.py", "sampling_limits.py", "voices.py"),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
+    *("infilling.py", "gaps.py"),
 }
 
 

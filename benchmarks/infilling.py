@@ -1,0 +1,190 @@
+"""Does a model that fills gaps use what comes after them, and what does learning it cost continuation?
+
+Generators of one size are trained with the same number of steps, without rearranged pieces and with a share of them.
+On the test split, four bars of every piece are then valued in nats per note in four ways, by the same notes:
+
+- `both_sides`: the wanted bars given what comes before and after, as `midimamba infill` asks for them;
+- `before`: asked for in the same way, but nothing after them is shown;
+- `after`: asked for in the same way, but nothing before them is shown;
+- `continued`: as the continuation of what comes before.
+
+`continuation` is the likelihood of whole pieces, which is what a generator without infilling is trained for. The last
+line is JSON: `ratio` is `continued` over `both_sides` with the largest share; `cost_percent` is how much
+worse `continuation` becomes. Intervals are over pieces, those of the first seed.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from measure import finish, make_parser
+from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.corpus.augmentation import Augmentation, EpochBlocks
+from midimamba.corpus.load import load_corpus
+from midimamba.corpus.packing import BlockCollator
+from midimamba.evaluation.estimates import ratio_estimate
+from midimamba.evaluation.report_music import likelihood
+from midimamba.modeling.sampling import inference
+from midimamba.tokenization.infilling import CONTEXT_BARS, Span
+from midimamba.training.plan import LAGS, TRANSPOSE
+from midimamba.training.pretrain import PretrainArguments, new_config
+from midimamba.training.scripts import load_blocks
+from repetition_runs import Learner
+from resumable import Row, make_runs, mean_and_deviation, rows_done
+
+WANTED = 4  # bars
+WAYS = ("both_sides", "before", "after", "continued")
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    What all runs have in common.
+
+    Args:
+        data (`str`): a corpus made with `--infill`.
+        size (`str`): of every generator.
+        steps, length, batch_size (`int`): steps of training, tokens per block, and blocks per step.
+        learning_rate (`float`): the highest of a cycle that ends near 0.
+        pieces (`int`): at most this many test pieces are valued.
+    """
+
+    data: str
+    size: str = "tiny"
+    steps: int = 3000
+    length: int = 512
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    pieces: int = 100
+
+
+def run(arm: str, seed: int, training: Training) -> Row:
+    """Train a generator with the share that is the name of its arm, and value held-out music."""
+    share = float(arm)
+    blocks, _, processor = load_blocks(
+        training.data, training.length, Augmentation(transpose=TRANSPOSE), seed, infill_share=share
+    )
+    assert isinstance(blocks, EpochBlocks)  # keys change
+    model = _trained(blocks, processor, training, seed)
+    rows = load_corpus(training.data)[0]["test"]
+    collator = BlockCollator.for_processor(processor)
+    row: Row = {"arm": arm, "seed": seed, "settings": asdict(training)}
+    row["continuation"] = likelihood(model, rows, collator)["held_out_nll_per_note"]
+    if share:
+        valued = [_value_piece(model, processor, ids) for ids in rows["input_ids"][: training.pieces]]
+        row["spans"] = [one for one in valued if one is not None]
+    return row
+
+
+def _trained(blocks: EpochBlocks, processor: MidiProcessor, training: Training, seed: int) -> MidiMambaForCausalLM:
+    set_seed(seed)
+    arguments = PretrainArguments(training.data, size=training.size, lookback_bars=list(LAGS))
+    model = MidiMambaForCausalLM(new_config(arguments, processor))
+    learner, collator = Learner(model, training.learning_rate, training.steps), BlockCollator.for_processor(processor)
+    order, epoch = list[int](), 0
+    for _ in range(training.steps):
+        if len(order) < training.batch_size:
+            blocks.set_epoch(epoch)
+            order, epoch = torch.randperm(len(blocks)).tolist(), epoch + 1
+        learner.learn(collator([blocks[order.pop()] for _ in range(training.batch_size)]))
+    return model
+
+
+def _value_piece(model: MidiMambaForCausalLM, processor: MidiProcessor, ids: Sequence[int]) -> dict[str, float] | None:
+    """Nats of the middle bars of a piece in each of [`WAYS`], and their notes; `None` if the piece is too short."""
+    arranger = processor.arranger
+    piece = arranger.take_apart(arranger.expand(ids))
+    first = (piece.num_bars - WANTED) // 2
+    last = first + WANTED
+    wanted = (piece.bar >= first) & (piece.bar < last)
+    if first < 1 or not wanted.any():
+        return None
+    span = Span(first, last, wanted, np.unique(piece.program).tolist(), beside=False)
+    bos = [processor.bos_token_id]
+    arranged = {
+        "both_sides": arranger.arrange(piece, span),
+        "before": arranger.arrange(piece, span, after=0),
+        "after": arranger.arrange(piece, span, before=0),
+        "continued": arranger.continued(piece, first, last, CONTEXT_BARS),
+    }
+    nats = {way: _nats(model, bos + prompt, music) for way, (prompt, music) in arranged.items()}
+    return {**nats, "notes": int(wanted.sum())}
+
+
+def _nats(model: MidiMambaForCausalLM, prompt: list[int], music: list[int]) -> float:
+    """The negative log-likelihood of music that follows a prompt."""
+    ids = torch.tensor([prompt + music])
+    with inference(model):
+        logits = model(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :]
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The runs of one share."""
+    found: dict[str, Any] = {"continuation": mean_and_deviation([row["continuation"] for row in rows])}
+    for way in WAYS if "spans" in rows[0] else ():
+        values = [sum(s[way] for s in row["spans"]) / sum(s["notes"] for s in row["spans"]) for row in rows]
+        found[way] = mean_and_deviation(values)
+    if "spans" in rows[0]:
+        spans = rows[0]["spans"]
+        gain = ratio_estimate([s["continued"] - s["both_sides"] for s in spans], [s["notes"] for s in spans])
+        found["gain_per_note"] = {name: round(value, 4) for name, value in asdict(gain).items()}
+        found["pieces"] = len(spans)
+    return found
+
+
+def parse() -> argparse.Namespace:
+    own = Training("")
+    parser = make_parser(__doc__, "infilling.py --data data --rows infilling.jsonl")
+    add = parser.add_argument
+    add("--data", required=True, help="corpus made by `midimamba tokenize --infill`")
+    add("--shares", nargs="+", type=float, default=[0.0, 0.3], help="of rearranged pieces (default: 0 0.3)")
+    add("--seeds", type=int, default=3, help="runs per share (default: %(default)s)")
+    add("--size", default=own.size, help="size of every generator (default: %(default)s)")
+    add("--steps", type=int, default=own.steps, help="training steps (default: %(default)s)")
+    add("--length", type=int, default=own.length, help="tokens per block (default: %(default)s)")
+    add("--batch-size", type=int, default=own.batch_size, help="blocks per step (default: %(default)s)")
+    add("--learning-rate", type=float, default=own.learning_rate, help="the highest (default: %(default)s)")
+    add("--pieces", type=int, default=own.pieces, help="test pieces that are valued (default: %(default)s)")
+    add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
+    add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    disable_progress_bar()
+    names = ("data", "size", "steps", "length", "batch_size", "learning_rate", "pieces")
+    training = Training(**{name: getattr(args, name) for name in names})
+    arms = [f"{share:g}" for share in sorted({0.0, *args.shares})]
+    jobs = [(arm, seed) for seed in range(args.seeds) for arm in arms]
+    jobs = [job for job in jobs if job not in rows_done(args.rows, asdict(training))]
+    for row in make_runs(jobs, functools.partial(run, training=training), args.rows, args.workers):
+        print(row["arm"], row["seed"], f"{row['continuation']:.4f} nats per note", flush=True)
+    done = rows_done(args.rows, asdict(training))
+    results = {arm: summary([done[arm, seed] for seed in range(args.seeds)]) for arm in arms}
+    plain, ours = results[arms[0]], results[arms[-1]]
+    filled = "both_sides" in ours
+    finish(
+        {
+            "benchmark": "infilling",
+            "compared": "NLL per note of four held-out bars: as a continuation, over given both sides; one generator",
+            "ratio": round(ours["continued"][0] / ours["both_sides"][0], 4) if filled else None,
+            "cost_percent": round(100 * (ours["continuation"][0] / plain["continuation"][0] - 1), 3),
+            "shares": results,
+            "settings": asdict(training),
+        },
+        args.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
