@@ -54,7 +54,7 @@ class Settings:
     valid: int = 100
     test: int = 4000
     patience: int = 6
-    seconds: float = 90.0
+    seconds: float = 120.0
     pool: int = 32768
     steps: int = 300
     rounds_kept: int = 40
