@@ -141,6 +141,7 @@ def parse() -> argparse.Namespace:
     add("--num", type=int, default=own.num, help="pieces per figure (default: %(default)s)")
     add("--bars", type=int, default=own.bars, help="bars per piece (default: %(default)s)")
     add("--steps", type=int, default=own.steps, help="of pre-training (default: %(default)s)")
+    add("--draws", type=int, default=own.draws, help="for discriminators and for training (default: %(default)s)")
     add_temperatures(parser, own.temperatures)
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
@@ -156,7 +157,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    names = ("data", "split", "num", "bars", "temperatures", "steps")
+    names = ("data", "split", "num", "bars", "temperatures", "steps", "draws")
     settings = Settings(**{name: getattr(args, name) for name in names})
     runs = [CHOSEN, *(name for name in args.runs if name != CHOSEN)]  # it makes the generator that all others need
     trial = ""

@@ -43,6 +43,7 @@ class Settings:
         num, bars (`int`): pieces per figure, and bars per piece.
         temperatures (`list[float]`): that are tried on the validation split, once for each generator.
         steps (`int`): of pre-training.
+        draws (`int`): of the generator, for the discriminators and again for the round of every trained arm.
     """
 
     data: str
@@ -51,6 +52,7 @@ class Settings:
     bars: int = 16
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8])
     steps: int = 2000
+    draws: int = 3072
 
 
 # Pre-training: the rule of `midimamba train` at its smallest size, with steps twice as large.
@@ -194,6 +196,7 @@ class Seed:
         if arm == "paper":
             return self._run("adversarial", {**read_recipe("paper-adversarial"), **given, **PAPER}, output)
         recipe = {**read_recipe("distill-adversarial"), **given, "bars": self.settings.bars}
+        recipe["per_device_train_batch_size"] = self.settings.draws
         chosen = json.loads(arm.removeprefix("trial ")) if arm.startswith("trial ") else TRAINED[arm]
         return self._run("adversarial", {**recipe, **chosen}, output)
 
