@@ -227,7 +227,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
     "spectral norm of a generator": (
         "adversarial.py",
         {"discriminator": "generator", "d_spectral_norm": "true"},
-        "d_spectral_norm is True, but a discriminator from 'generator' is not built anew",
+        "d_spectral_norm is True, but a discriminator from 'generator' is not a new one",
     ),
     "distillation of probabilities": (
         "adversarial.py",
@@ -385,7 +385,7 @@ def test_bars_to_look_back_by_are_refused_where_they_would_be_ignored(
     code, errors = run("adversarial.py", *options)
     assert code == 2
     assert errors.splitlines()[-1] == (
-        f"error: d_lookback_bars is [1, 2, 4, 8, 16], but a discriminator from '{discriminator}' is not built anew: "
+        f"error: d_lookback_bars is [1, 2, 4, 8, 16], but a discriminator from '{discriminator}' is not a new one: "
         "set d_lookback_bars to none, or discriminator to cnn or mamba"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["judge"]

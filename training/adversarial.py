@@ -86,7 +86,7 @@ class AdversarialArguments:
         for name, unset in (("d_lookback_bars", "none"), ("d_spectral_norm", "false")):
             if value := getattr(self, name):
                 raise InputError(
-                    f"{name} is {value}, but a discriminator from {self.discriminator!r} is not built anew: "
+                    f"{name} is {value}, but a discriminator from {self.discriminator!r} is not a new one: "
                     f"set {name} to {unset}, or discriminator to cnn or mamba"
                 )
 

@@ -180,7 +180,7 @@ def check_one_stream(data: str, processor: MidiProcessor) -> None:
         name = type(processor.midi_tokenizer).__name__
         raise InputError(
             f"{data} was tokenized with {name}, which writes several ids a step, and the models here read one: "
-            f"tokenize it anew with {', '.join(ONE_STREAM[:-1])} or {ONE_STREAM[-1]}"
+            f"tokenize it again with {', '.join(ONE_STREAM[:-1])} or {ONE_STREAM[-1]}"
         )
 
 

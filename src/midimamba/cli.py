@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "infill": Command(
         (InfillOptions, DrawingOptions),
-        "Write some bars of a MIDI file anew, in all tracks or in some. Everything else stays as it is.",
+        "Write some bars of a MIDI file again, in all tracks or in some. Everything else stays as it is.",
         "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
     ),
     "evaluate": Command(

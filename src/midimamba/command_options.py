@@ -279,7 +279,7 @@ class InfillOptions(RenderingOptions):
         metadata={
             "group": "request",
             "metavar": "5-8",
-            "help": "the bars to write anew, counted from 1; or a single one",
+            "help": "the bars to write again, counted from 1; or a single one",
         }
     )
     out: Path = field(metadata={"help": "folder to make"})
@@ -288,7 +288,7 @@ class InfillOptions(RenderingOptions):
         metadata={
             "group": "request",
             "metavar": "1,2",
-            "help": "the tracks to write anew, counted from 1; the others stay (default: all tracks)",
+            "help": "the tracks to write again, counted from 1; the others stay (default: all tracks)",
         },
     )
     control: Sequence[str] = field(default=(), metadata=_CONTROL)

@@ -121,7 +121,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
 
 
 def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
-    """`midimamba infill`: some bars of a MIDI file anew."""
+    """`midimamba infill`: other music for some bars of a MIDI file."""
     from midimamba.generation import infill_scores, load_pair
     from midimamba.tokenization.gaps import find_gap
     from midimamba.tokenization.ingest import MidiRefusedError, read_unordered

@@ -134,7 +134,7 @@ def infill_scores(
     controls: Mapping[str, str | Sequence[str]] | None = None,
 ) -> list[ScoreTick]:
     """
-    Write some bars of a piece anew, in all tracks or in some. Everything else is the piece itself.
+    Write some bars of a piece again, in all tracks or in some. Everything else is the piece itself.
 
     torch's random state is afterwards what it was before.
 

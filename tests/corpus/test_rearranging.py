@@ -1,4 +1,4 @@
-"""Training for infilling: pieces are rearranged without loss, a share of them, each epoch anew."""
+"""Training for infilling: pieces are rearranged without loss, a share of them, others in every epoch."""
 
 from collections import Counter
 from itertools import pairwise

@@ -142,7 +142,7 @@ def test_shuffled_rewards_are_the_log_odds_dealt_out(count: int, seed: int) -> N
     torch.testing.assert_close(plain, judged)
 
 
-def test_shuffled_rewards_are_dealt_out_anew_in_every_round() -> None:
+def test_shuffled_rewards_are_dealt_out_again_in_every_round() -> None:
     reward = Reward("shuffled", make_discriminator())
     ids = music(3, 11, 20)
     dealt = [tuple(reward.of_whole(whole(ids), 8).tolist()) for _ in range(5)]
