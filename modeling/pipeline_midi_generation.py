@@ -29,7 +29,7 @@ class MidiGenerationPipeline(Pipeline):
 
     - controls (`Mapping[str, str | Sequence[str]]`, *optional*): what the music should be like, such as
       `{"key": "C-major"}`; `pipeline.processor.controls` has the names and their values;
-    - infill (`Mapping[str, Any]`, *optional*): what to write anew instead of continuing the piece, such as
+    - infill (`Mapping[str, Any]`, *optional*): what to write again instead of continuing the piece, such as
       `{"bars": (5, 8)}` or `{"bars": (5, 8), "tracks": [0]}`; as for `processor.infill`. Everything else stays as it
       is in the piece;
     - num, seed, bars and at_most: as in [`~midimamba.command_options.SamplingOptions`], by default one piece, torch's

@@ -355,7 +355,7 @@ def test_a_corpus_of_several_ids_a_step_is_refused(run: Run, tmp_path: Path) -> 
         assert code == 2, (script, errors)
         assert len(lines) == 1, errors
         assert "Octuple, which writes several ids a step" in lines[0]
-        assert "tokenize it anew with REMI" in lines[0]
+        assert "tokenize it again with REMI" in lines[0]
         assert not out.exists()
 
 
