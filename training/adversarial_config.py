@@ -90,8 +90,8 @@ class AdversarialConfig(TrainingArguments):
             paper's), `dense` (the causal discriminator's values of prefixes) or `terminal` (the value of the whole
             sequence). `distill` is no policy gradient: it fits the generator to its own samples by weighted maximum
             likelihood, with weights proportional to exp(log-odds), so that it becomes the generator times the odds
-            of being real. The temperature of the weights is raised where they would rest on less than a tenth of the
-            samples.
+            of being real. The largest weights are cut where they would rest on less than a tenth of the samples. With
+            `mini_batch_size`, samples are drawn in proportion to their weights.
         reward (`str`, *optional*, defaults to `"discriminator"`): the probability that a sequence is real, which is
             the paper's. `log-odds`: its logit, log D - log(1 - D), which does not saturate, and whose mean is the
             negative divergence KL(policy ‖ music) if the discriminator is perfect (arXiv 1710.11248); for `dense` what
