@@ -82,7 +82,8 @@ class AdversarialConfig(TrainingArguments):
         micro_batch_size (`int`, *optional*, defaults to 16): sequences in memory at once while gradients are
             computed; for the discriminator, this many real ones and as many samples.
         mini_batch_size (`int`, *optional*): take an optimizer step of the generator after this many samples, and one
-            of the discriminator after this many real sequences and as many samples. Unset: after the whole batch.
+            of the discriminator after this many real sequences and as many samples. The learning rate falls within
+            a round. Unset: after the whole batch.
 
         > Parameters that control action values
 
