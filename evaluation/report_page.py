@@ -87,8 +87,8 @@ def evaluation_table(report: Report) -> str:
     )
     if "judged_real_in_training" in real:
         rows.append(
-            "Discriminators judge the pieces of the next table; two together add their log-odds. Of as many pieces of "
-            f"the training split, {real['judged_real_in_training']:.0%} are judged to be real."
+            "What is judged are pieces as `midimamba generate` draws them, and beginnings of real ones. Of as many "
+            f"pieces of the training split, {real['judged_real_in_training']:.0%} are judged to be real."
         )
     return "\n".join(rows)
 
