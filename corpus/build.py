@@ -154,14 +154,12 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
             raise InputError(f"the tokenizer of {options.tokenizer} has no tokens for infilling: leave out --infill")
         return tokenizer
     tokenizer = build_tokenizer(options.tokenization, **options.tokenizer_options)
+    if options.infill:
+        check_can_infill(tokenizer)
     if tokenizer.is_multi_voc:
-        if options.infill:
-            check_can_infill(tokenizer)
         if options.controls or options.labels:
             raise InputError(f"{options.tokenization} cannot have control tokens: leave out controls and labels")
         return tokenizer
-    if options.infill:
-        check_can_infill(tokenizer)
     check_subword_model(options.subword_model)
     if options.vocab_size is not None:
         check_vocab_size(tokenizer, options.vocab_size)

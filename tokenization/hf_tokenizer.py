@@ -30,8 +30,7 @@ def fast_tokenizer(tokenizer: MusicTokenizer) -> PreTrainedTokenizerFast:
     It is a plain `tokenizers` pipeline, so that `AutoTokenizer` loads what it saves without this package. A normalizer
     writes every base token as one private character, each bar or track starts a word, MidiTok's own model applies, and
     the decoder writes the characters as tokens again. Control tokens and those of
-    infilling are special tokens, just as BOS and EOS are. Text
-    that isn't a base token is dropped.
+    infilling are special tokens, just as BOS and EOS are. Text that isn't a base token is dropped.
 
     Raises:
         InputError: if the tokenizer has several vocabularies.

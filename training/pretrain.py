@@ -125,6 +125,7 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
     from huggingface_hub.errors import StrictDataclassError
 
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
+    from midimamba.tokenization.tokenizations import GAP
     from midimamba.training.scripts import look_back_fields
 
     fields: dict[str, Any] = {
@@ -134,6 +135,9 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
         "eos_token_id": processor.eos_token_id,
         **look_back_fields(arguments.lookback_bars, processor),
     }
+    gap = processor.midi_tokenizer.vocab.get(GAP)
+    if arguments.lookback_bars and gap is not None:
+        fields["section_token_ids"] = [gap]  # what follows it is from elsewhere in the piece
     try:
         if arguments.size is not None:
             return MidiMambaConfig.of_size(arguments.size, arguments.layout, **fields)

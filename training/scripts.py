@@ -32,7 +32,6 @@ from midimamba.text import show
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sampling_limits import give_sampling_defaults
-from midimamba.tokenization.tokenizations import GAP
 from midimamba.tokenization.tokenizer import time_ids
 from midimamba.training.option_checks import TRAINER_RULES, check_numbers
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
@@ -270,9 +269,7 @@ def look_back_fields(lags: Sequence[int], processor: MidiProcessor, option: str 
             f"{option} needs a tokenization with bars, such as REMI; "
             f"{type(processor.midi_tokenizer).__name__} has none"
         )
-    fields = {"lookback_bars": list(lags), "bar_token_ids": bars, "position_token_ids": positions}
-    gap = processor.midi_tokenizer.vocab.get(GAP)  # what follows it is from elsewhere in the piece
-    return fields if gap is None or option != "lookback_bars" else fields | {"section_token_ids": [gap]}
+    return {"lookback_bars": list(lags), "bar_token_ids": bars, "position_token_ids": positions}
 
 
 def load_discriminator(
