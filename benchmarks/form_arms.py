@@ -15,7 +15,7 @@ from form_process import BAR, BOS, FIRST_NOTE, FormProcess
 from torch import Tensor, nn
 
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression
+from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression, with_constant
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import inference, sample
@@ -340,7 +340,7 @@ class LearnedReward:
             for tunes in (self.problem.valid, held_out, fake)
         )
         weights = _regression(valid, drawn)[0]
-        return torch.from_numpy(_with_constant(rewarded) @ weights)
+        return torch.from_numpy(with_constant(rewarded) @ weights)
 
     def _train(self, learned: Tensor, held_out: Tensor) -> None:
         """Steps until held-out samples and validation tunes have not become easier to tell apart for a while. The
@@ -373,17 +373,13 @@ class LearnedReward:
         process = self.problem.process
         real, fake = (heard(tunes, process).numpy() for tunes in (self.problem.train, learned))
         weights = _regression(real, fake, RIDGE)[0]
-        return lambda tunes: _with_constant(heard(tunes, process).numpy()) @ weights
+        return lambda tunes: with_constant(heard(tunes, process).numpy()) @ weights
 
 
 def _regression(real: Matrix, fake: Matrix, ridge: float = 1e-6) -> tuple[Matrix, float]:
     """Weights by logistic regression on columns, and the cross-entropy, where both kinds have a weight of one half."""
     labels = np.repeat([1.0, 0.0], [len(real), len(fake)])
-    points, counts = _with_constant(np.concatenate([real, fake])), balanced(labels) / len(labels)
+    points, counts = with_constant(np.concatenate([real, fake])), balanced(labels) / len(labels)
     weights = logistic_regression(points, labels, ridge, counts)
     log_odds = points @ weights
     return weights, float(counts @ (np.logaddexp(0, log_odds) - labels * log_odds))
-
-
-def _with_constant(columns: Matrix) -> Matrix:
-    return np.concatenate([columns, np.ones((len(columns), 1))], axis=1)

@@ -23,7 +23,7 @@ from midimamba.evaluation.copying import Melodies, copied_share
 from midimamba.evaluation.distances import compare_sets
 from midimamba.evaluation.features import Vector, measure
 from midimamba.evaluation.frechet import embed, frechet_distance
-from midimamba.evaluation.logistic import balanced, logistic_regression
+from midimamba.evaluation.logistic import balanced, logistic_regression, with_constant
 from midimamba.evaluation.metrics import distinct_n, self_bleu
 from midimamba.modeling.scoring import score_sequences
 from midimamba.training.plan import LAGS, TRANSPOSE
@@ -104,13 +104,14 @@ def figures(samples: Sequence[Piece], real: Real, seed: int) -> dict[str, float]
         distance, from the judges' half of the music; likeness of bars, scale consistency, copies and diversity.
     """
     size = min(len(samples), len(real.learned))
-    compared = measure([piece.score for piece in samples[:size]])
+    features = measure([piece.score for piece in samples])
+    compared = {name: values[:size] for name, values in features.items()}
     base = {name: values[:size] for name, values in real.learned_features.items()}
     areas = [compare_sets(values, base[name], seed, replicates=0)[0].value for name, values in compared.items()]
     ids = [piece.ids[:128] for piece in samples[:size]]
     steps = Melodies([piece.score for piece in samples])
     return {
-        "classifier": feature_accuracy(samples, real),
+        "classifier": feature_accuracy(features, real),
         "token_classifier": token_accuracy(samples, real, seed),
         "overlap": float(np.nanmean(areas)),
         "frechet": frechet_distance(embed(compared, base), embed(base, base), seed, replicates=0).value,
@@ -125,18 +126,23 @@ SHOWN = ("bar_self_similarity_4", "bar_self_similarity_8", "scale_consistency", 
 """Features of which the mean is reported, to be read beside that of real music."""
 
 
-def feature_accuracy(samples: Sequence[Piece], real: Real) -> float:
+def feature_accuracy(features: Mapping[str, Vector], real: Real) -> float:
     """How often logistic regression on musical features is right that has learned from half of the samples, and is
-    tested on the other half; the mean over both halves."""
-    points = embed(measure([piece.score for piece in samples]), real.learned_features)
+    tested on the other half; the mean over both halves.
+
+    Args:
+        features (`Mapping[str, array]`): of the samples, as [`~midimamba.evaluation.features.measure`] returns them.
+        real (`Real`): real music.
+    """
+    points = embed(features, real.learned_features)
     learned, held_out = (
         embed(each, real.learned_features) for each in (real.learned_features, real.held_out_features)
     )
 
     def accuracy(seen: Vector, unseen: Vector) -> float:
         labels = np.repeat([1.0, 0.0], [len(learned), len(seen)])
-        weights = logistic_regression(_with_constant(np.concatenate([learned, seen])), labels, RIDGE, balanced(labels))
-        return _accuracy(_with_constant(held_out) @ weights, _with_constant(unseen) @ weights)
+        weights = logistic_regression(with_constant(np.concatenate([learned, seen])), labels, RIDGE, balanced(labels))
+        return _accuracy(with_constant(held_out) @ weights, with_constant(unseen) @ weights)
 
     half = len(points) // 2
     return (accuracy(points[:half], points[half:]) + accuracy(points[half:], points[:half])) / 2
@@ -213,7 +219,3 @@ def _learn(network: MidiDiscriminator, real: list[list[int]], fake: list[list[in
 def _accuracy(real: Any, fake: Any) -> float:
     """How often log-odds are right, on both kinds alike."""
     return float((np.mean(real > 0) + np.mean(fake <= 0)) / 2)
-
-
-def _with_constant(points: Vector) -> Vector:
-    return np.concatenate([points, np.ones((len(points), 1))], axis=1)

@@ -18,6 +18,7 @@ from midimamba.command_options import SamplingOptions
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import Piece
+from midimamba.evaluation.features import measure
 from midimamba.evaluation.judges import Ensemble, MusicalJudge, auc, likelihood_gain, load_judges
 from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.report_music import likelihood
@@ -142,7 +143,7 @@ class Seed:
             tried = {}
             for each in self.settings.temperatures:
                 samples = self.draw(self.base, self.settings.num // 2, each)[1]
-                tried[each] = feature_accuracy(samples, real)
+                tried[each] = feature_accuracy(measure([piece.score for piece in samples]), real)
             best = min(tried, key=lambda each: tried[each])
             file.write_text(json.dumps({"best": best, "tried": tried}))
         return float(json.loads(file.read_text())["best"])
@@ -166,14 +167,11 @@ class Seed:
 
     def measure(self, generator: Path, samples: list[Piece]) -> dict[str, float]:
         """Figures of samples, and the held-out likelihood of the generator that they are from."""
-        model, processor = load_pair(str(generator))
-        rows = load_corpus(self.settings.data)[0][self.settings.split]
-        nats = likelihood(model, rows, BlockCollator.for_processor(processor))["held_out_nll"]
         real = self.real(self.settings.split)
         return {
             **figures(samples, real, self.seed),
             "embedding_frechet": embedding_distance(load_pair(str(self.base))[0], samples, real.learned),
-            "held_out_nll_per_token": nats,
+            "held_out_nll_per_token": _held_out_nll(str(generator), self.settings.data, self.settings.split),
         }
 
     # ---- arms that train ----
@@ -256,6 +254,13 @@ def _random_weighting(judge: MusicalJudge, pieces: list[Piece], like: Tensor, se
     random.calibration.set(1.0, 0.0)
     log_odds = MusicalJudge(random, judge.processor).of_scores([piece.score for piece in pieces])
     return log_odds / log_odds.std() * like.std()
+
+
+@functools.cache
+def _held_out_nll(generator: str, data: str, split: str) -> float:
+    """In nats per token, once for each generator: many sets of samples are from the same one."""
+    model, processor = load_pair(generator)
+    return likelihood(model, load_corpus(data)[0][split], BlockCollator.for_processor(processor))["held_out_nll"]
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from midimamba.errors import InputError
 from midimamba.evaluation.features import Piece, measure_with
 from midimamba.evaluation.judged_features import JUDGED
-from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression
+from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression, with_constant
 from midimamba.loading import load_any_discriminator
 from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
 from midimamba.modeling.judging import Ensemble, Judge, TokenJudge
@@ -153,7 +153,7 @@ def fit_musical(
     for squares in (False, True):
         discriminator = _standardized(music, squares, bars)
         points = discriminator.standardize(torch.from_numpy(columns)).double().numpy()
-        points = np.concatenate([points, np.ones((len(points), 1))], axis=1)
+        points = with_constant(points)
         held_out = {ridge: _out_of_fold(points, labels, folds, ridge) for ridge in RIDGES}
         ridge = min(RIDGES, key=lambda each: _cross_entropy(held_out[each], labels))
         loss = _cross_entropy(held_out[ridge], labels)
@@ -325,7 +325,7 @@ def _platt(log_odds: Matrix, labels: Matrix) -> tuple[Matrix, float]:
     targets = np.where(labels == 1, (count + 1) / (count + 2), 1 / (len(labels) - count + 2))
     weights = balanced(labels)
     units = np.maximum(log_odds.std(0), 1e-12)
-    points = np.concatenate([log_odds / units, np.ones((len(labels), 1))], axis=1)
+    points = with_constant(log_odds / units)
     judges = log_odds.shape[1]
     best, lowest = np.zeros(judges + 1), math.inf
     for size in range(judges + 1):

@@ -51,6 +51,11 @@ def logistic_regression(
     return found
 
 
+def with_constant(columns: Matrix) -> Matrix:
+    """Columns `(n, d)` with a last one of ones, as [`logistic_regression`] takes them."""
+    return np.concatenate([columns, np.ones((len(columns), 1))], axis=1)
+
+
 def balanced(labels: Matrix) -> Matrix:
     """Weights `(n,)` under which both labels count alike, however many there are of each, and which sum to n."""
     share = labels.mean()

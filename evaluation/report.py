@@ -34,6 +34,7 @@ from midimamba.files import write_whole
 from midimamba.loading import load_generator
 from midimamba.modeling.judging import Judge
 from midimamba.text import for_json
+from midimamba.tokenization.processor import MidiProcessor
 
 NEEDED = (
     "data",
@@ -140,41 +141,35 @@ def _measure_music(run: Path, report: Report, num_pieces: int, seed: int) -> Non
     report["settings"] |= {"sampled_pieces": num_pieces, "real_pieces": len(real), "bars_per_piece": BARS}
     some = np.random.default_rng(seed).permutation(len(splits["train"]))[: len(real)]
     known = openings(processor, splits["train"].select(some.tolist()))
-    _measure_discriminators(run, report, sampled, real, known)
+    _measure_discriminators(run, report, processor, {**sampled, "real": real, "known": known})
     if samples := len(list((run / "samples").glob("*.png"))):
         draw_real(real, run / "real", samples, seed)
 
 
 def _measure_discriminators(
-    run: Path,
-    report: Report,
-    sampled: Mapping[str, Sequence[ScoreTick]],
-    real: Sequence[ScoreTick],
-    known: Sequence[ScoreTick],
+    run: Path, report: Report, processor: MidiProcessor, pieces: Mapping[str, Sequence[ScoreTick]]
 ) -> None:
     """Add how well the run's discriminators tell samples from real music, each and both together.
 
     Args:
-        run (`Path`), report (`Report`): of the run.
-        sampled (`Mapping[str, Sequence[symusic.Score]]`): samples `before` and `after` tuning.
-        real (`Sequence[symusic.Score]`): music that they have not seen.
-        known (`Sequence[symusic.Score]`): music that they were trained on.
+        run (`Path`), report (`Report`), processor (`MidiProcessor`): of the run.
+        pieces (`Mapping[str, Sequence[symusic.Score]]`): samples `before` and `after` tuning, `real` music that they
+            have not seen, and music that is `known` from their training.
     """
-    processor = load_corpus(run / "data")[1]
     kinds = [kind for kind in ("discriminator", MUSICAL_DISCRIMINATOR) if (run / f"generator-{kind}").exists()]
     found: list[Judge] = [*load_judges([run / f"generator-{kind}" for kind in kinds], processor)]
     judges = dict(zip(kinds, found, strict=True))
-    together: Judge = Ensemble(found)
     if len(found) > 1:
-        judges[BOTH_DISCRIMINATORS] = together
+        judges[BOTH_DISCRIMINATORS] = Ensemble(found)
     length = report["settings"]["tokens_per_sequence"]
-    tokens = {name: [processor.encode(score)[:length] for score in scores] for name, scores in sampled.items()}
-    of_real, of_known = ([processor.encode(score)[:length] for score in scores] for scores in (real, known))
-    for phase, of_fake in tokens.items():
-        for kind, judge in judges.items():
-            figures = _right(judge.log_odds(of_real), judge.log_odds(of_fake))
+    tokens = {name: [processor.encode(score)[:length] for score in scores] for name, scores in pieces.items()}
+    for kind, judge in judges.items():
+        log_odds = {name: judge.log_odds(rows) for name, rows in tokens.items()}
+        for phase in ("before", "after"):
+            figures = _right(log_odds["real"], log_odds[phase])
             report[phase] |= figures if kind == "discriminator" else {kind: figures}
-    report["real"]["judged_real_in_training"] = float((together.log_odds(of_known) > 0).double().mean())
+        # The last one is all of them together.
+        report["real"]["judged_real_in_training"] = float((log_odds["known"] > 0).double().mean())
 
 
 def _right(real: Tensor, fake: Tensor) -> dict[str, float]:

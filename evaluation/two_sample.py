@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from midimamba.evaluation.estimates import Estimate, mean_estimate
-from midimamba.evaluation.logistic import Matrix, logistic_regression
+from midimamba.evaluation.logistic import Matrix, logistic_regression, with_constant
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.scoring import score
@@ -86,8 +86,7 @@ def feature_test(real: Matrix, samples: Matrix, seed: int = 0) -> TwoSampleTest:
         ValueError: if a set has fewer than 5 points.
     """
     count = min(len(real), len(samples))
-    points = np.concatenate([real[:count], samples[:count]])
-    points = np.concatenate([points, np.ones((2 * count, 1))], axis=1)
+    points = with_constant(np.concatenate([real[:count], samples[:count]]))
 
     def classify(train: Indices, labels: Matrix, test: Indices) -> NDArray[np.bool_]:
         return points[test] @ logistic_regression(points[train], labels, _RIDGE, steps=15) > 0
