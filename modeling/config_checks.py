@@ -101,4 +101,24 @@ def check_look_back(
         raise ValueError(f"bar_token_ids and position_token_ids must lie below vocab_size ({vocab_size})")
 
 
-__all__ = ["check_look_back", "check_model_type", "check_positive", "check_sizes", "read_config"]
+def check_look_ahead(lags: Sequence[int], tokens: Sequence[int | None], looks_back: bool, vocab_size: int) -> None:
+    """Refuse a look-ahead that cannot be computed.
+
+    Args:
+        lags (`Sequence[int]`): in bars.
+        tokens (`Sequence[int | None]`): the ids of a gap and of a fill.
+        looks_back (`bool`): whether the model looks back.
+        vocab_size (`int`): number of ids.
+
+    Raises:
+        ValueError: if a lag is below 1, the model does not look back, or an id is missing or not in the vocabulary.
+    """
+    if any(lag < 1 for lag in lags):
+        raise ValueError(f"lookahead_bars is {list(lags)}; each lag must be at least 1")
+    if lags and (None in tokens or not looks_back):
+        raise ValueError("lookahead_bars needs lookback_bars, gap_token_id and fill_token_id")
+    if any(token is not None and not 0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"gap_token_id and fill_token_id must lie below vocab_size ({vocab_size})")
+
+
+__all__ = ["check_look_ahead", "check_look_back", "check_model_type", "check_positive", "check_sizes", "read_config"]

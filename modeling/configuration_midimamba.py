@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
 from transformers.activations import ACT2CLS
 
-from .config_checks import check_look_back, check_positive, check_sizes, read_config
+from .config_checks import check_look_ahead, check_look_back, check_positive, check_sizes, read_config
 
 # The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
 # attend instead.
@@ -104,8 +104,10 @@ class MidiMambaConfig(MambaConfig):
             Ids that open a bar, for the look-back.
         position_token_ids (`list[list[int]]`, *optional*, defaults to `[]`):
             Pairs of an id and the last position in the bar that it sets, for the look-back.
-        section_token_ids (`list[int]`, *optional*, defaults to `[]`):
-            Ids that the look-back does not reach across, because what follows them is from elsewhere in the piece.
+        lookahead_bars (`list[int]`, *optional*, defaults to `[]`):
+            Lags by which a filling looks ahead at the bars after its gap. None by default.
+        gap_token_id, fill_token_id (`int`, *optional*):
+            The ids of infilling, for the look-back: it does not reach across a gap, and looks ahead after a fill.
     """
 
     model_type = "midimamba"
@@ -134,7 +136,9 @@ class MidiMambaConfig(MambaConfig):
     lookback_bars: list[int] | tuple[int, ...] = ()
     bar_token_ids: list[int] | tuple[int, ...] = ()
     position_token_ids: list[list[int]] | tuple[list[int], ...] = ()
-    section_token_ids: list[int] | tuple[int, ...] = ()
+    lookahead_bars: list[int] | tuple[int, ...] = ()
+    gap_token_id: int | None = None
+    fill_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_numbers({**kwargs, **vars(self)})
@@ -229,6 +233,8 @@ class MidiMambaConfig(MambaConfig):
         elif self.attention_layers:
             raise ValueError(f"attention_layers is for layout 'hybrid', not {self.layout!r}")
         check_look_back(self.lookback_bars, self.bar_token_ids, self.position_token_ids, self.vocab_size)
+        tokens = self.gap_token_id, self.fill_token_id
+        check_look_ahead(self.lookahead_bars, tokens, bool(self.lookback_bars), self.vocab_size)
         if "attention" in self.mixers:
             self._check_heads()
         if self.feed_forward == "moe" and not self.capacity_factor > 0:  # NaN as well

@@ -190,6 +190,8 @@ class TokenState(LayerState):
     keeps_tokens = True
     time_dim: ClassVar[int]
     """The dimension of the tensors that counts tokens."""
+    timeless: ClassVar[int] = 0
+    """How many of the last tensors have no such dimension."""
 
     @property
     def room(self) -> int:
@@ -206,14 +208,20 @@ class TokenState(LayerState):
                 "give max_length to the cache that it is a part of"
             )
         more, batch_size = max(length, 2 * room) - room, self.batch_size
-        self._memory = tuple(self._pad(memory, self.time_dim, more) for memory in self._memory)
+        growing = len(self._memory) - self.timeless
+        grown = [self._pad(memory, self.time_dim, more) for memory in self._memory[:growing]]
+        self._memory = (*grown, *self._memory[growing:])
         self.show(batch_size)
 
     def _write(self, start: int, other: Self, seen_tokens: int) -> None:
         length = min(seen_tokens, other.room)  # a state that no layer needs has room for no token
         self.make_room(length)
-        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
-            mine[start:].narrow(self.time_dim, 0, length).copy_(theirs.narrow(self.time_dim, 0, length))
+        growing = len(self.tensors) - self.timeless
+        for index, (mine, theirs) in enumerate(zip(self.tensors, other.tensors, strict=True)):
+            if index < growing:
+                mine[start:].narrow(self.time_dim, 0, length).copy_(theirs.narrow(self.time_dim, 0, length))
+            else:
+                mine[start:].copy_(theirs)
 
 
 class AttentionState(TokenState):
@@ -313,14 +321,19 @@ class LookBackState(TokenState):
 
     Args:
         ids, places (`IntTensor` of shape `(batch, max_length)`): of every token.
+        request (`IntTensor` of shape `(batch, 3)`): what the document asks to fill: its gap tokens so far; the number
+            of the first bar after the gap, of which the first gap token tells; and by how many bars the filling is
+            further on than it would be right before that bar, or 0 outside of a filling.
     """
 
     kind = "look-back"
-    names = ("ids", "places")
+    names = ("ids", "places", "request")
     time_dim = 1
+    timeless = 1
     fill = LATER
     ids: Tensor
     places: Tensor
+    request: Tensor
 
     @classmethod
     def empty(
@@ -332,7 +345,8 @@ class LookBackState(TokenState):
         max_length: int | None = None,
     ) -> Self:
         shape = batch_size, max_length or 0
-        return cls(*(torch.full(shape, LATER, dtype=torch.int32, device=device) for _ in cls.names))
+        ids, places = (torch.full(shape, LATER, dtype=torch.int32, device=device) for _ in range(2))
+        return cls(ids, places, torch.zeros(batch_size, 3, dtype=torch.int32, device=device))
 
     @classmethod
     def sizes_of(cls, config: MidiMambaConfig) -> tuple[int, ...]:
@@ -343,9 +357,8 @@ class LookBackState(TokenState):
         return ()
 
     def extend(self, ids: Tensor, places: Tensor, past: int) -> None:
-        """Keep the ids and places `(batch, time)` of the next tokens."""
+        """Keep the ids and places `(batch, time)` of the next tokens. There must be room for them."""
         now = past + ids.shape[1]
-        self.make_room(now)
         self.ids[:, past:now] = ids
         self.places[:, past:now] = places
 

@@ -7,10 +7,14 @@ aligned place that many bars earlier. The idea is that of Magenta's Lookback RNN
 Everything follows from the ids. Each token gets a *place*, a number that grows along the sequence: the bar that it is
 in, the position in the bar, and the count of ids since that position. The aligned place is the same number less the
 bars of the lag, and one binary search finds the last token at or before it.
+
+Who fills a gap has read the bars after it, and may look ahead at them as well. There, a *jump* leads from the first
+wanted bar to where it would be if the bars after the gap followed it.
 """
 
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +36,18 @@ class LookBack(nn.Module):
     What is added to the embeddings of tokens.
 
     Args:
-        config (`MidiMambaConfig`): the model's, with `lookback_bars`.
+        config (`MidiMambaConfig`): the model's, with `lookback_bars`, and `lookahead_bars` if it fills gaps.
     """
 
     def __init__(self, config: MidiMambaConfig):
         super().__init__()
-        self.lags = tuple(config.lookback_bars)
-        self.bos_token_id = config.bos_token_id
+        # Negative lags look ahead.
+        self.lags = (*config.lookback_bars, *(-lag for lag in config.lookahead_bars))
+        # A place that is further than any lag reaches.
+        self.apart = max(map(abs, self.lags)) + 1
+        # -1 is no token.
+        tokens = config.bos_token_id, config.gap_token_id, config.fill_token_id
+        self.bos, self.gap, self.fill = (-1 if token is None else token for token in tokens)
         # The embeddings of the tokens, narrowed, serve for all lags; each lag has a projection of its own. Two small
         # matrices learn faster than one of full rank, and cost less in sampling.
         width = max(1, config.hidden_size // _NARROWER)
@@ -102,61 +111,55 @@ class LookBack(nn.Module):
         """
         if state is None:
             state = LookBackState.empty(self.config, len(ids), torch.float32, ids.device)
-        if self.config.section_token_ids:
-            sections = torch.isin(ids, ids.new_tensor(self.config.section_token_ids))
-            begins = sections if begins is None else begins | sections
         state.make_room(past + ids.shape[1])
+        begins = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
         if ids.device.type == "cpu" and _has_numba():
             return self._find_by_kernel(ids, begins, state, past)
-        latest = state.places[:, past - 1 : past].long() if past else None
-        places = self.number(ids, begins, latest)
-        state.extend(ids, places, past)
-        return self.align(ids, places, state.ids, state.places)
+        latest = state.places[:, past - 1 : past].long() if past else ids.new_full((len(ids), 1), _PLACES)
+        numbered = self.number(ids, begins, latest, state.request.long())
+        state.extend(ids, numbered.places, past)
+        state.request.copy_(torch.stack([column[:, -1] for column in numbered[1:]], dim=1))
+        return self.align(ids, numbered, state.ids, state.places)
 
     def _find_by_kernel(
-        self, ids: Tensor, begins: Tensor | None, state: LookBackState, past: int
+        self, ids: Tensor, begins: Tensor, state: LookBackState, past: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         from .look_back_numba import align_
 
         shape = *ids.shape, len(self.lags)
         followers, (found, repeated) = ids.new_empty(shape), torch.empty(2, *shape)
-        starts = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
-        tensors = (ids, starts, *self.tables(ids.device), state.ids, state.places, followers, found, repeated)
-        bos = -1 if self.bos_token_id is None else self.bos_token_id
-        align_(*(tensor.numpy() for tensor in tensors), past, bos, _PLACES, _PER_POSITION)
+        tensors = (ids, begins, *self.tables(ids.device), *state.tensors, followers, found, repeated)
+        tokens = self.bos, self.gap, self.fill
+        align_(*(tensor.numpy() for tensor in tensors), past, tokens, self.apart, _PLACES, _PER_POSITION)
         return followers, found, repeated
 
-    def number(self, ids: Tensor, begins: Tensor | None, latest: Tensor | None) -> Tensor:
+    def number(self, ids: Tensor, begins: Tensor, latest: Tensor, request: Tensor) -> "Numbered":
         """
         The places of tokens.
 
         Bars have even numbers, what precedes the first bar of a document has an odd one. Between two documents, and
-        between such a prefix and the first bar, more numbers are left out than the largest lag reaches back.
+        between such a prefix and the first bar, more numbers are left out than the largest lag reaches. What a gap
+        token begins is numbered as a document.
 
         Args:
             ids (`LongTensor` of shape `(batch, time)`): the tokens.
-            begins (`BoolTensor` of shape `(batch, time)`, *optional*): see `forward`.
-            latest (`LongTensor` of shape `(batch, 1)`, *optional*): the place of the token before these.
-
-        Returns:
-            `LongTensor` of shape `(batch, time)`.
+            begins (`BoolTensor` of shape `(batch, time)`): see `forward`.
+            latest (`LongTensor` of shape `(batch, 1)`): the place of the token before these.
+            request (`LongTensor` of shape `(batch, 3)`): what was asked for before these; see [`LookBackState`].
         """
-        is_begin = torch.zeros_like(ids, dtype=torch.bool) if begins is None else begins
-        if self.bos_token_id is not None:
-            is_begin = is_begin | (ids == self.bos_token_id)
+        is_gap, starts = ids == self.gap, begins | (ids == self.bos)
+        is_begin = starts | is_gap
         opens_bar, position = (table[ids] for table in self.tables(ids.device)[:2])
-        if latest is None:
-            latest = ids.new_full((len(ids), 1), _PLACES)
         bar, within = latest // _PLACES, latest % _PLACES
-        gap = max(self.lags) + 1
         bars, documents = opens_bar.cumsum(1), is_begin.cumsum(1)
         # Bars of this document so far, counting from one that was open before.
         before = ((bars - opens_bar.long()) * is_begin).cummax(1).values
         was_open = (bar % 2 == 0) & (documents == 0)
         is_open = was_open | (bars > before)
         firsts = (opens_bar & ~was_open & (bars == before + 1)).cumsum(1)
-        number = bar // 2 + bars + gap * (documents + firsts)
-        number = 2 * number + (~is_open).long()
+        number = bar // 2 + bars + self.apart * (documents + firsts)
+        following = number + 1 + self.apart * (~is_open).long()  # the number of the next bar
+        asked = self._asked(ids, starts, following, request)
 
         marks = opens_bar | is_begin | (position >= 0)
         steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -164,28 +167,63 @@ class LookBack(nn.Module):
         counted = torch.where(mark > 0, steps - mark, within % _PER_POSITION + steps)
         value = F.pad((position + 1) * marks, (1, 0)).gather(1, mark)
         value = torch.where(mark > 0, value, within // _PER_POSITION)
-        return number * _PLACES + value * _PER_POSITION + counted.clamp(max=_PER_POSITION - 1)
+        place = (2 * number + (~is_open).long()) * _PLACES + value * _PER_POSITION
+        return Numbered(place + counted.clamp(max=_PER_POSITION - 1), *asked)
 
-    def align(self, ids: Tensor, places: Tensor, all_ids: Tensor, all_places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _asked(self, ids: Tensor, starts: Tensor, following: Tensor, request: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns of [`LookBackState.request`] at every token, each `(batch, time)`."""
+        is_gap, is_fill = ids == self.gap, ids == self.fill
+        total = is_gap.cumsum(1)
+        before = ((total - is_gap.long()) * starts).cummax(1).values
+        gaps = total - before + request[:, :1] * (starts.cumsum(1) == 0)
+        after = _latest(following, is_gap & (gaps == 1), request[:, 1:2])
+        jump = torch.where(is_fill & (gaps > 2), following - after + gaps - 2, 0)
+        return gaps, after, _latest(jump, is_fill | is_gap | starts, request[:, 2:])
+
+    def align(
+        self, ids: Tensor, numbered: "Numbered", all_ids: Tensor, all_places: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Look back from tokens at their places.
+        Look back from tokens at their places, and ahead.
 
         Args:
-            ids, places (`LongTensor` of shape `(batch, time)`): the tokens to look back from.
+            ids (`LongTensor` of shape `(batch, time)`): the tokens to look from.
+            numbered ([`Numbered`]): their places.
             all_ids, all_places (`Tensor` of shape `(batch, length)`): all tokens up to them; more may follow.
 
         Returns:
             As `find`.
         """
-        wanted = places[..., None] - self.tables(ids.device)[2] * (2 * _PLACES)
+        lags, places, jump = self.tables(ids.device)[2], numbered.places[..., None], numbered.jump[..., None]
+        lags = lags + (lags < 0) * jump
+        wanted = places - lags * (2 * _PLACES)
         found = torch.searchsorted(all_places, wanted.flatten(1).to(all_places.dtype), right=True) - 1
         index = found.clamp(min=0)
         at = all_places.gather(1, index).view_as(wanted)
-        is_in_bar = places[..., None] // _PLACES % 2 == 0
-        is_found = is_in_bar & (found >= 0).view_as(wanted) & (at // _PLACES == wanted // _PLACES)
+        is_after_gap = (jump > 0) & (wanted // (2 * _PLACES) >= numbered.after[..., None])
+        may_look = (places // _PLACES % 2 == 0) & ((self.tables(ids.device)[2] > 0) | is_after_gap)
+        is_found = may_look & (found >= 0).view_as(wanted) & (at // _PLACES == wanted // _PLACES)
         is_same = is_found & (at == wanted) & (all_ids.gather(1, index).view_as(wanted) == ids[..., None])
         followers = all_ids.gather(1, (index + 1).clamp(max=all_ids.shape[1] - 1)).view_as(wanted)
         return followers.long() * is_found, is_found.float(), is_same.float()
+
+
+class Numbered(NamedTuple):
+    """
+    Tokens with their places, and with the columns of [`LookBackState.request`]. Each is a `LongTensor` of shape
+    `(batch, time)`.
+    """
+
+    places: Tensor
+    gaps: Tensor
+    after: Tensor
+    jump: Tensor
+
+
+def _latest(values: Tensor, where: Tensor, before: Tensor) -> Tensor:
+    """The value at the last marked token up to each one, `(batch, time)`; that before all of them is `(batch, 1)`."""
+    steps = torch.arange(1, values.shape[1] + 1, device=values.device)
+    return torch.cat([before, values], dim=1).gather(1, (steps * where).cummax(1).values)
 
 
 @cache

@@ -175,8 +175,10 @@ def test_train_makes_a_model_that_fills_gaps(
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *shape.split(), *rest.split(), "--save_strategy", "no"])
     runpy.run_path(str(Path(__file__).parents[1] / "training" / "pretrain.py"), run_name="__main__")
     processor = MidiProcessor.from_pretrained(tmp_path / "model")
-    # Look-back does not reach from the bars before a gap to those after it, which come first.
-    assert load(str(tmp_path / "model")).config.section_token_ids == [processor.arranger.gap_id]
+    # Look-back does not reach from the bars before a gap to those after it, which come first; a filling looks ahead.
+    config = load(str(tmp_path / "model")).config
+    assert (config.gap_token_id, config.fill_token_id) == (processor.arranger.gap_id, processor.arranger.fill_id)
+    assert config.lookahead_bars == [1, 2]
     options = ("--bars", "2", "--num", 1, "--out", tmp_path / "out")
     assert command(monkeypatch, "infill", tmp_path / "model", song, *options) == 0
     # A corpus without the tokens is refused before anything is trained.

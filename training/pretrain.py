@@ -125,7 +125,7 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
     from huggingface_hub.errors import StrictDataclassError
 
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
-    from midimamba.tokenization.tokenizations import GAP
+    from midimamba.tokenization.tokenizations import FILL, GAP
     from midimamba.training.scripts import look_back_fields
 
     fields: dict[str, Any] = {
@@ -135,9 +135,10 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
         "eos_token_id": processor.eos_token_id,
         **look_back_fields(arguments.lookback_bars, processor),
     }
-    gap = processor.midi_tokenizer.vocab.get(GAP)
-    if arguments.lookback_bars and gap is not None:
-        fields["section_token_ids"] = [gap]  # what follows it is from elsewhere in the piece
+    vocab = processor.midi_tokenizer.vocab
+    if arguments.lookback_bars and GAP in vocab:
+        fields["lookahead_bars"] = arguments.lookback_bars
+        fields |= {"gap_token_id": vocab[GAP], "fill_token_id": vocab[FILL]}
     try:
         if arguments.size is not None:
             return MidiMambaConfig.of_size(arguments.size, arguments.layout, **fields)

@@ -1,5 +1,7 @@
 """Look-back: a slow definition of the alignment, and what it must be whichever way the tokens arrive."""
 
+import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from midimamba import CacheMismatchError, MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.layer_states import LookBackState
 from midimamba.modeling.look_back import LookBack
 from support import make_generator
 
@@ -117,15 +120,115 @@ def test_a_piece_that_repeats_a_bar_is_told_what_follows(find: Find) -> None:
     assert repeated[0, 13:, 1].all()
 
 
+GAP, FILL = 11, 12
+AHEAD: dict[str, Any] = {**LOOK_BACK, "lookahead_bars": [1, 2, 4], "gap_token_id": GAP, "fill_token_id": FILL}
+
+
+def asked(batch: int, seed: int = 1) -> list[list[int]]:
+    """Rows of requests to fill a gap, each with its filling: the bars after the gap, those before it, the wanted ones.
+
+    In some rows other parts of the wanted bars stand before them.
+    """
+    draw = random.Random(seed)
+
+    def bars(count: int) -> list[int]:
+        written: list[int] = []
+        for _ in range(count):
+            written.append(3)
+            for mark in (5, 6, 8):
+                if draw.random() < 0.6:
+                    written += [mark, *draw.choices((9, 10), k=draw.randrange(3))]
+        return written
+
+    rows = []
+    for _ in range(batch):
+        wanted = draw.randrange(1, 6)
+        row = [BOS, 2, GAP, *bars(draw.randrange(7)), GAP, *[2, GAP] * wanted, *bars(draw.randrange(7))]
+        if draw.random() < 0.4:
+            row += [FILL, FILL, *bars(wanted)]
+        rows.append([*row, FILL, *bars(wanted)])
+    return rows
+
+
+def look_ahead_slowly(row: list[int], lag: int) -> list[tuple[int, bool, bool]]:
+    """The definition: what followed the same place `lag` bars later, as if the bars after the gap came next."""
+    positions: dict[int, int] = dict(PAIRS)
+    gaps = [t for t, token in enumerate(row) if token == GAP]
+    wanted, last = len(gaps) - 2, len(row) - 1 - row[::-1].index(FILL)
+    after, filling, bars, place = list[list[int]](), list[list[int]](), list[list[int]](), dict[int, tuple[int, int]]()
+    for t, token in enumerate(row):
+        if t in (gaps[0], gaps[1], last):
+            bars = after if t == gaps[0] else filling if t == last else []
+        if token in BARS:
+            bars.append([])
+        is_mark = token in BARS or token in positions or token == GAP
+        before = place.get(t - 1, (-1, -1))
+        place[t] = (positions.get(token, -1), 0) if is_mark else (before[0], before[1] + 1)
+        if bars:
+            bars[-1].append(t)
+    found = [(0, False, False)] * len(row)
+    for number, tokens in enumerate(filling):
+        target = number + lag - wanted
+        for t in tokens if 0 <= target < len(after) else []:
+            if earlier := [u for u in after[target] if place[u] <= place[t]]:
+                at = earlier[-1]
+                found[t] = row[at + 1], True, place[at] == place[t] and row[at] == row[t]
+    return found
+
+
+def test_a_filling_looks_ahead_at_the_bars_after_its_gap(find: Find) -> None:
+    look_back = LookBack(MidiMambaConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1, **AHEAD))
+    seen = 0
+    for row in asked(60):
+        followers, found, repeated = look_back.find(torch.tensor([row]), None, None, 0)
+        start = len(row) - row[::-1].index(FILL)
+        for index, lag in enumerate((1, 2, 4), start=3):
+            expected = torch.tensor(look_ahead_slowly(row, lag))[start:]
+            assert followers[0, start:, index].tolist() == expected[:, 0].tolist()
+            assert found[0, start:, index].tolist() == expected[:, 1].tolist()
+            assert repeated[0, start:, index].tolist() == expected[:, 2].tolist()
+            seen += int(found[0, start:, index].sum())
+        assert not found[0, : row.index(FILL), 3:].any()
+    assert seen > 100
+
+
+@pytest.mark.parametrize("steps", [1, 3, 400])
+def test_requests_may_be_packed_and_read_in_steps(find: Find, steps: int) -> None:
+    """Each looks as it does alone, also in rows that are chosen and joined on the way."""
+    config = MidiMambaConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1, **AHEAD)
+    look_back = LookBack(config)
+    rows = [[BOS, 3, 5, 9, *itertools.chain(*asked(4, seed))] for seed in range(3)]
+    length = min(map(len, rows))
+    ids = torch.tensor([row[:length] for row in rows])
+    state = LookBackState.empty(config, 3, torch.float32, torch.device("cpu"))
+    parts = []
+    for start in range(0, length, steps):
+        parts.append(look_back.find(ids[:, start : start + steps], None, state, start))
+        state = state.select(torch.arange(3))
+    found = [torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)]
+    compared = 0
+    for row in range(3):
+        start = 4
+        for request in asked(4, row):
+            alone = look_back.find(torch.tensor([request]), None, None, 0)
+            count = min(len(request), length - start) - 1  # what follows the last token is another one
+            for ours, theirs in zip(found, alone, strict=True):
+                if count > 0:
+                    assert torch.equal(ours[row, start : start + count], theirs[0, :count])
+                    compared += count
+            start += len(request)
+    assert compared > 500
+
+
 @pytest.mark.usefixtures("find")
-def test_a_section_is_to_the_look_back_what_a_piece_is() -> None:
+def test_a_gap_is_to_the_look_back_what_a_piece_is() -> None:
     options = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, **LOOK_BACK}
-    pieces, sections = (LookBack(MidiMambaConfig(**options, section_token_ids=ids)) for ids in ([], [11]))
+    pieces, gaps = (LookBack(MidiMambaConfig(**options, gap_token_id=token)) for token in (None, 11))
     ids = music(8, 150)
     marked = ids.clone()
     marked[:, 1:][ids[:, 1:] == BOS] = 11
     assert (marked == 11).sum() > 8
-    for ours, theirs in zip(sections.find(marked, None, None, 0), pieces.find(ids, None, None, 0), strict=True):
+    for ours, theirs in zip(gaps.find(marked, None, None, 0), pieces.find(ids, None, None, 0), strict=True):
         assert torch.equal(ours, theirs)
 
 
