@@ -9,9 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-THREADS := $(shell getconf _NPROCESSORS_ONLN)
-LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(THREADS) \
-	--mixed_precision no --dynamo_backend no
 # Workers of pytest take whole files, so that a module's fixtures are built once. A worker that is done takes more.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 FOLDERS := corpus evaluation hub_cards modeling tokenization training
@@ -20,18 +17,10 @@ FOLDERS := corpus evaluation hub_cards modeling tokenization training
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM = false
 
-# stage(result, command): skip what is there, say so.
-stage = @if [ -e $(1) ]; then echo "already there: $(1)"; else echo "==> $(1)"; $(2); fi
-
 .PHONY: demo test fast check bench clean-demo
 
 demo: $(VENV)/demo
-	$(call stage,$(RUN)/data,$(BIN)/midimamba tokenize chorales --vocab-size 800 --out $(RUN)/data)
-	$(call stage,$(RUN)/pretrained/config.json,$(LAUNCH) training/pretrain.py --config training/recipes/chorales-cpu.yaml --resume_from_checkpoint true)
-	$(call stage,$(RUN)/generator/config.json,$(LAUNCH) training/adversarial.py --config training/recipes/chorales-cpu-adversarial.yaml --resume_from_checkpoint true)
-	$(call stage,$(RUN)/samples,$(BIN)/midimamba generate $(RUN)/generator --num 8 --bars 16 --render --out $(RUN)/samples)
-	$(call stage,$(RUN)/report.md,$(BIN)/python -m midimamba.evaluation.report $(RUN))
-	@echo "read $(RUN)/report.md, listen to $(RUN)/samples; 'make clean-demo' starts over"
+	$(BIN)/midimamba demo --out $(RUN)
 
 test: $(VENV)/dev
 	$(PYTEST)

@@ -1,7 +1,7 @@
 """Does a model that fills gaps use what comes after them, and what does learning it cost continuation?
 
 Generators of one size are trained with the same number of steps, without rearranged pieces and with a share of them.
-On the test split, four bars of every piece are then valued in nats per note in four ways, by the same notes:
+Four bars of every held-out piece are then valued in nats per note in four ways, by the same notes:
 
 - `both_sides`: the wanted bars given what comes before and after, as `midimamba infill` asks for them;
 - `before`: asked for in the same way, but nothing after them is shown;
@@ -54,7 +54,8 @@ class Training:
         size (`str`): of every generator.
         steps, length, batch_size (`int`): steps of training, tokens per block, and blocks per step.
         learning_rate (`float`): the highest of a cycle that ends near 0.
-        pieces (`int`): at most this many test pieces are valued.
+        pieces (`int`): at most this many held-out pieces are valued.
+        split (`str`): that they are from.
     """
 
     data: str
@@ -64,6 +65,7 @@ class Training:
     batch_size: int = 8
     learning_rate: float = 3e-3
     pieces: int = 100
+    split: str = "test"
 
 
 def run(arm: str, seed: int, training: Training) -> Row:
@@ -74,7 +76,7 @@ def run(arm: str, seed: int, training: Training) -> Row:
     )
     assert isinstance(blocks, EpochBlocks)  # keys change
     model = _trained(blocks, processor, training, seed)
-    rows = load_corpus(training.data)[0]["test"]
+    rows = load_corpus(training.data)[0][training.split]
     collator = BlockCollator.for_processor(processor)
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(training)}
     row["continuation"] = likelihood(model, rows, collator)["held_out_nll_per_note"]
@@ -153,7 +155,8 @@ def parse() -> argparse.Namespace:
     add("--length", type=int, default=own.length, help="tokens per block (default: %(default)s)")
     add("--batch-size", type=int, default=own.batch_size, help="blocks per step (default: %(default)s)")
     add("--learning-rate", type=float, default=own.learning_rate, help="the highest (default: %(default)s)")
-    add("--pieces", type=int, default=own.pieces, help="test pieces that are valued (default: %(default)s)")
+    add("--pieces", type=int, default=own.pieces, help="held-out pieces that are valued (default: %(default)s)")
+    add("--split", choices=("validation", "test"), default=own.split, help="that they are from (default: %(default)s)")
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
     return parser.parse_args()
@@ -162,7 +165,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     disable_progress_bar()
-    names = ("data", "size", "steps", "length", "batch_size", "learning_rate", "pieces")
+    names = ("data", "size", "steps", "length", "batch_size", "learning_rate", "pieces", "split")
     training = Training(**{name: getattr(args, name) for name in names})
     arms = [f"{share:g}" for share in sorted({0.0, *args.shares})]
     jobs = [(arm, seed) for seed in range(args.seeds) for arm in arms]

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from midimamba.command_options import (
+    DemoOptions,
     DrawingOptions,
     EvaluateOptions,
     GenerateOptions,
@@ -34,6 +35,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Command(
+        (DemoOptions,),
+        "Do everything once, in about ten minutes on two processors: from Bach's chorales to a corpus, a generator, "
+        "samples to listen to, and a report. A second start goes on where the first one stopped.",
+        "midimamba demo --out runs/demo",
+    ),
     "tokenize": Command(
         (TokenizeFiles, CorpusOptions),
         "Turn MIDI files into a tokenized corpus.",

@@ -94,6 +94,13 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class DemoOptions:
+    """Where `midimamba demo` writes to."""
+
+    out: Path = field(default=Path("midimamba-demo"), metadata={"help": "folder to make"})
+
+
+@dataclass(frozen=True)
 class TuneOptions:
     """What `midimamba tune` reads and writes."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from midimamba.command_options import (
+    DemoOptions,
     DrawingOptions,
     EvaluateOptions,
     GenerateOptions,
@@ -311,6 +312,13 @@ def publish(options: PublishOptions) -> None:
         show(f"{name}: {url}")
     if done.left_out:
         show(f"not uploaded, because only files with known names are: {', '.join(done.left_out)}", file=sys.stderr)
+
+
+def demo(options: DemoOptions) -> None:
+    """`midimamba demo`: the whole path on Bach's chorales."""
+    from midimamba import demo as chorales
+
+    chorales.run(options.out)
 
 
 def info() -> None:

@@ -18,7 +18,7 @@ from midimamba.training.advice import listening
 from midimamba.training.process import on_signals
 
 _FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_RESUME = ("--resume_from_checkpoint", "true")  # if there is nothing to resume, a run starts from the beginning
+RESUME = ("--resume_from_checkpoint", "true")  # if there is nothing to resume, a run starts from the beginning
 _LONGEST_TUNED = 256
 """Tokens of a sequence in tuning: sampling and roll-outs cost more than training on blocks."""
 
@@ -35,7 +35,7 @@ def train(options: TrainOptions) -> None:
     named = (("minutes", options.time), ("max_steps", options.steps), ("size", options.size), ("infill_share", share))
     for name, value in named:
         arguments += [] if value is None else [f"--{name}", str(value)]
-    _leave_with(_run("pretrain", [*arguments, *_RESUME, *options.passed], started))
+    leave_with(run_script("pretrain", [*arguments, *RESUME, *options.passed], started))
 
 
 def tune(options: TuneOptions) -> None:
@@ -53,10 +53,10 @@ def tune(options: TuneOptions) -> None:
             arguments += ["--temperature", str(_temperature_of(options.model))]
         else:
             arguments += ["--sequence_length", str(_length_of(options.model))]
-        code = _run("adversarial", [*arguments, *_RESUME, *options.passed], started)
+        code = run_script("adversarial", [*arguments, *RESUME, *options.passed], started)
     if code == 0:
         show(f"listen: {listening(options.out)}", file=sys.stderr)
-    _leave_with(code)
+    leave_with(code)
 
 
 def _is_finished(out: Path, data: str) -> bool:
@@ -129,7 +129,7 @@ def _temperature_of(model: str) -> float:
     return float(temperature) if isinstance(temperature, int | float) else 1.0
 
 
-def _run(script: str, arguments: Sequence[str], started: float) -> int:
+def run_script(script: str, arguments: Sequence[str], started: float) -> int:
     """Run a packaged script through accelerate, in a process of its own; its exit code."""
     command, environment = _launch_of(script, arguments)
     from midimamba.training.deadline import STARTED
@@ -170,7 +170,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _leave_with(code: int) -> None:
+def leave_with(code: int) -> None:
     """End with the exit code of a script; a negative one names the signal that killed it."""
     if code:
         sys.exit(128 - code if code < 0 else code)
