@@ -266,7 +266,25 @@ class GenerateOptions(RenderingOptions):
             raise InputError("--keep-unused keeps what a discriminator did not choose: add --discriminator")
 
 
-_BARS = re.compile(r"(\d+)(?:-(\d+))?")
+_BARS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+_TRACKS = re.compile(r"\d{1,9}(?:,\d{1,9})*")
+
+
+def read_span(bars: str) -> tuple[int, int]:
+    """`"5-8"` as the first bar and the last, counted from 1; also `"5"`. Raises [`InputError`] for anything else."""
+    if not _BARS.fullmatch(bars):
+        raise InputError(f"bars is {bars!r}: write the first bar and the last, such as 5-8")
+    first, last = bars.partition("-")[::2]
+    return int(first), int(last or first)
+
+
+def read_tracks(tracks: str | None) -> list[int] | None:
+    """`"1,2"` as numbers of tracks, counted from 1; `None` for all. Raises [`InputError`] for anything else."""
+    if tracks is None:
+        return None
+    if not _TRACKS.fullmatch(tracks):
+        raise InputError(f"tracks is {tracks!r}: write numbers such as 1,2")
+    return [int(number) for number in tracks.split(",")]
 
 
 @dataclass(frozen=True)
@@ -295,21 +313,17 @@ class InfillOptions(RenderingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _BARS.fullmatch(self.bars):
-            raise InputError(f"--bars is {self.bars!r}: write the first bar and the last, such as 5-8")
-        if self.tracks is not None and not all(map(str.isdecimal, self.tracks.split(","))):
-            raise InputError(f"--tracks is {self.tracks!r}: write numbers such as 1,2")
+        _ = self.span, self.numbers  # checks them
 
     @property
     def span(self) -> tuple[int, int]:
         """The first bar and the last, counted from 1."""
-        first, last = self.bars.partition("-")[::2]
-        return int(first), int(last or first)
+        return read_span(self.bars)
 
     @property
     def numbers(self) -> list[int] | None:
         """The tracks, counted from 1; `None` for all."""
-        return None if self.tracks is None else [int(number) for number in self.tracks.split(",")]
+        return read_tracks(self.tracks)
 
 
 @dataclass(frozen=True)

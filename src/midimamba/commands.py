@@ -131,7 +131,7 @@ def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
     write = _writer(options)
     try:
         song = read_unordered(options.song)[0]
-        tracks = _chosen_tracks(options.numbers, [track.name for track in song.tracks])
+        tracks = chosen_tracks(options.numbers, [track.name for track in song.tracks])
         find_gap(song, options.span, tracks)  # what the piece does not have is told before the model is loaded
         model, processor = load_pair(options.model)
         scores = infill_scores(model, processor, song, options.span, tracks, drawing, controls)
@@ -141,12 +141,12 @@ def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
     show(f"{len(scores)} pieces in {out}")
 
 
-def _chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:
+def chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:
     """Indices of the tracks that the user counts from 1."""
     if wrong := [number for number in numbers or () if not 1 <= number <= len(names)]:
         listed = ", ".join(f"{number} {name!r}" for number, name in enumerate(names[:_LISTED], 1))
         more = ", …" if len(names) > _LISTED else ""
-        raise InputError(f"there is no track {wrong[0]}: --tracks can name {listed}{more}")
+        raise InputError(f"there is no track {wrong[0]}: tracks can name {listed}{more}")
     return None if numbers is None else [number - 1 for number in numbers]
 
 
