@@ -33,7 +33,7 @@ _MUST_BE_ALL = ("use_note_duration_programs", "programs")
 # The type of the token that completes a note.
 NOTE_END = "Duration"
 # A time shift that Structured writes between notes of one onset.
-_NO_SHIFT = "0.0.1"
+NO_SHIFT = "0.0.1"
 
 DRUMS = -1  # MidiTok's program of drums, which is row 0 below; program 0 is row 1
 DRUMS_ROW = 0
@@ -323,7 +323,7 @@ def _meaning(
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
     if kinds[-1] == "Program":
         meaning.announces = meaning.program
-    elif tokens[-1] == f"TimeShift_{_NO_SHIFT}":
+    elif tokens[-1] == f"TimeShift_{NO_SHIFT}":
         meaning.announces = ANY
     _count(meaning, kinds, distances)
     return meaning
@@ -337,7 +337,7 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != _NO_SHIFT):
+    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1
