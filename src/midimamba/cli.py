@@ -22,6 +22,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags
 from midimamba.runtime import limit_spinning
+from midimamba.serving.options import ServeOptions
 
 
 class Command(NamedTuple):
@@ -60,6 +61,11 @@ COMMANDS = {
         (InfillOptions, DrawingOptions),
         "Write some bars of a MIDI file again, in all tracks or in some. Everything else stays as it is.",
         "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
+    ),
+    "serve": Command(
+        (ServeOptions,),
+        "Serve a generator over HTTP: new pieces, continuations, infilling, and notes while they are sampled.",
+        "midimamba serve runs/demo/generator --port 8000",
     ),
     "evaluate": Command(
         (EvaluateOptions,),

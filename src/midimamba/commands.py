@@ -1,6 +1,7 @@
 """What the commands do. Each imports what it needs when it runs."""
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from midimamba.command_options import (
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
+from midimamba.serving.options import ServeOptions
 from midimamba.text import show
 from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
 
@@ -141,8 +143,22 @@ def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
     show(f"{len(scores)} pieces in {out}")
 
 
+def serve(options: ServeOptions) -> None:
+    """`midimamba serve`: a generator over HTTP."""
+    for package in ("fastapi", "uvicorn", "python_multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'{package} is not installed; run: pip install "midimamba[serve]"')
+    from midimamba.serving import server
+
+    server.serve(options)
+
+
 def chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:
-    """Indices of the tracks that the user counts from 1."""
+    """Indices of the tracks that the user counts from 1.
+
+    Raises:
+        InputError: if there is no such track; the message names those that exist.
+    """
     if wrong := [number for number in numbers or () if not 1 <= number <= len(names)]:
         listed = ", ".join(f"{number} {name!r}" for number, name in enumerate(names[:_LISTED], 1))
         more = ", …" if len(names) > _LISTED else ""

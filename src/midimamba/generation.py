@@ -59,6 +59,12 @@ def watched(watch: Callable[[], object]) -> Iterator[None]:
         _watch.reset(token)
 
 
+def tell_watcher() -> None:
+    """Call what watches, if anything does."""
+    if (watch := _watch.get()) is not None:
+        watch()
+
+
 class _EachToken(StoppingCriteria):
     """Never stops anything. `generate` calls it after every token, which is what a progress bar needs."""
 

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
+from midimamba.generation import tell_watcher
 from midimamba.note_decoding import Note, NoteDecoder
 from midimamba.tokenization.composing import Composed, FiniteLogits, grammar_for
 from midimamba.tokenization.grammar import MidiGrammar
@@ -91,6 +92,7 @@ def stream(
 
 def _notes(decoder: NoteDecoder, ids: Iterator[int]) -> Iterator[Note]:
     for index in ids:
+        tell_watcher()
         yield from decoder.read([index])
     yield from decoder.finish()
 

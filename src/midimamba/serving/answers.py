@@ -8,7 +8,9 @@ from pydantic import BaseModel, Field
 class Problem(BaseModel):
     """Any answer that is not what was asked for."""
 
-    detail: str = Field(description="What is wrong and what to do, in one line.", examples=["num is 0: give at least 1"])
+    detail: str = Field(
+        description="What is wrong and what to do, in one line.", examples=["num is 0: give at least 1"]
+    )
 
 
 class Health(BaseModel):
@@ -41,10 +43,14 @@ class ModelInformation(BaseModel):
     controls: dict[str, list[str]] = Field(description="The names of the controls, and the values of each.")
     programs: list[int] | None = Field(description="General MIDI programs of new music, -1 for drums. null: all.")
     discriminators: list[str] = Field(description="What chooses where a request has `best_of`.")
-    sampling: dict[str, float] = Field(description="Values of options that a request leaves out.")
+    sampling: dict[str, int | float] = Field(description="Values of options that a request leaves out.")
     limits: Limits
 
 
+_LINES = """{"onset": 0.0, "duration": 1.5, "seconds": 0.0, "duration_seconds": 0.75, "pitch": 60, "velocity": 80, \
+"program": 0, "is_drum": false}
+{"done": true, "notes": 1}
+"""
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 PIECES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -62,6 +68,13 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         504: "The request took too long.",
     }.items()
 }
+NOTES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": 'One line of JSON for each note. The last line is `{"done": true, "notes": 96}`, or `detail` '
+        "says why the stream ended early.",
+        "content": {"application/x-ndjson": {"schema": {"type": "string"}, "example": _LINES}},
+    }
+}
 CANCELLED: dict[int | str, dict[str, Any]] = {
     204: {"description": "It is cancelled."},
     404: {"model": Problem, "description": "There is no such request: it may be done."},
@@ -76,9 +89,9 @@ def _example(words: str) -> dict[str, Any]:
 
 
 EXAMPLES = {
-    "generate": _example(
-        f"""{_HERE}/generate --json '{{"num": 1, "bars": 8, "seed": 7}}' --output piece.mid"""
-    ),
+    "generate": _example(f"""{_HERE}/generate --json '{{"num": 1, "bars": 8, "seed": 7}}' --output piece.mid"""),
+    "generate/stream": _example(f"""{_HERE}/generate/stream --no-buffer --json '{{"bars": 8}}'"""),
+    "continue/stream": _example(f"{_HERE}/continue/stream --no-buffer -F midi=@opening.mid -F bars=8"),
     "continue": _example(f"{_HERE}/continue -F midi=@opening.mid -F num=4 -F bars=8 --output pieces.zip"),
     "infill": _example(f"{_HERE}/infill -F midi=@song.mid -F bars=5-8 -F tracks=1,2 -F num=1 --output filled.mid"),
     "cancel": _example(f"-X DELETE {_HERE}/requests/my-id"),

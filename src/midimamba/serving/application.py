@@ -1,38 +1,42 @@
 """The endpoints of `midimamba serve`."""
 
 import asyncio
-import io
-import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
-import torch
 from fastapi import FastAPI, Form, Header, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from midimamba.command_options import DrawingOptions
-from midimamba.errors import InputError
-from midimamba.serving.answers import CANCELLED, EXAMPLES, PIECES, PROBLEMS, Health, ModelInformation, Problem
+from midimamba.serving.answers import CANCELLED, EXAMPLES, NOTES, PIECES, PROBLEMS, Health, ModelInformation
 from midimamba.serving.connections import BodyLimit
 from midimamba.serving.page import docs_page
-from midimamba.serving.requests import ContinueRequest, GenerateRequest, InfillRequest, line_of
+from midimamba.serving.request_bodies import (
+    ContinueRequest,
+    ContinueStreamRequest,
+    GenerateRequest,
+    InfillRequest,
+    StreamRequest,
+    line_of,
+)
+from midimamba.serving.responses import BUG, ID_HEADER, answer_with_notes, answer_with_pieces
 from midimamba.serving.service import Service
 
 _DESCRIPTION = """Music from a generator of midimamba, over HTTP. Every option has the name, the default and the limits
 that it has in `midimamba generate`. An answer with one piece is a MIDI file; with several, it is a zip archive of
 MIDI files. An answer that is not music is JSON with one line, `detail`, which says what is wrong."""
 _ID = r"^[A-Za-z0-9._-]{1,64}$"
-_WEIRD = 499  # the client has gone, so nobody reads it
+_FORM = Form(media_type="multipart/form-data")
 
 RequestId = Annotated[
     str | None,
     Header(
-        alias="X-Request-ID",
+        alias=ID_HEADER,
         pattern=_ID,
         description="An id of your choice, by which DELETE /requests/{id} cancels the request. The answer repeats it.",
     ),
@@ -60,6 +64,7 @@ def make_application(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _explain)
     app.add_exception_handler(Exception, _apologize)
     _add_music(app, service)
+    _add_streams(app, service)
     _add_rest(app, service)
     return app
 
@@ -78,39 +83,67 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 
 async def _apologize(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "the server failed, and its log says why: this is a bug, please report it"}, 500)
+    return JSONResponse({"detail": BUG}, 500)
 
 
 def _add_music(app: FastAPI, service: Service) -> None:
+    sampler = service.sampler
     described: dict[str, Any] = {"tags": ["music"], "response_class": Response, "responses": {**PIECES, **PROBLEMS}}
 
     @app.post("/generate", summary="New pieces", openapi_extra=EXAMPLES["generate"], **described)
     async def generate(asked: GenerateRequest, request: Request, request_id: RequestId = None) -> Response:
         """Sample pieces from scratch, as `midimamba generate` does."""
-        return await _answer(service, request, request_id, lambda job: service.generate(job, asked))
+        return await answer_with_pieces(sampler, request, request_id, partial(service.generate, asked))
 
     @app.post("/continue", summary="Continue a MIDI file", openapi_extra=EXAMPLES["continue"], **described)
     async def continue_piece(
-        asked: Annotated[ContinueRequest, Form(media_type="multipart/form-data")],
-        request: Request,
-        request_id: RequestId = None,
+        asked: Annotated[ContinueRequest, _FORM], request: Request, request_id: RequestId = None
     ) -> Response:
-        """Let pieces begin with a MIDI file, as `midimamba generate --prompt` does. Send a form."""
-        return await _answer(service, request, request_id, lambda job: service.continue_piece(job, asked))
+        """Sample pieces that begin with a MIDI file, as `midimamba generate --prompt` does. Send a form."""
+        return await answer_with_pieces(sampler, request, request_id, partial(service.generate, asked, asked.midi))
 
     @app.post("/infill", summary="Write some bars of a MIDI file again", openapi_extra=EXAMPLES["infill"], **described)
     async def infill(
-        asked: Annotated[InfillRequest, Form(media_type="multipart/form-data")],
-        request: Request,
-        request_id: RequestId = None,
+        asked: Annotated[InfillRequest, _FORM], request: Request, request_id: RequestId = None
     ) -> Response:
         """Write some bars again, in all tracks or in some, as `midimamba infill` does. Send a form. The model must have
         learned it: `can_infill` of GET /model says so."""
-        return await _answer(service, request, request_id, lambda job: service.infill(job, asked))
+        return await answer_with_pieces(sampler, request, request_id, partial(service.infill, asked))
+
+
+def _add_streams(app: FastAPI, service: Service) -> None:
+    sampler = service.sampler
+    described: dict[str, Any] = {"tags": ["music"], "response_class": Response, "responses": {**NOTES, **PROBLEMS}}
+
+    @app.post(
+        "/generate/stream",
+        summary="The notes of a new piece, while it is sampled",
+        openapi_extra=EXAMPLES["generate/stream"],
+        **described,
+    )
+    async def stream(asked: StreamRequest, request: Request, request_id: RequestId = None) -> Response:
+        """Sample one piece. Each note is sent when it is complete, in the order of onsets, as a line of JSON: onset and
+        duration in quarter notes and in seconds, pitch, velocity, General MIDI program, and whether it is a drum. A
+        client that does not read is disconnected."""
+        return await answer_with_notes(sampler, request, request_id, partial(service.stream, asked))
+
+    @app.post(
+        "/continue/stream",
+        summary="The notes that continue a MIDI file, while they are sampled",
+        openapi_extra=EXAMPLES["continue/stream"],
+        **described,
+    )
+    async def continue_stream(
+        asked: Annotated[ContinueStreamRequest, _FORM], request: Request, request_id: RequestId = None
+    ) -> Response:
+        """As /generate/stream. Onsets count from the start of the file, whose own notes are not sent. Send a form."""
+        return await answer_with_notes(sampler, request, request_id, partial(service.stream, asked, asked.midi))
 
 
 def _add_rest(app: FastAPI, service: Service) -> None:
-    @app.delete("/requests/{id}", summary="Cancel a request", tags=["requests"], status_code=204, responses=CANCELLED)
+    described: dict[str, Any] = {"tags": ["requests"], "responses": CANCELLED, "openapi_extra": EXAMPLES["cancel"]}
+
+    @app.delete("/requests/{id}", summary="Cancel a request", status_code=204, **described)
     async def cancel(id: Annotated[str, Path(pattern=_ID, description="The X-Request-ID of the request.")]) -> None:
         """End a request that waits or is sampled; it stops at the next token, and is answered with status 409.
         Closing its connection does the same."""

@@ -1,6 +1,5 @@
 """One thread that samples for all requests, and the bounded line of requests before it."""
 
-import logging
 import math
 import time
 from collections import deque
@@ -12,8 +11,6 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.exceptions import HTTPException
-
-logger = logging.getLogger(__name__)
 
 # The share of the last request in the mean time per request, from which `Retry-After` follows.
 _RECENT = 0.3
@@ -31,6 +28,7 @@ class Job:
     def __init__(self, name: str, seconds: float):
         self.name = name
         self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it
         self.work: Callable[[], Any] | None = None
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
@@ -129,22 +127,27 @@ class Sampler:
         with self._changed:
             if (job := self._jobs.get(name)) is None:
                 return False
-            self._stop(job, 409, "the request was cancelled")
+            self._end(job, 409, "the request was cancelled")
             return True
+
+    def end(self, job: Job) -> None:
+        """End a request whose client has gone."""
+        with self._changed:
+            self._end(job, 409, "the client has gone")
 
     def close(self) -> None:
         """Cancel all requests, and take no more."""
         with self._changed:
             self._closed = True
-            for job in self._jobs.values():
-                self._stop(job, 503, "the server is shutting down")
+            for job in list(self._jobs.values()):
+                self._end(job, 503, "the server is shutting down")
             self._changed.notify()
 
     def join(self, seconds: float) -> None:
         """Wait until the thread has ended, after [`close`]."""
         self._thread.join(seconds)
 
-    def _stop(self, job: Job, status: int, reason: str) -> None:
+    def _end(self, job: Job, status: int, reason: str) -> None:
         job.stop(status, reason)
         if self._leave(job):
             job.future.set_exception(HTTPException(status, reason))
@@ -163,10 +166,7 @@ class Sampler:
                 job.check()
                 assert job.work is not None
                 job.future.set_result(job.work())
-            except HTTPException as error:
-                job.future.set_exception(error)
-            except Exception as error:  # whatever it is, the next request is not to blame
-                logger.exception("sampling failed")
+            except Exception as error:  # whatever it is, the next request must not suffer
                 job.future.set_exception(error)
             self._mean += _RECENT * (time.monotonic() - start - self._mean)
             job.work = None  # the upload and the client's connection go with it

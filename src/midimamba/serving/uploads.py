@@ -1,8 +1,8 @@
 """Uploads are files of strangers: they are read in a process of their own, with bounds of time and memory.
 
 It starts before the model is loaded, without threads, so that it can fork a worker for each upload; see
-[`~midimamba.corpus.workers`]. What could go wrong with an upload goes wrong there: it is read, checked and encoded once
-as the sampler will do it.
+[`~midimamba.corpus.workers`]. What could go wrong with an upload goes wrong there: it is read, checked and encoded
+once, as the sampler will do it.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """What clients may ask for. Names, defaults, texts and limits are those of the command line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, cast, get_type_hints
 
@@ -17,6 +17,8 @@ from midimamba.tokenization.sampling_limits import check_sampling
 Options = TypeVar("Options", bound=DrawingOptions)
 
 _LONGEST_LINE = 500
+# Options of several pieces. A stream is one.
+_OF_SEVERAL = ("num", "best_of", "pick")
 _EXAMPLES: dict[str, list[Any]] = {"num": [1], "bars": [8], "temperature": [0.9], "top_p": [0.95], "seed": [7]}
 
 
@@ -27,7 +29,7 @@ def _read_json(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"controls is {shortened(value, 40)!r}: write JSON such as {{\"key\": \"C-major\"}}") from error
+        raise InputError(f'controls is {shortened(value, 40)!r}: write JSON such as {{"key": "C-major"}}') from error
 
 
 class Asked(BaseModel, Generic[Options]):
@@ -38,7 +40,7 @@ class Asked(BaseModel, Generic[Options]):
 
     controls: Annotated[dict[str, str | list[str]], BeforeValidator(_read_json)] = Field(
         default={},
-        description="What the music should be like, such as {\"key\": \"C-major\"}. GET /model lists all names and "
+        description='What the music should be like, such as {"key": "C-major"}. GET /model lists all names and '
         "values. In a form, write it as JSON.",
         examples=[{}],
     )
@@ -46,7 +48,7 @@ class Asked(BaseModel, Generic[Options]):
     @property
     def options(self) -> Options:
         """As the command line has them."""
-        names = (option.name for option in fields(self.options_class))
+        names = {option.name for option in fields(self.options_class)} & set(type(self).model_fields)
         return cast(Options, self.options_class(**{name: getattr(self, name) for name in names}))
 
     @model_validator(mode="after")
@@ -90,8 +92,8 @@ class _Infilled(Asked[DrawingOptions]):
         return self
 
 
-def _with_options(name: str, base: type[Asked[Any]]) -> Any:
-    """`base` with a field for each option of its class."""
+def _with_options(name: str, base: type[Asked[Any]], without: Sequence[str] = ()) -> Any:
+    """`base` with a field for each option of its class, some apart."""
     hints = get_type_hints(base.options_class)
     described: dict[str, Any] = {
         option.name: (
@@ -104,6 +106,7 @@ def _with_options(name: str, base: type[Asked[Any]]) -> Any:
             ),
         )
         for option in fields(base.options_class)
+        if option.name not in without
     }
     return create_model(name, __base__=base, **described)
 
@@ -112,10 +115,14 @@ if TYPE_CHECKING:  # a type checker cannot know the fields that are made
     GenerateRequest = _Sampled
     ContinueRequest = _Continued
     InfillRequest = _Infilled
+    StreamRequest = _Sampled
+    ContinueStreamRequest = _Continued
 else:
     GenerateRequest = _with_options("GenerateRequest", _Sampled)
     ContinueRequest = _with_options("ContinueRequest", _Continued)
     InfillRequest = _with_options("InfillRequest", _Infilled)
+    StreamRequest = _with_options("StreamRequest", _Sampled, _OF_SEVERAL)
+    ContinueStreamRequest = _with_options("ContinueStreamRequest", _Continued, _OF_SEVERAL)
 
 
 def line_of(error: RequestValidationError) -> str:
