@@ -126,6 +126,7 @@ STEPS = (
         _SMALL_MEMORY + "--layers 1 --hidden 32",
     ),
     Step("look-back", "benchmarks/look_back.py", "--late 100 --steps 5 --layers 1 --hidden 32 --batch 2"),
+    Step("serving", "benchmarks/serving.py", "--seconds 6 --settle 1"),
     Step("packing", "benchmarks/packing.py {corpora}/pop909.tar.gz", "--limit 20", _POP909),
     Step("ingestion", "benchmarks/ingestion.py {corpora}/hostile-core.tar.gz", "", ("hostile-core.tar.gz",)),
     Step(

@@ -37,7 +37,7 @@ class ModelInformation(BaseModel):
 
     model: str = Field(description="Its name, as the server was started with it.")
     tokenization: str = Field(examples=["REMI"])
-    vocab_size: int
+    vocab_size: int | list[int]
     always_music: bool = Field(description="Whether a grammar makes every sample valid music.")
     can_infill: bool = Field(description="Whether POST /infill works.")
     controls: dict[str, list[str]] = Field(description="The names of the controls, and the values of each.")

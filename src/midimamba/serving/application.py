@@ -106,8 +106,8 @@ def _add_music(app: FastAPI, service: Service) -> None:
     async def infill(
         asked: Annotated[InfillRequest, _FORM], request: Request, request_id: RequestId = None
     ) -> Response:
-        """Write some bars again, in all tracks or in some, as `midimamba infill` does. Send a form. The model must have
-        learned it: `can_infill` of GET /model says so."""
+        """Write some bars again, in all tracks or in some, as `midimamba infill` does. Send a form. The model must
+        have learned it: `can_infill` of GET /model says so."""
         return await answer_with_pieces(sampler, request, request_id, partial(service.infill, asked))
 
 
@@ -122,9 +122,9 @@ def _add_streams(app: FastAPI, service: Service) -> None:
         **described,
     )
     async def stream(asked: StreamRequest, request: Request, request_id: RequestId = None) -> Response:
-        """Sample one piece. Each note is sent when it is complete, in the order of onsets, as a line of JSON: onset and
-        duration in quarter notes and in seconds, pitch, velocity, General MIDI program, and whether it is a drum. A
-        client that does not read is disconnected."""
+        """Sample one piece. Each note is sent when it is complete, in the order of onsets, as a line of JSON: onset
+        and duration in quarter notes and in seconds, pitch, velocity, General MIDI program, and whether it is a drum.
+        A client that does not read is disconnected."""
         return await answer_with_notes(sampler, request, request_id, partial(service.stream, asked))
 
     @app.post(

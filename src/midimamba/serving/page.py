@@ -75,7 +75,8 @@ def _row(name: str, described: Mapping[str, Any], schema: Mapping[str, Any], own
     note = "required" if required else f"default: {json.dumps(schema['default'])}" if "default" in schema else ""
     if note == "default: null":
         note = ""
-    return f"<tr><th><code>{for_html(name)}</code></th><td>{_text(described.get('description', ''))}</td><td>{for_html(note)}</td></tr>"
+    cells = f"<td>{_text(described.get('description', ''))}</td><td>{for_html(note)}</td>"
+    return f"<tr><th><code>{for_html(name)}</code></th>{cells}</tr>"
 
 
 def _text(text: str) -> str:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, ca
 
 from fastapi import UploadFile
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from midimamba.command_options import DrawingOptions, SamplingOptions, read_span, read_tracks
 from midimamba.errors import InputError
@@ -50,6 +59,14 @@ class Asked(BaseModel, Generic[Options]):
         """As the command line has them."""
         names = {option.name for option in fields(self.options_class)} & set(type(self).model_fields)
         return cast(Options, self.options_class(**{name: getattr(self, name) for name in names}))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _tell_switches_from_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1."""
+        if isinstance(value, bool):
+            check_sampling(**{str(info.field_name): value})
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "Asked[Options]":
@@ -126,7 +143,7 @@ else:
 
 
 def line_of(error: RequestValidationError) -> str:
-    """The first thing that is wrong with a request, in one line, in the words of the command line where it has some."""
+    """The first thing that is wrong with a request, in one line, in the words of the command line if it has some."""
     first = error.errors()[0]
     return shortened(printable(_describe(first)), _LONGEST_LINE)
 
@@ -137,12 +154,18 @@ def _describe(first: Mapping[str, Any]) -> str:
     value = first.get("input")
     if kind == "json_invalid":
         return f"the body is not JSON ({first.get('ctx', {}).get('error', 'malformed')})"
+    if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
+        return str(cause)
+    if not place and kind != "missing":
+        return (
+            'the body is not a JSON object: send options such as {"bars": 8}, with the Content-Type application/json'
+        )
+    if name == "midi" and kind != "missing":
+        return "midi is not a file: send it as a file of the form"
     if kind == "extra_forbidden":
         return f"there is no option {name!r}: see /docs"
     if kind == "missing":
-        return f"{name} is missing" if place else "the body is missing: send JSON, {} for the defaults"
-    if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
-        return str(cause)
+        return f"{name} is missing: see /docs" if place else "the body is missing: send JSON, {} for the defaults"
     try:
         check_sampling(**{name: value})
     except InputError as reason:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from starlette.exceptions import HTTPException
@@ -88,7 +88,8 @@ async def answer_with_notes(
         buffer = _Buffer()
         future = sampler.run(job, lambda: buffer.fill(job, sample))
         place = stack.pop_all()
-    future.add_done_callback(lambda _: (place.close(), buffer.wake()))
+    future.add_done_callback(lambda _: place.close())
+    future.add_done_callback(lambda _: buffer.wake())
     try:
         await _unless_gone(request, asyncio.ensure_future(buffer.wait(future)))
         if future.done() and not buffer.lines:
@@ -170,9 +171,10 @@ async def _unless_gone(request: Request, awaited: "asyncio.Future[Result]") -> R
     Raises:
         HTTPException: if the client goes first. Nobody reads the answer.
     """
-    gone = asyncio.ensure_future(_disconnection(request))
+    gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnection(request))
+    either: list[asyncio.Future[Any]] = [gone, awaited]
     try:
-        await asyncio.wait({gone, awaited}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if awaited.done():
             return awaited.result()
         raise HTTPException(409, "the client has gone")

@@ -43,7 +43,7 @@ class Service:
     Args:
         model (`MidiMambaForCausalLM`), processor (`MidiProcessor`): the generator.
         limits ([`ServeOptions`]): what a request may ask for.
-        reader ([`UploadReader`]): reads uploads. The service closes it.
+        reader ([`UploadReader`]): reads uploads.
         judge ([`~midimamba.modeling.judging.Judge`], *optional*): chooses where a request has `best_of`.
     """
 
@@ -61,10 +61,9 @@ class Service:
         self._reader, self._judge = reader, judge
 
     def close(self) -> None:
-        """End all requests, the thread and the process that reads uploads."""
+        """End all requests, and the thread."""
         self.sampler.close()
         self.sampler.join(_END_SECONDS)
-        self._reader.close()
 
     async def generate(self, asked: Asked[SamplingOptions], midi: UploadFile | None = None) -> Pieces:
         """New pieces, or continuations of an upload."""

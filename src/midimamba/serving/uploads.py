@@ -149,8 +149,8 @@ def _serve(connection: Connection, model: str, max_prompt_tokens: int) -> None:
     """The life of the process: it ends when the pipe does, or when it is told to, and its worker with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    read = partial(_read, load_processor(model), max_prompt_tokens)
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError, InputError):  # the server says itself that it cannot load the model
+        read = partial(read_upload, load_processor(model), max_prompt_tokens)
         connection.send(None)
         for asked, found in run_bounded(read, _uploads(connection), workers=1):
             if asked:
@@ -164,7 +164,7 @@ def _uploads(connection: Connection) -> Iterator[tuple[str, Upload | None]]:
         yield "", None
 
 
-def _read(processor: MidiProcessor, max_tokens: int, upload: Upload | None, mark: Mark) -> Song | str | None:
+def read_upload(processor: MidiProcessor, max_tokens: int, upload: Upload | None, mark: Mark) -> Song | str | None:
     """What becomes of an upload: the piece, or a line that says why it cannot be used."""
     if upload is None:
         return None
