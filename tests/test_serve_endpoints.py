@@ -136,7 +136,7 @@ def test_discriminators_choose_where_a_request_asks_for_it(pair: Pair) -> None:
         *(("num", value) for value in (0, -1, 1.5, "x", True, 2**40)),
         *(("bars", value) for value in (0, "", 1e99)),
         ("max_new_tokens", 15),
-        *(("temperature", value) for value in (0, -1, "hot", 1e9, float("nan"), True)),
+        *(("temperature", value) for value in (0, -1, "hot", 1e9, float("nan"))),
         *(("top_p", value) for value in (0, 1.1, "all")),
         ("seed", -1),
         ("best_of", 1),

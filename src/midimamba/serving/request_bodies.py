@@ -62,9 +62,9 @@ class Asked(BaseModel, Generic[Options]):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _tell_switches_from_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes true for 1."""
-        if isinstance(value, bool):
+    def _check_as_given(cls, value: Any, info: ValidationInfo) -> Any:
+        """Before pydantic changes it: it takes true for 1. Forms have only text, which is checked later."""
+        if not isinstance(value, str):
             check_sampling(**{str(info.field_name): value})
         return value
 

@@ -2,21 +2,21 @@
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import uvicorn
 
 from midimamba.errors import InputError
-from midimamba.evaluation.judges import load_judges
 from midimamba.generation import load_pair
-from midimamba.modeling.judging import Ensemble
+from midimamba.modeling.judging import Ensemble, Judge
 from midimamba.serving.application import make_application
 from midimamba.serving.connections import Connection
 from midimamba.serving.options import ServeOptions
 from midimamba.serving.service import Service
 from midimamba.serving.uploads import UploadReader
 from midimamba.text import show
+from midimamba.tokenization.processor import MidiProcessor
 
 _END_SECONDS = 5
 
@@ -47,7 +47,7 @@ def serve(options: ServeOptions) -> None:
     listener = _listen(options.host, options.port)
     with listener, _reader(options) as reader:
         model, processor = load_pair(options.model)
-        judge = Ensemble(load_judges(options.discriminator, processor)) if options.discriminator else None
+        judge = _load_judge(options.discriminator, processor)
         reader.wait_until_ready()
         service = Service(model, processor, options, reader, judge)
         config = uvicorn.Config(
@@ -60,6 +60,14 @@ def serve(options: ServeOptions) -> None:
         )
         with suppress(KeyboardInterrupt):  # uvicorn passes on what has ended it
             _Server(config, service, _address(listener)).run([listener])
+
+
+def _load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judge | None:
+    if not discriminators:
+        return None
+    from midimamba.evaluation.judges import load_judges
+
+    return Ensemble(load_judges(discriminators, processor))
 
 
 def _listen(host: str, port: int) -> socket.socket:
