@@ -189,7 +189,9 @@ def test_an_upload_that_cannot_be_used_is_refused_with_the_reason(pair: Pair, mi
             assert answer.status_code == 422
             assert answer.json()["detail"].startswith(detail)
         answer = client.post("/continue", data={}, files={"midi": midi})
-        assert re.fullmatch(r"the file has \d+ tokens, and this server reads at most 40: .*", answer.json()["detail"])
+        assert re.fullmatch(
+            r"the file has \d+ tokens, and this server reads at most 40 tokens: .*", answer.json()["detail"]
+        )
 
 
 @pytest.mark.parametrize("path", ["/generate", "/continue"])

@@ -59,6 +59,8 @@ def test_there_is_no_place_beyond_the_limit_and_none_is_lost() -> None:
             assert refusal.value.status_code == 503
             assert refusal.value.headers is not None
             assert int(refusal.value.headers["Retry-After"]) >= 1
+            with sampler.place(None, has_upload=True):  # has places of its own
+                pass
         with pytest.raises(ZeroDivisionError), sampler.place("last"):
             _ = 1 // 0
         assert len(sampler) == 0

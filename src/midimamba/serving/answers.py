@@ -18,7 +18,6 @@ class Health(BaseModel):
 
     status: Literal["ok"]
     requests: int = Field(description="Requests that wait or are at work.")
-    places: int = Field(description="The most there can be. One more is answered with status 503.")
 
 
 class Limits(BaseModel):

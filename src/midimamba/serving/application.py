@@ -93,14 +93,16 @@ def _add_music(app: FastAPI, service: Service) -> None:
     @app.post("/generate", summary="New pieces", openapi_extra=EXAMPLES["generate"], **described)
     async def generate(asked: GenerateRequest, request: Request, request_id: RequestId = None) -> Response:
         """Sample pieces from scratch, as `midimamba generate` does."""
-        return await answer_with_pieces(sampler, request, request_id, partial(service.generate, asked))
+        return await answer_with_pieces(sampler.place(request_id), sampler, request, partial(service.generate, asked))
 
     @app.post("/continue", summary="Continue a MIDI file", openapi_extra=EXAMPLES["continue"], **described)
     async def continue_piece(
         asked: Annotated[ContinueRequest, _FORM], request: Request, request_id: RequestId = None
     ) -> Response:
         """Sample pieces that begin with a MIDI file, as `midimamba generate --prompt` does. Send a form."""
-        return await answer_with_pieces(sampler, request, request_id, partial(service.generate, asked, asked.midi))
+        return await answer_with_pieces(
+            sampler.place(request_id, has_upload=True), sampler, request, partial(service.generate, asked, asked.midi)
+        )
 
     @app.post("/infill", summary="Write some bars of a MIDI file again", openapi_extra=EXAMPLES["infill"], **described)
     async def infill(
@@ -108,7 +110,9 @@ def _add_music(app: FastAPI, service: Service) -> None:
     ) -> Response:
         """Write some bars again, in all tracks or in some, as `midimamba infill` does. Send a form. The model must
         have learned it: `can_infill` of GET /model says so."""
-        return await answer_with_pieces(sampler, request, request_id, partial(service.infill, asked))
+        return await answer_with_pieces(
+            sampler.place(request_id, has_upload=True), sampler, request, partial(service.infill, asked)
+        )
 
 
 def _add_streams(app: FastAPI, service: Service) -> None:
@@ -125,7 +129,7 @@ def _add_streams(app: FastAPI, service: Service) -> None:
         """Sample one piece. Each note is sent when it is complete, in the order of onsets, as a line of JSON: onset
         and duration in quarter notes and in seconds, pitch, velocity, General MIDI program, and whether it is a drum.
         A client that does not read is disconnected."""
-        return await answer_with_notes(sampler, request, request_id, partial(service.stream, asked))
+        return await answer_with_notes(sampler.place(request_id), sampler, request, partial(service.stream, asked))
 
     @app.post(
         "/continue/stream",
@@ -137,7 +141,9 @@ def _add_streams(app: FastAPI, service: Service) -> None:
         asked: Annotated[ContinueStreamRequest, _FORM], request: Request, request_id: RequestId = None
     ) -> Response:
         """As /generate/stream. Onsets count from the start of the file, whose own notes are not sent. Send a form."""
-        return await answer_with_notes(sampler, request, request_id, partial(service.stream, asked, asked.midi))
+        return await answer_with_notes(
+            sampler.place(request_id, has_upload=True), sampler, request, partial(service.stream, asked, asked.midi)
+        )
 
 
 def _add_rest(app: FastAPI, service: Service) -> None:
@@ -153,7 +159,7 @@ def _add_rest(app: FastAPI, service: Service) -> None:
     @app.get("/health", summary="Whether the server works", tags=["server"])
     async def health() -> Health:
         """Answers at once, whatever else the server does."""
-        return Health(status="ok", requests=len(service.sampler), places=service.limits.max_waiting + 1)
+        return Health(status="ok", requests=len(service.sampler))
 
     @app.get("/model", summary="What the model can do, and the limits", tags=["server"])
     async def model() -> ModelInformation:

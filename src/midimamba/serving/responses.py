@@ -7,7 +7,7 @@ import zipfile
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,17 +32,17 @@ _BEHIND = f"the client is {_MAX_NOTES_BEHIND} notes behind, so the request has e
 
 
 async def answer_with_pieces(
-    sampler: Sampler, request: Request, request_id: str | None, prepare: Callable[[], Awaitable[Pieces]]
+    place: AbstractContextManager[Job], sampler: Sampler, request: Request, prepare: Callable[[], Awaitable[Pieces]]
 ) -> Response:
     """Sample pieces and answer with all of them. If the client goes, the sampling ends.
 
     Args:
+        place (context manager of a [`Job`]): the place of the request.
         sampler ([`Sampler`]): where to sample.
         request (`Request`): what is answered.
-        request_id (`str`, *optional*): the id that the client chose.
         prepare (`Callable`): returns what samples.
     """
-    with sampler.place(request_id) as job:
+    with place as job:
         sample = await prepare()
         future = asyncio.wrap_future(sampler.run(job, lambda: _written(job, sample)))
         try:
@@ -71,7 +71,7 @@ def _packed(files: Sequence[bytes], headers: dict[str, str]) -> Response:
 
 
 async def answer_with_notes(
-    sampler: Sampler, request: Request, request_id: str | None, prepare: Callable[[], Awaitable[Notes]]
+    place: AbstractContextManager[Job], sampler: Sampler, request: Request, prepare: Callable[[], Awaitable[Notes]]
 ) -> Response:
     """Answer with the notes of one piece, a line of JSON each, while it is sampled.
 
@@ -79,16 +79,16 @@ async def answer_with_notes(
     free when the sampling ends, even if the client has not read everything.
 
     Args:
-        sampler, request, request_id: as for [`answer_with_pieces`].
+        place, sampler, request: as for [`answer_with_pieces`].
         prepare (`Callable`): returns what samples notes.
     """
     with ExitStack() as stack:
-        job = stack.enter_context(sampler.place(request_id))
+        job = stack.enter_context(place)
         sample = await prepare()
         buffer = _Buffer()
         future = sampler.run(job, lambda: buffer.fill(job, sample))
-        place = stack.pop_all()
-    future.add_done_callback(lambda _: place.close())
+        kept = stack.pop_all()
+    future.add_done_callback(lambda _: kept.close())
     future.add_done_callback(lambda _: buffer.wake())
     try:
         await _unless_gone(request, asyncio.ensure_future(buffer.wait(future)))

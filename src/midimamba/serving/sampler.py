@@ -22,11 +22,12 @@ class Job:
 
     Args:
         name (`str`): its id, by which it can be cancelled.
+        has_upload (`bool`): whether an upload is read first.
         seconds (`float`): after this time it is ended.
     """
 
-    def __init__(self, name: str, seconds: float):
-        self.name = name
+    def __init__(self, name: str, has_upload: bool, seconds: float):
+        self.name, self.has_upload = name, has_upload
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it
         self.work: Callable[[], Any] | None = None
@@ -56,7 +57,8 @@ class Sampler:
     Runs one job after the other, in the order in which they come.
 
     Args:
-        max_waiting (`int`): the most jobs beside the one that runs.
+        max_waiting (`int`): the most jobs beside the one that runs. There are as many places again for jobs with an
+            upload, so that files which take long to read hold up nobody else.
         max_seconds (`float`): the time for each, waiting included.
     """
 
@@ -74,27 +76,28 @@ class Sampler:
         return len(self._jobs)
 
     @contextmanager
-    def place(self, name: str | None) -> Iterator[Job]:
+    def place(self, name: str | None, has_upload: bool = False) -> Iterator[Job]:
         """A place for a request, which is free again at the end, whatever happens.
 
         Args:
             name (`str`, *optional*): the id that the client chose.
+            has_upload (`bool`, *optional*, defaults to `False`): whether an upload is read first.
 
         Raises:
             HTTPException: if there is no place, or the id is in use.
         """
-        job = Job(name or uuid4().hex, self._max_seconds)
+        job = Job(name or uuid4().hex, has_upload, self._max_seconds)
         with self._changed:
             if self._closed:
                 raise HTTPException(503, "the server is shutting down")
             if job.name in self._jobs:
                 raise HTTPException(409, f"a request with the id {job.name!r} is at work: choose another id")
-            if len(self._jobs) > self._max_waiting:
+            taken = sum(other.has_upload == has_upload for other in self._jobs.values())
+            if taken > self._max_waiting:
                 seconds = math.ceil(min(self._mean * len(self._jobs), self._max_seconds))
                 raise HTTPException(
                     503,
-                    f"{len(self._jobs)} requests are at work or waiting, and there is no place for more: try again in "
-                    f"{seconds} s",
+                    f"{taken} requests wait or are at work, and there is no place for more: try again in {seconds} s",
                     {"Retry-After": str(seconds)},
                 )
             self._jobs[job.name] = job

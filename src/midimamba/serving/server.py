@@ -1,5 +1,6 @@
 """Starting and ending the server."""
 
+import logging
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,8 @@ def serve(options: ServeOptions) -> None:
     Raises:
         InputError: if the address is taken or is no address of this machine, or the model cannot be loaded.
     """
+    # It would say of every request that is cut off by `max_new_tokens` that it is.
+    logging.getLogger("midimamba.tokenization.composing").setLevel(logging.ERROR)
     listener = _listen(options.host, options.port)
     with listener, _reader(options) as reader:
         model, processor = load_pair(options.model)

@@ -29,6 +29,8 @@ from midimamba.tokenization.processor import MidiProcessor
 
 _START_SECONDS = 120.0
 _END_SECONDS = 2.0
+# Byte-pair encoding can write several notes as one token, but hardly more than these. More need not be encoded.
+_MOST_NOTES_PER_TOKEN = 8
 
 
 class Upload(NamedTuple):
@@ -171,6 +173,8 @@ def read_upload(processor: MidiProcessor, max_tokens: int, upload: Upload | None
     try:
         score = read_unordered(upload.content)[0]
         tracks = chosen_tracks(upload.tracks, [track.name for track in score.tracks])
+        if upload.bars is None and score.note_num() > max_tokens * _MOST_NOTES_PER_TOKEN:
+            return _too_long(f"{score.note_num():,} notes", max_tokens)
         if upload.bars is None:
             ids = processor.encode(score)
         else:
@@ -180,5 +184,9 @@ def read_upload(processor: MidiProcessor, max_tokens: int, upload: Upload | None
     except InputError as error:
         return str(error)
     if len(ids) > max_tokens:
-        return f"the file has {len(ids):,} tokens, and this server reads at most {max_tokens:,}: send a shorter piece"
+        return _too_long(f"{len(ids):,} tokens", max_tokens)
     return Song(score, tracks)
+
+
+def _too_long(length: str, max_tokens: int) -> str:
+    return f"the file has {length}, and this server reads at most {max_tokens:,} tokens: send a shorter piece"
