@@ -27,8 +27,8 @@ class ServeOptions:
         max_prompt_tokens (`int`, *optional*, defaults to 4096): the longest upload to continue, in tokens.
         max_seconds (`float`, *optional*, defaults to 120): the time after which a request is ended, in seconds from
             its arrival.
-        max_waiting (`int`, *optional*, defaults to 16): the most requests that wait while another one is sampled; as many
-            again with uploads.
+        max_waiting (`int`, *optional*, defaults to 16): the most requests that wait while another one is sampled; and
+            as many with uploads.
 
     Raises:
         InputError: if a value makes no sense.

@@ -6,6 +6,7 @@ once, as the sampler will do it.
 """
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -151,12 +152,14 @@ def _serve(connection: Connection, model: str, max_prompt_tokens: int) -> None:
     """The life of the process: it ends when the pipe does, or when it is told to, and its worker with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    with suppress(EOFError, OSError, InputError):  # the server says itself that it cannot load the model
+    # That a model cannot be loaded, the server says itself.
+    with suppress(EOFError, OSError, InputError, SystemExit):
         read = partial(read_upload, load_processor(model), max_prompt_tokens)
         connection.send(None)
         for asked, found in run_bounded(read, _uploads(connection), workers=1):
             if asked:
                 connection.send(f"the file cannot be used: {found.reason}" if isinstance(found, Lost) else found)
+    os._exit(0)  # the interpreter would take seconds to end torch
 
 
 def _uploads(connection: Connection) -> Iterator[tuple[str, Upload | None]]:
