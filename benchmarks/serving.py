@@ -246,7 +246,7 @@ def serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
     config = MidiMambaConfig(vocab_size=processor.vocab_size, hidden_size=32, num_hidden_layers=2)
     MidiMambaForCausalLM(config).save_pretrained(folder)
     processor.save_pretrained(folder)
-    line = [sys.executable, "-m", "midimamba.cli", "serve", str(folder), "--port", "0"]
+    line = [sys.executable, "-m", "midimamba.cli", "serve", str(folder), "--port", "0", "--max-seconds", "20"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, next(word for word in process.stdout.readline().split() if word.startswith("http")).rstrip(",")
