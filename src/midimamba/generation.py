@@ -145,7 +145,7 @@ def generate_scores(
         raise InputError(f"best_of is {options.best_of}, but nothing chooses: give a judge as well")
     inputs = processor(prompt, return_tensors="pt", controls=controls)
     parts = _compose(model, processor, inputs, options)
-    return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
+    return [processor.continue_score(prompt, ids) for ids in _rows(parts)]
 
 
 def infill_scores(
@@ -182,7 +182,15 @@ def infill_scores(
     inputs = processor.infill(song, bars, tracks, controls, return_tensors="pt")
     drawing = asdict(options or DrawingOptions())
     parts = _compose(model, processor, inputs, SamplingOptions(**drawing, bars=bars[1] - bars[0] + 1))
-    return [processor.place(song, ids, bars, tracks) for part in parts for ids in part.ids]
+    return [processor.place(song, ids, bars, tracks) for ids in _rows(parts)]
+
+
+def _rows(parts: Sequence[Composed]) -> Iterator[Tensor]:
+    """All sequences. What watches is told of each, because decoding takes time as well."""
+    for part in parts:
+        for ids in part.ids:
+            tell_watcher()
+            yield ids
 
 
 def choose_scores(
