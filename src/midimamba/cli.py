@@ -12,6 +12,7 @@ from midimamba.command_options import (
     GenerateOptions,
     InfillOptions,
     ListenOptions,
+    PlayOptions,
     PublishOptions,
     SamplingOptions,
     TokenizeFiles,
@@ -60,6 +61,11 @@ COMMANDS = {
         (InfillOptions, DrawingOptions),
         "Write some bars of a MIDI file again, in all tracks or in some. Everything else stays as it is.",
         "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
+    ),
+    "play": Command(
+        (PlayOptions,),
+        "Play music to a MIDI port while it is being sampled, without end or for some bars. Ctrl-C stops it.",
+        "midimamba play runs/demo/generator --port FluidSynth --temperature 0.9",
     ),
     "evaluate": Command(
         (EvaluateOptions,),
