@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
     from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
     from midimamba.note_decoding import Note
-    from midimamba.streaming import stream
+    from midimamba.streaming import NoteStreamer, stream
     from midimamba.tokenization.processor import MidiProcessor
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "MusicalDiscriminator",
     "MusicalDiscriminatorConfig",
     "Note",
+    "NoteStreamer",
     "RecurrentCache",
     "load",
     "stream",
@@ -52,6 +53,7 @@ _MODULES = {
     "MusicalDiscriminator": "modeling.modeling_musical_discriminator",
     "MusicalDiscriminatorConfig": "modeling.configuration_musical_discriminator",
     "Note": "note_decoding",
+    "NoteStreamer": "streaming",
     "RecurrentCache": "modeling.recurrent_cache",
     "stream": "streaming",
 }

@@ -12,6 +12,7 @@ from midimamba.command_options import (
     GenerateOptions,
     InfillOptions,
     ListenOptions,
+    PlayOptions,
     PublishOptions,
     SamplingOptions,
     TokenizeFiles,
@@ -66,6 +67,11 @@ COMMANDS = {
         (ServeOptions,),
         "Serve a generator over HTTP: new pieces, continuations, infilling, and notes while they are sampled.",
         "midimamba serve runs/demo/generator --port 8000",
+    ),
+    "play": Command(
+        (PlayOptions,),
+        "Play music to a MIDI port while it is being sampled, without end or for some bars. Ctrl-C stops it.",
+        "midimamba play runs/demo/generator --port FluidSynth --temperature 0.9",
     ),
     "evaluate": Command(
         (EvaluateOptions,),

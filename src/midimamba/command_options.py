@@ -266,6 +266,44 @@ class GenerateOptions(RenderingOptions):
             raise InputError("--keep-unused keeps what a discriminator did not choose: add --discriminator")
 
 
+@dataclass(frozen=True)
+class PlayOptions:
+    """What `midimamba play` plays, and where. Raises [`InputError`] for values that cannot be."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"positional": True, "aliases": ("--model",), "help": "a folder or a repository on the Hub"},
+    )
+    port: str | None = field(
+        default=None, metadata={"help": "the MIDI port to play to (default: the first that leads out of the machine)"}
+    )
+    list_ports: bool = field(default=False, metadata={"help": "print the MIDI ports, and stop"})
+    prompt: Path | None = field(
+        default=None, metadata={"group": "request", "help": "a MIDI file to continue; only what follows it is played"}
+    )
+    control: Sequence[str] = field(default=(), metadata=_CONTROL)
+    bars: int | None = field(
+        default=None, metadata={"group": "sampling", "help": "play this many bars (default: play without end)"}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"group": "sampling", "help": f"below 1 safer, above 1 wilder {_OWN}"}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "group": "sampling",
+            "help": f"draw from the most likely tokens with this total probability {_OWN}",
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={"group": "sampling", "help": "the same seed plays the same music (default: another every time)"},
+    )
+
+    def __post_init__(self) -> None:
+        check_sampling(bars=self.bars, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
 _BARS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _TRACKS = re.compile(r"\d{1,9}(?:,\d{1,9})*")
 

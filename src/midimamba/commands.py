@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from midimamba.command_options import (
     GenerateOptions,
     InfillOptions,
     ListenOptions,
+    PlayOptions,
     PublishOptions,
     RenderingOptions,
     SamplingOptions,
@@ -243,6 +245,35 @@ def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
             raise InputError(f"--control {pair!r} is not a request: write --control NAME=VALUE, such as key=C-major")
         controls.setdefault(name, []).append(value)
     return controls
+
+
+def play(options: PlayOptions) -> None:
+    """`midimamba play`: a model to a MIDI port."""
+    from midimamba import playing
+
+    if options.list_ports:
+        for name in playing.port_names():
+            show(name)
+        return
+    if options.model is None:
+        raise InputError("MODEL is missing: name it first, or with --model; see --help")
+    controls = _read_controls(options.control)
+    name = playing.choose_port(options.port)  # what is missing is found before the model is loaded
+    from midimamba.generation import load_pair
+    from midimamba.streaming import stream
+    from midimamba.tokenization.ingest import MidiRefusedError
+
+    model, processor = load_pair(options.model)
+    seed = secrets.randbelow(10**6) if options.seed is None else options.seed
+    bars = {} if options.bars is None else {"bars": options.bars}
+    sampling = SamplingOptions(num=1, temperature=options.temperature, top_p=options.top_p, seed=seed, **bars)
+    try:
+        notes = stream(model, processor, options.prompt, sampling, controls=controls, endless=options.bars is None)
+    except MidiRefusedError as error:
+        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
+    with playing.open_port(name) as port, playing.Ahead(notes) as ahead, playing.stopped_by_signals():
+        show(f"playing to {name}, seed {seed}: Ctrl-C stops")
+        playing.Player(port).play(ahead)
 
 
 def evaluate(options: EvaluateOptions) -> None:

@@ -169,7 +169,8 @@ class _Reader:
         self.tick = 0
         self.tempos: list[tuple[int, int]] = []
         """Ticks and tempos that were read and that nobody has taken."""
-        self._is_remi = isinstance(tokenizer, REMI)
+        self.time = "Bar" if isinstance(tokenizer, REMI) else "TimeShift"
+        """The type of the tokens with which time goes on."""
         self._tokens: dict[int, list[tuple[str, str]]] = {}
         self._beat = tokenizer.time_division
         self._bar_length = 4 * self._beat
@@ -330,13 +331,19 @@ class NoteDecoder:
         """Of the tokenizer's ticks, those of the result: as `symusic` resamples."""
         return int(time * self._scale + 0.5)
 
+    def is_head(self, index: int) -> bool:
+        """Whether music can be read from an id on: it opens a bar, or moves time where there are no bars."""
+        return index in self._music and self._reader.tokens(index)[0][0] == self._reader.time
+
     # ---- reading ----
+
+    def music_of(self, ids: Iterable[int]) -> list[int]:
+        """The ids without special tokens and those beyond the vocabulary."""
+        return [index for index in ids if index in self._music]
 
     def read(self, ids: Iterable[int]) -> list[Note]:
         """Take in ids, and return the notes that are complete by now."""
-        for index in ids:
-            if index not in self._music:
-                continue
+        for index in self.music_of(ids):
             for token in self._reader.tokens(index):
                 note = self._reader.read(*token)
                 if self._reader.tick != self._onset:
