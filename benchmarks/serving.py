@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,7 +34,7 @@ from midimamba import MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer
 
 Client = Callable[["Load"], Awaitable[None]]
-_SHORT = {"num": 1, "bars": 2, "max_new_tokens": 128}
+_SHORT = {"bars": 1, "max_new_tokens": 32}
 _LONG = {"num": 16, "bars": 64, "max_new_tokens": 2048}
 # Connections on which nothing moves are closed within this time.
 _SETTLE_SECONDS = 45
@@ -68,17 +69,17 @@ class Load:
 
 
 async def generates(load: Load) -> None:
-    answer = await load.ask("generate", "/generate", json=_SHORT | {"seed": load.rng.randrange(1000)})
+    answer = await load.ask("generate", "/generate", json=_SHORT | {"num": 1, "seed": load.rng.randrange(1000)})
     load.served += answer.content[:4] == b"MThd"
 
 
 async def continues(load: Load) -> None:
-    answer = await load.ask("continue", "/continue", data=_SHORT, files={"midi": load.song})
+    answer = await load.ask("continue", "/continue", data=_SHORT | {"num": 1}, files={"midi": load.song})
     load.served += answer.content[:4] == b"MThd"
 
 
 async def streams(load: Load) -> None:
-    answer = await load.ask("stream", "/generate/stream", json={"bars": 2, "max_new_tokens": 128})
+    answer = await load.ask("stream", "/generate/stream", json=_SHORT)
     load.served += answer.text.endswith("}\n") and '"done": true' in answer.text
 
 
@@ -132,6 +133,7 @@ async def sends_hostile_midi(load: Load) -> None:
     await load.ask("hostile MIDI", "/continue", data=_SHORT, files={"midi": content})
 
 
+@cache
 def _crowd() -> bytes:
     """As many notes as a file may hold, which take long to encode."""
     score = Score(480)
@@ -243,10 +245,10 @@ def serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """Start the command; return it and its address."""
     processor = MidiProcessor(build_tokenizer("REMI"))
     torch.manual_seed(0)
-    config = MidiMambaConfig(vocab_size=processor.vocab_size, hidden_size=32, num_hidden_layers=2)
+    config = MidiMambaConfig(vocab_size=len(processor.midi_tokenizer), hidden_size=32, num_hidden_layers=2)
     MidiMambaForCausalLM(config).save_pretrained(folder)
     processor.save_pretrained(folder)
-    line = [sys.executable, "-m", "midimamba.cli", "serve", str(folder), "--port", "0", "--max-seconds", "20"]
+    line = [sys.executable, "-m", "midimamba.cli", "serve", str(folder), "--port", "0", "--max-seconds", "40"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, next(word for word in process.stdout.readline().split() if word.startswith("http")).rstrip(",")

@@ -17,7 +17,6 @@ import pytest
 import uvicorn
 from serving_support import make_pair, make_service
 
-from midimamba import commands
 from midimamba.generation import tell_watcher
 from midimamba.serving import connections, service
 from midimamba.serving.application import make_application
@@ -193,7 +192,7 @@ def test_what_cannot_be_served_is_told_in_one_line(
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command(monkeypatch, "serve", "model") == 2
     assert capsys.readouterr().err == 'error: fastapi is not installed; run: pip install "midimamba[serve]"\n'
 
