@@ -108,6 +108,11 @@ STEPS = (
     Step("scan-memory", "benchmarks/scan_memory.py", "--length 64 128 --layers 1 --hidden 32"),
     Step("training-step", "benchmarks/training_step.py", "--length 32 64 --size tiny --repeats 1"),
     Step("sampling", "benchmarks/sampling.py", "--batch 1 --length 32 --layers 1 --repeats 1"),
+    Step(
+        "streaming",
+        "benchmarks/streaming.py",
+        "--seeds 2 --late 150 --steps 8 --rounds 2 --bars 8 --warm-up 4 --layers 1 --hidden 32",
+    ),
     Step("rollout", "benchmarks/rollout.py", "--length 32 --rollouts 2 --positions 2 --layers 1 --skip-all"),
     Step(
         "memory",
@@ -126,6 +131,7 @@ STEPS = (
         _SMALL_MEMORY + "--layers 1 --hidden 32",
     ),
     Step("look-back", "benchmarks/look_back.py", "--late 100 --steps 5 --layers 1 --hidden 32 --batch 2"),
+    Step("serving", "benchmarks/serving.py", "--seconds 6 --settle 1"),
     Step("packing", "benchmarks/packing.py {corpora}/pop909.tar.gz", "--limit 20", _POP909),
     Step("ingestion", "benchmarks/ingestion.py {corpora}/hostile-core.tar.gz", "", ("hostile-core.tar.gz",)),
     Step(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_midimamba import MidiMambaConfig
-from .layer_states import LookBackState
+from .layer_states import LATER, LookBackState
 
 # A place is bar * _PLACES + position * _PER_POSITION + count. There are 131,072 bars before 32 bits are full.
 _PLACES = 8192
@@ -132,6 +132,32 @@ class LookBack(nn.Module):
         tokens = self.bos, self.gap, self.fill
         align_(*(tensor.numpy() for tensor in tensors), past, tokens, self.apart, _PLACES, _PER_POSITION)
         return followers, found, repeated
+
+    def forget(self, state: LookBackState, past: int) -> int:
+        """
+        Forget tokens that no lag can reach from here on, in place. What is shown stays the same. Nothing is forgotten
+        of a request to fill a gap.
+
+        Bars are numbered from the start again, so that their numbers do not grow without end either.
+
+        Args:
+            state (`LookBackState`): tokens read before, at least one.
+            past (`int`): how many.
+
+        Returns:
+            `int`: how many tokens are kept.
+        """
+        if state.request[:, 0].any():
+            return past
+        places = state.places[:, :past]
+        # Even and odd numbers of bars differ in meaning, so an even number is taken off all.
+        first = (places[:, -1:] // (2 * _PLACES) - (self.apart - 1)) * (2 * _PLACES)
+        start = int(torch.searchsorted(places.contiguous(), first).min())
+        kept = past - start
+        state.ids[:, :kept] = state.ids[:, start:past].clone()
+        state.places[:, :kept] = places[:, start:] - first.clamp(min=0)
+        state.places[:, kept:] = LATER
+        return kept
 
     def number(self, ids: Tensor, begins: Tensor, latest: Tensor, request: Tensor) -> "Numbered":
         """

@@ -378,6 +378,16 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         logits: Tensor = self(input_ids=tokens, past_key_values=state, logits_to_keep=1).logits[:, -1]
         return logits
 
+    def forget(self, state: RecurrentCache) -> None:
+        """
+        Forget, in place, what nothing that follows can depend on: tokens that no look-back reaches. Called now and
+        then, it keeps the state of music without end constant in size. Logits stay the same. Layers that attend need
+        all tokens, so a state with such layers is left as it is.
+        """
+        look_back = self.backbone.look_back
+        if look_back is not None:
+            state.forget(look_back.forget)
+
     def _next_token_loss(self, logits: Tensor, labels: Tensor, router: Tensor | None, **kwargs: Any) -> Tensor:
         loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if self.training and router is not None:

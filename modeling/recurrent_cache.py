@@ -270,6 +270,16 @@ class RecurrentCache:
         self.documents.extend(0 if documents is None else documents, self.seen_tokens, time)
         self._shared.plain &= documents is None and not self._is_part
 
+    def forget(self, forget: Callable[[LookBackState, int], int]) -> None:
+        """Forget tokens of the look-back, as if they had not been read. Layers that attend keep them all.
+
+        Args:
+            forget (`Callable[[LookBackState, int], int]`): given the look-back and how many tokens were read, forgets
+                some of them in place and returns how many are left.
+        """
+        if self.look_back is not None and self.seen_tokens and not any(state.keeps_tokens for state in self.layers):
+            self._shared.tokens = forget(self.look_back, self.seen_tokens)
+
     def advance(self, time: int) -> None:
         """Count the tokens that all layers have read."""
         self._shared.tokens += time

@@ -103,9 +103,8 @@ def test_the_wheel_holds_every_module_recipe_and_card(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"midimamba/{file.name}" for file in (ROOT / "src" / "midimamba").glob("*.py")} | {
-        "midimamba/py.typed"
-    }
+    sources = ROOT / "src"
+    expected = {str(file.relative_to(sources)) for file in sources.glob("midimamba/**/*.py")} | {"midimamba/py.typed"}
     for folder in FOLDERS:
         for pattern in ("*.py", "*.md", "recipes/*.yaml", "recipes/*.py", "accelerate_configs/*.*"):
             expected |= {f"midimamba/{file.relative_to(ROOT)}" for file in (ROOT / folder).glob(pattern)}

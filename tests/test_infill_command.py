@@ -83,14 +83,14 @@ def test_a_file_comes_back_with_new_bars_and_nothing_else(
     ("options", "message"),
     [
         (("--bars", "5-99"), "bars 5 to 99 are not all there: the piece has bars 1 to "),
-        (("--bars", "five"), "--bars is 'five': write the first bar and the last, such as 5-8"),
+        (("--bars", "five"), "bars is 'five': write the first bar and the last, such as 5-8"),
         (("--bars", "6-5"), "give the first bar and the last"),
         (
             ("--bars", "5", "--tracks", "7"),
-            "there is no track 7: --tracks can name 1 'Melody', 2 'Fiddle', 3 'Flute', 4 'Kit'",
+            "there is no track 7: tracks can name 1 'Melody', 2 'Fiddle', 3 'Flute', 4 'Kit'",
         ),
         (("--bars", "5", "--tracks", "0"), "there is no track 0"),
-        (("--bars", "5", "--tracks", "all"), "--tracks is 'all': write numbers such as 1,2"),
+        (("--bars", "5", "--tracks", "all"), "tracks is 'all': write numbers such as 1,2"),
         (("--bars", "5", "--num", "0"), "num is 0: give at least 1"),
         (("--bars", "5", "--control", "key=H"), "has no value 'H'"),
         (("--bars", "5", "--format", "mp3"), "add --render"),

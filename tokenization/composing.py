@@ -49,7 +49,7 @@ class Composed(NamedTuple):
             )
 
 
-class _FiniteLogits(LogitsProcessor):
+class FiniteLogits(LogitsProcessor):
     """Refuses to draw from what is no distribution, where torch would end with an assertion."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -111,11 +111,11 @@ def compose(
     prompt: Tensor = inputs["input_ids"]
     asked = _asked(processor, prompt)
     grammar = (
-        _grammar(processor, bars, at_most, prompt.shape[1]) if asked is None else _filling(processor, asked, prompt)
+        grammar_for(processor, bars, at_most, prompt.shape[1]) if asked is None else _filling(processor, asked, prompt)
     )
     # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
     last = [] if grammar is None else [grammar]
-    options["logits_processor"] = LogitsProcessorList([_FiniteLogits(), *processors, *last])
+    options["logits_processor"] = LogitsProcessorList([FiniteLogits(), *processors, *last])
     with nullcontext() if seed is None else seeded(seed, prompt.device):
         ids = _generate(model, inputs, options)
         if grammar is None and redraw:
@@ -165,7 +165,7 @@ def _generate(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any])
     return ids
 
 
-def _grammar(processor: Any, bars: int | None, at_most: bool, prompt_length: int) -> MidiGrammar | None:
+def grammar_for(processor: Any, bars: int | None, at_most: bool, prompt_length: int) -> MidiGrammar | None:
     """The grammar of a processor, or None and one line if its tokenization has none."""
     name = type(processor.midi_tokenizer).__name__
     try:

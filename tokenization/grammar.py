@@ -158,7 +158,28 @@ class MidiGrammar(LogitsProcessor):
         if self._ids.device != input_ids.device:
             self._tables = {name: table.to(input_ids.device) for name, table in self._tables.items()}
             self._ids, self._time = input_ids[:0], 0
-        state = self._state = self._follow(input_ids)
+        self._state = self._follow(input_ids)
+        return self._forbid(scores)
+
+    def step(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """As a call for the sequences of the last call with one more id each, none of which is kept.
+
+        So a sequence that never ends takes no memory, and an id costs the same however many came before.
+
+        Args:
+            ids (`torch.LongTensor` of shape (batch,)):
+                What was sampled after the last call.
+            scores (`torch.FloatTensor` of shape (batch, vocab)):
+                As for a call.
+        """
+        self._read(self._state, ids, self._time)
+        self._time += 1
+        self._ids = self._ids[:, :0]  # a call with whole sequences reads them from their start
+        return self._forbid(scores)
+
+    def _forbid(self, scores: Tensor) -> Tensor:
+        """The scores with -inf for ids that may not follow now."""
+        state = self._state
         allowed = self._allowed(state)
         music = scores[:, : allowed.shape[1]]
         if self.max_bars is not None:

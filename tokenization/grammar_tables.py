@@ -1,8 +1,11 @@
 """What the grammar knows of every id beforehand: what it requires of the music before it, and what it leaves."""
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import pairwise
+from weakref import finalize
 
 import torch
 from miditok import MusicTokenizer
@@ -33,7 +36,7 @@ _MUST_BE_ALL = ("use_note_duration_programs", "programs")
 # The type of the token that completes a note.
 NOTE_END = "Duration"
 # A time shift that Structured writes between notes of one onset.
-_NO_SHIFT = "0.0.1"
+NO_SHIFT = "0.0.1"
 
 DRUMS = -1  # MidiTok's program of drums, which is row 0 below; program 0 is row 1
 DRUMS_ROW = 0
@@ -113,7 +116,28 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r}")
 
 
-def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> dict[str, Tensor]:
+Tables = dict[str, Tensor]
+_LAST_MADE: dict[int, tuple[object, tuple[int, ...], Tables]] = {}
+
+
+def _kept(make: Callable[..., Tables]) -> Callable[..., Tables]:
+    """Keep the last tables of each tokenizer: they take 40 ms for 1,000 ids, which a first note cannot wait for."""
+
+    @wraps(make)
+    def tables(tokenizer: MusicTokenizer, *numbers: int) -> Tables:
+        key, model = id(tokenizer), tokenizer._model  # a tokenizer has no hash; training gives it another model
+        made = _LAST_MADE.get(key)
+        if made is None or made[0] is not model or made[1] != numbers:
+            if made is None:
+                finalize(tokenizer, _LAST_MADE.pop, key, None)
+            made = _LAST_MADE[key] = model, numbers, make(tokenizer, *numbers)
+        return made[2]
+
+    return tables
+
+
+@_kept
+def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Tables:
     """All tables of a tokenizer.
 
     Args:
@@ -323,7 +347,7 @@ def _meaning(
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
     if kinds[-1] == "Program":
         meaning.announces = meaning.program
-    elif tokens[-1] == f"TimeShift_{_NO_SHIFT}":
+    elif tokens[-1] == f"TimeShift_{NO_SHIFT}":
         meaning.announces = ANY
     _count(meaning, kinds, distances)
     return meaning
@@ -337,7 +361,7 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != _NO_SHIFT):
+    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1

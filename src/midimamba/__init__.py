@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
     from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
     from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
+    from midimamba.note_decoding import Note
+    from midimamba.streaming import NoteStreamer, stream
     from midimamba.tokenization.processor import MidiProcessor
 
 __version__ = "0.1.0"
@@ -33,8 +35,11 @@ __all__ = [
     "MidiProcessor",
     "MusicalDiscriminator",
     "MusicalDiscriminatorConfig",
+    "Note",
+    "NoteStreamer",
     "RecurrentCache",
     "load",
+    "stream",
 ]
 
 _MODULES = {
@@ -47,7 +52,10 @@ _MODULES = {
     "MidiProcessor": "tokenization.processor",
     "MusicalDiscriminator": "modeling.modeling_musical_discriminator",
     "MusicalDiscriminatorConfig": "modeling.configuration_musical_discriminator",
+    "Note": "note_decoding",
+    "NoteStreamer": "streaming",
     "RecurrentCache": "modeling.recurrent_cache",
+    "stream": "streaming",
 }
 
 

@@ -13,6 +13,7 @@ from midimamba.command_options import (
     GenerateOptions,
     InfillOptions,
     ListenOptions,
+    PlayOptions,
     PublishOptions,
     SamplingOptions,
     TokenizeFiles,
@@ -23,6 +24,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags
 from midimamba.runtime import limit_spinning
+from midimamba.serving.options import ServeOptions
 
 
 class Command(NamedTuple):
@@ -67,6 +69,16 @@ COMMANDS = {
         (InfillOptions, DrawingOptions),
         "Write some bars of a MIDI file again, in all tracks or in some. Everything else stays as it is.",
         "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
+    ),
+    "serve": Command(
+        (ServeOptions,),
+        "Serve a generator over HTTP: new pieces, continuations, infilling, and notes while they are sampled.",
+        "midimamba serve runs/demo/generator --port 8000",
+    ),
+    "play": Command(
+        (PlayOptions,),
+        "Play music to a MIDI port while it is being sampled, without end or for some bars. Ctrl-C stops it.",
+        "midimamba play runs/demo/generator --port FluidSynth --temperature 0.9",
     ),
     "evaluate": Command(
         (EvaluateOptions,),

@@ -273,7 +273,63 @@ class GenerateOptions(RenderingOptions):
             raise InputError("--keep-unused keeps what a discriminator did not choose: add --discriminator")
 
 
-_BARS = re.compile(r"(\d+)(?:-(\d+))?")
+@dataclass(frozen=True)
+class PlayOptions:
+    """What `midimamba play` plays, and where. Raises [`InputError`] for values that cannot be."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"positional": True, "aliases": ("--model",), "help": "a folder or a repository on the Hub"},
+    )
+    port: str | None = field(
+        default=None, metadata={"help": "the MIDI port to play to (default: the first that leads out of the machine)"}
+    )
+    list_ports: bool = field(default=False, metadata={"help": "print the MIDI ports, and stop"})
+    prompt: Path | None = field(
+        default=None, metadata={"group": "request", "help": "a MIDI file to continue; only what follows it is played"}
+    )
+    control: Sequence[str] = field(default=(), metadata=_CONTROL)
+    bars: int | None = field(
+        default=None, metadata={"group": "sampling", "help": "play this many bars (default: play without end)"}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"group": "sampling", "help": f"below 1 safer, above 1 wilder {_OWN}"}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "group": "sampling",
+            "help": f"draw from the most likely tokens with this total probability {_OWN}",
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={"group": "sampling", "help": "the same seed plays the same music (default: another every time)"},
+    )
+
+    def __post_init__(self) -> None:
+        check_sampling(bars=self.bars, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+_BARS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+_TRACKS = re.compile(r"\d{1,9}(?:,\d{1,9})*")
+
+
+def read_span(bars: str) -> tuple[int, int]:
+    """`"5-8"` as the first bar and the last, counted from 1; also `"5"`. Raises [`InputError`] for anything else."""
+    if not _BARS.fullmatch(bars):
+        raise InputError(f"bars is {bars!r}: write the first bar and the last, such as 5-8")
+    first, last = bars.partition("-")[::2]
+    return int(first), int(last or first)
+
+
+def read_tracks(tracks: str | None) -> list[int] | None:
+    """`"1,2"` as numbers of tracks, counted from 1; `None` for all. Raises [`InputError`] for anything else."""
+    if tracks is None:
+        return None
+    if not _TRACKS.fullmatch(tracks):
+        raise InputError(f"tracks is {tracks!r}: write numbers such as 1,2")
+    return [int(number) for number in tracks.split(",")]
 
 
 @dataclass(frozen=True)
@@ -302,21 +358,17 @@ class InfillOptions(RenderingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _BARS.fullmatch(self.bars):
-            raise InputError(f"--bars is {self.bars!r}: write the first bar and the last, such as 5-8")
-        if self.tracks is not None and not all(map(str.isdecimal, self.tracks.split(","))):
-            raise InputError(f"--tracks is {self.tracks!r}: write numbers such as 1,2")
+        _ = self.span, self.numbers  # checks them
 
     @property
     def span(self) -> tuple[int, int]:
         """The first bar and the last, counted from 1."""
-        first, last = self.bars.partition("-")[::2]
-        return int(first), int(last or first)
+        return read_span(self.bars)
 
     @property
     def numbers(self) -> list[int] | None:
         """The tracks, counted from 1; `None` for all."""
-        return None if self.tracks is None else [int(number) for number in self.tracks.split(",")]
+        return read_tracks(self.tracks)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What the commands do. Each imports what it needs when it runs."""
 
 import importlib.metadata
+import importlib.util
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +17,7 @@ from midimamba.command_options import (
     GenerateOptions,
     InfillOptions,
     ListenOptions,
+    PlayOptions,
     PublishOptions,
     RenderingOptions,
     SamplingOptions,
@@ -25,6 +28,7 @@ from midimamba.command_options import (
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
+from midimamba.serving.options import ServeOptions
 from midimamba.text import show
 from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
 
@@ -132,7 +136,7 @@ def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
     write = _writer(options)
     try:
         song = read_unordered(options.song)[0]
-        tracks = _chosen_tracks(options.numbers, [track.name for track in song.tracks])
+        tracks = chosen_tracks(options.numbers, [track.name for track in song.tracks])
         find_gap(song, options.span, tracks)  # what the piece does not have is told before the model is loaded
         model, processor = load_pair(options.model)
         scores = infill_scores(model, processor, song, options.span, tracks, drawing, controls)
@@ -142,12 +146,26 @@ def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
     show(f"{len(scores)} pieces in {out}")
 
 
-def _chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:
-    """Indices of the tracks that the user counts from 1."""
+def serve(options: ServeOptions) -> None:
+    """`midimamba serve`: a generator over HTTP."""
+    for package in ("fastapi", "uvicorn", "python_multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'{package} is not installed; run: pip install "midimamba[serve]"')
+    from midimamba.serving import server
+
+    server.serve(options)
+
+
+def chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:
+    """Indices of the tracks that the user counts from 1.
+
+    Raises:
+        InputError: if there is no such track; the message names those that exist.
+    """
     if wrong := [number for number in numbers or () if not 1 <= number <= len(names)]:
         listed = ", ".join(f"{number} {name!r}" for number, name in enumerate(names[:_LISTED], 1))
         more = ", …" if len(names) > _LISTED else ""
-        raise InputError(f"there is no track {wrong[0]}: --tracks can name {listed}{more}")
+        raise InputError(f"there is no track {wrong[0]}: tracks can name {listed}{more}")
     return None if numbers is None else [number - 1 for number in numbers]
 
 
@@ -228,6 +246,35 @@ def _read_controls(pairs: Sequence[str]) -> dict[str, list[str]]:
             raise InputError(f"--control {pair!r} is not a request: write --control NAME=VALUE, such as key=C-major")
         controls.setdefault(name, []).append(value)
     return controls
+
+
+def play(options: PlayOptions) -> None:
+    """`midimamba play`: a model to a MIDI port."""
+    from midimamba import playing
+
+    if options.list_ports:
+        for name in playing.port_names():
+            show(name)
+        return
+    if options.model is None:
+        raise InputError("MODEL is missing: name it first, or with --model; see --help")
+    controls = _read_controls(options.control)
+    name = playing.choose_port(options.port)  # what is missing is found before the model is loaded
+    from midimamba.generation import load_pair
+    from midimamba.streaming import stream
+    from midimamba.tokenization.ingest import MidiRefusedError
+
+    model, processor = load_pair(options.model)
+    seed = secrets.randbelow(10**6) if options.seed is None else options.seed
+    bars = {} if options.bars is None else {"bars": options.bars}
+    sampling = SamplingOptions(num=1, temperature=options.temperature, top_p=options.top_p, seed=seed, **bars)
+    try:
+        notes = stream(model, processor, options.prompt, sampling, controls=controls, endless=options.bars is None)
+    except MidiRefusedError as error:
+        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
+    with playing.open_port(name) as port, playing.Ahead(notes) as ahead, playing.stopped_by_signals():
+        show(f"playing to {name}, seed {seed}: Ctrl-C stops")
+        playing.Player(port).play(ahead)
 
 
 def evaluate(options: EvaluateOptions) -> None:

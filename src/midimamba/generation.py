@@ -1,6 +1,8 @@
 """From a generator to scores: new music, with or without controls, or the continuation of a prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -41,14 +43,36 @@ class Chosen(NamedTuple):
     effective_sample_size: float
 
 
-class _TokenProgress(StoppingCriteria):
+_watch: ContextVar[Callable[[], object] | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Callable[[], object]) -> Iterator[None]:
+    """Call `watch` after every token that is sampled within, instead of showing a progress bar.
+
+    What it raises ends the sampling.
+    """
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def tell_watcher() -> None:
+    """Call what watches, if anything does."""
+    if (watch := _watch.get()) is not None:
+        watch()
+
+
+class _EachToken(StoppingCriteria):
     """Never stops anything. `generate` calls it after every token, which is what a progress bar needs."""
 
-    def __init__(self, bar: "tqdm[Any]"):
-        self.bar = bar
+    def __init__(self, tell: Callable[[], object]):
+        self.tell = tell
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.bar.update()
+        self.tell()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -121,7 +145,7 @@ def generate_scores(
         raise InputError(f"best_of is {options.best_of}, but nothing chooses: give a judge as well")
     inputs = processor(prompt, return_tensors="pt", controls=controls)
     parts = _compose(model, processor, inputs, options)
-    return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
+    return [processor.continue_score(prompt, ids) for ids in _rows(parts)]
 
 
 def infill_scores(
@@ -158,7 +182,15 @@ def infill_scores(
     inputs = processor.infill(song, bars, tracks, controls, return_tensors="pt")
     drawing = asdict(options or DrawingOptions())
     parts = _compose(model, processor, inputs, SamplingOptions(**drawing, bars=bars[1] - bars[0] + 1))
-    return [processor.place(song, ids, bars, tracks) for part in parts for ids in part.ids]
+    return [processor.place(song, ids, bars, tracks) for ids in _rows(parts)]
+
+
+def _rows(parts: Sequence[Composed]) -> Iterator[Tensor]:
+    """All sequences. What watches is told of each, because decoding takes time as well."""
+    for part in parts:
+        for ids in part.ids:
+            tell_watcher()
+            yield ids
 
 
 def choose_scores(
@@ -237,9 +269,11 @@ def _compose(
     counts = [min(_SAMPLED_AT_ONCE, total - start) for start in range(0, total, _SAMPLED_AT_ONCE)]
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     parts: list[Composed] = []
+    watch = _watch.get()
+    hidden = None if watch is None else True  # None hides it where there is no terminal
     with (
         seeded(options.seed, model.device),
-        tqdm(total=limit * len(counts), desc="sampling", unit="token", leave=False, disable=None) as bar,
+        tqdm(total=limit * len(counts), desc="sampling", unit="token", leave=False, disable=hidden) as bar,
     ):
         for count in counts:
             part = processor.compose(
@@ -249,7 +283,7 @@ def _compose(
                 at_most=options.at_most,
                 num_return_sequences=count,
                 **sampling,
-                stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),
+                stopping_criteria=StoppingCriteriaList([_EachToken(watch or bar.update)]),
             )
             parts.append(part)
             bar.update(len(parts) * limit - bar.n)  # a part ends early when all of its pieces do
