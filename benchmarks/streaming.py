@@ -60,7 +60,7 @@ def make_model(processor: MidiProcessor, layers: int, hidden: int, lags: tuple[i
     bars, positions = time_ids(processor.midi_tokenizer)
     return MidiMambaForCausalLM(
         MidiMambaConfig(
-            vocab_size=processor.vocab_size,
+            vocab_size=len(processor.midi_tokenizer),
             hidden_size=hidden,
             num_hidden_layers=layers,
             lookback_bars=lags,
@@ -111,7 +111,7 @@ def late_over_early(
 def memory(processor: MidiProcessor, layers: int, hidden: int, bars: int, warm_up: int) -> dict[str, Any]:
     """Resident memory in MiB while music without end goes on for some bars. They are short: the model prefers bars."""
     model = make_model(processor, layers, hidden, LAGS)
-    bonus = torch.zeros(processor.vocab_size)
+    bonus = torch.zeros(model.config.vocab_size)
     bonus[list(model.config.bar_token_ids)] = PREFERENCE
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bonus)
     process = psutil.Process()
@@ -153,7 +153,8 @@ def main() -> None:
     times = first_notes(model, processor, args.seeds)
     first, whole = (statistics.median(values) for values in times.values())
     ratio, per_token = late_over_early(model, processor, args.late, args.steps, args.rounds)
-    flat = memory(processor, *args.small, args.bars, args.warm_up)
+    layers, hidden = args.small
+    flat = memory(processor, layers, hidden, args.bars, args.warm_up)
     finish(
         {
             "benchmark": "streaming",

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, RecurrentCache
@@ -180,8 +180,8 @@ class _Loop(LogitsProcessor):
         self,
         model: MidiMambaForCausalLM,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Callable[[Tensor, Tensor], Tensor],
         **more: Any,
     ) -> Iterator[int]:
         """The ids that `generate` would return after `input_ids` of shape (1, time), without its end."""
