@@ -74,7 +74,9 @@ def stream(
     inputs = processor(prompt, return_tensors="pt", controls=controls).to(model.device)
     grammar = grammar_for(processor, None if endless else options.bars, options.at_most, inputs["input_ids"].shape[1])
     assert grammar is not None  # the decoder has checked that there is one
-    opening = processor(None, return_tensors="pt", controls=controls)["input_ids"] if endless else None
+    opening = (
+        processor(None, return_tensors="pt", controls=controls)["input_ids"].to(model.device) if endless else None
+    )
     loop = _Loop(grammar, options.seed, opening, decoder.is_head)
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
     ids = model.generate(
