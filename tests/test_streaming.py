@@ -76,7 +76,8 @@ def in_order(notes: Sequence[Note]) -> bool:
 def seconds_of(score: ScoreTick) -> dict[tuple[float, int, int, bool], tuple[float, float]]:
     """Onset and duration in seconds of every note, as symusic computes them."""
     division, found = score.ticks_per_quarter, {}
-    for ticks, seconds in zip(score.tracks, score.to("second").tracks, strict=True):
+    timed: Any = score.to("second")
+    for ticks, seconds in zip(score.tracks, timed.tracks, strict=True):
         program = 0 if ticks.is_drum else ticks.program
         for one, other in zip(ticks.notes, seconds.notes, strict=True):
             found[one.time / division, one.pitch, program, ticks.is_drum] = other.time, other.duration
@@ -88,10 +89,11 @@ def sampled(processor: MidiProcessor, prompt: ScoreTick | None, length: int, see
     ids = processor(prompt, return_tensors="pt")["input_ids"]
     given = ids.shape[1]
     grammar, randomness = processor.grammar(prompt_length=given), torch.Generator().manual_seed(seed)
-    likely = 2 * torch.randn(processor.vocab_size, generator=randomness)
+    vocab = len(processor.midi_tokenizer)
+    likely = 2 * torch.randn(vocab, generator=randomness)
     likely[processor.eos_token_id] = -99
     for _ in range(length):
-        scores = grammar(ids, torch.randn(1, processor.vocab_size, generator=randomness) + likely)
+        scores = grammar(ids, torch.randn(1, vocab, generator=randomness) + likely)
         ids = torch.cat([ids, torch.multinomial(scores.softmax(1), 1, generator=randomness)], dim=1)
     return ids[0].tolist(), given
 
@@ -239,7 +241,7 @@ def test_look_back_forgets_only_what_no_lag_reaches(processor: MidiProcessor) ->
 
 def test_music_without_end_is_not_ended_by_the_model(processor: MidiProcessor) -> None:
     model = make_generator(vocab_size=processor.vocab_size)
-    wants_to_end = 50.0 * torch.nn.functional.one_hot(torch.tensor(processor.eos_token_id), processor.vocab_size)
+    wants_to_end = 50.0 * (torch.arange(model.config.vocab_size) == processor.eos_token_id)
     model.lm_head.register_forward_hook(lambda module, inputs, output: output + wants_to_end)
     options = SamplingOptions(bars=8, at_most=True)
     assert len(list(midimamba.stream(model, processor, options=options))) < 5
@@ -264,11 +266,15 @@ def test_a_streamer_gives_the_notes_of_generate(processor: MidiProcessor, untrai
     inputs = processor(prompt, return_tensors="pt")
     grammar = processor.grammar(prompt_length=inputs["input_ids"].shape[1])
     streamer = NoteStreamer(processor, prompt, timeout=60)
-    result: list[torch.Tensor] = []
+    result: list[Any] = []
 
     def generate() -> None:
         torch.manual_seed(0)
-        options = {"max_new_tokens": 60, "do_sample": True, "logits_processor": LogitsProcessorList([grammar])}
+        options: dict[str, Any] = {
+            "max_new_tokens": 60,
+            "do_sample": True,
+            "logits_processor": LogitsProcessorList([grammar]),
+        }
         result.append(untrained.generate(**inputs, **options, streamer=streamer))
 
     thread = threading.Thread(target=generate)

@@ -266,8 +266,9 @@ def play(options: PlayOptions) -> None:
 
     model, processor = load_pair(options.model)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
-    bars = {} if options.bars is None else {"bars": options.bars}
-    sampling = SamplingOptions(num=1, temperature=options.temperature, top_p=options.top_p, seed=seed, **bars)
+    sampling = SamplingOptions(num=1, temperature=options.temperature, top_p=options.top_p, seed=seed)
+    if options.bars is not None:
+        sampling = replace(sampling, bars=options.bars)
     try:
         notes = stream(model, processor, options.prompt, sampling, controls=controls, endless=options.bars is None)
     except MidiRefusedError as error:

@@ -193,7 +193,7 @@ class _Reader:
         elif kind == "Velocity" and len(note) == 1:
             self._note = [*note, int(value)]
         elif kind == "Duration" and len(note) == 2:
-            return _Struck(self._program, *note, max(1, self._ticks(value)))
+            return _Struck(self._program, note[0], note[1], max(1, self._ticks(value)))
         elif kind == "Program":
             self._program = int(value)
         elif kind == "Tempo":
@@ -382,7 +382,7 @@ class NoteDecoder:
             velocity, duration = max(note.velocity, other.velocity), max(note.duration, other.duration)
             struck[key] = _Struck(*key, velocity, duration)
         self._group = []
-        notes = [note for one in struck.values() if (note := self._strike(one, raw, time)) is not None]
+        notes = [new for one in struck.values() if (new := self._strike(one, raw, time)) is not None]
         self._voices.begin(
             time, sorted((n for n in notes if n.program != DRUMS), key=lambda note: (note.pitch, note.program))
         )

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, RecurrentCache
@@ -75,7 +75,9 @@ def stream(
     inputs = processor(prompt, return_tensors="pt", controls=controls).to(model.device)
     grammar = grammar_for(processor, None if endless else options.bars, options.at_most, inputs["input_ids"].shape[1])
     assert grammar is not None  # the decoder has checked that there is one
-    opening = processor(None, return_tensors="pt", controls=controls)["input_ids"] if endless else None
+    opening = (
+        processor(None, return_tensors="pt", controls=controls)["input_ids"].to(model.device) if endless else None
+    )
     loop = _Loop(grammar, options.seed, opening, decoder.is_head)
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
     ids = model.generate(
@@ -182,8 +184,8 @@ class _Loop(LogitsProcessor):
         self,
         model: MidiMambaForCausalLM,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Callable[[Tensor, Tensor], Tensor],
         **more: Any,
     ) -> Iterator[int]:
         """The ids that `generate` would return after `input_ids` of shape (1, time), without its end."""
