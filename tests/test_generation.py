@@ -21,7 +21,7 @@ from midimamba.generation import generate_samples, generate_scores, load_pair
 from midimamba.tokenization import composing
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.controls import control_token
-from midimamba.tokenization.grammar_tables import SUPPORTED
+from midimamba.tokenization.grammar_types import SUPPORTED
 from midimamba.tokenization.musical_time import count_bars
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score

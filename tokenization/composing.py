@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .errors import InputError
 from .grammar import MidiGrammar
-from .grammar_tables import check_supported
+from .grammar_types import check_supported
 from .infilling import Asked
 from .ingest import check_score
 from .sampling_limits import check_sampling, complete_sampling

@@ -22,14 +22,16 @@ from .grammar_tables import (
     PITCHES,
     PROGRAMS,
     UNSET,
-    check_supported,
     grammar_tables,
     number_of,
 )
+from .grammar_types import EFFECTS, check_supported, kind_of
 from .tokenizer import EOS
 
 # From the start of a sequence, or from any note, the next note is complete within this many base tokens.
 MAX_SILENT_TOKENS = 16
+# After the first note, if there are also pedals, bends and the like, of which many may come between two notes.
+MAX_SILENT_EFFECTS = 64
 
 # The columns of a state. The first four are what an id leaves behind, the next three are counts.
 _LAST, _POSITION, _LIMIT, _PROGRAM, _SILENCE, _EMPTY, _BARS, _ONSET, _NOTES, _HELD, _PROMPTED = range(11)
@@ -44,7 +46,7 @@ class _State:
         values (`LongTensor` of shape (batch, 11)):
             The columns above: type of the last token; position, positions per bar; program in force; base tokens and
             bars since the last complete note, bars; number of the onset, notes; whether the onset is the prompt's
-            last, whether the prompt has notes.
+            last, notes of the prompt.
         stamps (`LongTensor` of shape (batch, notes)): the onset at which each note, program by program, last began.
         used (`LongTensor` of shape (batch, programs + 1)): notes that begin at this onset; the last column is unused.
         played (`BoolTensor` of shape (batch, programs)): programs of the prompt, and of the controls before it.
@@ -97,9 +99,12 @@ class MidiGrammar(LogitsProcessor):
             of them may end without a note. For filling a gap; `max_bars` and `min_bars` then have no effect.
 
     Raises:
-        InputError: if the tokenizer isn't REMI, TSD or Structured, or an option adds tokens beyond the rules.
+        InputError: if there are no rules for the tokenization, or for one of its options.
         ValueError: if a number makes no sense, or bars are to be counted where the tokenization has no bar tokens.
     """
+
+    # Whether the next note may come later than in time where nothing else can be sampled.
+    _may_take_longer = False
 
     def __init__(
         self,
@@ -133,7 +138,10 @@ class MidiGrammar(LogitsProcessor):
         allowed = torch.ones(PROGRAMS, dtype=torch.bool)
         if programs:
             allowed = torch.isin(known, torch.tensor(sorted(programs)))
+        allowed &= torch.isin(known, torch.tensor(sorted(tokenizer.config.programs)))
         self.fills = meters is not None
+        has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
+        self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
         self._tables = grammar_tables(tokenizer, max_notes, self.voices) | {
             "programs": allowed,
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
@@ -190,25 +198,35 @@ class MidiGrammar(LogitsProcessor):
         lead = torch.where(may_play, table["lead"], table["lead_named"])
         distance = torch.where(may_play[:, 0], table["distance"][values[:, _LAST]], table["named"][values[:, _LAST]])
         # A prompt may be silent for longer than allowed; then only the shortest way to a note is left.
-        budget = torch.maximum(MAX_SILENT_TOKENS - silence, distance[:, None])
+        patience = torch.where(values[:, _NOTES, None] > 0, self._patience, MAX_SILENT_TOKENS)
+        budget = torch.maximum(patience - silence, distance[:, None])
 
         allowed = table["follows"][values[:, _LAST]]
-        allowed &= (table["first_position"] > position) & (table["last_position"] < limit)
+        allowed &= self._in_bar(position, limit)
         allowed &= (table["pitch_kind"] < 0) | (table["pitch_kind"] == (program == 0))
         allowed &= (table["lead_bars"] == 0) | (table["lead_bars"] + empty <= self.max_empty_bars + 1)
-        allowed &= lead <= budget
+        has_ended = values[:, _LAST] == table["end_type"]
         if self.min_bars:
-            has_ended = values[:, _LAST] == table["end_type"]
-            allowed[:, self.eos_token_id] &= (values[:, _BARS] >= self.min_bars) | has_ended
+            is_full = (values[:, _BARS] >= self.min_bars) & (values[:, _EMPTY] == 0)
+            allowed[:, self.eos_token_id] &= is_full | has_ended
+        # After a pedal or the like, only if there is a new note.
+        has_note = values[:, _NOTES] > values[:, _PROMPTED]
+        allowed[:, self.eos_token_id] &= has_note | table["completes"][values[:, _LAST]] | has_ended
         if self.fills:
             allowed = self._in_meter(allowed, values)
+        in_time = lead <= budget
 
         sayable = self._sayable(state, programs)
         sayable &= may_play | ~table["inherits"]
         sayable &= (held == 0) | ((table["lead_notes"] == 0) & ~table["ends"])
         sayable &= allowed
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
-        return torch.where(sayable.any(dim=1, keepdim=True), sayable, allowed)
+        return _first_choice(sayable & in_time, sayable & self._may_take_longer, allowed & in_time)
+
+    def _in_bar(self, position: Tensor, limit: Tensor) -> Tensor:
+        """Which ids stay inside the open bar and go forward in it, of shape (batch, vocab); arguments (batch, 1)."""
+        table = self._tables
+        return (table["first_position"] > position) & (table["last_position"] < limit)
 
     def _in_meter(self, allowed: Tensor, values: Tensor) -> Tensor:
         """`allowed` of shape (batch, vocab) as far as bars have the meters that are wanted."""
@@ -233,7 +251,8 @@ class MidiGrammar(LogitsProcessor):
         sayable = (twice == 0) & ~table["clashes"][program[:, 0]]
         sayable &= used.sum(dim=1, keepdim=True) + table["lead_notes"] <= self.max_notes
         pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True)
-        sayable &= pitched + table["lead_pitched"] <= self.voices
+        inherited = torch.where(program == DRUMS_ROW, 0, table["lead_inherited"])
+        sayable &= pitched + table["lead_pitched"] + inherited <= self.voices
         sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
         sayable &= (~programs).float() @ table["programs_of_id"] == 0
         # An id at whose end a note must follow needs a free pitch.
@@ -329,8 +348,16 @@ class MidiGrammar(LogitsProcessor):
             state.played |= inherits | table["asked"][ids] | (table["programs_of_id"].T[ids] > 0)
         if step + 1 == self.prompt_length:
             values[:, _BARS] = 0
-            values[:, _PROMPTED] = values[:, _NOTES] > 0
+            values[:, _PROMPTED] = values[:, _NOTES]
             values[:, _HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
+
+
+def _first_choice(*choices: Tensor) -> Tensor:
+    """For every row, the first of these masks of shape (batch, vocab) that allows anything, or else the last."""
+    *others, result = choices
+    for choice in reversed(others):
+        result = torch.where(choice.any(dim=1, keepdim=True), choice, result)
+    return result
 
 
 def _key(row: Tensor) -> bytes:

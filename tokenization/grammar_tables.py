@@ -1,6 +1,6 @@
 """What the grammar knows of every id beforehand: what it requires of the music before it, and what it leaves."""
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -10,28 +10,10 @@ from torch import Tensor
 
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
-from .errors import InputError
+from .grammar_types import TypeGraph, kind_of, type_graph
 from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
 
-# The rules rely on a note being Pitch, Velocity, Duration under the program before it. MIDILike ends notes long after
-# they start, PerTok does not say types, MMM and BEAT have tracks and beats that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured")
-# Under these options other tokens come in between, or a note is not complete with its duration.
-_MUST_BE_OFF = (
-    "use_chords",
-    "use_rests",
-    "use_key_signatures",
-    "use_sustain_pedals",
-    "use_pitch_bends",
-    "use_control_changes",
-    "use_pitch_intervals",
-)
-_MUST_BE_ON = ("use_pitchdrum_tokens",)
-_MUST_BE_ALL = ("use_note_duration_programs", "programs")
-
-# The type of the token that completes a note.
-NOTE_END = "Duration"
 # A time shift that Structured writes between notes of one onset.
 _NO_SHIFT = "0.0.1"
 
@@ -75,14 +57,24 @@ class _Meaning:
     onsets: list[list[tuple[int, int]]] = field(default_factory=lambda: [[]])
     programs: set[int] = field(default_factory=set)  # those it names
     announces: int = _NONE  # the program of the note that must follow at its last onset
+    inherits: bool = False  # whether something of its own belongs to the program before it
     asked: int = UNSET  # the program that a control asks for
     meters: list[tuple[int, str]] = field(default_factory=list)  # the bars it opened up to each meter, and the meter
 
     @property
     def pitched(self) -> list[int]:
-        """Notes that aren't drums, onset by onset; those that must follow are left out."""
-        drums = {DRUMS_ROW, UNSET} if self.pitch_kind == 1 else {DRUMS_ROW}
+        """Notes that aren't drums, onset by onset; those that must follow are left out.
+
+        Where drums have no pitches of their own, notes of an unknown program may be drums: then they do not count.
+        """
+        drums = {DRUMS_ROW} if self.pitch_kind == 0 else {DRUMS_ROW, UNSET}
         return [sum(program not in drums for program, _ in onset) for onset in self.onsets]
+
+    @property
+    def inherited(self) -> list[int]:
+        """Notes that are drums if the program before them is, and only then, onset by onset."""
+        unknown = {UNSET} if self.pitch_kind < 0 else set()
+        return [sum(program in unknown for program, _ in onset) for onset in self.onsets]
 
     @property
     def pitched_due(self) -> int:
@@ -100,24 +92,11 @@ class _Meaning:
         return int(self.announces != _NONE)
 
 
-def check_supported(tokenizer: MusicTokenizer) -> None:
-    """Raise an [`InputError`] if there are no rules for a tokenizer."""
-    name = type(tokenizer).__name__
-    if name not in SUPPORTED:
-        raise InputError(f"the grammar supports {', '.join(SUPPORTED)}, not {name}")
-    config = tokenizer.config
-    wrong = [option for option in _MUST_BE_OFF if getattr(config, option)]
-    wrong += [option for option in _MUST_BE_ON if not getattr(config, option)]
-    wrong += [option for option in _MUST_BE_ALL if getattr(config, option) != set(range(-1, 128))]
-    if wrong:
-        raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r}")
-
-
 def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> dict[str, Tensor]:
     """All tables of a tokenizer.
 
     Args:
-        tokenizer (`miditok.MusicTokenizer`): one that [`check_supported`] accepts.
+        tokenizer (`miditok.MusicTokenizer`): one that [`~midimamba.tokenization.grammar_types.check_supported`] accepts.
         max_notes (`int`): the most notes that may begin at one onset.
         voices (`int`): the most notes that may begin at one onset and aren't drums.
 
@@ -126,42 +105,45 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
 
         - `follows` (types, vocab): which ids may follow a type; `is_head` (types,): whether positions may;
         - `distance`, `named` (types,): fewest base tokens to a complete note; the same if a program must come first;
+        - `completes` (types,): whether a note begins or ends with this type, so that the piece may end;
         - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,): how an id changes a state, and the first state;
         - `tail_program`, `tail_pitch` (vocab, longest tail): the notes at the last onset, padded;
         - `note_id`, `note_program`, `note_pitch` (notes,): every note at the onset that an id continues;
         - `any_id` (ids,): those after which a note of any program must follow at the same onset;
-        - `clashes` (programs, vocab): ids that repeat a note if they come under a program;
+        - `lead_inherited` (vocab,): notes at the onset that an id continues, of the program before it, drums or not;
+        - `clashes` (programs, vocab): ids that repeat a note, or have too many, if they come under a program;
         - `programs_of_id` (programs, vocab), `asked` (vocab, programs): the programs that an id names, or asks for;
         - `pitches` (programs,): how many pitches a program has;
         - `meter_of`, `meter_bar` (vocab, meters): the time signatures that an id writes, as [`number_of`], padded, and
           how many bars it has opened by then.
     """
-    followers = _followers(tokenizer)
-    types = list(followers)
-    near, named = _distances(followers), _distances(_through_programs(followers))
+    graph = type_graph(tokenizer)
+    types, followers = graph.types, graph.followers
     per_beat = tokenizer.config.max_num_pos_per_beat
     meanings = [
-        _meaning(tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])), followers, (near, named), per_beat)
+        _meaning(tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])), graph, per_beat)
         for index in range(tokenizer.vocab_size)
     ]
-    pitches = torch.tensor([len(tokenizer.token_ids_of_type(kind)) for kind in ("PitchDrum", "Pitch")])
+    kinds = Counter(kind_of(token) for token in tokenizer.vocab)
+    pitches = torch.tensor([kinds["PitchDrum"] or kinds["Pitch"], kinds["Pitch"]])
     for meaning in meanings:
         meaning.fits &= _onsets_fit(meaning, max_notes, voices, int(pitches.min()))
     tables = {
         name: torch.tensor([getattr(meaning, name) for meaning in meanings])
         for name in _Meaning.__annotations__.keys() - {"onsets", "programs", "meters"}
     }
-    graph = torch.tensor([[after in followers[kind] for after in types] for kind in types])
+    follows = torch.tensor([[after in followers[kind] for after in types] for kind in types])
     left = torch.stack([tables[name] for name in ("last", "position", "limit", "program")], dim=1)
     restarts = torch.stack([tables["has_note"] | tables["begins"]] * 2 + [tables["begins"]], dim=1)
     return (
         tables
-        | _note_tables(meanings)
+        | _note_tables(meanings, voices)
         | _meter_tables(meanings)
         | {
-            "follows": graph[:, tables["first"]] & tables["fits"],
-            "distance": torch.tensor([near[kind] for kind in types]),
-            "named": torch.tensor([named[kind] for kind in types]),
+            "follows": follows[:, tables["first"]] & tables["fits"],
+            "distance": torch.tensor([graph.near[kind] for kind in types]),
+            "named": torch.tensor([graph.named[kind] for kind in types]),
+            "completes": torch.tensor([kind in graph.ends for kind in types]),
             "left": left,
             "begin": left[tokenizer.vocab[BOS]],
             "keeps": ~restarts,
@@ -190,7 +172,7 @@ def _meter_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     }
 
 
-def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
+def _note_tables(meanings: list[_Meaning], voices: int) -> dict[str, Tensor]:
     """The tables about notes and programs."""
     size, indices = len(meanings), range(len(meanings))
     longest = max([1, *(len(meaning.onsets[-1]) for meaning in meanings)])
@@ -205,6 +187,8 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     asked = torch.zeros(size, PROGRAMS, dtype=torch.bool)
     for index, meaning in enumerate(meanings):
         clashes[list(_clashes(meaning)), index] = True
+        if any(sum(both) > voices for both in zip(meaning.pitched, meaning.inherited, strict=True)):
+            clashes[DRUMS_ROW + 1 :, index] = True
         programs[list(meaning.programs), index] = 1
         if meaning.asked != UNSET:
             asked[index, meaning.asked] = True
@@ -219,12 +203,13 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
         "lead_pitched": torch.tensor(
             [meaning.pitched[0] + (0 if meaning.moves else meaning.pitched_due) for meaning in meanings]
         ),
-        "tail_pitched": torch.tensor([meaning.pitched[-1] for meaning in meanings]),
+        # Further ones that belong to the program before them, whatever it is.
+        "lead_inherited": torch.tensor([meaning.inherited[0] for meaning in meanings]),
+        "tail_pitched": torch.tensor([meaning.pitched[-1] + meaning.inherited[-1] for meaning in meanings]),
         "any_id": torch.tensor([i for i in indices if meanings[i].announces == ANY], dtype=torch.long),
         "tail_drums": torch.tensor([len(meaning.onsets[-1]) - meaning.pitched[-1] for meaning in meanings]),
         "tail_notes": torch.tensor([0 if meanings[i].moves else len(meanings[i].onsets[-1]) for i in indices]),
         "announces": torch.tensor([_NONE if meanings[i].moves else meanings[i].announces for i in indices]),
-        "inherits": torch.tensor([UNSET in _programs(meaning) for meaning in meanings]),
         "tail_program": tails[:, :, 0],
         "tail_pitch": tails[:, :, 1],
         "note_id": leads[:, 0],
@@ -234,11 +219,6 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
         "programs_of_id": programs,
         "asked": asked,
     }
-
-
-def _programs(meaning: _Meaning) -> set[int]:
-    """The programs of its notes; `UNSET` for the one in force before it."""
-    return {program for onset in meaning.onsets for program, _ in onset}
 
 
 def _clashes(meaning: _Meaning) -> set[int]:
@@ -263,54 +243,9 @@ def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) ->
     return fits and is_room and all(max(Counter(o).values(), default=1) == 1 for o in meaning.onsets)
 
 
-def _followers(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
-    """MidiTok's graph of types, narrowed to what its encoder writes. No PAD, BOS or control may follow anything."""
-    special = {*tokenizer.special_tokens, *(token.split("_")[0] for token in tokenizer.special_tokens)}
-    graph = {kind: set(after) - special for kind, after in tokenizer.tokens_types_graph.items() if kind not in special}
-    time = "Bar" if "Bar" in graph else "TimeShift"
-    # A program announces a note. MidiTok's graph also leads back to time and tempo, and round in circles.
-    graph["Program"] &= {"Pitch", "PitchDrum"}
-    # A meter belongs to the bar line: elsewhere it would alter the length of the open bar.
-    for kind in graph.keys() - {time}:
-        graph[kind].discard("TimeSig")
-    if time == "Bar":
-        graph.get("TimeSig", set()).intersection_update({"Bar", "Position"})
-    graph["BOS"] = {time}
-    if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
-        graph["BOS"] |= graph[time]
-    graph[NOTE_END].add("EOS")
-    # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
-    graph["EOS"] = {"EOS"}
-    graph["PAD"] = set()
-    return graph
-
-
-def _through_programs(followers: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph in which every pitch comes after a program."""
-    return {kind: after - {"Pitch", "PitchDrum"} if kind != "Program" else after for kind, after in followers.items()}
-
-
-def _distances(followers: dict[str, set[str]]) -> dict[str, int]:
-    """Fewest base tokens from each type until a note is complete; 0 where none can come."""
-    distances = {kind: 1 for kind, after in followers.items() if NOTE_END in after}
-    queue = deque(distances)
-    while queue:
-        nearer = queue.popleft()
-        for kind, after in followers.items():
-            if nearer in after and kind not in distances:
-                distances[kind] = distances[nearer] + 1
-                queue.append(kind)
-    return {kind: distances.get(kind, 0) for kind in followers}
-
-
-def _meaning(
-    tokens: list[str],
-    followers: dict[str, set[str]],
-    distances: tuple[dict[str, int], dict[str, int]],
-    positions_per_beat: int,
-) -> _Meaning:
-    types = {kind: index for index, kind in enumerate(followers)}
-    kinds = [token.split("_")[0] for token in tokens]
+def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _Meaning:
+    types = {kind: index for index, kind in enumerate(graph.types)}
+    kinds = [kind_of(token) for token in tokens]
     if tokens in ([PAD], [GAP]) or is_control(tokens[0]):  # none of them changes what may follow
         return _Meaning(first=types["PAD"], asked=_PROGRAM_OF_CONTROL.get(tokens[0], UNSET))
     if tokens in ([BOS], [FILL]):  # MidiTok decodes 4/4 and the piano until a token says otherwise
@@ -318,14 +253,15 @@ def _meaning(
     if tokens == [EOS]:
         return _Meaning(types["EOS"], first=types["EOS"])
     meaning = _Meaning(types[kinds[-1]], first=types[kinds[0]])
-    meaning.fits = all(b in followers[a] for a, b in pairwise(kinds))
+    meaning.fits = all(b in graph.followers[a] for a, b in pairwise(kinds))
     for token, kind in zip(tokens, kinds, strict=True):
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
+        _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
     if kinds[-1] == "Program":
         meaning.announces = meaning.program
     elif tokens[-1] == f"TimeShift_{_NO_SHIFT}":
         meaning.announces = ANY
-    _count(meaning, kinds, distances)
+    _count(meaning, kinds, graph)
     return meaning
 
 
@@ -337,7 +273,7 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != _NO_SHIFT):
+    if kind in ("Bar", "Position", "Rest") or (kind == "TimeShift" and value != _NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1
@@ -348,12 +284,8 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
     elif kind == "Program":
         meaning.program = int(value) - DRUMS
         meaning.programs.add(meaning.program)
-    elif kind in ("Pitch", "PitchDrum"):
-        drums = int(kind == "PitchDrum")
-        if meaning.program == UNSET and meaning.pitch_kind < 0:
-            meaning.pitch_kind = drums
-        meaning.fits &= drums == (meaning.pitch_kind if meaning.program == UNSET else int(meaning.program == 0))
-        meaning.onsets[-1].append((meaning.program, int(value)))
+    elif kind in ("Pedal", "PedalOff"):
+        meaning.programs.add(int(value) - DRUMS)
     elif kind == "Position":
         position = int(value)
         if meaning.position == UNSET:
@@ -364,10 +296,25 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         meaning.position = position
 
 
-def _count(meaning: _Meaning, kinds: list[str], distances: tuple[dict[str, int], dict[str, int]]) -> None:
+def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) -> None:
+    """Take in one base token of an instrument."""
+    if kind in ("Pitch", "PitchDrum", "NoteOff", "DrumOff", "PitchBend", "ControlChange"):
+        meaning.inherits |= meaning.program == UNSET
+    if drums_are_apart and kind in ("Pitch", "PitchDrum", "NoteOff", "DrumOff"):
+        drums = int(kind in ("PitchDrum", "DrumOff"))
+        if meaning.program == UNSET and meaning.pitch_kind < 0:
+            meaning.pitch_kind = drums
+        meaning.fits &= drums == (
+            meaning.pitch_kind if meaning.program == UNSET else int(meaning.program == DRUMS_ROW)
+        )
+    if kind in ("Pitch", "PitchDrum"):
+        meaning.onsets[-1].append((meaning.program, int(value)))
+
+
+def _count(meaning: _Meaning, kinds: list[str], graph: TypeGraph) -> None:
     """Count base tokens and bars before, between and after the complete notes."""
-    notes = [index for index, kind in enumerate(kinds) if kind == NOTE_END]
-    near, named = distances
+    notes = [index for index, kind in enumerate(kinds) if kind in graph.ends]
+    near, named = graph.near, graph.named
     if notes:
         first, last = notes[0] + 1, notes[-1] + 1
         meaning.has_note = True
@@ -375,7 +322,7 @@ def _count(meaning: _Meaning, kinds: list[str], distances: tuple[dict[str, int],
     else:
         first, last = len(kinds), 0
         meaning.lead = len(kinds) + near[kinds[-1]]
-        meaning.lead_named = len(kinds) + (near if meaning.programs else named)[kinds[-1]]
+        meaning.lead_named = len(kinds) + (near if meaning.program != UNSET else named)[kinds[-1]]
     meaning.lead_bars = kinds[:first].count("Bar")
     meaning.tail = len(kinds) - last
     meaning.tail_bars = kinds[last:].count("Bar")

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, MambaConfig, MambaForCausalLM
 
 from midimamba.errors import InputError
 from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, MidiGrammar
-from midimamba.tokenization.grammar_tables import SUPPORTED
+from midimamba.tokenization.grammar_types import SUPPORTED
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 
