@@ -15,6 +15,7 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from .errors import InputError
 from .grammar_tables import (
     DRUMS,
     DRUMS_ROW,
@@ -39,7 +40,7 @@ _LEFT, _COUNTS = slice(_LAST, _PROGRAM + 1), slice(_SILENCE, _BARS + 1)
 
 
 @dataclass
-class _State:
+class State:
     """Where the music of every row stands.
 
     Args:
@@ -57,12 +58,22 @@ class _State:
     used: Tensor
     played: Tensor
 
-    def rows(self, indices: Tensor) -> "_State":
-        return _State(self.values[indices], self.stamps[indices], self.used[indices], self.played[indices])
+    @property
+    def program(self) -> Tensor:
+        """The row of the program in force, of shape (batch, 1)."""
+        return self.values[:, _PROGRAM, None]
 
-    def joined(self, other: "_State") -> "_State":
+    @property
+    def onset(self) -> Tensor:
+        """The number of the onset, of shape (batch, 1)."""
+        return self.values[:, _ONSET, None]
+
+    def rows(self, indices: Tensor) -> "State":
+        return State(self.values[indices], self.stamps[indices], self.used[indices], self.played[indices])
+
+    def joined(self, other: "State") -> "State":
         pairs = [(getattr(self, name), getattr(other, name)) for name in ("values", "stamps", "used", "played")]
-        return _State(*(torch.cat(pair) for pair in pairs))
+        return State(*(torch.cat(pair) for pair in pairs))
 
 
 class MidiGrammar(LogitsProcessor):
@@ -103,6 +114,7 @@ class MidiGrammar(LogitsProcessor):
         ValueError: if a number makes no sense, or bars are to be counted where the tokenization has no bar tokens.
     """
 
+    tokenizations: tuple[str, ...] = ("REMI", "TSD", "Structured")
     # Whether the next note may come later than in time where nothing else can be sampled.
     _may_take_longer = False
 
@@ -119,6 +131,8 @@ class MidiGrammar(LogitsProcessor):
         meters: Sequence[str] | None = None,
     ) -> None:
         check_supported(tokenizer)
+        if (name := type(tokenizer).__name__) not in self.tokenizations:
+            raise InputError(f"{type(self).__name__} is for {', '.join(self.tokenizations)}, not {name}")
         if meters is not None:
             max_bars = min_bars = len(meters)
         if max_bars is not None and max_bars < max(min_bars, 1):
@@ -142,7 +156,7 @@ class MidiGrammar(LogitsProcessor):
         self.fills = meters is not None
         has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
         self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
-        self._tables = grammar_tables(tokenizer, max_notes, self.voices) | {
+        self._tables = self._make_tables(tokenizer) | {
             "programs": allowed,
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
         }
@@ -150,6 +164,9 @@ class MidiGrammar(LogitsProcessor):
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._time = 0
         self._state = self._begin(0)
+
+    def _make_tables(self, tokenizer: MusicTokenizer) -> dict[str, Tensor]:
+        return grammar_tables(tokenizer, self.max_notes, self.voices)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Set the scores of ids that may not follow to -inf.
@@ -186,7 +203,7 @@ class MidiGrammar(LogitsProcessor):
 
     # ---- what may follow ----
 
-    def _allowed(self, state: _State) -> Tensor:
+    def _allowed(self, state: State) -> Tensor:
         """Which ids may follow, of shape (batch, vocab). Every term below has that shape."""
         table, values = self._tables, state.values
         position, limit, program, silence, empty, held = (
@@ -238,7 +255,7 @@ class MidiGrammar(LogitsProcessor):
         allowed[:, self.eos_token_id] |= is_last & table["is_head"][values[:, _LAST]]
         return allowed
 
-    def _sayable(self, state: _State, programs: Tensor) -> Tensor:
+    def _sayable(self, state: State, programs: Tensor) -> Tensor:
         """Which ids keep every onset to notes that MIDI can tell apart and `programs` may play, (batch, vocab)."""
         table = self._tables
         program, onset = state.values[:, _PROGRAM, None], state.values[:, _ONSET, None]
@@ -276,7 +293,7 @@ class MidiGrammar(LogitsProcessor):
 
     # ---- where the music stands ----
 
-    def _begin(self, rows: int) -> _State:
+    def _begin(self, rows: int) -> State:
         """The state of rows without ids: as after begin-of-sequence."""
         begin = self._tables["begin"]
         values = begin.new_zeros(rows, 11)
@@ -284,9 +301,9 @@ class MidiGrammar(LogitsProcessor):
         values[:, _ONSET] = 1
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
-        return _State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played)
+        return State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played)
 
-    def _follow(self, input_ids: Tensor) -> _State:
+    def _follow(self, input_ids: Tensor) -> State:
         """The state after `input_ids` of shape (batch, time). Remembers both."""
         rows, time = input_ids.shape
         seen = self._time if time >= self._time else 0
@@ -306,7 +323,7 @@ class MidiGrammar(LogitsProcessor):
         self._time = time
         return state
 
-    def _reordered(self, before: Tensor) -> _State:
+    def _reordered(self, before: Tensor) -> State:
         """The state after `before` of shape (batch, time), where the last call saw other rows of that length.
 
         Beams are reordered and batches cut: each row that was seen brings its state along. Others are read.
@@ -324,7 +341,7 @@ class MidiGrammar(LogitsProcessor):
         order = [next(first_new) if place is None else place for place in found]
         return state.rows(torch.tensor(order, dtype=torch.long, device=before.device))
 
-    def _read(self, state: _State, ids: Tensor, step: int) -> None:
+    def _read(self, state: State, ids: Tensor, step: int) -> None:
         """Take in one id per row, in place. Padding and controls change nothing but what was asked for."""
         table, values = self._tables, state.values
         inherited = values[:, _PROGRAM, None].clone()

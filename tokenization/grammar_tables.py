@@ -96,7 +96,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
     """All tables of a tokenizer.
 
     Args:
-        tokenizer (`miditok.MusicTokenizer`): one that [`~midimamba.tokenization.grammar_types.check_supported`] accepts.
+        tokenizer (`miditok.MusicTokenizer`): one that `check_supported` accepts.
         max_notes (`int`): the most notes that may begin at one onset.
         voices (`int`): the most notes that may begin at one onset and aren't drums.
 
@@ -257,7 +257,7 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
     for token, kind in zip(tokens, kinds, strict=True):
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
         _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
-    if kinds[-1] == "Program":
+    if kinds[-1] == "Program" and graph.ends == graph.note_ends:  # elsewhere one may also end
         meaning.announces = meaning.program
     elif tokens[-1] == f"TimeShift_{_NO_SHIFT}":
         meaning.announces = ANY

@@ -12,7 +12,7 @@ from miditok import MIDILike, MusicTokenizer
 from .errors import InputError
 
 # MMM has tracks, and BEAT has beats, that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured")
+SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike")
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
 # MidiTok's names for the start of a note in MIDILike, and the names of the same in the others.
