@@ -243,7 +243,8 @@ class MidiGrammar(LogitsProcessor):
     def _in_bar(self, position: Tensor, limit: Tensor) -> Tensor:
         """Which ids stay inside the open bar and go forward in it, of shape (batch, vocab); arguments (batch, 1)."""
         table = self._tables
-        return (table["first_position"] > position) & (table["last_position"] < limit)
+        at_line = (table["meter_after"] == UNSET) | ((position + table["meter_after"]) % limit == 0)
+        return at_line & (table["first_position"] > position) & (table["last_position"] < limit)
 
     def _in_meter(self, allowed: Tensor, values: Tensor) -> Tensor:
         """`allowed` of shape (batch, vocab) as far as bars have the meters that are wanted."""
@@ -347,6 +348,7 @@ class MidiGrammar(LogitsProcessor):
         inherited = values[:, _PROGRAM, None].clone()
         left, moves, begins = table["left"][ids], table["moves"][ids, None], table["begins"][ids, None]
         values[:, _LEFT] = torch.where(left == UNSET, values[:, _LEFT], left)
+        values[:, _POSITION] += table["advance"][ids]
         values[:, _COUNTS] = values[:, _COUNTS] * table["keeps"][ids] + table["adds"][ids]
         values[:, _ONSET, None] += moves
         values[:, _NOTES, None] *= ~begins

@@ -41,9 +41,11 @@ class _Meaning:
     fits: bool = True  # whether its tokens may follow each other
     first_position: int = _NEVER  # its first position in the bar already open
     last_position: int = -1  # its last position in a bar whose length it doesn't say
+    meter_after: int = UNSET  # positions that time shifts move before its first time signature
     pitch_kind: int = -1  # 1 if its first pitch needs the drum program before it, 0 if another
 
     # What it adds.
+    advance: int = 0  # positions that time shifts move, if it leaves no position
     lead: int = 0  # base tokens up to its first complete note, which may end in the ids to come
     lead_named: int = 0  # the same where a program must come before the next pitch
     lead_bars: int = 0  # bars opened before its first complete note
@@ -249,7 +251,8 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
     if tokens in ([PAD], [GAP]) or is_control(tokens[0]):  # none of them changes what may follow
         return _Meaning(first=types["PAD"], asked=_PROGRAM_OF_CONTROL.get(tokens[0], UNSET))
     if tokens in ([BOS], [FILL]):  # MidiTok decodes 4/4 and the piano until a token says otherwise
-        return _Meaning(types["BOS"], -1, 4 * positions_per_beat, -DRUMS, first=types["BOS"], begins=True)
+        position = -1 if graph.time == "Bar" else 0
+        return _Meaning(types["BOS"], position, 4 * positions_per_beat, -DRUMS, first=types["BOS"], begins=True)
     if tokens == [EOS]:
         return _Meaning(types["EOS"], first=types["EOS"])
     meaning = _Meaning(types[kinds[-1]], first=types[kinds[0]])
@@ -278,9 +281,15 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
     if kind == "Bar":
         meaning.position = -1
         meaning.bars += 1
+    elif kind in ("TimeShift", "Rest"):
+        beats, part, parts = map(int, value.split("."))
+        steps = beats * positions_per_beat + part * positions_per_beat // parts
+        if meaning.position == UNSET:
+            meaning.advance += steps
+        else:
+            meaning.position += steps
     elif kind == "TimeSig":
-        meaning.meters.append((meaning.bars, value))
-        meaning.limit = int(value.split("/")[0]) * positions_per_beat
+        _read_meter(meaning, value, positions_per_beat)
     elif kind == "Program":
         meaning.program = int(value) - DRUMS
         meaning.programs.add(meaning.program)
@@ -294,6 +303,17 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
             meaning.last_position = position
         meaning.fits &= position > meaning.position and (meaning.limit == UNSET or position < meaning.limit)
         meaning.position = position
+
+
+def _read_meter(meaning: _Meaning, value: str, positions_per_beat: int) -> None:
+    """Take in a time signature. Where there are no bar lines, it is one, and stands where the meter before has one."""
+    if meaning.position == UNSET:
+        meaning.meter_after, meaning.advance, meaning.position = meaning.advance, 0, 0
+    elif meaning.position >= 0:
+        meaning.fits &= meaning.position % meaning.limit == 0
+        meaning.position = 0
+    meaning.meters.append((meaning.bars, value))
+    meaning.limit = int(value.split("/")[0]) * positions_per_beat
 
 
 def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) -> None:
