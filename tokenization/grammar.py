@@ -59,6 +59,11 @@ class State:
     played: Tensor
 
     @property
+    def last(self) -> Tensor:
+        """The type of the last token, of shape (batch,)."""
+        return self.values[:, _LAST]
+
+    @property
     def program(self) -> Tensor:
         """The row of the program in force, of shape (batch, 1)."""
         return self.values[:, _PROGRAM, None]
@@ -298,7 +303,7 @@ class MidiGrammar(LogitsProcessor):
         """The state of rows without ids: as after begin-of-sequence."""
         begin = self._tables["begin"]
         values = begin.new_zeros(rows, 11)
-        values[:, _LEFT] = begin
+        values[:, _LEFT], values[:, _COUNTS] = begin, self._tables["begin_counts"]
         values[:, _ONSET] = 1
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
@@ -366,7 +371,8 @@ class MidiGrammar(LogitsProcessor):
             state.played &= ~begins
             state.played |= inherits | table["asked"][ids] | (table["programs_of_id"].T[ids] > 0)
         if step + 1 == self.prompt_length:
-            values[:, _BARS] = 0
+            first = self._tables["begin_counts"][-1]
+            values[:, _BARS] = torch.where(values[:, _NOTES] > 0, 0, first)
             values[:, _PROMPTED] = values[:, _NOTES]
             values[:, _HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
-from .grammar_types import TypeGraph, kind_of, type_graph
+from .grammar_types import PROGRAM_TIMING, TypeGraph, kind_of, kinds_of, type_graph
 from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
 
@@ -108,7 +108,8 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
         - `follows` (types, vocab): which ids may follow a type; `is_head` (types,): whether positions may;
         - `distance`, `named` (types,): fewest base tokens to a complete note; the same if a program must come first;
         - `completes` (types,): whether a note begins or ends with this type, so that the piece may end;
-        - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,): how an id changes a state, and the first state;
+        - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,), `begin_counts` (3,): how an id changes a state,
+          and the first state;
         - `tail_program`, `tail_pitch` (vocab, longest tail): the notes at the last onset, padded;
         - `note_id`, `note_program`, `note_pitch` (notes,): every note at the onset that an id continues;
         - `any_id` (ids,): those after which a note of any program must follow at the same onset;
@@ -148,6 +149,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
             "completes": torch.tensor([kind in graph.ends for kind in types]),
             "left": left,
             "begin": left[tokenizer.vocab[BOS]],
+            "begin_counts": torch.zeros(3, dtype=torch.long),
             "keeps": ~restarts,
             "adds": torch.stack([tables[name] for name in ("tail", "tail_bars", "bars")], dim=1),
             "ends": torch.arange(len(meanings)) == tokenizer.vocab[EOS],
@@ -247,11 +249,11 @@ def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) ->
 
 def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _Meaning:
     types = {kind: index for index, kind in enumerate(graph.types)}
-    kinds = [kind_of(token) for token in tokens]
+    kinds = kinds_of(tokens)
     if tokens in ([PAD], [GAP]) or is_control(tokens[0]):  # none of them changes what may follow
         return _Meaning(first=types["PAD"], asked=_PROGRAM_OF_CONTROL.get(tokens[0], UNSET))
     if tokens in ([BOS], [FILL]):  # MidiTok decodes 4/4 and the piano until a token says otherwise
-        position = -1 if graph.time == "Bar" else 0
+        position = -1 if "Position" in types else 0
         return _Meaning(types["BOS"], position, 4 * positions_per_beat, -DRUMS, first=types["BOS"], begins=True)
     if tokens == [EOS]:
         return _Meaning(types["EOS"], first=types["EOS"])
@@ -260,7 +262,7 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
     for token, kind in zip(tokens, kinds, strict=True):
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
         _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
-    if kinds[-1] == "Program" and graph.ends == graph.note_ends:  # elsewhere one may also end
+    if kinds[-1] in ("Program", PROGRAM_TIMING) and graph.ends == graph.note_ends:  # elsewhere one may also end
         meaning.announces = meaning.program
     elif tokens[-1] == f"TimeShift_{_NO_SHIFT}":
         meaning.announces = ANY

@@ -4,15 +4,17 @@ MidiTok has such a graph, too. It allows what its encoder never writes, and lack
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from miditok import MIDILike, MusicTokenizer
+from miditok import MIDILike, MusicTokenizer, PerTok
 
 from .errors import InputError
 
 # MMM has tracks, and BEAT has beats, that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike")
+SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok")
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
 # MidiTok's names for the start of a note in MIDILike, and the names of the same in the others.
@@ -21,6 +23,12 @@ _CORE = frozenset(
     {"Bar", "TimeSig", "Position", "TimeShift", "Tempo", "Program", "Pitch", "PitchDrum", "Velocity", "Duration"}
 )
 _OFF = frozenset({"NoteOff", "DrumOff"})
+# The type of PerTok's microtiming that belongs to a program, not to a note.
+PROGRAM_TIMING = "ProgramTiming"
+# Options under which PerTok writes a microtiming after other tokens as well.
+_NOT_IN_PERTOK = (
+    *("use_chords", "use_rests", "use_key_signatures", "use_sustain_pedals", "use_pitch_bends", "use_control_changes"),
+)
 
 
 def check_supported(tokenizer: MusicTokenizer) -> None:
@@ -37,6 +45,9 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         # Whether a note is complete without a duration would depend on its program.
         "use_note_duration_programs": uses_some_durations(tokenizer) and name != "MIDILike",
     }
+    if name == "PerTok":
+        reasons |= {option: getattr(config, option) for option in _NOT_IN_PERTOK}
+        reasons["use_position_toks"] = config.additional_params.get("use_position_toks", False)
     if wrong := [option for option, is_wrong in reasons.items() if is_wrong]:
         raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r} for {name}")
 
@@ -69,6 +80,17 @@ def kind_of(token: str) -> str:
     return _SAME_KIND.get(kind, kind)
 
 
+def kinds_of(tokens: Sequence[str]) -> list[str]:
+    """The types of base tokens in a row. A microtiming is that of a program where the tokens beside it say so."""
+    kinds = [kind_of(token) for token in tokens]
+    for index, kind in enumerate(kinds):
+        before, after = kinds[index - 1 : index], kinds[index + 1 : index + 2]
+        leads = not before and after and after[0] in ("Pitch", "PitchDrum", "TimeShift")
+        if kind == "MicroTiming" and (before == ["Program"] or leads):
+            kinds[index] = PROGRAM_TIMING
+    return kinds
+
+
 @dataclass(frozen=True)
 class TypeGraph:
     """Which type may follow which.
@@ -87,11 +109,6 @@ class TypeGraph:
     def types(self) -> list[str]:
         return list(self.followers)
 
-    @property
-    def time(self) -> str:
-        """The type with which a piece begins."""
-        return "Bar" if "Bar" in self.followers else "TimeShift"
-
     @cached_property
     def near(self) -> dict[str, int]:
         """Fewest base tokens from each type until a note is complete; 0 where none can come."""
@@ -102,7 +119,10 @@ class TypeGraph:
         """The same where a program must come before the next pitch."""
         pitches = {"Pitch", "PitchDrum"}
         return self._distances(
-            {kind: after - pitches if kind != "Program" else after for kind, after in self.followers.items()}
+            {
+                kind: after - pitches if kind not in ("Program", PROGRAM_TIMING) else after
+                for kind, after in self.followers.items()
+            }
         )
 
     def _distances(self, followers: dict[str, set[str]]) -> dict[str, int]:
@@ -120,14 +140,21 @@ class TypeGraph:
 def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     """The graph of a tokenizer that [`check_supported`] accepts."""
     kinds = {kind_of(token) for token in tokenizer.vocab}
-    note = [{"Pitch", "PitchDrum"} & kinds, {"Velocity"} & kinds, {"Duration"} & kinds]
-    note_ends = next(step for step in reversed(note) if step)
-    graph = _events(tokenizer, kinds, note_ends) if isinstance(tokenizer, MIDILike) else _narrowed(tokenizer)
-    _add_effects(tokenizer, kinds, graph, note_ends)
-    time = "Bar" if "Bar" in graph else "TimeShift"
-    graph["BOS"] = {time}
-    if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
-        graph["BOS"] |= graph[time] | ({"Rest"} & kinds)
+    note = [{"Pitch", "PitchDrum"} & kinds, *({kind} & kinds for kind in ("MicroTiming", "Velocity", "Duration"))]
+    steps = [step for step in note if step]
+    note_ends = steps[-1]
+    if isinstance(tokenizer, PerTok):
+        graph = _microtimed(tokenizer, kinds, steps)
+    else:
+        graph = _events(tokenizer, kinds, steps) if isinstance(tokenizer, MIDILike) else _narrowed(tokenizer)
+        _add_effects(tokenizer, kinds, graph, note_ends)
+    if isinstance(tokenizer, PerTok):  # whose first bar has no token
+        graph["BOS"] = set(graph["Bar"])
+    else:
+        time = "Bar" if "Bar" in graph else "TimeShift"
+        graph["BOS"] = {time}
+        if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
+            graph["BOS"] |= graph[time] | ({"Rest"} & kinds)
     for kind in note_ends | ((_OFF | EFFECTS | {"KeySig"}) & kinds):
         graph[kind].add("EOS")
     # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
@@ -158,19 +185,35 @@ def _starts(tokenizer: MusicTokenizer, kinds: set[str], of_notes: set[str]) -> s
     return ({"Program"} | found) & kinds
 
 
-def _events(tokenizer: MusicTokenizer, kinds: set[str], note_ends: set[str]) -> dict[str, set[str]]:
+def _notes(steps: list[set[str]]) -> dict[str, set[str]]:
+    """What follows what in a note, given the types of its tokens."""
+    return {kind: set(after) for step, after in pairwise(steps) for kind in step}
+
+
+def _events(tokenizer: MusicTokenizer, kinds: set[str], steps: list[set[str]]) -> dict[str, set[str]]:
     """MIDILike: notes begin and end at any time."""
     of_notes = {"Pitch", "PitchDrum", *_OFF} & kinds
     starts = _starts(tokenizer, kinds, of_notes)
-    graph = {kind: starts | {"TimeShift"} for kind in note_ends | (_OFF & kinds)}
-    if "Velocity" in kinds:
-        graph |= {kind: {"Velocity"} for kind in {"Pitch", "PitchDrum"} & kinds}
+    graph = _notes(steps) | {kind: starts | {"TimeShift"} for kind in steps[-1] | (_OFF & kinds)}
     graph["Program"] = set(of_notes)
     graph["TimeShift"] = starts | ({"TimeShift", "Tempo", "TimeSig"} & kinds)
     if "TimeSig" in kinds:
         graph["TimeSig"] = starts | ({"TimeShift", "Tempo"} & kinds)
     if "Tempo" in kinds:
         graph["Tempo"] = starts | {"TimeShift"}
+    return graph
+
+
+def _microtimed(tokenizer: MusicTokenizer, kinds: set[str], steps: list[set[str]]) -> dict[str, set[str]]:
+    """PerTok: a shift before a note or its program, and a second one in between where it is far."""
+    starts = _starts(tokenizer, kinds, steps[0])
+    between = steps[0] | {"TimeShift"}
+    anywhere = starts | ({"Bar", "TimeShift", "Tempo"} & kinds)
+    graph = _notes(steps) | {kind: set(anywhere) for kind in steps[-1] | ({"Bar", "Tempo"} & kinds)}
+    graph["TimeShift"] = {"Program", *steps[0]}
+    graph["Program"] = {PROGRAM_TIMING} if "MicroTiming" in kinds else between
+    if "MicroTiming" in kinds:
+        graph[PROGRAM_TIMING] = set(between)
     return graph
 
 

@@ -6,9 +6,12 @@ from miditok import MusicTokenizer
 
 from .grammar import MidiGrammar
 from .grammar_midilike import MidiLikeGrammar
+from .grammar_pertok import PerTokGrammar
 from .grammar_types import check_supported
 
-_OF_TOKENIZATION = {name: kind for kind in (MidiGrammar, MidiLikeGrammar) for name in kind.tokenizations}
+_OF_TOKENIZATION = {
+    name: kind for kind in (MidiGrammar, MidiLikeGrammar, PerTokGrammar) for name in kind.tokenizations
+}
 
 
 def make_grammar(tokenizer: MusicTokenizer, **options: Any) -> MidiGrammar:
