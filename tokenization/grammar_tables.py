@@ -260,6 +260,8 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
     meaning = _Meaning(types[kinds[-1]], first=types[kinds[0]])
     meaning.fits = all(b in graph.followers[a] for a, b in pairwise(kinds))
     for token, kind in zip(tokens, kinds, strict=True):
+        if kind == "TimeSig" and "Bar" not in types:
+            _read_bar_line(meaning)
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
         _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
     if kinds[-1] in ("Program", PROGRAM_TIMING) and graph.ends == graph.note_ends:  # elsewhere one may also end
@@ -291,7 +293,8 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         else:
             meaning.position += steps
     elif kind == "TimeSig":
-        _read_meter(meaning, value, positions_per_beat)
+        meaning.meters.append((meaning.bars, value))
+        meaning.limit = int(value.split("/")[0]) * positions_per_beat
     elif kind == "Program":
         meaning.program = int(value) - DRUMS
         meaning.programs.add(meaning.program)
@@ -307,15 +310,13 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         meaning.position = position
 
 
-def _read_meter(meaning: _Meaning, value: str, positions_per_beat: int) -> None:
-    """Take in a time signature. Where there are no bar lines, it is one, and stands where the meter before has one."""
+def _read_bar_line(meaning: _Meaning) -> None:
+    """Take in the bar line before a time signature: it stands where the meter in force so far has one."""
     if meaning.position == UNSET:
-        meaning.meter_after, meaning.advance, meaning.position = meaning.advance, 0, 0
-    elif meaning.position >= 0:
+        meaning.meter_after, meaning.advance = meaning.advance, 0
+    else:
         meaning.fits &= meaning.position % meaning.limit == 0
-        meaning.position = 0
-    meaning.meters.append((meaning.bars, value))
-    meaning.limit = int(value.split("/")[0]) * positions_per_beat
+    meaning.position = 0
 
 
 def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) -> None:

@@ -99,11 +99,13 @@ class TypeGraph:
         followers (`dict[str, set[str]]`): the types that may follow each type.
         note_ends (`frozenset[str]`): the types that complete a note that begins.
         ends (`frozenset[str]`): these, and those that end a note long after it began.
+        idle (`frozenset[str]`): the types after which the onset may have all the notes that it may have.
     """
 
     followers: dict[str, set[str]]
     note_ends: frozenset[str]
     ends: frozenset[str]
+    idle: frozenset[str]
 
     @property
     def types(self) -> list[str]:
@@ -111,7 +113,10 @@ class TypeGraph:
 
     @cached_property
     def near(self) -> dict[str, int]:
-        """Fewest base tokens from each type until a note is complete; 0 where none can come."""
+        """Fewest base tokens from each type until a note is complete; 0 where none can come.
+
+        From an idle type, time may have to move, and in the last position of a bar it needs a bar line to move.
+        """
         return self._distances(self.followers)
 
     @cached_property
@@ -126,6 +131,8 @@ class TypeGraph:
         )
 
     def _distances(self, followers: dict[str, set[str]]) -> dict[str, int]:
+        time = {"Bar" if "Bar" in followers else "TimeShift"}
+        followers = {kind: after & time if kind in self.idle else after for kind, after in followers.items()}
         distances = {kind: 1 for kind, after in followers.items() if self.note_ends & after}
         queue = deque(distances)
         while queue:
@@ -148,19 +155,21 @@ def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     else:
         graph = _events(tokenizer, kinds, steps) if isinstance(tokenizer, MIDILike) else _narrowed(tokenizer)
         _add_effects(tokenizer, kinds, graph, note_ends)
-    if isinstance(tokenizer, PerTok):  # whose first bar has no token
-        graph["BOS"] = set(graph["Bar"])
+    idle = EFFECTS & kinds
+    if isinstance(tokenizer, PerTok):
+        graph["BOS"] = set(graph["Bar"])  # its first bar has no token
+        idle |= {"Tempo"} & kinds
     else:
         time = "Bar" if "Bar" in graph else "TimeShift"
         graph["BOS"] = {time}
         if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
             graph["BOS"] |= graph[time] | ({"Rest"} & kinds)
-    for kind in note_ends | ((_OFF | EFFECTS | {"KeySig"}) & kinds):
+    for kind in note_ends | idle | (_OFF | {"KeySig"}) & kinds:
         graph[kind].add("EOS")
     # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
     graph["EOS"] = {"EOS"}
     graph["PAD"] = set()
-    return TypeGraph(graph, frozenset(note_ends), frozenset(note_ends | (_OFF & kinds)))
+    return TypeGraph(graph, frozenset(note_ends), frozenset(note_ends | (_OFF & kinds)), frozenset(idle))
 
 
 def _narrowed(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
