@@ -207,7 +207,7 @@ def _draw_again(
         first = next(iter(reasons.values()))
         raise InputError(
             f"{len(reasons)} of {len(rows)} pieces are not music after {again + 1} draws ({first}): "
-            "train the model for longer, or one with REMI, TSD or Structured and default options, which always works"
+            "train the model for longer, or one with REMI and default options, which always works"
         )
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=processor.pad_token_id)
 

@@ -45,6 +45,8 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         # Whether a note is complete without a duration would depend on its program.
         "use_note_duration_programs": uses_some_durations(tokenizer) and name != "MIDILike",
     }
+    # Its time shift before every note promises a note of any instrument, of which the rules do not know the kind.
+    reasons["use_pitchdrum_tokens"] = name == "Structured" and not config.use_pitchdrum_tokens
     if name == "PerTok":
         reasons |= {option: getattr(config, option) for option in _NOT_IN_PERTOK}
         reasons["use_position_toks"] = config.additional_params.get("use_position_toks", False)

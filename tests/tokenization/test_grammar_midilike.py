@@ -72,7 +72,7 @@ def test_every_id_keeps_the_rules_of_sounding_notes(tokenizer: MusicTokenizer) -
     for kind in ("NoteOff", "TimeShift", "none"):
         preference = prefer(tokenizer, kind)
         preference[EOS] = 60.0
-        for row in sample(tokenizer, grammar, preference, rows=3, steps=40, seed=1):
+        for row in sample(tokenizer, grammar, preference, rows=2, steps=40, seed=1):
             reader = Sounding()
             for length in range(len(row)):
                 judged = grammar(torch.tensor([[BOS, *row[:length]]]), torch.zeros(1, tokenizer.vocab_size))[0] == 0
@@ -105,7 +105,7 @@ def test_whatever_sounds_may_end_and_whatever_is_silent_may_begin(tokenizer: Mus
     assert judged[EOS] == 0
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**16), kind=st.sampled_from(KINDS), tiny=st.booleans())
 @pytest.mark.parametrize("trained", [False, True])
 def test_samples_are_music(trained: bool, seed: int, kind: str, tiny: bool, scores: list[ScoreTick]) -> None:
@@ -113,7 +113,7 @@ def test_samples_are_music(trained: bool, seed: int, kind: str, tiny: bool, scor
     options = {"pitch_range": (60, 62), "drums_pitch_range": (60, 61)} if tiny else {}
     processor = MidiProcessor(_cached(trained, scores, options), programs=sorted(PROGRAMS), voices=1 if tiny else None)
     tokenizer = processor.midi_tokenizer
-    for row in sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=3, steps=50, seed=seed):
+    for row in sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=2, steps=40, seed=seed):
         assert_music(processor, row, PROGRAMS)
         assert processor.decode(row[:MAX_SILENT_TOKENS]).note_num()
 
@@ -144,8 +144,8 @@ def test_options_are_honoured(options: dict[str, object], scores: list[ScoreTick
     for trained in (False, True):
         tokenizer = build(trained, scores, **options)
         processor = MidiProcessor(tokenizer, programs=sorted(PROGRAMS))
-        for kind in ("none", "NoteOff", "Program", "TimeShift", "EOS", "PitchBend"):
-            for row in sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=3, steps=40):
+        for kind in ("none", "NoteOff", "Program", "EOS"):
+            for row in sample(tokenizer, processor.grammar(), prefer(tokenizer, kind), rows=2, steps=30):
                 assert_music(processor, row, PROGRAMS)
         if "programs" not in options:
             assert_allowed(tokenizer, scores[0])
