@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ PROGRAMS = {-1, 40}
 KINDS = ["none", "NoteOn", "DrumOn", "NoteOff", "DrumOff", "Program", "TimeShift", "TimeSig", "Velocity", "EOS"]
 
 
-def build(trained: bool, scores: Sequence[ScoreTick], **options: object) -> MusicTokenizer:
+def build(trained: bool, scores: Sequence[ScoreTick], **options: Any) -> MusicTokenizer:
     tokenizer = build_tokenizer("MIDILike", **options)
     if trained:
         train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 300)
@@ -121,7 +122,7 @@ def test_samples_are_music(trained: bool, seed: int, kind: str, tiny: bool, scor
 _CACHE: dict[tuple[bool, str], MusicTokenizer] = {}
 
 
-def _cached(trained: bool, scores: list[ScoreTick], options: dict[str, object]) -> MusicTokenizer:
+def _cached(trained: bool, scores: list[ScoreTick], options: dict[str, Any]) -> MusicTokenizer:
     key = trained, str(options)
     if key not in _CACHE:
         _CACHE[key] = build(trained, scores, **options)
@@ -140,7 +141,7 @@ def _cached(trained: bool, scores: list[ScoreTick], options: dict[str, object]) 
         {"programs": [-1, 40], "use_key_signatures": True, "use_chords": True},
     ],
 )
-def test_options_are_honoured(options: dict[str, object], scores: list[ScoreTick]) -> None:
+def test_options_are_honoured(options: dict[str, Any], scores: list[ScoreTick]) -> None:
     for trained in (False, True):
         tokenizer = build(trained, scores, **options)
         processor = MidiProcessor(tokenizer, programs=sorted(PROGRAMS))

@@ -1,6 +1,7 @@
 """The grammar of PerTok: shifts inside bars of 4/4, and microtiming."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 
 PROGRAMS = {-1, 40}
 KINDS = ["none", "Bar", "TimeShift", "Tempo", "Program", "MicroTiming", "Pitch", "PitchDrum", "Velocity", "EOS"]
-OPTIONS: list[dict[str, object]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"use_microtiming": False},
     {"program_changes": False, "use_velocities": False},
