@@ -38,6 +38,7 @@ PUBLISHED = (
         "grammar_types.py",
         "grammar_tables.py",
         "grammar_midilike.py",
+        "grammar_pertok.py",
         "grammars.py",
         "composing.py",
         "sampling_limits.py",

@@ -153,6 +153,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
             "grammar_types.py",
             "grammar_tables.py",
             "grammar_midilike.py",
+            "grammar_pertok.py",
             "grammars.py",
             "composing.py",
             "sampling_limits.py",

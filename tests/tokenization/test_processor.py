@@ -30,6 +30,7 @@ CODE = {
         "grammar_types.py",
         "grammar_tables.py",
         "grammar_midilike.py",
+        "grammar_pertok.py",
         "grammars.py",
         "composing.py",
         "sampling_limits.py",
