@@ -34,7 +34,16 @@ PUBLISHED = (
     *("training_args.json", "evaluation.json", "README.md"),
     # The code of the processor, for users who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
-    *("grammar_tables.py", "composing.py", "sampling_limits.py", "voices.py"),
+    *(
+        "grammar_types.py",
+        "grammar_tables.py",
+        "grammar_midilike.py",
+        "grammar_pertok.py",
+        "grammars.py",
+        "composing.py",
+        "sampling_limits.py",
+        "voices.py",
+    ),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("infilling.py", "gaps.py"),
     *("choices.py", "musical_time.py", "ingest.py", "errors.py"),

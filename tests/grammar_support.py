@@ -10,6 +10,8 @@ from symusic.core import ScoreTick
 
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, MidiGrammar
+from midimamba.tokenization.grammars import make_grammar
+from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import base_ids, expand_ids, merge_ids
 
 PAD, BOS, EOS = 0, 1, 2
@@ -171,6 +173,28 @@ def assert_allowed(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
     prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
     for length in range(1, len(ids)):
         prefixes[length - 1, -length:] = torch.tensor(ids[:length])
-    grammar = MidiGrammar(tokenizer, voices=max(notes.values(), default=None))
+    grammar = make_grammar(tokenizer, voices=max(notes.values(), default=None))
     judged = grammar(prefixes, torch.zeros(len(prefixes), tokenizer.vocab_size))
     assert (judged[torch.arange(len(prefixes)), torch.tensor(ids[1:])] == 0).all()
+
+
+def starts_of(score: ScoreTick) -> list[tuple[int, float, int]]:
+    """Sorted (program, onset in quarter notes, pitch)."""
+    return sorted(
+        (-1 if track.is_drum else track.program, note.time / score.tpq, note.pitch)
+        for track in score.tracks
+        for note in track.notes
+    )
+
+
+def assert_music(processor: MidiProcessor, row: Sequence[int], programs: Collection[int]) -> None:
+    """A sample is music: notes of `programs`, none twice, and encoding what it stands for gives the same notes."""
+    score = processor.decode(row)
+    starts = starts_of(score)
+    assert starts
+    assert len(set(starts)) == len(starts)
+    assert min(time for _, time, _ in starts) >= 0
+    assert {program for program, _, _ in starts} <= set(programs)
+    # Tracks without notes come from pedals, bends and control changes.
+    assert {-1 if track.is_drum else track.program for track in score.tracks} <= set(programs)
+    assert starts_of(processor.decode(processor.encode(score))) == starts

@@ -21,7 +21,7 @@ from midimamba.generation import generate_samples, generate_scores, load_pair
 from midimamba.tokenization import composing
 from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.controls import control_token
-from midimamba.tokenization.grammar_tables import SUPPORTED
+from midimamba.tokenization.grammar_types import SUPPORTED
 from midimamba.tokenization.musical_time import count_bars
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from support import make_generator, make_score
@@ -254,7 +254,7 @@ def test_sound_that_cannot_be_made_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["TSD", "Structured"])
+@pytest.mark.parametrize("name", ["TSD", "Structured", "MIDILike"])
 def test_tokenizations_without_bars_also_generate(name: str) -> None:
     processor = MidiProcessor(build_tokenizer(name))
     model = make_generator(vocab_size=processor.vocab_size)
@@ -266,7 +266,11 @@ def test_tokenizations_without_bars_also_generate(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, {}) for name in ONE_STREAM), ("REMI", {"use_sustain_pedals": True}), ("TSD", {"use_rests": True})],
+    [
+        *((name, {}) for name in ONE_STREAM),
+        ("REMI", {"use_rests": True}),
+        ("Structured", {"use_pitchdrum_tokens": False}),
+    ],
 )
 def test_every_tokenization_generates_from_files_to_files(
     name: str,
@@ -293,17 +297,17 @@ def test_every_tokenization_generates_from_files_to_files(
 
 
 def test_what_is_never_music_ends_in_one_line_and_is_counted_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    processor = MidiProcessor(build_tokenizer("PerTok"))
+    processor = MidiProcessor(build_tokenizer("BEAT"))
     model = make_generator(vocab_size=processor.vocab_size)
     drawn = []
 
     def broken(self: MidiProcessor, ids: Any) -> ScoreTick:
         drawn.append(ids)
-        raise ValueError("PerTok cannot decode these ids")
+        raise ValueError("BEAT cannot decode these ids")
 
     monkeypatch.setattr(MidiProcessor, "decode", broken)
     options = SamplingOptions(num=3, max_new_tokens=16)
-    with pytest.raises(InputError, match="3 of 3 pieces are not music after 8 draws \\(PerTok cannot decode"):
+    with pytest.raises(InputError, match="3 of 3 pieces are not music after 8 draws \\(BEAT cannot decode"):
         generate_scores(model, processor, options)
     assert len(drawn) == 3 * 8
     samples = generate_samples(model, processor, options)

@@ -20,9 +20,8 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor, Note, NoteStreamer, s
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores
-from midimamba.note_decoding import NoteDecoder
+from midimamba.note_decoding import STREAMED, NoteDecoder
 from midimamba.tokenization.controls import control_token
-from midimamba.tokenization.grammar_tables import SUPPORTED
 from midimamba.tokenization.tokenizer import build_tokenizer, time_ids, train_tokenizer
 from support import make_generator, make_score
 
@@ -33,7 +32,7 @@ Plain = tuple[float, float, int, int, int, bool]  # onset, duration, pitch, velo
 def tokenizers() -> dict[tuple[str, bool], Any]:
     """Every tokenization with a grammar, untrained and with byte-pair encoding."""
     found = {}
-    for name in SUPPORTED:
+    for name in STREAMED:
         for trained in (False, True):
             tokenizer = build_tokenizer(name, controls=[control_token("key", "C-major")])
             if trained:
@@ -100,7 +99,7 @@ def sampled(processor: MidiProcessor, prompt: ScoreTick | None, length: int, see
 
 @settings(max_examples=30, deadline=None)
 @given(
-    name=st.sampled_from(SUPPORTED),
+    name=st.sampled_from(STREAMED),
     trained=st.booleans(),
     voices=st.sampled_from((None, 1, 2, 4)),
     division=st.sampled_from((None, 480, 96, 1000, 111, 97)),
@@ -295,7 +294,7 @@ def test_a_streamer_refuses_what_it_cannot_decode(processor: MidiProcessor) -> N
 
 
 def test_what_cannot_be_streamed_is_told_at_once(untrained: MidiMambaForCausalLM, processor: MidiProcessor) -> None:
-    with pytest.raises(InputError, match="the grammar supports REMI, TSD, Structured, not MIDILike"):
+    with pytest.raises(InputError, match="streaming needs REMI, TSD, Structured, not MIDILike"):
         midimamba.stream(untrained, MidiProcessor(build_tokenizer("MIDILike")))
     with pytest.raises(InputError, match="whole pieces are chosen"):
         midimamba.stream(untrained, processor, options=SamplingOptions(best_of=2))

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .errors import InputError
 from .grammar import MidiGrammar
-from .grammar_tables import check_supported
+from .grammar_types import check_supported
 from .infilling import Asked
 from .ingest import check_score
 from .sampling_limits import check_sampling, complete_sampling
@@ -207,7 +207,7 @@ def _draw_again(
         first = next(iter(reasons.values()))
         raise InputError(
             f"{len(reasons)} of {len(rows)} pieces are not music after {again + 1} draws ({first}): "
-            "train the model for longer, or one with REMI, TSD or Structured and default options, which always works"
+            "train the model for longer, or one with REMI and default options, which always works"
         )
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=processor.pad_token_id)
 

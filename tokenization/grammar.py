@@ -15,6 +15,7 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from .errors import InputError
 from .grammar_tables import (
     DRUMS,
     DRUMS_ROW,
@@ -22,14 +23,16 @@ from .grammar_tables import (
     PITCHES,
     PROGRAMS,
     UNSET,
-    check_supported,
     grammar_tables,
     number_of,
 )
+from .grammar_types import EFFECTS, check_supported, kind_of
 from .tokenizer import EOS
 
 # From the start of a sequence, or from any note, the next note is complete within this many base tokens.
 MAX_SILENT_TOKENS = 16
+# After the first note, if there are also pedals, bends and the like, of which many may come between two notes.
+MAX_SILENT_EFFECTS = 64
 
 # The columns of a state. The first four are what an id leaves behind, the next three are counts.
 _LAST, _POSITION, _LIMIT, _PROGRAM, _SILENCE, _EMPTY, _BARS, _ONSET, _NOTES, _HELD, _PROMPTED = range(11)
@@ -37,14 +40,14 @@ _LEFT, _COUNTS = slice(_LAST, _PROGRAM + 1), slice(_SILENCE, _BARS + 1)
 
 
 @dataclass
-class _State:
+class State:
     """Where the music of every row stands.
 
     Args:
         values (`LongTensor` of shape (batch, 11)):
             The columns above: type of the last token; position, positions per bar; program in force; base tokens and
             bars since the last complete note, bars; number of the onset, notes; whether the onset is the prompt's
-            last, whether the prompt has notes.
+            last, notes of the prompt.
         stamps (`LongTensor` of shape (batch, notes)): the onset at which each note, program by program, last began.
         used (`LongTensor` of shape (batch, programs + 1)): notes that begin at this onset; the last column is unused.
         played (`BoolTensor` of shape (batch, programs)): programs of the prompt, and of the controls before it.
@@ -55,12 +58,27 @@ class _State:
     used: Tensor
     played: Tensor
 
-    def rows(self, indices: Tensor) -> "_State":
-        return _State(self.values[indices], self.stamps[indices], self.used[indices], self.played[indices])
+    @property
+    def last(self) -> Tensor:
+        """The type of the last token, of shape (batch,)."""
+        return self.values[:, _LAST]
 
-    def joined(self, other: "_State") -> "_State":
+    @property
+    def program(self) -> Tensor:
+        """The row of the program in force, of shape (batch, 1)."""
+        return self.values[:, _PROGRAM, None]
+
+    @property
+    def onset(self) -> Tensor:
+        """The number of the onset, of shape (batch, 1)."""
+        return self.values[:, _ONSET, None]
+
+    def rows(self, indices: Tensor) -> "State":
+        return State(self.values[indices], self.stamps[indices], self.used[indices], self.played[indices])
+
+    def joined(self, other: "State") -> "State":
         pairs = [(getattr(self, name), getattr(other, name)) for name in ("values", "stamps", "used", "played")]
-        return _State(*(torch.cat(pair) for pair in pairs))
+        return State(*(torch.cat(pair) for pair in pairs))
 
 
 class MidiGrammar(LogitsProcessor):
@@ -97,9 +115,13 @@ class MidiGrammar(LogitsProcessor):
             of them may end without a note. For filling a gap; `max_bars` and `min_bars` then have no effect.
 
     Raises:
-        InputError: if the tokenizer isn't REMI, TSD or Structured, or an option adds tokens beyond the rules.
+        InputError: if there are no rules for the tokenization, or for one of its options.
         ValueError: if a number makes no sense, or bars are to be counted where the tokenization has no bar tokens.
     """
+
+    tokenizations: tuple[str, ...] = ("REMI", "TSD", "Structured")
+    # Whether the next note may come later than in time where nothing else can be sampled.
+    _may_take_longer = False
 
     def __init__(
         self,
@@ -114,6 +136,8 @@ class MidiGrammar(LogitsProcessor):
         meters: Sequence[str] | None = None,
     ) -> None:
         check_supported(tokenizer)
+        if (name := type(tokenizer).__name__) not in self.tokenizations:
+            raise InputError(f"{type(self).__name__} is for {', '.join(self.tokenizations)}, not {name}")
         if meters is not None:
             max_bars = min_bars = len(meters)
         if max_bars is not None and max_bars < max(min_bars, 1):
@@ -133,8 +157,11 @@ class MidiGrammar(LogitsProcessor):
         allowed = torch.ones(PROGRAMS, dtype=torch.bool)
         if programs:
             allowed = torch.isin(known, torch.tensor(sorted(programs)))
+        allowed &= torch.isin(known, torch.tensor(sorted(tokenizer.config.programs)))
         self.fills = meters is not None
-        self._tables = grammar_tables(tokenizer, max_notes, self.voices) | {
+        has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
+        self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
+        self._tables = self._make_tables(tokenizer) | {
             "programs": allowed,
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
         }
@@ -142,6 +169,9 @@ class MidiGrammar(LogitsProcessor):
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._time = 0
         self._state = self._begin(0)
+
+    def _make_tables(self, tokenizer: MusicTokenizer) -> dict[str, Tensor]:
+        return grammar_tables(tokenizer, self.max_notes, self.voices)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Set the scores of ids that may not follow to -inf.
@@ -199,7 +229,7 @@ class MidiGrammar(LogitsProcessor):
 
     # ---- what may follow ----
 
-    def _allowed(self, state: _State) -> Tensor:
+    def _allowed(self, state: State) -> Tensor:
         """Which ids may follow, of shape (batch, vocab). Every term below has that shape."""
         table, values = self._tables, state.values
         position, limit, program, silence, empty, held = (
@@ -211,25 +241,36 @@ class MidiGrammar(LogitsProcessor):
         lead = torch.where(may_play, table["lead"], table["lead_named"])
         distance = torch.where(may_play[:, 0], table["distance"][values[:, _LAST]], table["named"][values[:, _LAST]])
         # A prompt may be silent for longer than allowed; then only the shortest way to a note is left.
-        budget = torch.maximum(MAX_SILENT_TOKENS - silence, distance[:, None])
+        patience = torch.where(values[:, _NOTES, None] > 0, self._patience, MAX_SILENT_TOKENS)
+        budget = torch.maximum(patience - silence, distance[:, None])
 
         allowed = table["follows"][values[:, _LAST]]
-        allowed &= (table["first_position"] > position) & (table["last_position"] < limit)
+        allowed &= self._in_bar(position, limit)
         allowed &= (table["pitch_kind"] < 0) | (table["pitch_kind"] == (program == 0))
         allowed &= (table["lead_bars"] == 0) | (table["lead_bars"] + empty <= self.max_empty_bars + 1)
-        allowed &= lead <= budget
+        has_ended = values[:, _LAST] == table["end_type"]
         if self.min_bars:
-            has_ended = values[:, _LAST] == table["end_type"]
-            allowed[:, self.eos_token_id] &= (values[:, _BARS] >= self.min_bars) | has_ended
+            is_full = (values[:, _BARS] >= self.min_bars) & (values[:, _EMPTY] == 0)
+            allowed[:, self.eos_token_id] &= is_full | has_ended
+        # After a pedal or the like, only if there is a new note.
+        has_note = values[:, _NOTES] > values[:, _PROMPTED]
+        allowed[:, self.eos_token_id] &= has_note | table["completes"][values[:, _LAST]] | has_ended
         if self.fills:
             allowed = self._in_meter(allowed, values)
+        in_time = lead <= budget
 
         sayable = self._sayable(state, programs)
         sayable &= may_play | ~table["inherits"]
         sayable &= (held == 0) | ((table["lead_notes"] == 0) & ~table["ends"])
         sayable &= allowed
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
-        return torch.where(sayable.any(dim=1, keepdim=True), sayable, allowed)
+        return _first_choice(sayable & in_time, sayable & self._may_take_longer, allowed & in_time)
+
+    def _in_bar(self, position: Tensor, limit: Tensor) -> Tensor:
+        """Which ids stay inside the open bar and go forward in it, of shape (batch, vocab); arguments (batch, 1)."""
+        table = self._tables
+        at_line = (table["meter_after"] == UNSET) | ((position + table["meter_after"]) % limit == 0)
+        return at_line & (table["first_position"] > position) & (table["last_position"] < limit)
 
     def _in_meter(self, allowed: Tensor, values: Tensor) -> Tensor:
         """`allowed` of shape (batch, vocab) as far as bars have the meters that are wanted."""
@@ -241,7 +282,7 @@ class MidiGrammar(LogitsProcessor):
         allowed[:, self.eos_token_id] |= is_last & table["is_head"][values[:, _LAST]]
         return allowed
 
-    def _sayable(self, state: _State, programs: Tensor) -> Tensor:
+    def _sayable(self, state: State, programs: Tensor) -> Tensor:
         """Which ids keep every onset to notes that MIDI can tell apart and `programs` may play, (batch, vocab)."""
         table = self._tables
         program, onset = state.values[:, _PROGRAM, None], state.values[:, _ONSET, None]
@@ -254,7 +295,8 @@ class MidiGrammar(LogitsProcessor):
         sayable = (twice == 0) & ~table["clashes"][program[:, 0]]
         sayable &= used.sum(dim=1, keepdim=True) + table["lead_notes"] <= self.max_notes
         pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True)
-        sayable &= pitched + table["lead_pitched"] <= self.voices
+        inherited = torch.where(program == DRUMS_ROW, 0, table["lead_inherited"])
+        sayable &= pitched + table["lead_pitched"] + inherited <= self.voices
         sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
         sayable &= (~programs).float() @ table["programs_of_id"] == 0
         # An id at whose end a note must follow needs a free pitch.
@@ -278,17 +320,17 @@ class MidiGrammar(LogitsProcessor):
 
     # ---- where the music stands ----
 
-    def _begin(self, rows: int) -> _State:
+    def _begin(self, rows: int) -> State:
         """The state of rows without ids: as after begin-of-sequence."""
         begin = self._tables["begin"]
         values = begin.new_zeros(rows, 11)
-        values[:, _LEFT] = begin
+        values[:, _LEFT], values[:, _COUNTS] = begin, self._tables["begin_counts"]
         values[:, _ONSET] = 1
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
-        return _State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played)
+        return State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played)
 
-    def _follow(self, input_ids: Tensor) -> _State:
+    def _follow(self, input_ids: Tensor) -> State:
         """The state after `input_ids` of shape (batch, time). Remembers both."""
         rows, time = input_ids.shape
         seen = self._time if time >= self._time else 0
@@ -308,7 +350,7 @@ class MidiGrammar(LogitsProcessor):
         self._time = time
         return state
 
-    def _reordered(self, before: Tensor) -> _State:
+    def _reordered(self, before: Tensor) -> State:
         """The state after `before` of shape (batch, time), where the last call saw other rows of that length.
 
         Beams are reordered and batches cut: each row that was seen brings its state along. Others are read.
@@ -326,12 +368,13 @@ class MidiGrammar(LogitsProcessor):
         order = [next(first_new) if place is None else place for place in found]
         return state.rows(torch.tensor(order, dtype=torch.long, device=before.device))
 
-    def _read(self, state: _State, ids: Tensor, step: int) -> None:
+    def _read(self, state: State, ids: Tensor, step: int) -> None:
         """Take in one id per row, in place. Padding and controls change nothing but what was asked for."""
         table, values = self._tables, state.values
         inherited = values[:, _PROGRAM, None].clone()
         left, moves, begins = table["left"][ids], table["moves"][ids, None], table["begins"][ids, None]
         values[:, _LEFT] = torch.where(left == UNSET, values[:, _LEFT], left)
+        values[:, _POSITION] += table["advance"][ids]
         values[:, _COUNTS] = values[:, _COUNTS] * table["keeps"][ids] + table["adds"][ids]
         values[:, _ONSET, None] += moves
         values[:, _NOTES, None] *= ~begins
@@ -349,9 +392,18 @@ class MidiGrammar(LogitsProcessor):
             state.played &= ~begins
             state.played |= inherits | table["asked"][ids] | (table["programs_of_id"].T[ids] > 0)
         if step + 1 == self.prompt_length:
-            values[:, _BARS] = 0
-            values[:, _PROMPTED] = values[:, _NOTES] > 0
+            first = self._tables["begin_counts"][-1]
+            values[:, _BARS] = torch.where(values[:, _NOTES] > 0, 0, first)
+            values[:, _PROMPTED] = values[:, _NOTES]
             values[:, _HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
+
+
+def _first_choice(*choices: Tensor) -> Tensor:
+    """For every row, the first of these masks of shape (batch, vocab) that allows anything, or else the last."""
+    *others, result = choices
+    for choice in reversed(others):
+        result = torch.where(choice.any(dim=1, keepdim=True), choice, result)
+    return result
 
 
 def _key(row: Tensor) -> bytes:

@@ -1,6 +1,6 @@
 """What the grammar knows of every id beforehand: what it requires of the music before it, and what it leaves."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -13,28 +13,10 @@ from torch import Tensor
 
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
-from .errors import InputError
+from .grammar_types import PROGRAM_TIMING, TypeGraph, kind_of, kinds_of, type_graph
 from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
 
-# The rules rely on a note being Pitch, Velocity, Duration under the program before it. MIDILike ends notes long after
-# they start, PerTok does not say types, MMM and BEAT have tracks and beats that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured")
-# Under these options other tokens come in between, or a note is not complete with its duration.
-_MUST_BE_OFF = (
-    "use_chords",
-    "use_rests",
-    "use_key_signatures",
-    "use_sustain_pedals",
-    "use_pitch_bends",
-    "use_control_changes",
-    "use_pitch_intervals",
-)
-_MUST_BE_ON = ("use_pitchdrum_tokens",)
-_MUST_BE_ALL = ("use_note_duration_programs", "programs")
-
-# The type of the token that completes a note.
-NOTE_END = "Duration"
 # A time shift that Structured writes between notes of one onset.
 NO_SHIFT = "0.0.1"
 
@@ -62,9 +44,11 @@ class _Meaning:
     fits: bool = True  # whether its tokens may follow each other
     first_position: int = _NEVER  # its first position in the bar already open
     last_position: int = -1  # its last position in a bar whose length it doesn't say
+    meter_after: int = UNSET  # positions that time shifts move before its first time signature
     pitch_kind: int = -1  # 1 if its first pitch needs the drum program before it, 0 if another
 
     # What it adds.
+    advance: int = 0  # positions that time shifts move, if it leaves no position
     lead: int = 0  # base tokens up to its first complete note, which may end in the ids to come
     lead_named: int = 0  # the same where a program must come before the next pitch
     lead_bars: int = 0  # bars opened before its first complete note
@@ -78,14 +62,24 @@ class _Meaning:
     onsets: list[list[tuple[int, int]]] = field(default_factory=lambda: [[]])
     programs: set[int] = field(default_factory=set)  # those it names
     announces: int = _NONE  # the program of the note that must follow at its last onset
+    inherits: bool = False  # whether something of its own belongs to the program before it
     asked: int = UNSET  # the program that a control asks for
     meters: list[tuple[int, str]] = field(default_factory=list)  # the bars it opened up to each meter, and the meter
 
     @property
     def pitched(self) -> list[int]:
-        """Notes that aren't drums, onset by onset; those that must follow are left out."""
-        drums = {DRUMS_ROW, UNSET} if self.pitch_kind == 1 else {DRUMS_ROW}
+        """Notes that aren't drums, onset by onset; those that must follow are left out.
+
+        Where drums have no pitches of their own, notes of an unknown program may be drums: then they do not count.
+        """
+        drums = {DRUMS_ROW} if self.pitch_kind == 0 else {DRUMS_ROW, UNSET}
         return [sum(program not in drums for program, _ in onset) for onset in self.onsets]
+
+    @property
+    def inherited(self) -> list[int]:
+        """Notes that are drums if the program before them is, and only then, onset by onset."""
+        unknown = {UNSET} if self.pitch_kind < 0 else set()
+        return [sum(program in unknown for program, _ in onset) for onset in self.onsets]
 
     @property
     def pitched_due(self) -> int:
@@ -101,19 +95,6 @@ class _Meaning:
     def due(self) -> int:
         """Notes that must follow at its last onset: 1 or 0."""
         return int(self.announces != _NONE)
-
-
-def check_supported(tokenizer: MusicTokenizer) -> None:
-    """Raise an [`InputError`] if there are no rules for a tokenizer."""
-    name = type(tokenizer).__name__
-    if name not in SUPPORTED:
-        raise InputError(f"the grammar supports {', '.join(SUPPORTED)}, not {name}")
-    config = tokenizer.config
-    wrong = [option for option in _MUST_BE_OFF if getattr(config, option)]
-    wrong += [option for option in _MUST_BE_ON if not getattr(config, option)]
-    wrong += [option for option in _MUST_BE_ALL if getattr(config, option) != set(range(-1, 128))]
-    if wrong:
-        raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r}")
 
 
 Tables = dict[str, Tensor]
@@ -141,7 +122,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Ta
     """All tables of a tokenizer.
 
     Args:
-        tokenizer (`miditok.MusicTokenizer`): one that [`check_supported`] accepts.
+        tokenizer (`miditok.MusicTokenizer`): one that `check_supported` accepts.
         max_notes (`int`): the most notes that may begin at one onset.
         voices (`int`): the most notes that may begin at one onset and aren't drums.
 
@@ -150,44 +131,49 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Ta
 
         - `follows` (types, vocab): which ids may follow a type; `is_head` (types,): whether positions may;
         - `distance`, `named` (types,): fewest base tokens to a complete note; the same if a program must come first;
-        - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,): how an id changes a state, and the first state;
+        - `completes` (types,): whether a note begins or ends with this type, so that the piece may end;
+        - `left` (vocab, 4), `keeps`, `adds` (vocab, 3), `begin` (4,), `begin_counts` (3,): how an id changes a state,
+          and the first state;
         - `tail_program`, `tail_pitch` (vocab, longest tail): the notes at the last onset, padded;
         - `note_id`, `note_program`, `note_pitch` (notes,): every note at the onset that an id continues;
         - `any_id` (ids,): those after which a note of any program must follow at the same onset;
-        - `clashes` (programs, vocab): ids that repeat a note if they come under a program;
+        - `lead_inherited` (vocab,): notes at the onset that an id continues, of the program before it, drums or not;
+        - `clashes` (programs, vocab): ids that repeat a note, or have too many, if they come under a program;
         - `programs_of_id` (programs, vocab), `asked` (vocab, programs): the programs that an id names, or asks for;
         - `pitches` (programs,): how many pitches a program has;
         - `meter_of`, `meter_bar` (vocab, meters): the time signatures that an id writes, as [`number_of`], padded, and
           how many bars it has opened by then.
     """
-    followers = _followers(tokenizer)
-    types = list(followers)
-    near, named = _distances(followers), _distances(_through_programs(followers))
+    graph = type_graph(tokenizer)
+    types, followers = graph.types, graph.followers
     per_beat = tokenizer.config.max_num_pos_per_beat
     meanings = [
-        _meaning(tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])), followers, (near, named), per_beat)
+        _meaning(tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])), graph, per_beat)
         for index in range(tokenizer.vocab_size)
     ]
-    pitches = torch.tensor([len(tokenizer.token_ids_of_type(kind)) for kind in ("PitchDrum", "Pitch")])
+    kinds = Counter(kind_of(token) for token in tokenizer.vocab)
+    pitches = torch.tensor([kinds["PitchDrum"] or kinds["Pitch"], kinds["Pitch"]])
     for meaning in meanings:
         meaning.fits &= _onsets_fit(meaning, max_notes, voices, int(pitches.min()))
     tables = {
         name: torch.tensor([getattr(meaning, name) for meaning in meanings])
         for name in _Meaning.__annotations__.keys() - {"onsets", "programs", "meters"}
     }
-    graph = torch.tensor([[after in followers[kind] for after in types] for kind in types])
+    follows = torch.tensor([[after in followers[kind] for after in types] for kind in types])
     left = torch.stack([tables[name] for name in ("last", "position", "limit", "program")], dim=1)
     restarts = torch.stack([tables["has_note"] | tables["begins"]] * 2 + [tables["begins"]], dim=1)
     return (
         tables
-        | _note_tables(meanings)
+        | _note_tables(meanings, voices)
         | _meter_tables(meanings)
         | {
-            "follows": graph[:, tables["first"]] & tables["fits"],
-            "distance": torch.tensor([near[kind] for kind in types]),
-            "named": torch.tensor([named[kind] for kind in types]),
+            "follows": follows[:, tables["first"]] & tables["fits"],
+            "distance": torch.tensor([graph.near[kind] for kind in types]),
+            "named": torch.tensor([graph.named[kind] for kind in types]),
+            "completes": torch.tensor([kind in graph.ends for kind in types]),
             "left": left,
             "begin": left[tokenizer.vocab[BOS]],
+            "begin_counts": torch.zeros(3, dtype=torch.long),
             "keeps": ~restarts,
             "adds": torch.stack([tables[name] for name in ("tail", "tail_bars", "bars")], dim=1),
             "ends": torch.arange(len(meanings)) == tokenizer.vocab[EOS],
@@ -214,7 +200,7 @@ def _meter_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     }
 
 
-def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
+def _note_tables(meanings: list[_Meaning], voices: int) -> dict[str, Tensor]:
     """The tables about notes and programs."""
     size, indices = len(meanings), range(len(meanings))
     longest = max([1, *(len(meaning.onsets[-1]) for meaning in meanings)])
@@ -229,6 +215,8 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     asked = torch.zeros(size, PROGRAMS, dtype=torch.bool)
     for index, meaning in enumerate(meanings):
         clashes[list(_clashes(meaning)), index] = True
+        if any(sum(both) > voices for both in zip(meaning.pitched, meaning.inherited, strict=True)):
+            clashes[DRUMS_ROW + 1 :, index] = True
         programs[list(meaning.programs), index] = 1
         if meaning.asked != UNSET:
             asked[index, meaning.asked] = True
@@ -243,12 +231,13 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
         "lead_pitched": torch.tensor(
             [meaning.pitched[0] + (0 if meaning.moves else meaning.pitched_due) for meaning in meanings]
         ),
-        "tail_pitched": torch.tensor([meaning.pitched[-1] for meaning in meanings]),
+        # Further ones that belong to the program before them, whatever it is.
+        "lead_inherited": torch.tensor([meaning.inherited[0] for meaning in meanings]),
+        "tail_pitched": torch.tensor([meaning.pitched[-1] + meaning.inherited[-1] for meaning in meanings]),
         "any_id": torch.tensor([i for i in indices if meanings[i].announces == ANY], dtype=torch.long),
         "tail_drums": torch.tensor([len(meaning.onsets[-1]) - meaning.pitched[-1] for meaning in meanings]),
         "tail_notes": torch.tensor([0 if meanings[i].moves else len(meanings[i].onsets[-1]) for i in indices]),
         "announces": torch.tensor([_NONE if meanings[i].moves else meanings[i].announces for i in indices]),
-        "inherits": torch.tensor([UNSET in _programs(meaning) for meaning in meanings]),
         "tail_program": tails[:, :, 0],
         "tail_pitch": tails[:, :, 1],
         "note_id": leads[:, 0],
@@ -258,11 +247,6 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
         "programs_of_id": programs,
         "asked": asked,
     }
-
-
-def _programs(meaning: _Meaning) -> set[int]:
-    """The programs of its notes; `UNSET` for the one in force before it."""
-    return {program for onset in meaning.onsets for program, _ in onset}
 
 
 def _clashes(meaning: _Meaning) -> set[int]:
@@ -287,69 +271,28 @@ def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) ->
     return fits and is_room and all(max(Counter(o).values(), default=1) == 1 for o in meaning.onsets)
 
 
-def _followers(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
-    """MidiTok's graph of types, narrowed to what its encoder writes. No PAD, BOS or control may follow anything."""
-    special = {*tokenizer.special_tokens, *(token.split("_")[0] for token in tokenizer.special_tokens)}
-    graph = {kind: set(after) - special for kind, after in tokenizer.tokens_types_graph.items() if kind not in special}
-    time = "Bar" if "Bar" in graph else "TimeShift"
-    # A program announces a note. MidiTok's graph also leads back to time and tempo, and round in circles.
-    graph["Program"] &= {"Pitch", "PitchDrum"}
-    # A meter belongs to the bar line: elsewhere it would alter the length of the open bar.
-    for kind in graph.keys() - {time}:
-        graph[kind].discard("TimeSig")
-    if time == "Bar":
-        graph.get("TimeSig", set()).intersection_update({"Bar", "Position"})
-    graph["BOS"] = {time}
-    if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
-        graph["BOS"] |= graph[time]
-    graph[NOTE_END].add("EOS")
-    # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
-    graph["EOS"] = {"EOS"}
-    graph["PAD"] = set()
-    return graph
-
-
-def _through_programs(followers: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph in which every pitch comes after a program."""
-    return {kind: after - {"Pitch", "PitchDrum"} if kind != "Program" else after for kind, after in followers.items()}
-
-
-def _distances(followers: dict[str, set[str]]) -> dict[str, int]:
-    """Fewest base tokens from each type until a note is complete; 0 where none can come."""
-    distances = {kind: 1 for kind, after in followers.items() if NOTE_END in after}
-    queue = deque(distances)
-    while queue:
-        nearer = queue.popleft()
-        for kind, after in followers.items():
-            if nearer in after and kind not in distances:
-                distances[kind] = distances[nearer] + 1
-                queue.append(kind)
-    return {kind: distances.get(kind, 0) for kind in followers}
-
-
-def _meaning(
-    tokens: list[str],
-    followers: dict[str, set[str]],
-    distances: tuple[dict[str, int], dict[str, int]],
-    positions_per_beat: int,
-) -> _Meaning:
-    types = {kind: index for index, kind in enumerate(followers)}
-    kinds = [token.split("_")[0] for token in tokens]
+def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _Meaning:
+    types = {kind: index for index, kind in enumerate(graph.types)}
+    kinds = kinds_of(tokens)
     if tokens in ([PAD], [GAP]) or is_control(tokens[0]):  # none of them changes what may follow
         return _Meaning(first=types["PAD"], asked=_PROGRAM_OF_CONTROL.get(tokens[0], UNSET))
     if tokens in ([BOS], [FILL]):  # MidiTok decodes 4/4 and the piano until a token says otherwise
-        return _Meaning(types["BOS"], -1, 4 * positions_per_beat, -DRUMS, first=types["BOS"], begins=True)
+        position = -1 if "Position" in types else 0
+        return _Meaning(types["BOS"], position, 4 * positions_per_beat, -DRUMS, first=types["BOS"], begins=True)
     if tokens == [EOS]:
         return _Meaning(types["EOS"], first=types["EOS"])
     meaning = _Meaning(types[kinds[-1]], first=types[kinds[0]])
-    meaning.fits = all(b in followers[a] for a, b in pairwise(kinds))
+    meaning.fits = all(b in graph.followers[a] for a, b in pairwise(kinds))
     for token, kind in zip(tokens, kinds, strict=True):
+        if kind == "TimeSig" and "Bar" not in types:
+            _read_bar_line(meaning)
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
-    if kinds[-1] == "Program":
+        _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
+    if kinds[-1] in ("Program", PROGRAM_TIMING) and graph.ends == graph.note_ends:  # elsewhere one may also end
         meaning.announces = meaning.program
     elif tokens[-1] == f"TimeShift_{NO_SHIFT}":
         meaning.announces = ANY
-    _count(meaning, kinds, distances)
+    _count(meaning, kinds, graph)
     return meaning
 
 
@@ -361,23 +304,26 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != NO_SHIFT):
+    if kind in ("Bar", "Position", "Rest") or (kind == "TimeShift" and value != NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1
         meaning.bars += 1
+    elif kind in ("TimeShift", "Rest"):
+        beats, part, parts = map(int, value.split("."))
+        steps = beats * positions_per_beat + part * positions_per_beat // parts
+        if meaning.position == UNSET:
+            meaning.advance += steps
+        else:
+            meaning.position += steps
     elif kind == "TimeSig":
         meaning.meters.append((meaning.bars, value))
         meaning.limit = int(value.split("/")[0]) * positions_per_beat
     elif kind == "Program":
         meaning.program = int(value) - DRUMS
         meaning.programs.add(meaning.program)
-    elif kind in ("Pitch", "PitchDrum"):
-        drums = int(kind == "PitchDrum")
-        if meaning.program == UNSET and meaning.pitch_kind < 0:
-            meaning.pitch_kind = drums
-        meaning.fits &= drums == (meaning.pitch_kind if meaning.program == UNSET else int(meaning.program == 0))
-        meaning.onsets[-1].append((meaning.program, int(value)))
+    elif kind in ("Pedal", "PedalOff"):
+        meaning.programs.add(int(value) - DRUMS)
     elif kind == "Position":
         position = int(value)
         if meaning.position == UNSET:
@@ -388,10 +334,34 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         meaning.position = position
 
 
-def _count(meaning: _Meaning, kinds: list[str], distances: tuple[dict[str, int], dict[str, int]]) -> None:
+def _read_bar_line(meaning: _Meaning) -> None:
+    """Take in the bar line before a time signature: it stands where the meter in force so far has one."""
+    if meaning.position == UNSET:
+        meaning.meter_after, meaning.advance = meaning.advance, 0
+    else:
+        meaning.fits &= meaning.position % meaning.limit == 0
+    meaning.position = 0
+
+
+def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) -> None:
+    """Take in one base token of an instrument."""
+    if kind in ("Pitch", "PitchDrum", "NoteOff", "DrumOff", "PitchBend", "ControlChange"):
+        meaning.inherits |= meaning.program == UNSET
+    if drums_are_apart and kind in ("Pitch", "PitchDrum", "NoteOff", "DrumOff"):
+        drums = int(kind in ("PitchDrum", "DrumOff"))
+        if meaning.program == UNSET and meaning.pitch_kind < 0:
+            meaning.pitch_kind = drums
+        meaning.fits &= drums == (
+            meaning.pitch_kind if meaning.program == UNSET else int(meaning.program == DRUMS_ROW)
+        )
+    if kind in ("Pitch", "PitchDrum"):
+        meaning.onsets[-1].append((meaning.program, int(value)))
+
+
+def _count(meaning: _Meaning, kinds: list[str], graph: TypeGraph) -> None:
     """Count base tokens and bars before, between and after the complete notes."""
-    notes = [index for index, kind in enumerate(kinds) if kind == NOTE_END]
-    near, named = distances
+    notes = [index for index, kind in enumerate(kinds) if kind in graph.ends]
+    near, named = graph.near, graph.named
     if notes:
         first, last = notes[0] + 1, notes[-1] + 1
         meaning.has_note = True
@@ -399,7 +369,7 @@ def _count(meaning: _Meaning, kinds: list[str], distances: tuple[dict[str, int],
     else:
         first, last = len(kinds), 0
         meaning.lead = len(kinds) + near[kinds[-1]]
-        meaning.lead_named = len(kinds) + (near if meaning.programs else named)[kinds[-1]]
+        meaning.lead_named = len(kinds) + (near if meaning.program != UNSET else named)[kinds[-1]]
     meaning.lead_bars = kinds[:first].count("Bar")
     meaning.tail = len(kinds) - last
     meaning.tail_bars = kinds[last:].count("Bar")

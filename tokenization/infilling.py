@@ -31,7 +31,7 @@ from symusic.core import ScoreTick
 
 from .errors import InputError
 from .gaps import Gap, with_gap
-from .grammar_tables import check_supported
+from .grammar_types import check_plain
 from .ingest import check_score
 from .normalization import normalize_score
 from .tokenizations import FILL, GAP
@@ -55,7 +55,7 @@ def check_can_infill(tokenizer: MusicTokenizer) -> None:
     """Raise an [`InputError`] if pieces of a tokenizer cannot be arranged: only REMI has bars that stand alone."""
     if type(tokenizer) is not REMI:
         raise InputError(f"infilling needs REMI, not {type(tokenizer).__name__}: choose --tokenization REMI")
-    check_supported(tokenizer)
+    check_plain(tokenizer, "infilling")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""Notes that a MIDI file starts and never ends. symusic leaves them out without a word."""
+"""Notes that are started and never ended: in MIDI files and in ids of MIDILike.
+
+symusic and MidiTok leave them out without a word.
+"""
 
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
 
+from miditok import MusicTokenizer
 from symusic.core import ScoreTick
 
 _END_OF_TRACK = b"\xff\x2f\x00"
@@ -73,3 +77,32 @@ def _with_all_off(content: bytes) -> bytes | None:
             body = body[:-3] + _ALL_OFF + b"\x00" + _END_OF_TRACK
         parts += [kind, len(body).to_bytes(4, "big"), body]
     return b"".join(parts)
+
+
+def end_notes(tokenizer: MusicTokenizer, ids: list[int]) -> list[int]:
+    """Base ids of MIDILike with ends for the notes that they leave open: where they stop, or else a step later.
+
+    A start without the velocity after it, where the ids are cut off, is left out.
+    """
+    tokens = tokenizer._ids_to_tokens(ids)
+    if tokens and tokens[-1].startswith(("NoteOn_", "DrumOn_")) and tokenizer.config.use_velocities:
+        ids, tokens = ids[:-1], tokens[:-1]
+    program, time = 0, 0
+    opened: dict[tuple[int, str, str], list[int]] = {}
+    for token in tokens:
+        kind, value = token.split("_")
+        if kind == "Program":
+            program = int(value)
+        elif kind in ("TimeShift", "Rest"):
+            time += 1
+        elif kind in ("NoteOn", "DrumOn") and program in tokenizer.config.use_note_duration_programs:
+            opened.setdefault((program, kind.replace("On", "Off"), value), []).append(time)
+        elif kind in ("NoteOff", "DrumOff"):
+            del opened.get((program, kind, value), [])[:1]
+    parts: tuple[list[str], list[str]] = [], []  # of notes that began earlier, and of those that begin where ids stop
+    for (program, kind, value), onsets in opened.items():
+        for onset in onsets:
+            parts[onset == time].extend([f"Program_{program}", f"{kind}_{value}"])
+    shortest = ".".join(map(str, tokenizer.durations[0]))
+    ends = parts[0] + ([f"TimeShift_{shortest}", *parts[1]] if parts[1] else [])
+    return [*ids, *(tokenizer.vocab[token] for token in ends)]

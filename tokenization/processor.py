@@ -27,10 +27,22 @@ from .controls import control_ids, controls_of
 from .errors import InputError
 from .gaps import fill_gap, find_gap
 from .grammar import MidiGrammar
+from .grammars import make_grammar
 from .infilling import Arranger
 from .ingest import check_score, read_unordered
 from .normalization import normalize, settle_notes
-from .tokenizer import BOS, EOS, MIDITOK_FILE, PAD, encode_normalized, fast_tokenizer, load_tokenizer, merge_ids
+from .open_notes import end_notes
+from .tokenizer import (
+    BOS,
+    EOS,
+    MIDITOK_FILE,
+    PAD,
+    encode_normalized,
+    expand_ids,
+    fast_tokenizer,
+    load_tokenizer,
+    merge_ids,
+)
 from .voices import limit_voices
 
 logger = logging.get_logger(__name__)
@@ -223,6 +235,8 @@ class MidiProcessor(ProcessorMixin):
         """What MidiTok decodes."""
         tokenizer = self.midi_tokenizer
         try:
+            if tokenizer._note_on_off:
+                return tokenizer.decode(TokSequence(ids=end_notes(tokenizer, expand_ids(tokenizer, music))))
             return tokenizer.decode(TokSequence(ids=list(music), are_ids_encoded=tokenizer.is_trained))
         except (LookupError, ValueError) as error:
             raise ValueError(f"{type(tokenizer).__name__} cannot decode these ids, which are not music") from error
@@ -366,9 +380,9 @@ class MidiProcessor(ProcessorMixin):
         """The logits processor under which only valid music is sampled; `options` as for [`MidiGrammar`].
 
         Raises:
-            InputError: if there are no rules for the tokenization.
+            InputError: if there are no rules for the tokenization, or for one of its options.
         """
-        return MidiGrammar(self.midi_tokenizer, **{"programs": self.programs, "voices": self.voices, **options})
+        return make_grammar(self.midi_tokenizer, **{"programs": self.programs, "voices": self.voices, **options})
 
     def compose(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Composed:
         """Let a model continue what this processor returned; see [`~midimamba.tokenization.composing.compose`]."""

@@ -16,8 +16,10 @@ from miditok import REMI, MusicTokenizer
 from symusic import Tempo
 from symusic.core import ScoreTick
 
+from midimamba.errors import InputError
 from midimamba.tokenization.continuation import in_fine_division, instrument_of
-from midimamba.tokenization.grammar_tables import DRUMS, NO_SHIFT, check_supported
+from midimamba.tokenization.grammar_tables import DRUMS, NO_SHIFT
+from midimamba.tokenization.grammar_types import check_plain
 from midimamba.tokenization.ingest import read_unordered
 from midimamba.tokenization.processor import Midi, MidiProcessor
 from midimamba.tokenization.tokenizer import expand_ids
@@ -26,6 +28,8 @@ from midimamba.tokenization.tokenizer import expand_ids
 _VELOCITY, _MSPQ = 100, 500_000
 # Changes of the beat that are remembered. What is looked up lies less than a bar back.
 _SECTIONS = 16
+STREAMED = ("REMI", "TSD", "Structured")
+"""The tokenizations whose notes come in the order of time, each complete when its last token is read."""
 
 
 class Note(NamedTuple):
@@ -276,13 +280,16 @@ class NoteDecoder:
             instead. By default any length, which has to be waited for.
 
     Raises:
-        InputError: if the tokenization has no grammar, so that notes need not come in order.
+        InputError: if the tokenization is another, or its pieces hold more than notes, tempos and meters.
         MidiRefusedError: if the prompt cannot be used.
     """
 
     def __init__(self, processor: MidiProcessor, prompt: Midi | None = None, longest: float | None = None):
         tokenizer = processor.midi_tokenizer
-        check_supported(tokenizer)
+        name = type(tokenizer).__name__
+        if name not in STREAMED:
+            raise InputError(f"streaming needs {', '.join(STREAMED)}, not {name}: sample whole pieces")
+        check_plain(tokenizer, "streaming")
         assert processor.tokenizer is not None
         self._music = range(len(processor.tokenizer.all_special_ids), len(processor.tokenizer))
         self._reader = _Reader(tokenizer)

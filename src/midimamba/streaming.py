@@ -65,7 +65,7 @@ def stream(
 
     Raises:
         MidiRefusedError: if the prompt cannot be used.
-        InputError: if the tokenization has no grammar, there is no such control or value, the model computes NaN, or
+        InputError: if the tokenization cannot be streamed, there is no such control or value, the model computes NaN, or
             `options` ask to choose among several pieces.
     """
     options = options or SamplingOptions()
@@ -105,7 +105,7 @@ class NoteStreamer(BaseStreamer):
             default it waits for ever.
 
     Raises:
-        InputError: if the tokenization has no grammar.
+        InputError: if the tokenization cannot be streamed.
         MidiRefusedError: if the prompt cannot be used.
     """
 

@@ -21,7 +21,7 @@ from midimamba.serving.request_bodies import Asked, InfillRequest
 from midimamba.serving.sampler import Sampler
 from midimamba.serving.uploads import Upload, UploadReader
 from midimamba.streaming import stream
-from midimamba.tokenization.grammar_tables import check_supported
+from midimamba.tokenization.grammar_types import check_supported
 from midimamba.tokenization.sampling_limits import PICKS, complete_sampling
 from midimamba.tokenization.tokenizations import GAP
 
@@ -85,7 +85,7 @@ class Service:
         """The notes of a new piece, or of one continuation of an upload."""
         options = self._checked(asked, asked.options.bars)
         if not self.information.always_music:
-            raise HTTPException(422, "this model cannot stream, because its tokenization has no grammar")
+            raise HTTPException(422, "this model cannot stream: its tokenization is not REMI, TSD or Structured")
         prompt = await self._prompt(midi)
         return lambda: stream(self.model, self.processor, prompt, options, controls=asked.controls)
 
