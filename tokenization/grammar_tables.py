@@ -8,9 +8,11 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
+from .constraints import Constraints
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
 from .errors import InputError
+from .timed_rules import NO_SHIFT
 from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
 
@@ -32,8 +34,6 @@ _MUST_BE_ALL = ("use_note_duration_programs", "programs")
 
 # The type of the token that completes a note.
 NOTE_END = "Duration"
-# A time shift that Structured writes between notes of one onset.
-_NO_SHIFT = "0.0.1"
 
 DRUMS = -1  # MidiTok's program of drums, which is row 0 below; program 0 is row 1
 DRUMS_ROW = 0
@@ -113,11 +113,37 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r}")
 
 
-def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> dict[str, Tensor]:
+def tokens_of_ids(tokenizer: MusicTokenizer) -> list[list[str]]:
+    """The base tokens of every id."""
+    return [tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])) for index in range(tokenizer.vocab_size)]
+
+
+def playable(tokenizer: MusicTokenizer, constraints: Constraints | None) -> Tensor:
+    """The pitches that every program may play, as booleans of shape (programs, pitches)."""
+    known = torch.zeros(PROGRAMS, PITCHES, dtype=torch.bool)
+    for rows, kind in ((slice(0, 1), "PitchDrum"), (slice(1, None), "Pitch")):
+        known[rows, pitches_of(tokenizer, kind)] = True
+    for row in range(PROGRAMS if constraints is not None else 0):
+        allowed = torch.zeros(PITCHES, dtype=torch.bool)
+        allowed[sorted(constraints.pitches(row + DRUMS))] = True
+        known[row] &= allowed
+    return known
+
+
+def pitches_of(tokenizer: MusicTokenizer, kind: str) -> list[int]:
+    """The pitches for which a tokenizer has tokens, of the kind `Pitch` or `PitchDrum`."""
+    return [int(token.partition("_")[2]) for token in tokenizer.vocab if token.startswith(f"{kind}_")]
+
+
+def grammar_tables(
+    tokenizer: MusicTokenizer, tokens: list[list[str]], pitches: Tensor, max_notes: int, voices: int
+) -> dict[str, Tensor]:
     """All tables of a tokenizer.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`): one that [`check_supported`] accepts.
+        tokens (`list[list[str]]`): the base tokens of every id.
+        pitches (`BoolTensor` of shape (programs, pitches)): those that each program may play.
         max_notes (`int`): the most notes that may begin at one onset.
         voices (`int`): the most notes that may begin at one onset and aren't drums.
 
@@ -130,7 +156,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
         - `tail_program`, `tail_pitch` (vocab, longest tail): the notes at the last onset, padded;
         - `note_id`, `note_program`, `note_pitch` (notes,): every note at the onset that an id continues;
         - `any_id` (ids,): those after which a note of any program must follow at the same onset;
-        - `clashes` (programs, vocab): ids that repeat a note if they come under a program;
+        - `clashes` (programs, vocab): ids that, under a program, repeat a note or have a pitch that it may not play;
         - `programs_of_id` (programs, vocab), `asked` (vocab, programs): the programs that an id names, or asks for;
         - `pitches` (programs,): how many pitches a program has;
         - `meter_of`, `meter_bar` (vocab, meters): the time signatures that an id writes, as [`number_of`], padded, and
@@ -140,13 +166,13 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
     types = list(followers)
     near, named = _distances(followers), _distances(_through_programs(followers))
     per_beat = tokenizer.config.max_num_pos_per_beat
-    meanings = [
-        _meaning(tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])), followers, (near, named), per_beat)
-        for index in range(tokenizer.vocab_size)
-    ]
-    pitches = torch.tensor([len(tokenizer.token_ids_of_type(kind)) for kind in ("PitchDrum", "Pitch")])
+    meanings = [_meaning(each, followers, (near, named), per_beat) for each in tokens]
+    num_pitches = pitches.sum(dim=1)
     for meaning in meanings:
-        meaning.fits &= _onsets_fit(meaning, max_notes, voices, int(pitches.min()))
+        meaning.fits &= _onsets_fit(meaning, max_notes, voices, num_pitches.tolist())
+        meaning.fits &= all(
+            bool(pitches[program, pitch]) for onset in meaning.onsets for program, pitch in onset if program != UNSET
+        )
     tables = {
         name: torch.tensor([getattr(meaning, name) for meaning in meanings])
         for name in _Meaning.__annotations__.keys() - {"onsets", "programs", "meters"}
@@ -156,7 +182,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
     restarts = torch.stack([tables["has_note"] | tables["begins"]] * 2 + [tables["begins"]], dim=1)
     return (
         tables
-        | _note_tables(meanings)
+        | _note_tables(meanings, pitches)
         | _meter_tables(meanings)
         | {
             "follows": graph[:, tables["first"]] & tables["fits"],
@@ -169,7 +195,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> di
             "ends": torch.arange(len(meanings)) == tokenizer.vocab[EOS],
             "end_type": torch.tensor(types.index("EOS")),
             "is_head": torch.tensor([kind == ("TimeSig" if "TimeSig" in types else "Bar") for kind in types]),
-            "pitches": pitches[(torch.arange(PROGRAMS) > 0).long()],
+            "pitches": num_pitches,
         }
     )
 
@@ -190,7 +216,7 @@ def _meter_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     }
 
 
-def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
+def _note_tables(meanings: list[_Meaning], pitches: Tensor) -> dict[str, Tensor]:
     """The tables about notes and programs."""
     size, indices = len(meanings), range(len(meanings))
     longest = max([1, *(len(meaning.onsets[-1]) for meaning in meanings)])
@@ -205,6 +231,8 @@ def _note_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     asked = torch.zeros(size, PROGRAMS, dtype=torch.bool)
     for index, meaning in enumerate(meanings):
         clashes[list(_clashes(meaning)), index] = True
+        if inherited := [pitch for onset in meaning.onsets for program, pitch in onset if program == UNSET]:
+            clashes[:, index] |= ~pitches[:, inherited].all(dim=1)
         programs[list(meaning.programs), index] = 1
         if meaning.asked != UNSET:
             asked[index, meaning.asked] = True
@@ -250,7 +278,7 @@ def _clashes(meaning: _Meaning) -> set[int]:
     return found
 
 
-def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) -> bool:
+def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: list[int]) -> bool:
     """Whether each of its own onsets has at most `max_notes` notes, of which at most `voices` aren't drums.
 
     Also, none may be there twice, and a pitch must be left for one due.
@@ -258,7 +286,12 @@ def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) ->
     sizes, pitched = [len(onset) for onset in meaning.onsets], meaning.pitched
     sizes[-1] += meaning.due
     pitched[-1] += meaning.pitched_due
-    is_room = not meaning.moves or not meaning.due or sizes[-1] <= pitches
+    is_room = not meaning.moves or not meaning.due
+    if not is_room and meaning.announces == ANY:
+        is_room = sizes[-1] <= min((number for number in pitches if number), default=0)
+    elif not is_room:
+        own = sum(program in (meaning.announces, UNSET) for program, _ in meaning.onsets[-1])
+        is_room = own < pitches[meaning.announces]
     fits = max(sizes) <= max_notes and max(pitched) <= voices
     return fits and is_room and all(max(Counter(o).values(), default=1) == 1 for o in meaning.onsets)
 
@@ -323,7 +356,7 @@ def _meaning(
         _read(meaning, kind, token.split("_")[1], positions_per_beat)
     if kinds[-1] == "Program":
         meaning.announces = meaning.program
-    elif tokens[-1] == f"TimeShift_{_NO_SHIFT}":
+    elif tokens[-1] == f"TimeShift_{NO_SHIFT}":
         meaning.announces = ANY
     _count(meaning, kinds, distances)
     return meaning
@@ -337,7 +370,7 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != _NO_SHIFT):
+    if kind in ("Bar", "Position") or (kind == "TimeShift" and value != NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1
