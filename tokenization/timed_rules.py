@@ -45,8 +45,8 @@ class _Walk:
     """Where an id leads, under one denominator and with or without drums in force before it."""
 
     meter: str | None = None  # the last time signature that it writes
-    time: _Point = _Point()
-    bar: _Point = _Point(from_bar=1)
+    time: _Point = field(default_factory=_Point)
+    bar: _Point = field(default_factory=lambda: _Point(from_bar=1))
     length: int | None = None  # of the bar it leaves open, if it says so
     landings: list[int] = field(default_factory=list)  # where it places onsets, by shifts
     on_grid: bool = True
