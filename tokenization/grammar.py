@@ -106,8 +106,8 @@ class MidiGrammar(LogitsProcessor):
             The time signatures of the new bars, such as `["4/4", "3/4"]`. Exactly these bars are sampled, and the last
             of them may end without a note. For filling a gap; `max_bars` and `min_bars` then have no effect.
         constraints ([`~midimamba.tokenization.constraints.Constraints`] or `Mapping[str, Any]`, *optional*):
-            What else new music must keep to. No note breaks them; where a prompt leaves nothing that keeps to them, the
-            sequence ends. Their `instruments` replace `programs` and the instruments of a prompt.
+            What else new music must keep to. No note breaks them; where a prompt leaves nothing that keeps to them,
+            the sequence ends. Their `instruments` replace `programs` and the instruments of a prompt.
 
     Raises:
         InputError: if the tokenizer isn't REMI, TSD or Structured, an option adds tokens beyond the rules, or

@@ -1,9 +1,9 @@
 """Constraints that depend on time: a rhythm grid, how many notes sound at once, how many begin in a bar.
 
 Every id is walked through once, beforehand: where in time it leads, when its notes end, how many voices it needs and
-when. A *point* in time is ticks after the current onset or after the bar line, plus some lengths of the open bar; so it
-is known for every id at once from three numbers of a row. What is allowed is also looked at ahead: a note may only be
-as long, and a position only as late, as leaves room for the notes that must come. Times are in the tokenizer's ticks.
+when. A *point* in time is ticks after the current onset or after the bar line, plus some lengths of the open bar. So
+it is known for every id at once from three numbers of a row. The rules also look ahead: a note may only be as long,
+and a position only as late, as leaves room for the notes that must come. Times are in the tokenizer's ticks.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from torch import Tensor
 from .constraints import Constraints
 from .errors import InputError
 
-# The columns of a clock: the current onset, the bar line before it, the length of the bar, its denominator as an index,
-# the notes that began in it. Then come the ends of the notes that sound, the latest first.
+# The columns of a clock: the current onset, the bar line before it, the length of the bar, its denominator as an
+# index, the notes that began in it. Then come the ends of the notes that sound, the latest first.
 _TIME, _BAR, _LENGTH, _METER, _COUNT, _ENDS = range(6)
 _NEVER = -1e15
 _FOUR_FOUR = "4/4"

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from midimamba.command_options import (
+    ConstraintOptions,
     DrawingOptions,
     EvaluateOptions,
+    GapConstraintOptions,
     GenerateOptions,
     InfillOptions,
     ListenOptions,
@@ -52,12 +54,12 @@ COMMANDS = {
         passes_on="adversarial",
     ),
     "generate": Command(
-        (GenerateOptions, SamplingOptions),
+        (GenerateOptions, SamplingOptions, ConstraintOptions),
         "Sample music from a generator, or let it continue a MIDI file.",
         "midimamba generate runs/demo/generator --prompt opening.mid --bars 8 --out continued",
     ),
     "infill": Command(
-        (InfillOptions, DrawingOptions),
+        (InfillOptions, DrawingOptions, GapConstraintOptions),
         "Write some bars of a MIDI file again, in all tracks or in some. Everything else stays as it is.",
         "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
     ),

@@ -6,10 +6,11 @@ The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.o
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from midimamba.errors import InputError
+from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.sampling_limits import (
     BEST_OF,
     MAX_NUMPY_SEED,
@@ -137,6 +138,7 @@ class DrawingOptions:
         top_p (`float`, *optional*): draw from the most likely tokens with this total probability. By default the
             model's own, or else 0.95.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces; not negative.
+        constraints ([`~midimamba.tokenization.constraints.Constraints`], *optional*): what new notes must keep to.
 
     Raises:
         InputError: if a value makes no sense.
@@ -157,9 +159,15 @@ class DrawingOptions:
         },
     )
     seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
+    constraints: Constraints | None = None
 
     def __post_init__(self) -> None:
         check_sampling(**asdict(self))
+
+    @property
+    def polyphony(self) -> int | None:
+        """The most notes that may sound at once, if constraints say so."""
+        return None if self.constraints is None else self.constraints.polyphony
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ class SamplingOptions(DrawingOptions):
     How a generator is sampled.
 
     Args:
-        num, max_new_tokens, temperature, top_p, seed: as in [`DrawingOptions`].
+        num, max_new_tokens, temperature, top_p, seed, constraints: as in [`DrawingOptions`].
         bars (`int`, *optional*, defaults to 16): this many new bars per piece. TSD and Structured have no bar tokens:
             there the model or `max_new_tokens` ends a piece.
         at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`
@@ -208,6 +216,76 @@ class SamplingOptions(DrawingOptions):
             "choices": PICKS,
             "help": "resample: choose at random, in proportion to the odds that a draw is real music; best: choose "
             "the draw with the highest odds, which tends to please the discriminator rather than the ear",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class GapConstraintOptions:
+    """What the notes of a gap must keep to; see [`~midimamba.tokenization.constraints.Constraints`]."""
+
+    scale: str | None = field(
+        default=None,
+        metadata={
+            "group": "constraints",
+            "metavar": "D-dorian",
+            "help": "only notes of this scale, or of pitch classes such as C,E,G; it does not bind drums",
+        },
+    )
+    pitch_range: Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "group": "constraints",
+            "metavar": "48-72",
+            "help": "the lowest and highest MIDI pitch of all instruments but drums; violin=55-100 is that of one",
+        },
+    )
+    polyphony: int | None = field(
+        default=None,
+        metadata={
+            "group": "constraints",
+            "metavar": "N",
+            "help": "at most this many notes sound at once, drums aside",
+        },
+    )
+    grid: str | None = field(
+        default=None,
+        metadata={
+            "group": "constraints",
+            "metavar": "1/8",
+            "help": "notes begin only at multiples of this part of a whole note from the bar line: 1/8 for eighths, "
+            "1/12 for their triplets",
+        },
+    )
+    notes_per_bar: str | None = field(
+        default=None,
+        metadata={
+            "group": "constraints",
+            "metavar": "4-16",
+            "help": "how many notes begin in each new bar; 4- for at least 4, 0-16 for at most 16; needs REMI",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.constraints  # what makes no sense is found before anything is loaded
+
+    @property
+    def constraints(self) -> Constraints | None:
+        """What they say, if they say anything."""
+        return Constraints.of({option.name: getattr(self, option.name) for option in fields(self)})
+
+
+@dataclass(frozen=True)
+class ConstraintOptions(GapConstraintOptions):
+    """What the notes of a new piece must keep to; see [`~midimamba.tokenization.constraints.Constraints`]."""
+
+    instruments: Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "group": "constraints",
+            "metavar": "NAME",
+            "help": "only these play, such as piano violin drums (default: those of the prompt, or else of the "
+            "training data)",
         },
     )
 

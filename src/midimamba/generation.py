@@ -1,7 +1,7 @@
 """From a generator to scores: new music, with or without controls, or the continuation of a prompt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +121,7 @@ def generate_scores(
         raise InputError(f"best_of is {options.best_of}, but nothing chooses: give a judge as well")
     inputs = processor(prompt, return_tensors="pt", controls=controls)
     parts = _compose(model, processor, inputs, options)
-    return [processor.continue_score(prompt, ids) for part in parts for ids in part.ids]
+    return [processor.continue_score(prompt, ids, options.polyphony) for part in parts for ids in part.ids]
 
 
 def infill_scores(
@@ -156,9 +156,10 @@ def infill_scores(
             there is no such control or value.
     """
     inputs = processor.infill(song, bars, tracks, controls, return_tensors="pt")
-    drawing = asdict(options or DrawingOptions())
+    options = options or DrawingOptions()
+    drawing = {option.name: getattr(options, option.name) for option in fields(DrawingOptions)}
     parts = _compose(model, processor, inputs, SamplingOptions(**drawing, bars=bars[1] - bars[0] + 1))
-    return [processor.place(song, ids, bars, tracks) for part in parts for ids in part.ids]
+    return [processor.place(song, ids, bars, tracks, options.polyphony) for part in parts for ids in part.ids]
 
 
 def choose_scores(
@@ -201,7 +202,7 @@ def choose_scores(
     chosen = [group.pop(place) for group, place in zip(groups, places, strict=True)]
 
     def decode(sequences: Sequence[Tensor]) -> list[ScoreTick]:
-        return [processor.continue_score(prompt, ids) for ids in sequences]
+        return [processor.continue_score(prompt, ids, options.polyphony) for ids in sequences]
 
     unused = [decode(group) for group in groups] if keep_unused else []
     return Chosen(decode(chosen), unused, float(effective_sample_size(log_odds).mean()))
@@ -247,6 +248,7 @@ def _compose(
                 inputs,
                 bars=options.bars,
                 at_most=options.at_most,
+                constraints=options.constraints,
                 num_return_sequences=count,
                 **sampling,
                 stopping_criteria=StoppingCriteriaList([_TokenProgress(bar)]),

@@ -149,7 +149,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "miditok.json"),
         *("processor_config.json", "evaluation.json", "curves.png"),
         *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
-        *("grammar_tables.py", "composing.py", "sampling_limits.py", "voices.py"),
+        *("grammar_tables.py", "composing.py", "constraints.py", "sampling_limits.py", "timed_rules.py", "voices.py"),
         *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
         *("infilling.py", "gaps.py"),
         *("choices.py", "musical_time.py", "ingest.py", "errors.py"),

@@ -1,12 +1,10 @@
 """Constraints while sampling: what they mean, that no note breaks them, and that no row is ever stuck."""
 
 import sys
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from grammar_support import BOS, EOS, PAD, prefer
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +16,7 @@ from midimamba.errors import InputError
 from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.processor import MidiProcessor
-from midimamba.tokenization.tokenizer import base_ids, build_tokenizer, merge_ids, train_tokenizer
+from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from midimamba.tokenization.voices import most_voices
 from support import make_score
 
