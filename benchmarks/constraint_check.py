@@ -1,4 +1,4 @@
-"""Constraints once more, read slowly: which notes of a sequence break one. It shares no code with the grammar's rules."""
+"""Constraints once more, read slowly: which notes of a sequence break one. It shares no code with the rules."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -70,6 +70,7 @@ def broken(
     constraints: Constraints,
     prompt: Sequence[int] = (),
     programs: Sequence[int] | None = None,
+    finished: bool = True,
 ) -> list[str]:
     """What is wrong with the new notes of a sequence, one line for each note, onset or bar; empty if nothing is.
 
@@ -79,6 +80,7 @@ def broken(
         constraints ([`~midimamba.tokenization.constraints.Constraints`]): what the new notes must keep to.
         prompt (`Sequence[int]`, *optional*): the first of the ids.
         programs (`Sequence[int]`, *optional*): those that may play if the constraints name no instruments.
+        finished (`bool`, *optional*, defaults to `True`): whether the last bar is complete.
     """
     notes, bars = listen(tokenizer, ids)
     before, old_bars = listen(tokenizer, prompt)
@@ -96,7 +98,7 @@ def broken(
             sounding = sum(note.start <= start < note.end for note in pitched)
             if sounding > constraints.polyphony:
                 found.append(f"{sounding} notes at {start}")
-    return found + _crowded(notes, new, range(old_bars + 1, bars + 1), constraints)
+    return found + _crowded(notes, new, range(old_bars + 1, bars + finished), constraints)
 
 
 def _crowded(notes: list[Heard], new: list[Heard], bars: range, constraints: Constraints) -> list[str]:

@@ -47,8 +47,8 @@ class MidiGenerationPipeline(Pipeline):
     Raises:
         MidiRefusedError: if a prompt cannot be used.
         ValueError: if `best_of` or `pick` is given without a discriminator, or the discriminator cannot judge.
-        InputError: if a control or its value is unknown, constraints cannot be kept together, an option makes no sense, the model computes NaN, or pieces
-            are not music where the tokenization has no grammar.
+        InputError: if a control or its value is unknown, constraints cannot be kept together, an option makes no
+            sense, the model computes NaN, or pieces are not music where the tokenization has no grammar.
     """
 
     model: MidiMambaForCausalLM
