@@ -123,7 +123,9 @@ def playable(tokenizer: MusicTokenizer, constraints: Constraints | None) -> Tens
     known = torch.zeros(PROGRAMS, PITCHES, dtype=torch.bool)
     for rows, kind in ((slice(0, 1), "PitchDrum"), (slice(1, None), "Pitch")):
         known[rows, pitches_of(tokenizer, kind)] = True
-    for row in range(PROGRAMS if constraints is not None else 0):
+    if constraints is None:
+        return known
+    for row in range(PROGRAMS):
         allowed = torch.zeros(PITCHES, dtype=torch.bool)
         allowed[sorted(constraints.pitches(row + DRUMS))] = True
         known[row] &= allowed

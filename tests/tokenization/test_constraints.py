@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from grammar_support import BOS, EOS, PAD, prefer
 from hypothesis import HealthCheck, given, settings
@@ -119,3 +120,101 @@ def test_no_note_breaks_constraints_and_no_row_is_stuck(
         assert bars is None or EOS not in row or num_bars == bars
         if constraints.polyphony is not None:
             assert most_voices(MidiProcessor(tokenizer).decode(row)) <= constraints.polyphony
+
+
+@pytest.mark.parametrize(
+    ("scale", "classes"),
+    [
+        ("C-major", {0, 2, 4, 5, 7, 9, 11}),
+        ("D-dorian", {2, 4, 5, 7, 9, 11, 0}),
+        ("F#-minor", {6, 8, 9, 11, 1, 2, 4}),
+        ("Bb-Major-Pentatonic", {10, 0, 2, 5, 7}),
+        ("C,E,G", {0, 4, 7}),
+        ("Cb", {11}),
+    ],
+)
+def test_a_scale_is_its_pitch_classes_and_does_not_bind_drums(scale: str, classes: set[int]) -> None:
+    constraints = Constraints(scale=scale)
+    assert {pitch % 12 for pitch in constraints.pitches(40)} == classes
+    assert constraints.pitches(-1) == frozenset(range(128))
+
+
+def test_the_range_of_an_instrument_takes_the_place_of_that_of_all() -> None:
+    constraints = Constraints(pitch_range=["48-72", "violin=55-100"])
+    assert constraints.pitches(0) == frozenset(range(48, 73))
+    assert constraints.pitches(40) == frozenset(range(55, 101))
+    assert len(constraints.pitches(-1)) == 128
+    assert Constraints(instruments=["piano", "drums", "Church Organ"]).programs == [-1, 0, 19]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"scale": "H-major"}, "scale is 'H-major'"),
+    ({"scale": "C-majr"}, "scale is 'C-majr'"),
+    ({"scale": "C,X"}, "'X' is not a pitch class"),
+    ({"pitch_range": "72-48"}, "pitch_range is '72-48'"),
+    ({"pitch_range": "0-200"}, "pitch_range is '0-200'"),
+    ({"pitch_range": ["1-2", "3-4"]}, "twice"),
+    ({"instruments": ["fiddel"]}, "no instrument 'fiddel'.*nearest are"),
+    ({"polyphony": 0}, "polyphony is 0"),
+    ({"grid": "8"}, "grid is '8'"),
+    ({"notes_per_bar": "8-4"}, "notes_per_bar is '8-4'"),
+    ({"tempo": 3}, "no constraint 'tempo'"),
+    ({"grid": "1/64"}, "grid 1/64 .*12 positions per quarter"),
+    ({"scale": "C", "pitch_range": "61-62"}, "scale C and pitch_range 61-62 leave all instruments no pitch"),
+    ({"scale": "C", "pitch_range": ["violin=61-62"]}, "scale C and pitch_range violin=61-62 leave violin no pitch"),
+    ({"instruments": ["violin", "flute"], "pitch_range": ["flute=20-20"], "scale": "C"}, "leave flute no pitch"),
+    ({"notes_per_bar": "200-", "polyphony": 1, "grid": "1/8", "instruments": ["violin"]}, "polyphony 1, grid 1/8"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "message"), WRONG)
+def test_what_cannot_be_kept_is_refused_by_name(wanted: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        MidiGrammar(tokenizer_of("REMI", "untrained"), constraints=wanted)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["TSD", "Structured"])
+def test_notes_per_bar_need_bars(name: str) -> None:
+    with pytest.raises(InputError, match=f"notes_per_bar needs bars, which {name} does not have"):
+        MidiGrammar(tokenizer_of(name, "untrained"), constraints={"notes_per_bar": "1-"})
+
+
+@pytest.mark.parametrize("name", ["REMI", "TSD", "Structured"])
+@pytest.mark.parametrize("model", ["untrained", "BPE"])
+def test_a_continuation_keeps_to_constraints_that_its_prompt_breaks(name: str, model: str) -> None:
+    tokenizer = tokenizer_of(name, model)
+    processor = MidiProcessor(tokenizer)
+    score = make_score(2, bars=3)
+    prompt = processor.encode(score)
+    wanted: dict[str, Any] = {"scale": "C,E,G", "polyphony": 2, "grid": "1/8", "instruments": ["flute", "drums"]}
+    limits: dict[str, Any] = {"max_bars": 2, "min_bars": 2} if name == "REMI" else {}
+    if name == "REMI":
+        wanted["notes_per_bar"] = "2-12"
+    grammar = processor.grammar(prompt_length=len(prompt), constraints=wanted, **limits)
+    assert broken(tokenizer, prompt, Constraints(**wanted))
+    for row in sample(grammar, torch.zeros(tokenizer.vocab_size), 4, 60, 0, prompt, stuck=True):
+        assert broken(tokenizer, row, Constraints(**wanted), prompt, finished=EOS in row) == []
+        assert len(listen(tokenizer, row)[0]) > len(listen(tokenizer, prompt)[0])
+
+
+def test_a_prompt_whose_instruments_have_no_pitch_is_refused_before_anything_is_sampled() -> None:
+    processor = MidiProcessor(tokenizer_of("REMI", "untrained"))
+    prompt = processor.encode(make_score(2, bars=2, programs=(40,), drums=False))
+    grammar = processor.grammar(prompt_length=len(prompt), constraints={"pitch_range": ["violin=0-11"], "scale": "C"})
+    grammar(torch.tensor([prompt]), torch.zeros(1, processor.midi_tokenizer.vocab_size))
+    grammar = processor.grammar(
+        prompt_length=len(prompt), constraints={"pitch_range": ["piano=0-11", "1-2"], "scale": "C"}
+    )
+    with pytest.raises(InputError, match="leave no instrument of the prompt a pitch"):
+        grammar(torch.tensor([prompt]), torch.zeros(1, processor.midi_tokenizer.vocab_size))
+
+
+def test_only_wanted_instruments_play_whatever_the_prompt_and_the_training_data_have() -> None:
+    tokenizer = tokenizer_of("REMI", "BPE")
+    processor = MidiProcessor(tokenizer, programs=[0])
+    plain = processor.grammar()
+    asked = processor.grammar(constraints={"instruments": ["flute"]})
+    for grammar, program in ((plain, 0), (asked, 73)):
+        rows = sample(grammar, prefer(tokenizer, "Program"), 4, 40, 1, [BOS])
+        assert {note.program for row in rows for note in listen(tokenizer, row)[0]} == {program}
