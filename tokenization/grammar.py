@@ -163,6 +163,7 @@ class MidiGrammar(LogitsProcessor):
         """Which programs may play without a prompt, of shape (programs,)."""
         constraints, known = self.constraints, range(DRUMS, DRUMS + PROGRAMS)
         whose = "the instruments of the training data" if programs else "all instruments"
+        whose = "the instruments of the gap" if self.fills else whose
         if constraints is not None:
             if constraints.programs is not None:
                 programs, whose = constraints.programs, "the wanted instruments"
