@@ -34,7 +34,15 @@ PUBLISHED = (
     *("training_args.json", "evaluation.json", "README.md"),
     # The code of the processor, for users who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
-    *("grammar_tables.py", "composing.py", "constraints.py", "sampling_limits.py", "timed_rules.py", "voices.py"),
+    *(
+        "grammar_tables.py",
+        "composing.py",
+        "constraints.py",
+        "sampling_limits.py",
+        "timed_rules.py",
+        "walks.py",
+        "voices.py",
+    ),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("infilling.py", "gaps.py"),
     *("choices.py", "musical_time.py", "ingest.py", "errors.py"),

@@ -168,7 +168,7 @@ class Constraints:
         return frozenset(pitch for pitch in found if pitch % 12 in self.pitch_classes)
 
     def check_pitches(self, programs: Iterable[int], available: Mapping[bool, Collection[int]], whose: str) -> None:
-        """Refuse an instrument that was asked for and has no pitch, and instruments of which none has one.
+        """Refuse an instrument that was asked for and has no pitch, and instruments of which none but drums has one.
 
         Args:
             programs (`Iterable[int]`): those that may play.
@@ -184,11 +184,12 @@ class Constraints:
             return
         both = " and ".join(f"{name} {_shown(getattr(self, name))}" for name in options)
         leave = "leaves" if len(options) == 1 else "leave"
-        playing = {program for program in programs if self.pitches(program) & set(available[program == DRUMS])}
+        wanted = set(programs)
+        playing = {program for program in wanted if self.pitches(program) & set(available[program == DRUMS])}
         for program in {*(self.programs or ()), *self._ranges} - {None}:
             if not self.pitches(int(program or 0)) & set(available[program == DRUMS]):
                 raise InputError(f"{both} {leave} {_name(int(program or 0))} no pitch: widen the one or the other")
-        if not playing:
+        if (not playing - {DRUMS} and wanted != {DRUMS}) or not playing:
             raise InputError(f"{both} {leave} {whose} no pitch: widen the one or the other")
 
     def check_timing(self, has_bars: bool, name: str, positions: int) -> None:

@@ -478,8 +478,10 @@ class MidiGrammar(LogitsProcessor):
         prompted = state.values[:, _PROMPTED] > 0
         if constraints.programs is not None:
             state.played[:] = table["programs"]
+        had_pitched = state.played[:, DRUMS_ROW + 1 :].any(dim=1)
         state.played &= table["pitches"] > 0
-        if not (state.played.any(dim=1) | ~prompted).all():
+        pitched = state.played[:, DRUMS_ROW + 1 :].any(dim=1)
+        if not (pitched | (~had_pitched & state.played.any(dim=1)) | ~prompted).all():
             raise InputError(
                 "scale and pitch_range leave no instrument of the prompt a pitch: widen one of them, or name "
                 "instruments that have one"

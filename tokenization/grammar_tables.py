@@ -12,9 +12,9 @@ from .constraints import Constraints
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
 from .errors import InputError
-from .timed_rules import NO_SHIFT
 from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
+from .walks import NO_SHIFT
 
 # The rules rely on a note being Pitch, Velocity, Duration under the program before it. MIDILike ends notes long after
 # they start, PerTok does not say types, MMM and BEAT have tracks and beats that must fit each other.

@@ -7,7 +7,6 @@ and a position only as late, as leaves room for the notes that must come. Times 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
@@ -17,43 +16,12 @@ from torch import Tensor
 
 from .constraints import Constraints
 from .errors import InputError
+from .walks import NEVER, NO_SHIFT, Point, Walk, if_pitched
 
 # The columns of a clock: the current onset, the bar line before it, the length of the bar, its denominator as an
 # index, the notes that began in it. Then come the ends of the notes that sound, the latest first.
 _TIME, _BAR, _LENGTH, _METER, _COUNT, _ENDS = range(6)
-_NEVER = -1e15
 _FOUR_FOUR = "4/4"
-NO_SHIFT = "0.0.1"
-
-
-class _Point(NamedTuple):
-    """A time: that of the current onset, or of the bar line, plus some lengths of the open bar, plus ticks."""
-
-    from_bar: int = 0
-    lengths: int = 0
-    ticks: int = 0
-
-    def after(self, ticks: float) -> "_Point":
-        return self._replace(ticks=self.ticks + int(ticks))
-
-    def is_comparable(self, other: "_Point") -> bool:
-        return self[:2] == other[:2]
-
-
-@dataclass
-class _Walk:
-    """Where an id leads, under one denominator and with or without drums in force before it."""
-
-    meter: str | None = None  # the last time signature that it writes
-    time: _Point = field(default_factory=_Point)
-    bar: _Point = field(default_factory=lambda: _Point(from_bar=1))
-    length: int | None = None  # of the bar it leaves open, if it says so
-    landings: list[int] = field(default_factory=list)  # where it places onsets, by shifts
-    on_grid: bool = True
-    counts: list[int] = field(default_factory=lambda: [0])  # notes in every bar
-    needs: list[tuple[_Point, int, int]] = field(default_factory=list)  # where a note begins, whether pitched, ends
-    ends: list[tuple[_Point, bool]] = field(default_factory=list)  # complete notes, and whether they are pitched
-    is_open: bool = False  # whether it leaves a note incomplete
 
 
 class TimedRules:
@@ -136,8 +104,8 @@ class TimedRules:
             )
         return max(fitting)
 
-    def _walk(self, tokens: Sequence[str], denominator: int, pitched: bool) -> _Walk:
-        walk = _Walk()
+    def _walk(self, tokens: Sequence[str], denominator: int, pitched: bool) -> Walk:
+        walk = Walk()
         for token in tokens:
             kind, _, value = token.partition("_")
             if kind == "Bar":
@@ -171,7 +139,7 @@ class TimedRules:
         walk.is_open = pitched and last in ("Pitch", "Velocity")
         return walk
 
-    def _deadline(self, walk: _Walk, last: str, denominator: int) -> _Point:
+    def _deadline(self, walk: Walk, last: str, denominator: int) -> Point:
         """The latest time at which the next note may have to begin, of the times that remain possible after an id."""
         if walk.meter is not None:
             denominator = int(walk.meter.split("/")[1])
@@ -187,7 +155,7 @@ class TimedRules:
         return self._end_of_bar(walk).after(beyond)
 
     @staticmethod
-    def _end_of_bar(walk: _Walk) -> _Point:
+    def _end_of_bar(walk: Walk) -> Point:
         if walk.length is None:
             return walk.bar._replace(lengths=walk.bar.lengths + 1)
         return walk.bar.after(walk.length)
@@ -216,9 +184,9 @@ class TimedRules:
         for (denominator, _), frame in zip(frames, walks, strict=True):
             groups = (
                 [frame[index].needs[entry][0] for index, entry in needs],
-                [_if_pitched(frame[index].ends[place]) for _, index, place in pairs],
+                [if_pitched(frame[index].ends[place]) for _, index, place in pairs],
                 [self._deadline(walk, kind, denominator) for walk, kind in zip(frame, last, strict=True)],
-                [_if_pitched(frame[index].ends[place]) for index, place in notes],
+                [if_pitched(frame[index].ends[place]) for index, place in notes],
                 [walk.time for walk in frame],
                 [walk.bar for walk in frame],
                 [self._end_of_bar(walk) for walk in frame],
@@ -242,13 +210,13 @@ class TimedRules:
         return tables | self._reading_tables(walks) | self._counting_tables(walks, last)
 
     @staticmethod
-    def _binding(walk: _Walk) -> list[int]:
+    def _binding(walk: Walk) -> list[int]:
         """The needs of an id, but of those at one time only the last, which is the greatest."""
         points = [point for point, _, _ in walk.needs]
         return [place for place, point in enumerate(points) if point not in points[place + 1 :]]
 
     @staticmethod
-    def _voices_needed(walk: _Walk, entry: int) -> int:
+    def _voices_needed(walk: Walk, entry: int) -> int:
         """The voices for a note and for those of the same id that surely sound then; 0 if none of them is pitched."""
         point, pitched, before = walk.needs[entry]
         if not pitched and not any(each[0] == point and each[1] for each in walk.needs[:entry]):
@@ -259,7 +227,7 @@ class TimedRules:
         )
         return int(pitched) + sounding
 
-    def _residue(self, walk: _Walk) -> int:
+    def _residue(self, walk: Walk) -> int:
         """What the onset before it must leave when divided by the grid; -1 for anything, -2 for nothing."""
         if not walk.on_grid:
             return -2
@@ -268,13 +236,13 @@ class TimedRules:
         found = {-ticks % self.grid for ticks in walk.landings}
         return found.pop() if len(found) == 1 else -2
 
-    def _reading_tables(self, walks: list[list[_Walk]]) -> dict[str, Tensor]:
+    def _reading_tables(self, walks: list[list[Walk]]) -> dict[str, Tensor]:
         """How an id changes a clock: its time and bar line, then the ends of its notes; its meter."""
         longest = max(len(walk.ends) for walk in walks[0]) if self.polyphony else 0
 
-        def points(walk: _Walk) -> list[_Point]:
-            ends = [_if_pitched(end) for end in walk.ends[:longest]]
-            return [walk.time, walk.bar, *ends, *[_Point(ticks=int(_NEVER))] * (longest - len(ends))]
+        def points(walk: Walk) -> list[Point]:
+            ends = [if_pitched(end) for end in walk.ends[:longest]]
+            return [walk.time, walk.bar, *ends, *[Point(ticks=int(NEVER))] * (longest - len(ends))]
 
         found = [[points(walk) for walk in frame] for frame in walks]
         meters = [walk.meter for walk in walks[0]]
@@ -290,7 +258,7 @@ class TimedRules:
             "steps": torch.tensor([float(self._step(number)) for number in self._denominators]).double(),
         }
 
-    def _counting_tables(self, walks: list[list[_Walk]], last: list[str]) -> dict[str, Tensor]:
+    def _counting_tables(self, walks: list[list[Walk]], last: list[str]) -> dict[str, Tensor]:
         """Notes per bar, and the places of the bar that an id leaves open."""
         due = [int(self.has_bars and kind in ("Position", "Tempo", "Program")) for kind in last]
         counts = [walk.counts for walk in walks[0]]
@@ -327,7 +295,7 @@ class TimedRules:
 
     def begin(self, rows: int) -> Tensor:
         """The clocks of rows without ids, of shape (rows, columns)."""
-        clock = self.tables["length"].new_full((rows, _ENDS + (self.polyphony + 1 if self.polyphony else 0)), _NEVER)
+        clock = self.tables["length"].new_full((rows, _ENDS + (self.polyphony + 1 if self.polyphony else 0)), NEVER)
         clock[:, :_ENDS] = 0
         clock[:, _LENGTH] = self._ticks(_FOUR_FOUR)
         clock[:, _METER] = self._denominators.index(4)
@@ -510,9 +478,3 @@ class Now(NamedTuple):
     most_drums: Tensor
     begun_pitched: Tensor
     begun_drums: Tensor
-
-
-def _if_pitched(note: tuple[_Point, bool]) -> _Point:
-    """When a note ends; long before everything if it is of drums."""
-    end, pitched = note
-    return end if pitched else end._replace(ticks=int(_NEVER))

@@ -7,10 +7,8 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from midimamba.command_options import (
-    ConstraintOptions,
     DrawingOptions,
     EvaluateOptions,
-    GapConstraintOptions,
     GenerateOptions,
     InfillOptions,
     ListenOptions,
@@ -20,6 +18,7 @@ from midimamba.command_options import (
     TrainOptions,
     TuneOptions,
 )
+from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags

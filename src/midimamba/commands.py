@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from midimamba.command_options import (
-    ConstraintOptions,
     DrawingOptions,
     EvaluateOptions,
-    GapConstraintOptions,
     GenerateOptions,
     InfillOptions,
     ListenOptions,
@@ -23,6 +21,7 @@ from midimamba.command_options import (
     TrainOptions,
     TuneOptions,
 )
+from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken

@@ -26,7 +26,15 @@ SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
-    *("grammar_tables.py", "composing.py", "constraints.py", "sampling_limits.py", "timed_rules.py", "voices.py"),
+    *(
+        "grammar_tables.py",
+        "composing.py",
+        "constraints.py",
+        "sampling_limits.py",
+        "timed_rules.py",
+        "walks.py",
+        "voices.py",
+    ),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("infilling.py", "gaps.py"),
 }
