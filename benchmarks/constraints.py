@@ -65,7 +65,7 @@ def make_music(seed: int, bars: int = 8) -> Score:
 
 def make_pair(name: str, merged: bool) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     """A random generator and its processor."""
-    options = {} if name == "Structured" else {"num_velocities": 4, "num_tempos": 4}
+    options: dict[str, Any] = {} if name == "Structured" else {"num_velocities": 4, "num_tempos": 4}
     tokenizer = build_tokenizer(name, **options)
     if merged:
         train_tokenizer(tokenizer, [make_music(seed) for seed in range(8)], len(tokenizer.vocab) + 200)

@@ -33,7 +33,9 @@ def seconds(
 ) -> float:
     """The time of `generate` for one token. Without a grammar if `wanted` is None."""
     inputs = processor(None, return_tensors="pt")
-    grammar = [] if wanted is None else [processor.grammar(min_bars=tokens, constraints=wanted)]
+    grammar = LogitsProcessorList()
+    if wanted is not None:
+        grammar.append(processor.grammar(min_bars=tokens, constraints=wanted))
     torch.manual_seed(0)
     start = time.process_time()
     ids = model.generate(

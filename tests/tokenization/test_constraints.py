@@ -43,7 +43,7 @@ KINDS = [
 
 @cache
 def tokenizer_of(name: str, model: str) -> MusicTokenizer:
-    options = {} if name == "Structured" else SMALL
+    options: dict[str, Any] = {} if name == "Structured" else SMALL
     tokenizer = build_tokenizer(name, **options)
     if model != "untrained":
         train_tokenizer(tokenizer, [make_score(seed) for seed in range(12)], len(tokenizer.vocab) + 150, model)
@@ -105,7 +105,7 @@ def test_no_note_breaks_constraints_and_no_row_is_stuck(
     if name != "REMI":
         wanted, bars = {key: value for key, value in wanted.items() if key != "notes_per_bar"}, None
     tokenizer, constraints = tokenizer_of(name, model), Constraints(**wanted)
-    limits = {} if bars is None else {"max_bars": bars, "min_bars": bars}
+    limits: dict[str, Any] = {} if bars is None else {"max_bars": bars, "min_bars": bars}
     try:
         grammar = MidiGrammar(tokenizer, programs=[-1, 0, 40], constraints=wanted, **limits)
     except InputError:
