@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from constraints import make_music
+from transformers import LogitsProcessorList
 
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
