@@ -113,6 +113,8 @@ STEPS = (
         "benchmarks/streaming.py",
         "--seeds 2 --late 150 --steps 8 --rounds 2 --bars 8 --warm-up 4 --layers 1 --hidden 32",
     ),
+    Step("grammar", "benchmarks/grammar.py", "--layers 1 --hidden 32 --tokens 40 --repeats 1"),
+    Step("constraints", "benchmarks/constraints.py", "--num 12 --combinations 4 --each 4"),
     Step("rollout", "benchmarks/rollout.py", "--length 32 --rollouts 2 --positions 2 --layers 1 --skip-all"),
     Step(
         "memory",

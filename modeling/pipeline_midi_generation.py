@@ -32,6 +32,9 @@ class MidiGenerationPipeline(Pipeline):
     - infill (`Mapping[str, Any]`, *optional*): what to write again instead of continuing the piece, such as
       `{"bars": (5, 8)}` or `{"bars": (5, 8), "tracks": [0]}`; as for `processor.infill`. Everything else stays as it
       is in the piece;
+    - constraints (`Mapping[str, Any]`, *optional*): what every new note keeps to, such as `{"scale": "D-dorian",
+      "pitch_range": ["48-84"], "polyphony": 4, "grid": "1/8"}`; the names and values are those of
+      [`~midimamba.tokenization.constraints.Constraints`];
     - num, seed, bars and at_most: as in [`~midimamba.command_options.SamplingOptions`], by default one piece, torch's
       random state, and no limit of bars;
     - discriminator (`MidiDiscriminator` or a judge, or a list of them, *optional*): chooses one of every `best_of`
@@ -44,8 +47,8 @@ class MidiGenerationPipeline(Pipeline):
     Raises:
         MidiRefusedError: if a prompt cannot be used.
         ValueError: if `best_of` or `pick` is given without a discriminator, or the discriminator cannot judge.
-        InputError: if a control or its value is unknown, an option makes no sense, the model computes NaN, or pieces
-            are not music where the tokenization has no grammar.
+        InputError: if a control or its value is unknown, constraints cannot be kept together, an option makes no
+            sense, the model computes NaN, or pieces are not music where the tokenization has no grammar.
     """
 
     model: MidiMambaForCausalLM
@@ -63,6 +66,7 @@ class MidiGenerationPipeline(Pipeline):
         controls: Mapping[str, str | Sequence[str]] | None = None,
         discriminator: Any = None,
         infill: Mapping[str, Any] | None = None,
+        constraints: Any = None,
         **generate_options: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if infill is not None and discriminator is not None:
@@ -74,7 +78,9 @@ class MidiGenerationPipeline(Pipeline):
         elif {"best_of", "pick"} & generate_options.keys():
             raise ValueError("best_of and pick choose by a discriminator: give discriminator=… as well")
         asked = {} if infill is None else {"infill": infill}
-        return ({} if controls is None else {"controls": controls}) | asked, generate_options, asked
+        wanted = {} if constraints is None else {"constraints": constraints}
+        before = ({} if controls is None else {"controls": controls}) | asked
+        return before, generate_options | wanted, asked | wanted
 
     def _judge(self, given: Any) -> Judge:
         """What adds the log-odds of discriminators and judges."""
@@ -117,9 +123,10 @@ class MidiGenerationPipeline(Pipeline):
         bars: int | None = generate_options.pop("bars", None)
         judge, pick = generate_options.pop("judge", None), generate_options.pop("pick", "resample")
         best_of, seed = generate_options.get("best_of"), generate_options.get("seed")
+        constraints = generate_options.pop("constraints", None)
         options = self._prepare_generate_kwargs(generate_options)
         prompt = input_tensors.pop("prompt")  # of a batch, the list of them
-        composed = self.processor.compose(self.model, input_tensors, bars=bars, **options)
+        composed = self.processor.compose(self.model, input_tensors, bars=bars, constraints=constraints, **options)
         composed.tell_unfinished([composed])
         # `Pipeline` gives row i to input i.
         rows = composed.ids.unflatten(0, (len(input_tensors["input_ids"]), -1))
@@ -132,12 +139,23 @@ class MidiGenerationPipeline(Pipeline):
         return ModelOutput(sequences=rows, prompt=prompt)  # (batch, num, time)
 
     def postprocess(
-        self, model_outputs: ModelOutput, infill: Mapping[str, Any] | None = None, **options: Any
+        self,
+        model_outputs: ModelOutput,
+        infill: Mapping[str, Any] | None = None,
+        constraints: Any = None,
+        **options: Any,
     ) -> list[Any]:
         prompt = model_outputs["prompt"]
+        sequences, place, limits = model_outputs["sequences"][0], self.processor.place, _limits(constraints)
         if infill is not None:
-            return [self.processor.place(prompt, ids, **infill) for ids in model_outputs["sequences"][0]]
-        return [self.processor.continue_score(prompt, ids) for ids in model_outputs["sequences"][0]]
+            return [place(prompt, ids, **infill, **limits) for ids in sequences]
+        return [self.processor.continue_score(prompt, ids, **limits) for ids in sequences]
+
+
+def _limits(constraints: Any) -> dict[str, int]:
+    """What constraints say of a piece as a whole: the voices that may sound at once beside the prompt's."""
+    own = constraints.get("polyphony") if isinstance(constraints, Mapping) else getattr(constraints, "polyphony", None)
+    return {} if own is None else {"polyphony": own}
 
 
 __all__ = ["MidiGenerationPipeline"]

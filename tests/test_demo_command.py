@@ -9,6 +9,7 @@ import yaml
 
 from midimamba import cli, demo, launching
 from midimamba.command_options import GenerateOptions, SamplingOptions, TokenizeFiles
+from midimamba.constraint_options import ConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 
 MADE = ("data/corpus.json", "pretrained/config.json", "generator/config.json", "samples", "report.md")
@@ -32,7 +33,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         lines.append(["tokenize", given.source, str(options.vocab_size)])
         leave(given.out / "corpus.json")
 
-    def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
+    def generate(options: GenerateOptions, sampling: SamplingOptions, wanted: ConstraintOptions) -> None:
         lines.append(["generate", options.model, str(sampling.num), str(options.render)])
         assert options.out is not None
         leave(options.out)

@@ -24,6 +24,7 @@ from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.grammar_types import SUPPORTED
 from midimamba.tokenization.musical_time import count_bars
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
+from midimamba.tokenization.voices import most_voices
 from support import make_generator, make_score
 
 
@@ -409,3 +410,39 @@ def test_the_callers_random_state_is_left_alone(untrained: MidiMambaForCausalLM,
     torch.manual_seed(5)
     generate_scores(untrained, processor, SamplingOptions(num=1, bars=1, max_new_tokens=16, seed=7))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_generated_pieces_keep_to_constraints(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("--scale", "D-dorian", "--pitch-range", "60-71", "--polyphony", "1", "--grid", "1/4", "--instruments")
+    line = ("generate", pretrained, "--out", tmp_path / "out", "--num", "2", "--bars", "2", "--max-new-tokens", "64")
+    assert support.command(monkeypatch, *line, *wanted, "violin") == 0
+    for file in (tmp_path / "out").glob("*.mid"):
+        score = Score(file)
+        assert most_voices(score) == 1
+        assert {(track.program, track.is_drum) for track in score.tracks} == {(40, False)}
+        for note in score.tracks[0].notes:
+            assert note.pitch in {60, 62, 64, 65, 67, 69, 71}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (("--grid", "1/64"), "grid 1/64 is finer"),
+        (("--scale", "C", "--pitch-range", "61-62"), "scale C and pitch_range 61-62"),
+        (("--notes-per-bar", "x"), "notes_per_bar is 'x'"),
+    ],
+)
+def test_constraints_that_cannot_be_are_refused_in_one_line(
+    wanted: tuple[str, ...],
+    message: str,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert support.command(monkeypatch, "generate", pretrained, "--out", tmp_path / "out", *wanted) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()

@@ -191,3 +191,16 @@ def test_train_makes_a_model_that_fills_gaps(
         runpy.run_path(str(Path(__file__).parents[1] / "training" / "pretrain.py"), run_name="__main__")
     assert "has no tokens for infilling: make it with `midimamba tokenize SOURCE --infill`" in capfd.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_new_notes_of_a_gap_keep_to_constraints(
+    model: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("infill", model, song, "--out", tmp_path / "out", "--bars", "3-4", "--tracks", "2", "--num", 1)
+    options = ("--scale", "C,E,G", "--pitch-range", "violin=60-72", "--notes-per-bar", "2-4")
+    assert command(monkeypatch, *line, *options) == 0
+    before, after = Score(song), Score(tmp_path / "out" / "song-00.mid")
+    lines = bar_starts(before)
+    new = [note for note in after.tracks[1].notes if lines[2] <= note.time < lines[4]]
+    assert {note.pitch for note in new} <= {60, 64, 67, 72}
+    assert all(2 <= sum(lines[bar] <= note.time < lines[bar + 1] for note in new) <= 4 for bar in (2, 3))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .constraints import Constraints
 from .errors import InputError
 from .grammar import MidiGrammar
 from .grammar_types import check_supported
@@ -66,6 +67,7 @@ def compose(
     bars: int | None = None,
     at_most: bool = False,
     redraw: bool = True,
+    constraints: Constraints | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Composed:
     """Let a model continue prompts.
@@ -87,6 +89,8 @@ def compose(
             Whether a piece may end before it has that many bars.
         redraw (`bool`, *optional*, defaults to `True`):
             Whether pieces that are not music are drawn again. Who measures a model wants to count them instead.
+        constraints ([`~midimamba.tokenization.constraints.Constraints`] or `Mapping[str, Any]`, *optional*):
+            What new music must keep to, such as `{"scale": "D-dorian", "polyphony": 4}`. They need a grammar.
         options:
             As for `generate`. What is not given is the model's own, from its generation config, or else a default;
             see [`~midimamba.tokenization.sampling_limits.complete_sampling`]. Also `num`, the same as
@@ -97,8 +101,10 @@ def compose(
         [`Composed`]
 
     Raises:
-        InputError: if an option makes no sense, the model computes NaN, or eight drawings of a piece are not music.
+        InputError: if an option makes no sense, constraints cannot be kept, the model computes NaN, or eight drawings
+            of a piece are not music.
     """
+    wanted = Constraints.of(constraints)
     if (config := options.pop("generation_config", None)) is not None:
         options = {name: value for name, value in config.to_diff_dict().items() if name != _VERSION} | options
     options = complete_sampling(getattr(model, "generation_config", None), options)
@@ -111,7 +117,9 @@ def compose(
     prompt: Tensor = inputs["input_ids"]
     asked = _asked(processor, prompt)
     grammar = (
-        grammar_for(processor, bars, at_most, prompt.shape[1]) if asked is None else _filling(processor, asked, prompt)
+        grammar_for(processor, bars, at_most, prompt.shape[1], wanted)
+        if asked is None
+        else _filling(processor, asked, prompt.shape[1], wanted)
     )
     # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
     last = [] if grammar is None else [grammar]
@@ -140,9 +148,11 @@ def _asked(processor: Any, prompt: Tensor) -> Asked | None:
     return found[0] if found else None
 
 
-def _filling(processor: Any, asked: Asked, prompt: Tensor) -> MidiGrammar:
+def _filling(processor: Any, asked: Asked, prompt_length: int, constraints: Constraints | None) -> MidiGrammar:
+    if constraints is not None and constraints.instruments is not None:
+        raise InputError("instruments cannot be chosen for a gap, because its tracks decide them: leave them out")
     grammar: MidiGrammar = processor.grammar(
-        prompt_length=prompt.shape[1], meters=asked.meters, programs=asked.programs
+        prompt_length=prompt_length, meters=asked.meters, programs=asked.programs, constraints=constraints
     )
     return grammar
 
@@ -165,12 +175,16 @@ def _generate(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any])
     return ids
 
 
-def grammar_for(processor: Any, bars: int | None, at_most: bool, prompt_length: int) -> MidiGrammar | None:
+def grammar_for(
+    processor: Any, bars: int | None, at_most: bool, prompt_length: int, constraints: Constraints | None = None
+) -> MidiGrammar | None:
     """The grammar of a processor, or None and one line if its tokenization has none."""
     name = type(processor.midi_tokenizer).__name__
     try:
         check_supported(processor.midi_tokenizer)
     except InputError as error:
+        if constraints is not None:
+            raise InputError(f"constraints need a grammar, but {error}: leave them out") from error
         _say_once(f"{error}: sampled without it, so music is not guaranteed, and only max_new_tokens bounds a piece")
         return None
     limits = {}
@@ -178,7 +192,7 @@ def grammar_for(processor: Any, bars: int | None, at_most: bool, prompt_length: 
         limits = {"max_bars": bars, "min_bars": 0 if at_most else bars}
     elif bars is not None:
         _say_once(f"{name} has no bar tokens, so the number of bars has no effect: only max_new_tokens bounds a piece")
-    grammar: MidiGrammar = processor.grammar(prompt_length=prompt_length, **limits)
+    grammar: MidiGrammar = processor.grammar(prompt_length=prompt_length, constraints=constraints, **limits)
     return grammar
 
 

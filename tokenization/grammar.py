@@ -7,14 +7,16 @@ tokens it stands for may. The state of the music is carried from call to call, s
 the piece is. Rows that do not continue what the last call saw (another prompt) are read from their start.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from .constraints import Constraints
 from .errors import InputError
 from .grammar_tables import (
     DRUMS,
@@ -25,18 +27,26 @@ from .grammar_tables import (
     UNSET,
     grammar_tables,
     number_of,
+    pitches_of,
+    playable,
+    tokens_of_ids,
 )
-from .grammar_types import EFFECTS, check_supported, kind_of
+from .grammar_types import EFFECTS, check_plain, check_supported, kind_of
+from .timed_rules import Now, TimedRules
 from .tokenizer import EOS
 
 # From the start of a sequence, or from any note, the next note is complete within this many base tokens.
 MAX_SILENT_TOKENS = 16
+TIMED = ("REMI", "TSD", "Structured")
+"""The tokenizations for which there are constraints that depend on time."""
 # After the first note, if there are also pedals, bends and the like, of which many may come between two notes.
 MAX_SILENT_EFFECTS = 64
 
 # The columns of a state. The first four are what an id leaves behind, the next three are counts.
 _LAST, _POSITION, _LIMIT, _PROGRAM, _SILENCE, _EMPTY, _BARS, _ONSET, _NOTES, _HELD, _PROMPTED = range(11)
 _LEFT, _COUNTS = slice(_LAST, _PROGRAM + 1), slice(_SILENCE, _BARS + 1)
+# The constraints that bound how many notes a bar can have.
+_CROWDING = ("scale", "pitch_range", "instruments", "polyphony", "grid")
 
 
 @dataclass
@@ -51,12 +61,14 @@ class State:
         stamps (`LongTensor` of shape (batch, notes)): the onset at which each note, program by program, last began.
         used (`LongTensor` of shape (batch, programs + 1)): notes that begin at this onset; the last column is unused.
         played (`BoolTensor` of shape (batch, programs)): programs of the prompt, and of the controls before it.
+        clock (`DoubleTensor` of shape (batch, columns)): where the music stands in time, if constraints depend on it.
     """
 
     values: Tensor
     stamps: Tensor
     used: Tensor
     played: Tensor
+    clock: Tensor
 
     @property
     def last(self) -> Tensor:
@@ -74,11 +86,10 @@ class State:
         return self.values[:, _ONSET, None]
 
     def rows(self, indices: Tensor) -> "State":
-        return State(self.values[indices], self.stamps[indices], self.used[indices], self.played[indices])
+        return State(*(getattr(self, part.name)[indices] for part in fields(self)))
 
     def joined(self, other: "State") -> "State":
-        pairs = [(getattr(self, name), getattr(other, name)) for name in ("values", "stamps", "used", "played")]
-        return State(*(torch.cat(pair) for pair in pairs))
+        return State(*(torch.cat([getattr(self, part.name), getattr(other, part.name)]) for part in fields(self)))
 
 
 class MidiGrammar(LogitsProcessor):
@@ -113,9 +124,13 @@ class MidiGrammar(LogitsProcessor):
         meters (`Sequence[str]`, *optional*):
             The time signatures of the new bars, such as `["4/4", "3/4"]`. Exactly these bars are sampled, and the last
             of them may end without a note. For filling a gap; `max_bars` and `min_bars` then have no effect.
+        constraints ([`~midimamba.tokenization.constraints.Constraints`] or `Mapping[str, Any]`, *optional*):
+            What else new music must keep to. No note breaks them; where a prompt leaves nothing that keeps to them,
+            the sequence ends. Their `instruments` replace `programs` and the instruments of a prompt.
 
     Raises:
-        InputError: if there are no rules for the tokenization, or for one of its options.
+        InputError: if there are no rules for the tokenization or for one of its options, or constraints cannot be
+            kept together.
         ValueError: if a number makes no sense, or bars are to be counted where the tokenization has no bar tokens.
     """
 
@@ -134,10 +149,12 @@ class MidiGrammar(LogitsProcessor):
         prompt_length: int = 0,
         voices: int | None = None,
         meters: Sequence[str] | None = None,
+        constraints: Constraints | Mapping[str, Any] | None = None,
     ) -> None:
         check_supported(tokenizer)
         if (name := type(tokenizer).__name__) not in self.tokenizations:
             raise InputError(f"{type(self).__name__} is for {', '.join(self.tokenizations)}, not {name}")
+        self.constraints = Constraints.of(constraints)
         if meters is not None:
             max_bars = min_bars = len(meters)
         if max_bars is not None and max_bars < max(min_bars, 1):
@@ -150,28 +167,81 @@ class MidiGrammar(LogitsProcessor):
         self.max_bars = max_bars
         self.min_bars = min_bars
         self.max_notes = max_notes
-        self.voices = max_notes if voices is None else min(max_notes, voices)
+        polyphony = None if self.constraints is None else self.constraints.polyphony
+        self.voices = min(number for number in (max_notes, voices, polyphony) if number is not None)
         self.prompt_length = prompt_length
         self.eos_token_id: int = tokenizer.vocab[EOS]
-        known = torch.arange(PROGRAMS) + DRUMS
-        allowed = torch.ones(PROGRAMS, dtype=torch.bool)
-        if programs:
-            allowed = torch.isin(known, torch.tensor(sorted(programs)))
-        allowed &= torch.isin(known, torch.tensor(sorted(tokenizer.config.programs)))
         self.fills = meters is not None
         has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
         self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
-        self._tables = self._make_tables(tokenizer) | {
-            "programs": allowed,
+        pitches = playable(tokenizer, self.constraints)
+        self._tables = self._make_tables(tokenizer, pitches) | {
+            "programs": self._check_programs(tokenizer, pitches, programs),
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
         }
+        self._rules = self._make_rules(tokenizer, meters or ())
         # What the last call saw: its ids, in a buffer that grows, and the state after them.
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._time = 0
         self._state = self._begin(0)
 
-    def _make_tables(self, tokenizer: MusicTokenizer) -> dict[str, Tensor]:
-        return grammar_tables(tokenizer, self.max_notes, self.voices)
+    def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
+        return grammar_tables(tokenizer, pitches, self.max_notes, self.voices)
+
+    def _check_programs(self, tokenizer: MusicTokenizer, pitches: Tensor, programs: Collection[int] | None) -> Tensor:
+        """Which programs may play without a prompt, of shape (programs,)."""
+        constraints, known = self.constraints, sorted(tokenizer.config.programs)
+        whose = "the instruments of the training data" if programs else "all instruments"
+        whose = "the instruments of the gap" if self.fills else whose
+        if constraints is not None:
+            if constraints.programs is not None:
+                programs, whose = constraints.programs, "the wanted instruments"
+            available = {drums: pitches_of(tokenizer, drums) for drums in (True, False)}
+            constraints.check_pitches(programs or known, available, whose)
+        rows = torch.arange(PROGRAMS) + DRUMS
+        return torch.isin(rows, torch.tensor(sorted({*(programs or known)} & {*known}))) & pitches.any(dim=1)
+
+    def _make_rules(self, tokenizer: MusicTokenizer, meters: Sequence[str]) -> TimedRules | None:
+        """The rules of the constraints that depend on time, if there are any."""
+        constraints = self.constraints
+        if constraints is None or {constraints.polyphony, constraints.grid, constraints.notes_per_bar} == {None}:
+            return None
+        name = type(tokenizer).__name__
+        if name not in TIMED:
+            raise InputError(f"polyphony, grid and notes_per_bar need {', '.join(TIMED)}, not {name}: leave them out")
+        check_plain(tokenizer, "each of polyphony, grid and notes_per_bar")
+        has_bars = bool(tokenizer.token_ids_of_type("Bar"))
+        constraints.check_timing(has_bars, name, tokenizer.config.max_num_pos_per_beat)
+        rules = TimedRules(tokenizer, tokens_of_ids(tokenizer), constraints, meters)
+        names = ("moves", "tail_pitched", "tail_drums", "bars", "ends")
+        rules.tables |= {name: self._tables[name] for name in names}
+        self._check_density(rules, self._tables["programs"][None])
+        return rules
+
+    def _check_density(self, rules: TimedRules, programs: Tensor) -> None:
+        """Refuse more notes per bar than rows of programs, of shape (rows, programs), can begin in one."""
+        if not rules.least:
+            return
+        at_once = int(torch.cat(self._most_at_once(programs), dim=1).sum(dim=1).min())
+        constraints, places = self.constraints, rules.fewest_places
+        assert constraints is not None
+        if at_once * places < rules.least:
+            limits = [f"{name} {getattr(constraints, name)}" for name in _CROWDING if getattr(constraints, name)]
+            raise InputError(
+                f"notes_per_bar {constraints.notes_per_bar} is more than fits: with "
+                f"{', '.join(limits) or 'these instruments'}, {at_once} notes can begin at each of the {places} "
+                f"positions of {'a wanted bar' if self.fills else 'the longest bar'}"
+            )
+
+    def _most_at_once(self, programs: Tensor) -> tuple[Tensor, Tensor]:
+        """How many pitched notes and drums an onset may have, whatever sounds; of shape (rows, 1) each.
+
+        Args:
+            programs (`BoolTensor` of shape (rows, programs)): those that may play.
+        """
+        room = self._tables["pitches"] * programs
+        pitched = room[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True).clamp(max=self.voices)
+        return pitched, torch.minimum(room[:, DRUMS_ROW, None], self.max_notes - pitched)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Set the scores of ids that may not follow to -inf.
@@ -187,6 +257,8 @@ class MidiGrammar(LogitsProcessor):
         """
         if self._ids.device != input_ids.device:
             self._tables = {name: table.to(input_ids.device) for name, table in self._tables.items()}
+            if self._rules is not None:
+                self._rules.tables = {name: table.to(input_ids.device) for name, table in self._rules.tables.items()}
             self._ids, self._time = input_ids[:0], 0
         self._state = self._follow(input_ids)
         return self._forbid(scores)
@@ -209,11 +281,13 @@ class MidiGrammar(LogitsProcessor):
 
     def _forbid(self, scores: Tensor) -> Tensor:
         """The scores with -inf for ids that may not follow now."""
-        state = self._state
-        allowed = self._allowed(state)
-        music = scores[:, : allowed.shape[1]]
+        state, beyond = self._state, None
         if self.max_bars is not None:
-            beyond = allowed & (self._tables["bars"] + state.values[:, _BARS, None] > self.max_bars)
+            beyond = self._tables["bars"] + state.values[:, _BARS, None] > self.max_bars
+        allowed = self._allowed(state, beyond)
+        music = scores[:, : allowed.shape[1]]
+        if beyond is not None:
+            beyond &= allowed
             music = self._end_instead(music, beyond)
             allowed &= ~beyond
         result = torch.full_like(scores, float("-inf"))
@@ -229,8 +303,13 @@ class MidiGrammar(LogitsProcessor):
 
     # ---- what may follow ----
 
-    def _allowed(self, state: State) -> Tensor:
-        """Which ids may follow, of shape (batch, vocab). Every term below has that shape."""
+    def _allowed(self, state: State, beyond: Tensor | None) -> Tensor:
+        """Which ids may follow, of shape (batch, vocab). Every term below has that shape.
+
+        Args:
+            state (`State`): where the music stands.
+            beyond (`BoolTensor` of shape (batch, vocab), *optional*): ids that open a bar too many.
+        """
         table, values = self._tables, state.values
         position, limit, program, silence, empty, held = (
             values[:, column, None] for column in (_POSITION, _LIMIT, _PROGRAM, _SILENCE, _EMPTY, _HELD)
@@ -244,24 +323,26 @@ class MidiGrammar(LogitsProcessor):
         patience = torch.where(values[:, _NOTES, None] > 0, self._patience, MAX_SILENT_TOKENS)
         budget = torch.maximum(patience - silence, distance[:, None])
 
-        allowed = table["follows"][values[:, _LAST]]
-        allowed &= self._in_bar(position, limit)
-        allowed &= (table["pitch_kind"] < 0) | (table["pitch_kind"] == (program == 0))
-        allowed &= (table["lead_bars"] == 0) | (table["lead_bars"] + empty <= self.max_empty_bars + 1)
+        structure = table["follows"][values[:, _LAST]]
+        structure &= self._in_bar(position, limit)
+        structure &= (table["pitch_kind"] < 0) | (table["pitch_kind"] == (program == 0))
         has_ended = values[:, _LAST] == table["end_type"]
         if self.min_bars:
             is_full = (values[:, _BARS] >= self.min_bars) & (values[:, _EMPTY] == 0)
-            allowed[:, self.eos_token_id] &= is_full | has_ended
+            structure[:, self.eos_token_id] &= is_full | has_ended
         # After a pedal or the like, only if there is a new note.
         has_note = values[:, _NOTES] > values[:, _PROMPTED]
-        allowed[:, self.eos_token_id] &= has_note | table["completes"][values[:, _LAST]] | has_ended
+        structure[:, self.eos_token_id] &= has_note | table["completes"][values[:, _LAST]] | has_ended
         if self.fills:
-            allowed = self._in_meter(allowed, values)
+            structure = self._in_meter(structure, values)
+        allowed = structure & ((table["lead_bars"] == 0) | (table["lead_bars"] + empty <= self.max_empty_bars + 1))
         in_time = lead <= budget
 
         sayable = self._sayable(state, programs)
         sayable &= may_play | ~table["inherits"]
         sayable &= (held == 0) | ((table["lead_notes"] == 0) & ~table["ends"])
+        if self.constraints is not None:
+            return self._constrained(state, programs, (structure, allowed & in_time, sayable), beyond)
         sayable &= allowed
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
         return _first_choice(sayable & in_time, sayable & self._may_take_longer, allowed & in_time)
@@ -271,6 +352,59 @@ class MidiGrammar(LogitsProcessor):
         table = self._tables
         at_line = (table["meter_after"] == UNSET) | ((position + table["meter_after"]) % limit == 0)
         return at_line & (table["first_position"] > position) & (table["last_position"] < limit)
+
+    def _constrained(
+        self, state: State, programs: Tensor, found: tuple[Tensor, Tensor, Tensor], beyond: Tensor | None
+    ) -> Tensor:
+        """Which ids may follow under constraints, of shape (batch, vocab).
+
+        Args:
+            state (`State`): where the music stands.
+            programs (`BoolTensor` of shape (batch, programs)): those that may play.
+            found: which ids may follow by their types and positions; also by when a note must come; and which
+                `programs` may play and MIDI can tell apart.
+            beyond (`BoolTensor` of shape (batch, vocab), *optional*): ids that open a bar too many.
+        """
+        structure, allowed, sayable = found
+        ahead = torch.ones_like(sayable)
+        if self._rules is not None:
+            hard, ahead = self._rules.allowed(state.clock, self._now(state, programs))
+            sayable &= hard
+        result = allowed & sayable & ahead
+        possible = result if beyond is None else result & ~beyond
+        if not bool((left := possible.any(dim=1)).all()):
+            result = torch.where(left[:, None], result, self._after_prompt(structure & sayable, beyond))
+        return result
+
+    def _after_prompt(self, allowed: Tensor, beyond: Tensor | None) -> Tensor:
+        """Where a prompt leaves nothing that keeps to all rules: what keeps to constraints, or else the end.
+
+        Its notes may fill all voices for longer than a note may be awaited, or break off before a pitch.
+        """
+        allowed = allowed if beyond is None else allowed & ~beyond
+        return torch.where(allowed.any(dim=1, keepdim=True), allowed, self._tables["ends"])
+
+    def _now(self, state: State, programs: Tensor) -> Now:
+        table, values = self._tables, state.values
+        goes_on = ~table["moves"]
+        used = state.used[:, :PROGRAMS]
+        drums = used[:, DRUMS_ROW, None] * goes_on + table["tail_drums"]
+        pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True) * goes_on + table["tail_pitched"]
+        may_drum = programs[:, DRUMS_ROW, None]
+        bars = values[:, _BARS]
+        is_last = torch.zeros_like(drums, dtype=torch.bool)
+        if self.max_bars is not None:
+            is_last = bars[:, None] + table["bars"] >= self.max_bars
+        return Now(
+            values[:, _PROGRAM] > DRUMS_ROW,
+            bars,
+            is_last,
+            may_drum & (drums < table["pitches"][DRUMS_ROW]),
+            may_drum,
+            *self._most_at_once(programs),
+            pitched,
+            drums,
+        )
 
     def _in_meter(self, allowed: Tensor, values: Tensor) -> Tensor:
         """`allowed` of shape (batch, vocab) as far as bars have the meters that are wanted."""
@@ -328,7 +462,8 @@ class MidiGrammar(LogitsProcessor):
         values[:, _ONSET] = 1
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
-        return State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played)
+        clock = torch.zeros(rows, 0, device=begin.device) if self._rules is None else self._rules.begin(rows)
+        return State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played, clock)
 
     def _follow(self, input_ids: Tensor) -> State:
         """The state after `input_ids` of shape (batch, time). Remembers both."""
@@ -373,6 +508,8 @@ class MidiGrammar(LogitsProcessor):
         table, values = self._tables, state.values
         inherited = values[:, _PROGRAM, None].clone()
         left, moves, begins = table["left"][ids], table["moves"][ids, None], table["begins"][ids, None]
+        if self._rules is not None:
+            self._rules.read(state.clock, ids, values[:, _PROGRAM] > DRUMS_ROW, begins)
         values[:, _LEFT] = torch.where(left == UNSET, values[:, _LEFT], left)
         values[:, _POSITION] += table["advance"][ids]
         values[:, _COUNTS] = values[:, _COUNTS] * table["keeps"][ids] + table["adds"][ids]
@@ -396,6 +533,26 @@ class MidiGrammar(LogitsProcessor):
             values[:, _BARS] = torch.where(values[:, _NOTES] > 0, 0, first)
             values[:, _PROMPTED] = values[:, _NOTES]
             values[:, _HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
+            if self.constraints is not None:
+                self._constrain_prompt(state)
+
+    def _constrain_prompt(self, state: State) -> None:
+        """Let the instruments of prompts play as far as constraints let them."""
+        constraints, table = self.constraints, self._tables
+        assert constraints is not None
+        prompted = state.values[:, _PROMPTED] > 0
+        if constraints.programs is not None:
+            state.played[:] = table["programs"]
+        had_pitched = state.played[:, DRUMS_ROW + 1 :].any(dim=1)
+        state.played &= table["pitches"] > 0
+        pitched = state.played[:, DRUMS_ROW + 1 :].any(dim=1)
+        if not (pitched | (~had_pitched & state.played.any(dim=1)) | ~prompted).all():
+            raise InputError(
+                "scale and pitch_range leave no instrument of the prompt a pitch: widen one of them, or name "
+                "instruments that have one"
+            )
+        if self._rules is not None and prompted.any():
+            self._check_density(self._rules, state.played[prompted])
 
 
 def _first_choice(*choices: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class MidiLikeGrammar(MidiGrammar):
     # Where no pitch is free, a note must end first.
     _may_take_longer = True
 
-    def _make_tables(self, tokenizer: MusicTokenizer) -> dict[str, Tensor]:
-        return super()._make_tables(tokenizer) | sounding_tables(tokenizer)
+    def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
+        return super()._make_tables(tokenizer, pitches) | sounding_tables(tokenizer)
 
     def _sounds(self, state: State) -> Tensor:
         """Which notes sound, of shape (batch, programs, pitches)."""

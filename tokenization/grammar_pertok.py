@@ -27,8 +27,8 @@ class PerTokGrammar(MidiGrammar):
 
     tokenizations = ("PerTok",)
 
-    def _make_tables(self, tokenizer: MusicTokenizer) -> dict[str, Tensor]:
-        tables = super()._make_tables(tokenizer) | shift_tables(tokenizer)
+    def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
+        tables = super()._make_tables(tokenizer, pitches) | shift_tables(tokenizer)
         types = type_graph(tokenizer).types
         left, bos = tables["left"], tokenizer.vocab[BOS]
         left[:, 1], left[:, 2] = tables["left_position"], tables["left_limit"]

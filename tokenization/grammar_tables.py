@@ -11,14 +11,13 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
+from .constraints import Constraints
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
 from .grammar_types import PROGRAM_TIMING, TypeGraph, kind_of, kinds_of, type_graph
 from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
-
-# A time shift that Structured writes between notes of one onset.
-NO_SHIFT = "0.0.1"
+from .walks import NO_SHIFT
 
 DRUMS = -1  # MidiTok's program of drums, which is row 0 below; program 0 is row 1
 DRUMS_ROW = 0
@@ -98,31 +97,61 @@ class _Meaning:
 
 
 Tables = dict[str, Tensor]
-_LAST_MADE: dict[int, tuple[object, tuple[int, ...], Tables]] = {}
+_LAST_MADE: dict[int, tuple[object, tuple[object, ...], Tables]] = {}
 
 
 def _kept(make: Callable[..., Tables]) -> Callable[..., Tables]:
     """Keep the last tables of each tokenizer: they take 40 ms for 1,000 ids, which a first note cannot wait for."""
 
     @wraps(make)
-    def tables(tokenizer: MusicTokenizer, *numbers: int) -> Tables:
+    def tables(tokenizer: MusicTokenizer, pitches: Tensor, *numbers: int) -> Tables:
         key, model = id(tokenizer), tokenizer._model  # a tokenizer has no hash; training gives it another model
+        asked = pitches.numpy().tobytes(), *numbers
         made = _LAST_MADE.get(key)
-        if made is None or made[0] is not model or made[1] != numbers:
+        if made is None or made[0] is not model or made[1] != asked:
             if made is None:
                 finalize(tokenizer, _LAST_MADE.pop, key, None)
-            made = _LAST_MADE[key] = model, numbers, make(tokenizer, *numbers)
+            made = _LAST_MADE[key] = model, asked, make(tokenizer, pitches, *numbers)
         return made[2]
 
     return tables
 
 
+def tokens_of_ids(tokenizer: MusicTokenizer) -> list[list[str]]:
+    """The base tokens of every id."""
+    return [tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])) for index in range(tokenizer.vocab_size)]
+
+
+def playable(tokenizer: MusicTokenizer, constraints: Constraints | None) -> Tensor:
+    """The pitches that every program may play, as booleans of shape (programs, pitches)."""
+    known = torch.zeros(PROGRAMS, PITCHES, dtype=torch.bool)
+    for rows, drums in ((slice(0, 1), True), (slice(1, None), False)):
+        known[rows, pitches_of(tokenizer, drums)] = True
+    if constraints is None:
+        return known
+    for row in range(PROGRAMS):
+        allowed = torch.zeros(PITCHES, dtype=torch.bool)
+        allowed[sorted(constraints.pitches(row + DRUMS))] = True
+        known[row] &= allowed
+    return known
+
+
+def pitches_of(tokenizer: MusicTokenizer, drums: bool) -> list[int]:
+    """The pitches for which a tokenizer has tokens: of drums, which may be those of all instruments, or of others."""
+    found: dict[str, list[int]] = {"Pitch": [], "PitchDrum": []}
+    for token in tokenizer.vocab:
+        if (kind := kind_of(token)) in found:
+            found[kind].append(int(token.partition("_")[2]))
+    return (found["PitchDrum"] if drums else []) or found["Pitch"]
+
+
 @_kept
-def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Tables:
+def grammar_tables(tokenizer: MusicTokenizer, pitches: Tensor, max_notes: int, voices: int) -> Tables:
     """All tables of a tokenizer.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`): one that `check_supported` accepts.
+        pitches (`BoolTensor` of shape (programs, pitches)): those that each program may play.
         max_notes (`int`): the most notes that may begin at one onset.
         voices (`int`): the most notes that may begin at one onset and aren't drums.
 
@@ -138,7 +167,8 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Ta
         - `note_id`, `note_program`, `note_pitch` (notes,): every note at the onset that an id continues;
         - `any_id` (ids,): those after which a note of any program must follow at the same onset;
         - `lead_inherited` (vocab,): notes at the onset that an id continues, of the program before it, drums or not;
-        - `clashes` (programs, vocab): ids that repeat a note, or have too many, if they come under a program;
+        - `clashes` (programs, vocab): ids that, under a program, repeat a note, have too many, or have a pitch that it
+          may not play;
         - `programs_of_id` (programs, vocab), `asked` (vocab, programs): the programs that an id names, or asks for;
         - `pitches` (programs,): how many pitches a program has;
         - `meter_of`, `meter_bar` (vocab, meters): the time signatures that an id writes, as [`number_of`], padded, and
@@ -147,14 +177,13 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Ta
     graph = type_graph(tokenizer)
     types, followers = graph.types, graph.followers
     per_beat = tokenizer.config.max_num_pos_per_beat
-    meanings = [
-        _meaning(tokenizer._ids_to_tokens(expand_ids(tokenizer, [index])), graph, per_beat)
-        for index in range(tokenizer.vocab_size)
-    ]
-    kinds = Counter(kind_of(token) for token in tokenizer.vocab)
-    pitches = torch.tensor([kinds["PitchDrum"] or kinds["Pitch"], kinds["Pitch"]])
+    meanings = [_meaning(tokens, graph, per_beat) for tokens in tokens_of_ids(tokenizer)]
+    num_pitches = pitches.sum(dim=1)
     for meaning in meanings:
-        meaning.fits &= _onsets_fit(meaning, max_notes, voices, int(pitches.min()))
+        meaning.fits &= _onsets_fit(meaning, max_notes, voices, num_pitches.tolist())
+        meaning.fits &= all(
+            bool(pitches[program, pitch]) for onset in meaning.onsets for program, pitch in onset if program != UNSET
+        )
     tables = {
         name: torch.tensor([getattr(meaning, name) for meaning in meanings])
         for name in _Meaning.__annotations__.keys() - {"onsets", "programs", "meters"}
@@ -164,7 +193,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Ta
     restarts = torch.stack([tables["has_note"] | tables["begins"]] * 2 + [tables["begins"]], dim=1)
     return (
         tables
-        | _note_tables(meanings, voices)
+        | _note_tables(meanings, pitches, voices)
         | _meter_tables(meanings)
         | {
             "follows": follows[:, tables["first"]] & tables["fits"],
@@ -179,7 +208,7 @@ def grammar_tables(tokenizer: MusicTokenizer, max_notes: int, voices: int) -> Ta
             "ends": torch.arange(len(meanings)) == tokenizer.vocab[EOS],
             "end_type": torch.tensor(types.index("EOS")),
             "is_head": torch.tensor([kind == ("TimeSig" if "TimeSig" in types else "Bar") for kind in types]),
-            "pitches": pitches[(torch.arange(PROGRAMS) > 0).long()],
+            "pitches": num_pitches,
         }
     )
 
@@ -200,7 +229,7 @@ def _meter_tables(meanings: list[_Meaning]) -> dict[str, Tensor]:
     }
 
 
-def _note_tables(meanings: list[_Meaning], voices: int) -> dict[str, Tensor]:
+def _note_tables(meanings: list[_Meaning], pitches: Tensor, voices: int) -> dict[str, Tensor]:
     """The tables about notes and programs."""
     size, indices = len(meanings), range(len(meanings))
     longest = max([1, *(len(meaning.onsets[-1]) for meaning in meanings)])
@@ -217,6 +246,8 @@ def _note_tables(meanings: list[_Meaning], voices: int) -> dict[str, Tensor]:
         clashes[list(_clashes(meaning)), index] = True
         if any(sum(both) > voices for both in zip(meaning.pitched, meaning.inherited, strict=True)):
             clashes[DRUMS_ROW + 1 :, index] = True
+        if inherited := [pitch for onset in meaning.onsets for program, pitch in onset if program == UNSET]:
+            clashes[:, index] |= ~pitches[:, inherited].all(dim=1)
         programs[list(meaning.programs), index] = 1
         if meaning.asked != UNSET:
             asked[index, meaning.asked] = True
@@ -258,7 +289,7 @@ def _clashes(meaning: _Meaning) -> set[int]:
     return found
 
 
-def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) -> bool:
+def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: list[int]) -> bool:
     """Whether each of its own onsets has at most `max_notes` notes, of which at most `voices` aren't drums.
 
     Also, none may be there twice, and a pitch must be left for one due.
@@ -266,7 +297,12 @@ def _onsets_fit(meaning: _Meaning, max_notes: int, voices: int, pitches: int) ->
     sizes, pitched = [len(onset) for onset in meaning.onsets], meaning.pitched
     sizes[-1] += meaning.due
     pitched[-1] += meaning.pitched_due
-    is_room = not meaning.moves or not meaning.due or sizes[-1] <= pitches
+    is_room = not meaning.moves or not meaning.due
+    if not is_room and meaning.announces == ANY:
+        is_room = sizes[-1] <= min((number for number in pitches if number), default=0)
+    elif not is_room:
+        own = sum(program in (meaning.announces, UNSET) for program, _ in meaning.onsets[-1])
+        is_room = own < pitches[meaning.announces]
     fits = max(sizes) <= max_notes and max(pitched) <= voices
     return fits and is_room and all(max(Counter(o).values(), default=1) == 1 for o in meaning.onsets)
 

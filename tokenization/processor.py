@@ -251,7 +251,9 @@ class MidiProcessor(ProcessorMixin):
             known[:, _MUMIDI_COLUMNS:] |= steps[:, _MUMIDI_COLUMNS:] == self.pad_token_id
         return known.all(dim=1)
 
-    def continue_score(self, prompt: Midi | None, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> ScoreTick:
+    def continue_score(
+        self, prompt: Midi | None, ids: Sequence[Any] | np.ndarray | torch.Tensor, polyphony: int | None = None
+    ) -> ScoreTick:
         """A prompt with what was sampled after it.
 
         The prompt's own tracks, names, velocities, controllers, tempos and meters stay as they are, and new notes,
@@ -264,6 +266,9 @@ class MidiProcessor(ProcessorMixin):
                 What was encoded as the prompt. `None` for a piece from scratch, all of which is new.
             ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
                 One sequence as for `decode`. Its music begins with that of the prompt.
+            polyphony (`int`, *optional*):
+                Where it is less than `voices`, it takes their place: that of the constraints of the ids. Then only the
+                prompt's own notes, which may sound for longer than ids say, can end a new one.
 
         Raises:
             MidiRefusedError: if the prompt cannot be used.
@@ -271,16 +276,20 @@ class MidiProcessor(ProcessorMixin):
         """
         if prompt is None:
             result = self.decode(ids)
-            limit_voices(result, self.voices)
+            limit_voices(result, self.voices_within(polyphony))
             return result
         score = read_unordered(prompt)[0]
         opening, music = self.encode(score, add_bos=False), self._music(ids)
         if music[: len(opening)] != opening:
             raise ValueError("the ids do not begin with those of the prompt: give the prompt that was encoded")
         encoded, continued = self._score(opening), self._score(music)
-        result = add_continuation(self.midi_tokenizer, score, encoded, continued, self.voices)
+        result = add_continuation(self.midi_tokenizer, score, encoded, continued, self.voices_within(polyphony))
         warn_of_shared_channels(result)
         return result
+
+    def voices_within(self, polyphony: int | None) -> int | None:
+        """The most notes that may sound at once in new music."""
+        return min((number for number in (self.voices, polyphony) if number is not None), default=None)
 
     @cached_property
     def arranger(self) -> Arranger:
@@ -335,6 +344,7 @@ class MidiProcessor(ProcessorMixin):
         ids: Sequence[Any] | np.ndarray | torch.Tensor,
         bars: Sequence[int],
         tracks: Sequence[int] | None = None,
+        polyphony: int | None = None,
     ) -> ScoreTick:
         """A piece with what was sampled for some of its bars instead of what was there.
 
@@ -346,6 +356,8 @@ class MidiProcessor(ProcessorMixin):
                 As for [`infill`].
             ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
                 One sequence: the prompt of `infill`, and what follows it.
+            polyphony (`int`, *optional*):
+                As for [`continue_score`]. Notes that stay around the gap count too, and can end new ones.
 
         Raises:
             MidiRefusedError: if the piece cannot be used.
@@ -356,7 +368,7 @@ class MidiProcessor(ProcessorMixin):
         gap = find_gap(score, bars, tracks)
         steps = torch.as_tensor(ids, dtype=torch.long).flatten().tolist()
         new = self._score(self._music(self.arranger.filling(steps)))
-        result = fill_gap(self.midi_tokenizer, score, gap, new, self.voices)
+        result = fill_gap(self.midi_tokenizer, score, gap, new, self.voices_within(polyphony))
         warn_of_shared_channels(result)
         return result
 

@@ -20,6 +20,7 @@ from midimamba.command_options import (
     TrainOptions,
     TuneOptions,
 )
+from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags
@@ -61,12 +62,12 @@ COMMANDS = {
         passes_on="adversarial",
     ),
     "generate": Command(
-        (GenerateOptions, SamplingOptions),
+        (GenerateOptions, SamplingOptions, ConstraintOptions),
         "Sample music from a generator, or let it continue a MIDI file.",
         "midimamba generate runs/demo/generator --prompt opening.mid --bars 8 --out continued",
     ),
     "infill": Command(
-        (InfillOptions, DrawingOptions),
+        (InfillOptions, DrawingOptions, GapConstraintOptions),
         "Write some bars of a MIDI file again, in all tracks or in some. Everything else stays as it is.",
         "midimamba infill model song.mid --bars 5-8 --tracks 1,2 --num 4 --out filled",
     ),

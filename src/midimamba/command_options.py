@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from midimamba.errors import InputError
+from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.sampling_limits import (
     BEST_OF,
     MAX_NUMPY_SEED,
@@ -144,6 +145,7 @@ class DrawingOptions:
         top_p (`float`, *optional*): draw from the most likely tokens with this total probability. By default the
             model's own, or else 0.95.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same pieces; not negative.
+        constraints ([`~midimamba.tokenization.constraints.Constraints`], *optional*): what new notes must keep to.
 
     Raises:
         InputError: if a value makes no sense.
@@ -164,9 +166,15 @@ class DrawingOptions:
         },
     )
     seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
+    constraints: Constraints | None = None
 
     def __post_init__(self) -> None:
         check_sampling(**asdict(self))
+
+    @property
+    def polyphony(self) -> int | None:
+        """The most notes that may sound at once, if constraints say so."""
+        return None if self.constraints is None else self.constraints.polyphony
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,7 @@ class SamplingOptions(DrawingOptions):
     How a generator is sampled.
 
     Args:
-        num, max_new_tokens, temperature, top_p, seed: as in [`DrawingOptions`].
+        num, max_new_tokens, temperature, top_p, seed, constraints: as in [`DrawingOptions`].
         bars (`int`, *optional*, defaults to 16): this many new bars per piece. TSD and Structured have no bar tokens:
             there the model or `max_new_tokens` ends a piece.
         at_most (`bool`, *optional*, defaults to `False`): a piece ends where the model ends it, with at most `bars`

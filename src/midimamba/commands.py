@@ -25,6 +25,7 @@ from midimamba.command_options import (
     TrainOptions,
     TuneOptions,
 )
+from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
@@ -90,7 +91,7 @@ def tune(options: TuneOptions) -> None:
     launching.tune(options)
 
 
-def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
+def generate(options: GenerateOptions, sampling: SamplingOptions, wanted: ConstraintOptions) -> None:
     """`midimamba generate`: a model to MIDI files."""
     from midimamba.generation import load_pair
     from midimamba.tokenization.ingest import MidiRefusedError
@@ -104,6 +105,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
     write = _writer(options)  # what is missing is found before the pieces are sampled
     model, processor = load_pair(options.model)
     request = {"prompt": options.prompt, "controls": controls}
+    sampling = replace(sampling, constraints=wanted.constraints)
     try:
         chosen = _sample(model, processor, options, sampling, request)
     except MidiRefusedError as error:
@@ -125,7 +127,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions) -> None:
     show(line)
 
 
-def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
+def infill(options: InfillOptions, drawing: DrawingOptions, wanted: GapConstraintOptions) -> None:
     """`midimamba infill`: other music for some bars of a MIDI file."""
     from midimamba.generation import infill_scores, load_pair
     from midimamba.tokenization.gaps import find_gap
@@ -139,6 +141,7 @@ def infill(options: InfillOptions, drawing: DrawingOptions) -> None:
         tracks = chosen_tracks(options.numbers, [track.name for track in song.tracks])
         find_gap(song, options.span, tracks)  # what the piece does not have is told before the model is loaded
         model, processor = load_pair(options.model)
+        drawing = replace(drawing, constraints=wanted.constraints)
         scores = infill_scores(model, processor, song, options.span, tracks, drawing, controls)
     except MidiRefusedError as error:
         raise InputError(f"{options.song} cannot be used: {error}") from error

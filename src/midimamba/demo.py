@@ -8,6 +8,7 @@ from pathlib import Path
 
 from midimamba import launching
 from midimamba.command_options import GenerateOptions, SamplingOptions, TokenizeFiles
+from midimamba.constraint_options import ConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.sources import CHORALES
 from midimamba.files import check_can_be_made
@@ -68,7 +69,7 @@ def _train(script: str, recipe: str, data: Path, out: Path, model: Path | None =
 def _sample(generator: Path, samples: Path) -> None:
     from midimamba.commands import generate
 
-    generate(GenerateOptions(str(generator), samples, render=True), SamplingOptions(PIECES))
+    generate(GenerateOptions(str(generator), samples, render=True), SamplingOptions(PIECES), ConstraintOptions())
 
 
 def _report(out: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +145,7 @@ def generate_scores(
         raise InputError(f"best_of is {options.best_of}, but nothing chooses: give a judge as well")
     inputs = processor(prompt, return_tensors="pt", controls=controls)
     parts = _compose(model, processor, inputs, options)
-    return [processor.continue_score(prompt, ids) for ids in _rows(parts)]
+    return [processor.continue_score(prompt, ids, options.polyphony) for ids in _rows(parts)]
 
 
 def infill_scores(
@@ -180,9 +180,10 @@ def infill_scores(
             there is no such control or value.
     """
     inputs = processor.infill(song, bars, tracks, controls, return_tensors="pt")
-    drawing = asdict(options or DrawingOptions())
+    options = options or DrawingOptions()
+    drawing = {option.name: getattr(options, option.name) for option in fields(DrawingOptions)}
     parts = _compose(model, processor, inputs, SamplingOptions(**drawing, bars=bars[1] - bars[0] + 1))
-    return [processor.place(song, ids, bars, tracks) for ids in _rows(parts)]
+    return [processor.place(song, ids, bars, tracks, options.polyphony) for ids in _rows(parts)]
 
 
 def _rows(parts: Sequence[Composed]) -> Iterator[Tensor]:
@@ -233,7 +234,7 @@ def choose_scores(
     chosen = [group.pop(place) for group, place in zip(groups, places, strict=True)]
 
     def decode(sequences: Sequence[Tensor]) -> list[ScoreTick]:
-        return [processor.continue_score(prompt, ids) for ids in sequences]
+        return [processor.continue_score(prompt, ids, options.polyphony) for ids in sequences]
 
     unused = [decode(group) for group in groups] if keep_unused else []
     return Chosen(decode(chosen), unused, float(effective_sample_size(log_odds).mean()))
@@ -281,6 +282,7 @@ def _compose(
                 inputs,
                 bars=options.bars,
                 at_most=options.at_most,
+                constraints=options.constraints,
                 num_return_sequences=count,
                 **sampling,
                 stopping_criteria=StoppingCriteriaList([_EachToken(watch or bar.update)]),

@@ -18,11 +18,12 @@ from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
 from midimamba.tokenization.continuation import in_fine_division, instrument_of
-from midimamba.tokenization.grammar_tables import DRUMS, NO_SHIFT
+from midimamba.tokenization.grammar_tables import DRUMS
 from midimamba.tokenization.grammar_types import check_plain
 from midimamba.tokenization.ingest import read_unordered
 from midimamba.tokenization.processor import Midi, MidiProcessor
 from midimamba.tokenization.tokenizer import expand_ids
+from midimamba.tokenization.walks import NO_SHIFT
 
 # MidiTok's, where a tokenizer has no tokens for velocities, and MIDI's, in microseconds per quarter note.
 _VELOCITY, _MSPQ = 100, 500_000
@@ -278,13 +279,20 @@ class NoteDecoder:
         prompt (`str`, `Path`, `bytes` or `symusic.Score`, *optional*): what the ids continue. It gives no notes.
         longest (`float`, *optional*): a note that is tied on for more than this many quarter notes is struck again
             instead. By default any length, which has to be waited for.
+        polyphony (`int`, *optional*): as for `continue_score`.
 
     Raises:
         InputError: if the tokenization is another, or its pieces hold more than notes, tempos and meters.
         MidiRefusedError: if the prompt cannot be used.
     """
 
-    def __init__(self, processor: MidiProcessor, prompt: Midi | None = None, longest: float | None = None):
+    def __init__(
+        self,
+        processor: MidiProcessor,
+        prompt: Midi | None = None,
+        longest: float | None = None,
+        polyphony: int | None = None,
+    ):
         tokenizer = processor.midi_tokenizer
         name = type(tokenizer).__name__
         if name not in STREAMED:
@@ -304,7 +312,7 @@ class NoteDecoder:
         """The ids of the prompt's music, which are read already."""
         tempos = self._read_prompt(score)
         self._clock = _Clock(tempos, self._division)
-        self._voices = _Voices(processor.voices, self._given)
+        self._voices = _Voices(processor.voices_within(polyphony), self._given)
 
     def _read_prompt(self, score: ScoreTick | None) -> list[tuple[int, int]]:
         """Read the prompt. Returns the tempos of the piece so far."""

@@ -65,15 +65,16 @@ def stream(
 
     Raises:
         MidiRefusedError: if the prompt cannot be used.
-        InputError: if the tokenization cannot be streamed, there is no such control or value, the model computes NaN, or
-            `options` ask to choose among several pieces.
+        InputError: if the tokenization cannot be streamed, there is no such control or value, the model computes NaN,
+            or `options` ask to choose among several pieces.
     """
     options = options or SamplingOptions()
     if options.best_of is not None:
         raise InputError(f"best_of is {options.best_of}, but whole pieces are chosen, not notes: leave it out")
-    decoder = NoteDecoder(processor, prompt, LONGEST_NOTE if endless else None)
+    decoder = NoteDecoder(processor, prompt, LONGEST_NOTE if endless else None, options.polyphony)
     inputs = processor(prompt, return_tensors="pt", controls=controls).to(model.device)
-    grammar = grammar_for(processor, None if endless else options.bars, options.at_most, inputs["input_ids"].shape[1])
+    bars = None if endless else options.bars
+    grammar = grammar_for(processor, bars, options.at_most, inputs["input_ids"].shape[1], options.constraints)
     assert grammar is not None  # the decoder has checked that there is one
     opening = (
         processor(None, return_tensors="pt", controls=controls)["input_ids"].to(model.device) if endless else None

@@ -252,3 +252,11 @@ def test_a_choice_that_nothing_can_make_is_refused(compose: MidiGenerationPipeli
         compose(None, discriminator=PrefersShort(), best_of=1)
     with pytest.raises(ValueError, match="pick is 'worst'"):
         compose(None, discriminator=PrefersShort(), pick="worst")
+
+
+def test_new_notes_keep_to_constraints(compose: MidiGenerationPipeline) -> None:
+    wanted = {"scale": "C,E,G", "instruments": ["flute"], "polyphony": 2}
+    (score,) = compose(constraints=wanted, bars=2, max_new_tokens=80, seed=0)
+    assert {(program, pitch % 12) for program, _, pitch in notes(score)} <= {(73, 0), (73, 4), (73, 7)}
+    with pytest.raises(InputError, match="no constraint 'skale'"):
+        compose(constraints={"skale": "C-major"}, bars=2)
