@@ -2,6 +2,7 @@
 # make test     all tests, on two cores (WORKERS=4 takes four)
 # make fast     the tests of the folders that differ from the branch main, without the slow ones
 # make check    format, lint and types of every folder
+# make docs     the documentation, in site/: open site/index.html
 # make bench    all benchmarks, see benchmarks/README.md (QUICK=1 for a trial, CORPORA=folder for real music)
 PYTHON ?= python3
 WORKERS ?= 2
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM = false
 # stage(result, command): skip what is there, say so.
 stage = @if [ -e $(1) ]; then echo "already there: $(1)"; else echo "==> $(1)"; $(2); fi
 
-.PHONY: demo test fast check bench clean-demo
+.PHONY: demo test fast check docs bench clean-demo
 
 demo: $(VENV)/demo
 	$(call stage,$(RUN)/data,$(BIN)/midimamba tokenize chorales --vocab-size 800 --out $(RUN)/data)
@@ -51,6 +52,11 @@ check: $(VENV)/dev
 	@rm -rf build && mkdir -p build/types/midimamba
 	@ln -s $(CURDIR)/src/midimamba/* $(addprefix $(CURDIR)/,$(FOLDERS)) build/types/midimamba
 	$(BIN)/mypy
+
+# Material says at every start that its successor has another name.
+docs: $(VENV)/dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/all.py $(if $(QUICK),--quick) $(if $(CORPORA),--corpora $(CORPORA))
