@@ -31,9 +31,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     links = {file.name: file for file in top.glob("*.py")}
     links |= {name.split(".")[1]: ROOT / folder for name, folder in folders.items() if name.count(".") == 1}
     for old in tree.iterdir():
-        old.unlink()
+        if old.name not in links:
+            old.unlink()
     for name, target in links.items():
-        (tree / name).symlink_to(target)
+        if not (tree / name).is_symlink():
+            (tree / name).symlink_to(target)
     return config
 
 

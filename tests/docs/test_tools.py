@@ -126,7 +126,8 @@ def test_references_of_docstrings_lead_to_what_they_name(tmp_path: Path, caplog:
     )
     (package / "b.py").write_text(
         "from midimamba.a import Thing\n\n\ndef use():\n"
-        '    """Of [`Thing`], [`~midimamba.a.Thing.place`], [`~midimamba.b.Thing`],\n    [`~transformers.X`], [`gone`]."""\n'
+        '    """Of [`Thing`], [`~midimamba.a.Thing.place`], [`~midimamba.b.Thing`],\n'
+        '    [`~transformers.X`], [`gone`]."""\n'
     )
     with caplog.at_level(logging.WARNING):
         loaded = griffe.load(
