@@ -41,15 +41,19 @@ class Table:
         """
         results = [read_result(folder / f"{name}.json") for name in self.names]
         try:
-            table = self.make(*results)
+            table, machines = self.make(*results), [_machine(result) for result in results]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             files = ", ".join(f"benchmarks/results/{name}.json" for name in self.names)
             reason = f"{type(error).__name__}: {error}"
             raise ResultError(
                 f"{files}: a figure is missing or malformed ({reason}); run the benchmark again"
             ) from error
-        sources = "; ".join(f"[{name}.json]({ADDRESS}/{name}.json)" for name in self.names)
-        return f"{table}\n\n<small>{sources}: {_machine(results[0])}</small>\n"
+        links = {name: f"[{name}.json]({ADDRESS}/{name}.json)" for name in self.names}
+        if len(set(machines)) == 1:
+            sources = f"{', '.join(links.values())}: {machines[0]}"
+        else:
+            sources = "; ".join(f"{link}: {machine}" for link, machine in zip(links.values(), machines, strict=True))
+        return f"{table}\n\n<small>{sources}</small>\n"
 
 
 TABLES: dict[str, Table] = {}
@@ -176,7 +180,7 @@ def speed(plain: Result, mambapy: Result, cuda: Result) -> str:
     shape = f"{sizes['batch']} {TIMES} {sizes['seq_len']} tokens"
     network = f"{sizes['num_hidden_layers']} layers of width {sizes['hidden_size']}"
     caption = f"A training pass of {shape}, {network}, in seconds:\n\n"
-    return caption + markdown(("compared with", "on", "theirs", "midimamba", "ratio"), rows)
+    return caption + markdown(("compared with", "on", "theirs", "midimamba", "ratio"), rows, words=2)
 
 
 @table("training-step")
@@ -352,7 +356,12 @@ def stability_nottingham(stable: Result, controls: Result) -> str:
 
 @table("ablation-chorales")
 def stabilisers(result: Result) -> str:
-    return markdown(("arm", *_CHANGES[1:]), _changes(result))
+    settings = result["settings"]
+    caption = (
+        f"Changes on held-out music in {number(settings['steps'], 0)} steps at a learning rate of "
+        f"{float(settings['learning_rate']):g}:\n\n"
+    )
+    return caption + markdown(("arm", *_CHANGES[1:]), _changes(result))
 
 
 _ARMS = {
