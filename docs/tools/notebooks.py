@@ -6,7 +6,7 @@ each as a page and offers it as an .ipynb file.
 
 import json
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _CELL = re.compile(r"^# %%( \[markdown\])?\n", re.MULTILINE)
 
@@ -66,14 +66,11 @@ def to_page(text: str, name: str) -> str:
 
 def to_ipynb(text: str) -> str:
     """A notebook in Jupyter's own format, without outputs."""
-    cells = []
+    cells: list[dict[str, Any]] = []
     for cell in read_cells(text):
-        kind = (
-            {"cell_type": "markdown"}
-            if cell.is_text
-            else {"cell_type": "code", "execution_count": None, "outputs": []}
-        )
-        cells.append(kind | {"metadata": {}, "source": cell.source})
+        cells.append({"cell_type": "markdown" if cell.is_text else "code", "metadata": {}, "source": cell.source})
+        if not cell.is_text:
+            cells[-1] |= {"execution_count": None, "outputs": []}
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return json.dumps(
         {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}, indent=1

@@ -80,6 +80,23 @@ def test_an_unknown_table_is_named() -> None:
         render("sped")
 
 
+def test_a_page_that_asks_for_what_is_not_there_ends_the_build_with_its_name() -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.exceptions import PluginError
+    from mkdocs.structure.files import File, Files
+    from mkdocs.structure.pages import Page
+
+    from hooks import on_page_markdown
+
+    config, file = MkDocsConfig(), File("some.md", "docs", "site", False)
+    page = Page(None, file, config)
+    with pytest.raises(PluginError, match=r"^docs/some\.md: there is no table 'nothing'"):
+        on_page_markdown("Words.\n\n<!-- results: nothing -->\n", page, config, Files([file]))
+    shown = on_page_markdown("Words.\n\n<!-- results: packing -->\n", page, config, Files([file]))
+    assert shown.startswith("Words.\n\n|")
+
+
 def test_every_result_is_listed() -> None:
     listed = render("all")
     for path in RESULTS.glob("*.json"):
