@@ -115,7 +115,8 @@ def test_commands_that_are_only_shown_could_run() -> None:
     shown = lines("text", "midimamba ")
     assert any(line.startswith("midimamba publish ") for line in shown)
     for line in shown:
-        words, passed = line.split()[1:], ()
+        words = line.split()[1:]
+        passed: tuple[str, ...] = ()
         command = COMMANDS[words[0]]
         if command.passes_on:
             words, passed = split_flags(words, *command.options)
