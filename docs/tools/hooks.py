@@ -10,8 +10,9 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from benchmark_tables import ResultError, render
+from benchmark_tables import render
 from notebooks import to_ipynb, to_page
+from result_tables import ResultError
 
 ROOT = Path(__file__).parents[2]
 # The folders of the repository, linked together as they are installed: where mkdocstrings reads the package.

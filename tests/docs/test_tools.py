@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmark_tables import RESULTS, TABLES, ResultError, render
+from benchmark_tables import render
 from notebooks import read_cells, to_ipynb, to_page
+from result_tables import RESULTS, TABLES, ResultError
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.py"))
