@@ -53,7 +53,7 @@ check: $(VENV)/dev
 	@ln -s $(CURDIR)/src/midimamba/* $(addprefix $(CURDIR)/,$(FOLDERS)) build/types/midimamba
 	$(BIN)/mypy
 
-# Material says at every start that its successor has another name.
+# Without the variable, mkdocs-material prints a notice about its successor at every start.
 docs: $(VENV)/dev
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
