@@ -2,6 +2,7 @@
 # make test     all tests, on two cores (WORKERS=4 takes four)
 # make fast     the tests of the folders that differ from the branch main, without the slow ones
 # make check    format, lint and types of every folder
+# make docs     the documentation, in site/: open site/index.html
 # make bench    all benchmarks, see benchmarks/README.md (QUICK=1 for a trial, CORPORA=folder for real music)
 PYTHON ?= python3
 WORKERS ?= 2
@@ -17,7 +18,7 @@ FOLDERS := corpus evaluation hub_cards modeling tokenization training
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test fast check bench clean-demo
+.PHONY: demo test fast check docs bench clean-demo
 
 demo: $(VENV)/demo
 	$(BIN)/midimamba demo --out $(RUN)
@@ -40,6 +41,11 @@ check: $(VENV)/dev
 	@rm -rf build && mkdir -p build/types/midimamba
 	@ln -s $(CURDIR)/src/midimamba/* $(addprefix $(CURDIR)/,$(FOLDERS)) build/types/midimamba
 	$(BIN)/mypy
+
+# Without the variable, mkdocs-material prints a notice about its successor at every start.
+docs: $(VENV)/dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/all.py $(if $(QUICK),--quick) $(if $(CORPORA),--corpora $(CORPORA))
