@@ -108,6 +108,11 @@ STEPS = (
     Step("scan-memory", "benchmarks/scan_memory.py", "--length 64 128 --layers 1 --hidden 32"),
     Step("training-step", "benchmarks/training_step.py", "--length 32 64 --size tiny --repeats 1"),
     Step("sampling", "benchmarks/sampling.py", "--batch 1 --length 32 --layers 1 --repeats 1"),
+    Step(
+        "onnx",
+        "benchmarks/onnx_step.py",
+        "--batch 1 --length 16 --layers 1 --hidden 32 --repeats 1 --layouts mamba",
+    ),
     Step("rollout", "benchmarks/rollout.py", "--length 32 --rollouts 2 --positions 2 --layers 1 --skip-all"),
     Step(
         "memory",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
     from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
     from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
+    from midimamba.onnx_export import export_onnx
     from midimamba.tokenization.processor import MidiProcessor
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "MusicalDiscriminator",
     "MusicalDiscriminatorConfig",
     "RecurrentCache",
+    "export_onnx",
     "load",
 ]
 
@@ -48,6 +50,7 @@ _MODULES = {
     "MusicalDiscriminator": "modeling.modeling_musical_discriminator",
     "MusicalDiscriminatorConfig": "modeling.configuration_musical_discriminator",
     "RecurrentCache": "modeling.recurrent_cache",
+    "export_onnx": "onnx_export",
 }
 
 

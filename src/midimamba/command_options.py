@@ -266,6 +266,25 @@ class GenerateOptions(RenderingOptions):
             raise InputError("--keep-unused keeps what a discriminator did not choose: add --discriminator")
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What `midimamba convert` reads and writes."""
+
+    music: Path = field(
+        metadata={"positional": True, "help": "MIDI (.mid, .rmi, .kar), ABC (.abc) or MusicXML (.musicxml, .mxl)"}
+    )
+    out: Path = field(
+        metadata={
+            "positional": True,
+            "help": "file to write: one of these, an engraved page (.svg, .pdf), a piano roll (.png) or sound "
+            "(.wav, .mp3)",
+        }
+    )
+    soundfont: Path | None = field(
+        default=None, metadata={"help": "play with this .sf2 file instead of the one that pretty_midi ships"}
+    )
+
+
 _BARS = re.compile(r"(\d+)(?:-(\d+))?")
 
 
