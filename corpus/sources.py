@@ -1,4 +1,6 @@
-"""Where MIDI files come from: a folder, an archive, a folder with archives in it, or the chorales of music21.
+"""Where music comes from: a folder, an archive, a folder with archives in it, or the chorales of music21.
+
+Files of ABC notation are read like archives, whose members are tunes.
 
 Archives, and archives in them, are read as they are. Nothing is unpacked to the disk, so the names of members are only
 names, whatever path they claim.

@@ -7,7 +7,7 @@ that overlap are in different voices. What goes over a bar line, or has no singl
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -180,7 +180,7 @@ def _bars(score: ScoreTick, scale: float) -> list[Bar]:
     return bars
 
 
-def _chords(notes: Sequence[Any], scale: float, end: int) -> list[_Chord]:
+def _chords(notes: Iterable[Any], scale: float, end: int) -> list[_Chord]:
     """Notes of a track by onset and length. The same pitch twice in one chord is one note."""
     together: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     for note in notes:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from midimamba.tokenization.abc_notation import Tunes, is_abc
 from midimamba.tokenization.ingest import MidiRefusedError, read_score, read_unordered
+from midimamba.tokenization.processor import MidiProcessor
 
 SCALE = "CDEFGABcdefgab"
 PITCHES = (60, 62, 64, 65, 67, 69, 71, 72, 74, 76, 77, 79, 81, 83)
@@ -111,3 +112,11 @@ def test_midi_is_not_taken_for_abc(tmp_path: Path) -> None:
     assert not is_abc(b"MThd\nX:1\n")
     assert not is_abc(b"\0X:1\n")
     assert not is_abc(b"hello")
+
+
+def test_a_processor_continues_a_tune(processor: MidiProcessor, tmp_path: Path) -> None:
+    (tmp_path / "opening.abc").write_bytes(tune("CDEF GABc|", "M:4/4"))
+    score = read_score(tmp_path / "opening.abc")
+    ids = processor.encode(tmp_path / "opening.abc")
+    assert ids == processor.encode(score.dumps_midi())
+    assert processor.continue_score(tmp_path / "opening.abc", ids).note_num() == score.note_num() == 8
