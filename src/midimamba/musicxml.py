@@ -138,7 +138,7 @@ def _symbol(
         else:
             yield f"<note><rest/>{_length(symbol, voice, '')}</note>"
         return
-    for index, pitch in enumerate(symbol.pitches):
+    for index, (pitch, velocity) in enumerate(zip(symbol.pitches, symbol.velocities, strict=True)):
         spelled = spell(pitch, key)
         chord = "<chord/>" if index else ""
         accidental = ""
@@ -155,7 +155,7 @@ def _symbol(
         ties = '<tie type="stop"/>' * symbol.tied_from + '<tie type="start"/>' * symbol.tied_to
         notations = ties.replace("<tie ", "<tied ")
         yield (
-            f'<note dynamics="{100 * symbol.velocity / _LOUD:.2f}">{chord}{place}'
+            f'<note dynamics="{100 * velocity / _LOUD:.2f}">{chord}{place}'
             f"{_length(symbol, voice, accidental, ties + instrument)}"
             f"{f'<notations>{notations}</notations>' if notations else ''}</note>"
         )
@@ -192,7 +192,7 @@ def read_musicxml(path: Path) -> ScoreTick:
     content = read_content(path)
     ((_, score),) = run_bounded(_read, [(path.name, content)], 1, max_seconds=_MAX_SECONDS)
     if isinstance(score, Lost):
-        raise InputError(f"{path} cannot be read as MusicXML: {score.reason}")
+        raise InputError(f"{path} cannot be read as MusicXML: {score.reason}: export it again")
     return score
 
 
@@ -200,7 +200,8 @@ def _read(content: bytes, mark: Mark) -> ScoreTick | Lost:
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            return _score_of(_parse(content))
+            parsed = _parse(content)
+            return _score_of(parsed) if parsed.parts else Lost("it holds no parts")
     except MemoryError:
         raise
     except Exception as error:  # music21 on a file that anybody may have made

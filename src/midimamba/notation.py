@@ -53,13 +53,13 @@ class Symbol(NamedTuple):
     Args:
         pitches (`tuple[int, ...]`): from low to high; none for a rest.
         units (`int`): its length, one of `VALUES`.
-        velocity (`int`): of the loudest note.
+        velocities (`tuple[int, ...]`): of the pitches.
         tied_from, tied_to (`bool`): whether it goes on from the symbol before it, and into the one after it.
     """
 
     pitches: tuple[int, ...]
     units: int
-    velocity: int = 0
+    velocities: tuple[int, ...] = ()
     tied_from: bool = False
     tied_to: bool = False
 
@@ -121,7 +121,7 @@ class _Chord(NamedTuple):
     start: int
     end: int
     pitches: tuple[int, ...]
-    velocity: int
+    velocities: tuple[int, ...]
 
 
 def write_down(score: ScoreTick) -> Page:
@@ -138,15 +138,21 @@ def write_down(score: ScoreTick) -> Page:
         for note in track.notes
         if not ((note.time * scale).is_integer() and (note.duration * scale).is_integer())
     ]
-    staves = []
+    staves, written = [], 0
     for track in score.tracks:
         if len(track.notes):
-            lines = _lines(_chords(track.notes, scale, bars[-1].start + bars[-1].units))
+            chords = _chords(track.notes, scale, bars[-1].start + bars[-1].units)
+            written += sum(len(chord.pitches) for chord in chords)
+            lines = _lines(chords)
             voices = [list(_in_bars(line, bars)) for line in lines]
             staves.append(Staff(track.name.strip(), track.program, track.is_drum, voices))
     changes = [f"{len(moved):,} notes were moved to the nearest 24th of a quarter note"] * bool(moved)
+    if left_out := score.note_num() - written:
+        changes.append(f"{left_out:,} notes are left out that another of their track and pitch covers exactly")
     if any(len(track.controls) or len(track.pitch_bends) or len(track.pedals) for track in score.tracks):
         changes.append("pedals, controllers and pitch bends are left out")
+    if len(score.markers) or any(len(track.lyrics) for track in score.tracks):
+        changes.append("lyrics and markers are left out")
     return Page(bars, staves, changes)
 
 
@@ -188,9 +194,11 @@ def _chords(notes: Iterable[Any], scale: float, end: int) -> list[_Chord]:
         stop = min(max(round((note.time + note.duration) * scale), start + 1), end)
         chord = together[start, stop]
         chord[note.pitch] = max(chord.get(note.pitch, 0), note.velocity)
-    return sorted(
-        _Chord(start, stop, tuple(sorted(chord)), max(chord.values())) for (start, stop), chord in together.items()
-    )
+    chords = []
+    for (start, stop), chord in together.items():
+        pitches = tuple(sorted(chord))
+        chords.append(_Chord(start, stop, pitches, tuple(chord[pitch] for pitch in pitches)))
+    return sorted(chords)
 
 
 def _lines(chords: list[_Chord]) -> list[list[_Chord]]:
@@ -221,7 +229,7 @@ def _in_bars(line: list[_Chord], bars: list[Bar]) -> Iterator[list[Symbol]]:
                 for index, units in enumerate(values):
                     is_first = index == 0 and now == chord.start
                     is_last = index == len(values) - 1 and stop == chord.end
-                    symbols.append(Symbol(chord.pitches, units, chord.velocity, not is_first, not is_last))
+                    symbols.append(Symbol(chord.pitches, units, chord.velocities, not is_first, not is_last))
                 if stop == chord.end:
                     waiting.pop()
             now = stop

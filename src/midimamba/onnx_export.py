@@ -99,7 +99,8 @@ class _Step(nn.Module):
 
     def __init__(self, model: MidiMambaForCausalLM):
         super().__init__()
-        self.embeddings = nn.Embedding.from_pretrained(_plain(model.get_input_embeddings().weight))
+        embeddings: Any = model.get_input_embeddings()
+        self.embeddings = nn.Embedding.from_pretrained(_plain(embeddings.weight))
         self.layers = nn.ModuleList(map(_Layer, model.backbone.layers))
         self.norm = _Norm(model.backbone.final_norm)
         self.head = _linear(model.lm_head)
