@@ -115,6 +115,11 @@ STEPS = (
     ),
     Step("grammar", "benchmarks/grammar.py", "--layers 1 --hidden 32 --tokens 40 --repeats 1"),
     Step("constraints", "benchmarks/constraints.py", "--num 12 --combinations 4 --each 4"),
+    Step(
+        "onnx",
+        "benchmarks/onnx_step.py",
+        "--batch 1 --length 16 --layers 1 --hidden 32 --repeats 1 --layouts mamba",
+    ),
     Step("rollout", "benchmarks/rollout.py", "--length 32 --rollouts 2 --positions 2 --layers 1 --skip-all"),
     Step(
         "memory",

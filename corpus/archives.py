@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from stat import S_ISLNK
 from typing import IO, Any, cast
 
+from midimamba.tokenization.abc_notation import NO_TUNE, Tunes
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, TOO_LARGE, MidiRefusedError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# A file of ABC notation may hold many tunes.
+BOOK_SUFFIX = ".abc"
 # Music is unpacked to 3 to 10 times its size. Zeros come to 1,000 times (gzip) and a million times (bzip2).
 MAX_RATIO = 100
 # What an archive may be unpacked to, however small it is.
@@ -44,7 +48,7 @@ class Member:
         size (`int`):
             In bytes, as the archive says.
         place (`int` or `str`):
-            Its offset in a tar file, its name in a zip file.
+            Its offset in a tar file, its name in a zip file, its offset in a book of tunes.
         defect (`str`, *optional*):
             Why it cannot be read: it is a link, say.
     """
@@ -157,7 +161,45 @@ class TarArchive:
         return content
 
 
-Archive = ZipArchive | TarArchive
+class TuneBook:
+    """A file of ABC notation: each tune of it is a member.
+
+    Args:
+        file (binary file):
+            Its content.
+        budget (`Budget`):
+            Of what all tunes together may have, each with what the file says for all of them.
+
+    Raises:
+        MidiRefusedError: if it is too large, or holds no tune.
+    """
+
+    def __init__(self, file: IO[bytes], budget: Budget) -> None:
+        content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise MidiRefusedError(TOO_LARGE)
+        self._tunes = Tunes(content)
+        self._budget = budget
+
+    def members(self) -> Iterator[Member]:
+        """Every tune, by its number counted from 1. A tune that is alone has no name but the book's.
+
+        Raises:
+            MidiRefusedError: if there is none.
+        """
+        several = len(list(islice(self._tunes.places(), 2)))
+        if not several:
+            raise MidiRefusedError(NO_TUNE)
+        for number, (place, size) in enumerate(self._tunes.places(), 1):
+            yield Member(str(number) if several > 1 else "", size, place)
+
+    def read(self, place: int | str, size: int) -> bytes:
+        """A tune, with what the book says for all tunes."""
+        self._budget.spend(size)
+        return self._tunes.read(cast(int, place), size)
+
+
+Archive = ZipArchive | TarArchive | TuneBook
 
 
 @contextmanager
@@ -168,7 +210,10 @@ def opened(file: IO[bytes], name: str, budget: Budget) -> Iterator[Archive]:
         MidiRefusedError: if it cannot be read, whether on opening or while it is used.
     """
     try:
-        yield ZipArchive(file, budget) if name.lower().endswith(".zip") else TarArchive(file, name, budget)
+        if name.lower().endswith(BOOK_SUFFIX):
+            yield TuneBook(file, budget)
+        else:
+            yield ZipArchive(file, budget) if name.lower().endswith(".zip") else TarArchive(file, name, budget)
     except MidiRefusedError:
         raise
     except Exception as error:
@@ -191,13 +236,13 @@ def read_member(archive: Archive, place: int | str, size: int) -> bytes | MidiRe
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file of this name is an archive that can be read."""
-    return name.lower().endswith(ARCHIVE_SUFFIXES)
+    """Whether a file of this name is an archive that can be read, or a book of tunes."""
+    return name.lower().endswith((*ARCHIVE_SUFFIXES, BOOK_SUFFIX))
 
 
 def kind_of(name: str) -> str:
     """The suffix that says how an archive is read."""
-    return next(suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix))
+    return next(suffix for suffix in (*ARCHIVE_SUFFIXES, BOOK_SUFFIX) if name.lower().endswith(suffix))
 
 
 def describe(error: Exception) -> str:

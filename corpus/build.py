@@ -68,8 +68,8 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
     Args:
         source (`str`):
             A folder, searched recursively; a zip or tar archive (also `.tar.gz`, `.tar.bz2`, `.tar.xz`), also in such
-            a folder; a data set with a column of MIDI bytes, in a folder or on the Hub (`owner/name`); or `chorales`:
-            Bach's, from music21.
+            a folder; a file of ABC notation, of which every tune is a piece; a data set with a column of MIDI bytes,
+            in a folder or on the Hub (`owner/name`); or `chorales`: Bach's, from music21.
         out (`Path`):
             The folder to make. It appears when everything is in it, or not at all.
         options ([`~midimamba.corpus.options.CorpusOptions`], *optional*):

@@ -21,7 +21,8 @@ class Entry:
         size (`int`):
             In bytes, as the folder or the archive says.
         member (`int`, `str` or `bytes`, *optional*):
-            Where it is in the archive: its offset in a tar file, its name in a zip file. For a file in an archive in
+            Where it is in the archive: its offset in a tar file, its name in a zip file, its offset in a book of
+            tunes. For a file in an archive in
             an archive, a JSON list of place, size and name of the inner archive, and the place in that.
     """
 

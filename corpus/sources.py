@@ -1,4 +1,6 @@
-"""Where MIDI files come from: a folder, an archive, a folder with archives in it, or the chorales of music21.
+"""Where music comes from: a folder, an archive, a folder with archives in it, or the chorales of music21.
+
+Files of ABC notation are read like archives, whose members are tunes.
 
 Archives, and archives in them, are read as they are. Nothing is unpacked to the disk, so the names of members are only
 names, whatever path they claim.
@@ -15,10 +17,12 @@ from typing import IO, cast
 
 from midimamba.corpus.archives import (
     ARCHIVE_SUFFIXES,
+    BOOK_SUFFIX,
     MAX_MEMBERS,
     Archive,
     Budget,
     Member,
+    TuneBook,
     describe,
     is_archive,
     kind_of,
@@ -117,8 +121,8 @@ def _list_files(source: str) -> Iterator[_Item]:
         return
     if not (path.is_file() and is_archive(path.name)):
         raise InputError(
-            f"{source} is not a folder, an archive ({', '.join(ARCHIVE_SUFFIXES)}) or a data set on the Hub "
-            f"(owner/name): name one with MIDI files, or write {CHORALES}"
+            f"{source} is not a folder, an archive ({', '.join(ARCHIVE_SUFFIXES)}), tunes ({BOOK_SUFFIX}) or "
+            f"a data set on the Hub (owner/name): name one with MIDI files, or write {CHORALES}"
         )
     try:
         yield from _list_archive(path, unique_name(path.name), alone=True)
@@ -177,19 +181,22 @@ def _list_member(
 ) -> Iterable[_Item]:
     name = f"{outer.name}/{unique_name(member.name)}"
     place = json.dumps([*way, member.place]).encode() if way else member.place
+    if isinstance(archive, TuneBook):
+        return [Entry(name if member.name else outer.name, outer.path, member.size, place)]
     item = _by_name(Entry(name, outer.path, member.size, place))
     if isinstance(item, Entry) and member.defect:
         return [Refusal(name, None, "read", member.defect)]
     if not (isinstance(item, Entry) and is_archive(name)):
         return [item]
-    if way:
+    if way and kind_of(name) != BOOK_SUFFIX:
         return [Refusal(name, None, "read", "it is an archive in an archive in an archive: unpack one of them")]
     content = read_member(archive, member.place, member.size)
     if isinstance(content, MidiRefusedError):
         return [Refusal(name, None, "read", content.reason)]
     try:
         with opened(io.BytesIO(content), name, budget) as inner:
-            return _list_members(inner, Entry(name, outer.path, 0), budget, (member.place, member.size, kind_of(name)))
+            way = (*way, member.place, member.size, kind_of(name))
+            return _list_members(inner, Entry(name, outer.path, 0), budget, way)
     except MidiRefusedError as error:
         return [Refusal(name, hashlib.sha256(content).hexdigest(), "read", error.reason)]
 

@@ -62,9 +62,13 @@ def save_figure(figure: Any, path: Path) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def import_demo(name: str) -> Any:
+def import_demo(name: str, extra: str = "demo") -> Any:
     """
-    Import a module of the optional `demo` dependencies.
+    Import a module of optional dependencies.
+
+    Args:
+        name (`str`): of the module.
+        extra (`str`, *optional*, defaults to `"demo"`): with which it is installed.
 
     Raises:
         InputError: if it is not installed.
@@ -72,12 +76,12 @@ def import_demo(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise not_installed(name.partition(".")[0]) from error
+        raise not_installed(name.partition(".")[0], extra) from error
 
 
-def not_installed(package: str) -> InputError:
-    """The error that one of the optional `demo` dependencies is missing."""
-    return InputError(f'{package} is not installed; run: pip install "midimamba[demo]"')
+def not_installed(package: str, extra: str = "demo") -> InputError:
+    """The error that an optional dependency is missing."""
+    return InputError(f'{package} is not installed; run: pip install "midimamba[{extra}]"')
 
 
 def pitch_name(pitch: int) -> str:

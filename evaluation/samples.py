@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from midimamba.errors import InputError
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import NEVER, Ending, sample
-from midimamba.tokenization.ingest import MIDI_SUFFIXES, MidiRefusedError, check_score, parse_midi, read_content
+from midimamba.tokenization.ingest import MUSIC_SUFFIXES, MidiRefusedError, check_score, parse_midi, read_content
 from midimamba.tokenization.processor import MidiProcessor
 
 _BATCH_SIZE = 16
@@ -60,7 +60,7 @@ class Samples:
 
 def midi_files(folder: Path) -> list[Path]:
     """All MIDI files of a folder and its subfolders, by name."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in MIDI_SUFFIXES and file.is_file())
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in MUSIC_SUFFIXES and file.is_file())
 
 
 def read_folder(folder: Path) -> Samples:

@@ -49,7 +49,7 @@ PUBLISHED = (
     ),
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("infilling.py", "gaps.py"),
-    *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
+    *("choices.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
     # The generator's own code, of layouts that transformers has no class for.
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(

@@ -1,4 +1,4 @@
-"""Read one MIDI file safely: a score that is fit to tokenise, or a reason in plain words why it is not.
+"""Read one file of MIDI or ABC safely: a score that is fit to tokenise, or a reason in plain words why it is not.
 
 MidiTok trusts its input. Measured with MidiTok 3.1 and symusic 0.6 on malformed files: a time division of 0 ends in a
 ZeroDivisionError, ticks beyond 2³¹ turn negative and end in a KeyError, and 60 bytes that hold one enormous pause
@@ -16,9 +16,11 @@ import numpy as np
 from symusic import Score
 from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 
+from .abc_notation import AbcError, conductor_of, is_abc, midi_of, settled
 from .open_notes import close_notes
 
-MIDI_SUFFIXES = frozenset({".mid", ".midi", ".kar", ".rmi"})
+# Of files that are read as music. What a file holds is told by its content, MIDI or ABC notation.
+MUSIC_SUFFIXES = frozenset({".mid", ".midi", ".kar", ".rmi", ".abc"})
 
 # A whole opera as MIDI is under 2 MB; beyond this it is not music, and reading it may exhaust the memory.
 MAX_FILE_BYTES = 16 * 2**20
@@ -85,8 +87,8 @@ def read_unordered(source: str | Path | bytes | ScoreTick | ScoreQuarter | Score
 
 
 def is_midi(name: str) -> bool:
-    """Whether a file of this name is a MIDI file, perhaps compressed (`.mid.gz`)."""
-    return name.lower().removesuffix(".gz").endswith(tuple(MIDI_SUFFIXES))
+    """Whether a file of this name is a MIDI file or ABC notation, perhaps compressed (`.mid.gz`)."""
+    return name.lower().removesuffix(".gz").endswith(tuple(MUSIC_SUFFIXES))
 
 
 def read_content(path: Path) -> bytes:
@@ -141,7 +143,8 @@ def parse_midi(content: bytes) -> tuple[ScoreTick, bool]:
     Some old sequencers wrote data bytes above 127, which the standard forbids. Such a file is read with these bytes
     clamped: of 385 malformed files that symusic refuses, 96 have no other defect. A file compressed by gzip, or
     wrapped in RIFF as Windows does (`.rmi`), is unwrapped, whatever its name. Notes that the file never ends are
-    ended, see [`~midimamba.tokenization.open_notes.close_notes`].
+    ended, see [`~midimamba.tokenization.open_notes.close_notes`]. A tune in ABC notation is read as well, see
+    [`~midimamba.tokenization.abc_notation`].
 
     Returns:
         `tuple[symusic.Score, bool]`: the unchecked score, and whether bytes were clamped to read it.
@@ -158,6 +161,8 @@ def _parse_leniently(content: bytes) -> tuple[ScoreTick, bool, list[str]]:
     content = _unwrap(content)
     if not content:
         raise MidiRefusedError("the file is empty")
+    if is_abc(content):
+        return _parse_abc(content)
     _check_header(content)
     try:
         score, changes = _parse(content, sanitize=False)
@@ -168,6 +173,15 @@ def _parse_leniently(content: bytes) -> tuple[ScoreTick, bool, list[str]]:
             return score, True, ["data bytes above 127 read as 127", *changes]
         except MidiRefusedError:
             raise refusal from None  # the file's own defect, not what is left of it after clamping
+
+
+def _parse_abc(content: bytes) -> tuple[ScoreTick, bool, list[str]]:
+    try:
+        midi, changes = midi_of(content)
+    except AbcError as error:
+        raise MidiRefusedError(str(error)) from error
+    score, conductor = (_parse(part, sanitize=False)[0] for part in (midi, conductor_of(midi)))
+    return settled(score, conductor), False, changes
 
 
 def _unwrap(content: bytes) -> bytes:

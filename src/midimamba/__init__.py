@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from midimamba.modeling.pipeline_midi_generation import MidiGenerationPipeline
     from midimamba.modeling.recurrent_cache import CacheMismatchError, RecurrentCache
     from midimamba.note_decoding import Note
+    from midimamba.onnx_export import export_onnx
     from midimamba.streaming import NoteStreamer, stream
     from midimamba.tokenization.processor import MidiProcessor
 
@@ -38,6 +39,7 @@ __all__ = [
     "Note",
     "NoteStreamer",
     "RecurrentCache",
+    "export_onnx",
     "load",
     "stream",
 ]
@@ -56,6 +58,7 @@ _MODULES = {
     "NoteStreamer": "streaming",
     "RecurrentCache": "modeling.recurrent_cache",
     "stream": "streaming",
+    "export_onnx": "onnx_export",
 }
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from midimamba.command_options import (
+    ConvertOptions,
     DemoOptions,
     DrawingOptions,
     EvaluateOptions,
@@ -91,6 +92,12 @@ COMMANDS = {
         "Make a blind listening test of two or more folders of MIDI files, or score what its listeners answered.",
         "midimamba listen runs/demo/samples my-midi-folder --out test, then "
         "midimamba listen --score test answers.json",
+    ),
+    "convert": Command(
+        (ConvertOptions,),
+        "Turn a file of music into another, as the suffixes say: MIDI, ABC, MusicXML, an engraved page, a piano roll, "
+        "sound. What a format cannot say is told.",
+        "midimamba convert song.mid song.pdf",
     ),
     "publish": Command(
         (PublishOptions,),

@@ -38,8 +38,9 @@ class TokenizeFiles:
     source: str = field(
         metadata={
             "positional": True,
-            "help": "a folder of MIDI files and archives, searched recursively; a .zip or .tar archive; a data set "
-            "with a column of MIDI bytes, in a folder or on the Hub (owner/name); or `chorales`, Bach's from music21",
+            "help": "a folder of MIDI and ABC files and archives, searched recursively; an archive (.zip, .tar, "
+            ".tar.gz, .tar.bz2, .tar.xz); a book of tunes (.abc); a data set with a column of MIDI bytes, in a folder "
+            "or on the Hub (owner/name); or `chorales`, Bach's from music21",
         }
     )
     out: Path = field(metadata={"help": "folder to make, or to bring up to date"})
@@ -253,7 +254,7 @@ class GenerateOptions(RenderingOptions):
 
     model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
     out: Path | None = field(default=None, metadata={"help": "folder to make"})
-    prompt: Path | None = field(default=None, metadata={"group": "request", "help": "a MIDI file to continue"})
+    prompt: Path | None = field(default=None, metadata={"group": "request", "help": "a MIDI or ABC file to continue"})
     control: Sequence[str] = field(default=(), metadata=_CONTROL)
     discriminator: Sequence[str] = field(
         default=(),
@@ -341,11 +342,30 @@ def read_tracks(tracks: str | None) -> list[int] | None:
 
 
 @dataclass(frozen=True)
+class ConvertOptions:
+    """What `midimamba convert` reads and writes."""
+
+    music: Path = field(
+        metadata={"positional": True, "help": "MIDI (.mid, .rmi, .kar), ABC (.abc) or MusicXML (.musicxml, .mxl)"}
+    )
+    out: Path = field(
+        metadata={
+            "positional": True,
+            "help": "file to write: one of these, an engraved page (.svg, .pdf), a piano roll (.png) or sound "
+            "(.wav, .mp3)",
+        }
+    )
+    soundfont: Path | None = field(
+        default=None, metadata={"help": "play with this .sf2 file instead of the one that pretty_midi ships"}
+    )
+
+
+@dataclass(frozen=True)
 class InfillOptions(RenderingOptions):
     """What `midimamba infill` reads, asks for and writes. Raises [`InputError`] for values that cannot be."""
 
     model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
-    song: Path = field(metadata={"positional": True, "help": "a MIDI file"})
+    song: Path = field(metadata={"positional": True, "help": "a MIDI or ABC file"})
     bars: str = field(
         metadata={
             "group": "request",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from midimamba.command_options import (
+    ConvertOptions,
     DemoOptions,
     DrawingOptions,
     EvaluateOptions,
@@ -345,6 +346,19 @@ def _score_answers(test: Path, options: ListenOptions) -> None:
     key = listening.read_key(test)
     answers = [listening.read_answers(path, key) for path in options.paths]
     print(listening.scores_table(listening.score_answers(key, answers)))
+
+
+def convert(options: ConvertOptions) -> None:
+    """`midimamba convert`: a file of music to one of another kind."""
+    from midimamba.converting import read_music, writer_of
+
+    check_can_be_made(options.out)
+    if options.out.exists():
+        raise InputError(f"{options.out} already exists: choose another name or delete it")
+    write = writer_of(options.out, options.soundfont)
+    score, changes = read_music(options.music)
+    for change in [*changes, *write(score, options.out)]:
+        show(f"{options.out}: {change}", file=sys.stderr)
 
 
 def publish(options: PublishOptions) -> None:

@@ -164,7 +164,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         ),
         *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
         *("infilling.py", "gaps.py"),
-        *("choices.py", "musical_time.py", "ingest.py", "errors.py"),
+        *("choices.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
         *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "samples/sample-00.mp3"),
     }
     weights = (run / "generator" / "model.safetensors").read_bytes()

@@ -25,7 +25,7 @@ SAVED = {"miditok.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 # The module of the processor, and what it imports.
 CODE = {
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py"),
-    *("choices.py", "controls.py", "musical_time.py", "ingest.py", "errors.py"),
+    *("choices.py", "controls.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
     *(
         "grammar_types.py",
         "grammar_tables.py",
