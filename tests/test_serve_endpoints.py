@@ -24,6 +24,7 @@ from midimamba.generation import choose_scores, generate_scores, infill_scores, 
 from midimamba.serving import responses, service
 from midimamba.serving.connections import MAX_BODY_BYTES
 from midimamba.streaming import stream
+from midimamba.tokenization.constraints import Constraints
 from support import make_score
 
 Pair = tuple[MidiMambaForCausalLM, MidiProcessor]
@@ -90,11 +91,23 @@ def test_continuations_and_fillings_are_those_of_the_commands(client: TestClient
     assert unpacked(answer.content) == written(
         generate_scores(*pair, options, prompt=midi, controls={"key": "C-major"})
     )
-    form |= {"bars": "2-3", "tracks": "2,3"}
+    form |= {"bars": "2-3", "tracks": "2,3", "constraints": json.dumps({"scale": "C-major"})}
     answer = client.post("/infill", data=form, files={"midi": midi})
-    drawing = DrawingOptions(num=2, max_new_tokens=80, seed=5)
+    drawing = DrawingOptions(num=2, max_new_tokens=80, seed=5, constraints=Constraints(scale="C-major"))
     expected = infill_scores(*pair, midi, (2, 3), [1, 2], drawing, {"key": "C-major"})
     assert unpacked(answer.content) == written(expected)
+
+
+def test_no_new_note_breaks_a_constraint(client: TestClient) -> None:
+    wanted = {"scale": "C,E,G", "instruments": ["violin"]}
+    answer = client.post("/generate", json={**SHORT, "num": 1, "constraints": wanted})
+    notes = [
+        (track.program, note.pitch % 12)
+        for track in ScoreTick.from_midi(answer.content).tracks
+        for note in track.notes
+    ]
+    assert notes
+    assert set(notes) <= {(40, 0), (40, 4), (40, 7)}
 
 
 @pytest.mark.parametrize("prompted", [False, True])
@@ -161,6 +174,9 @@ def test_values_are_refused_in_the_words_of_the_command_line(client: TestClient,
         ("/generate", {"best_of": 2}, "best_of and pick choose by a discriminator, and this server has none"),
         ("/generate", {"controls": {"key": "H"}}, "control 'key' has no value 'H': choose one of C-major"),
         ("/generate", {"controls": 3}, "controls is 3: input should be a valid dictionary"),
+        ("/generate", {"constraints": {"scale": "H"}}, "scale is 'H', but 'H' is not a pitch class"),
+        ("/generate", {"constraints": {"scales": 1}}, "there is no constraint 'scales': choose from scale, "),
+        ("/generate", {"constraints": {"scale": "C", "pitch_range": "61-62"}}, "scale C and pitch_range 61-62 leave"),
         ("/generate", [], "the body is not a JSON object"),
         ("/generate/stream", {"num": 2}, "there is no option 'num': see /docs"),
         ("/infill", {}, "midi is missing: see /docs"),

@@ -77,8 +77,14 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for name in ("pitch_range", "instruments"):
-            if isinstance(value := getattr(self, name), str):  # a single one
+            value = getattr(self, name)
+            if isinstance(value, str):  # a single one
                 object.__setattr__(self, name, (value,))
+            elif value is not None and not isinstance(value, Sequence):
+                raise InputError(f"{name} is {value!r}: give text, or a list of texts")
+            _check_text(name, *(value or ()))
+        for name in ("scale", "grid", "notes_per_bar"):
+            _check_text(name, getattr(self, name))
         if self.polyphony is not None:
             check_whole("polyphony", self.polyphony, 1, MAX_POLYPHONY)
         _ = self.pitch_classes, self.step, self.density
@@ -210,6 +216,12 @@ class Constraints:
                 f"grid {self.grid} is finer than the tokenizer's {positions} positions per quarter note, or between "
                 f"them: choose a multiple of 1/{4 * positions}"
             )
+
+
+def _check_text(name: str, *values: Any) -> None:
+    """Raise an [`InputError`] for what is no text, as JSON may hold."""
+    if wrong := [value for value in values if not isinstance(value, str | None)]:
+        raise InputError(f"{name} is {wrong[0]!r}: give text")
 
 
 def _pitch_class(tone: str) -> int:

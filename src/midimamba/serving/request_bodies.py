@@ -21,6 +21,7 @@ from pydantic import (
 from midimamba.command_options import DrawingOptions, SamplingOptions, read_span, read_tracks
 from midimamba.errors import InputError
 from midimamba.text import printable, shortened
+from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.sampling_limits import check_sampling
 
 Options = TypeVar("Options", bound=DrawingOptions)
@@ -31,14 +32,15 @@ _OF_SEVERAL = ("num", "best_of", "pick")
 _EXAMPLES: dict[str, list[Any]] = {"num": [1], "bars": [8], "temperature": [0.9], "top_p": [0.95], "seed": [7]}
 
 
-def _read_json(value: Any) -> Any:
-    """Forms have only text, so controls are JSON there."""
+def _read_json(value: Any, info: ValidationInfo) -> Any:
+    """Forms have only text, so controls and constraints are JSON there."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise InputError(f'controls is {shortened(value, 40)!r}: write JSON such as {{"key": "C-major"}}') from error
+        example = {"controls": '{"key": "C-major"}'}.get(str(info.field_name), '{"scale": "C-major"}')
+        raise InputError(f"{info.field_name} is {shortened(value, 40)!r}: write JSON such as {example}") from error
 
 
 class Asked(BaseModel, Generic[Options]):
@@ -53,12 +55,20 @@ class Asked(BaseModel, Generic[Options]):
         "values. In a form, write it as JSON.",
         examples=[{}],
     )
+    constraints: Annotated[dict[str, Any], BeforeValidator(_read_json)] = Field(
+        default={},
+        description='What no new note may break, such as {"scale": "D-dorian", "polyphony": 4}: '
+        f"{', '.join(option.name for option in fields(Constraints))}, with the values that the command line takes. "
+        "In a form, write it as JSON.",
+        examples=[{}],
+    )
 
     @property
     def options(self) -> Options:
         """As the command line has them."""
         names = {option.name for option in fields(self.options_class)} & set(type(self).model_fields)
-        return cast(Options, self.options_class(**{name: getattr(self, name) for name in names}))
+        given = {name: getattr(self, name) for name in names} | {"constraints": Constraints.of(self.constraints)}
+        return cast(Options, self.options_class(**given))
 
     @field_validator("*", mode="before")
     @classmethod
@@ -123,7 +133,7 @@ def _with_options(name: str, base: type[Asked[Any]], without: Sequence[str] = ()
             ),
         )
         for option in fields(base.options_class)
-        if option.name not in without
+        if option.name not in {*without, *base.model_fields}
     }
     return create_model(name, __base__=base, **described)
 
