@@ -164,7 +164,7 @@ def test_train_makes_a_model_that_fills_gaps(
         given.extend(arguments)
         return 0
 
-    monkeypatch.setattr(launching, "_run", run)
+    monkeypatch.setattr(launching, "run_script", run)
     assert (
         command(monkeypatch, "train", tmp_path / "music", "--out", tmp_path / "model", "--infill", "--steps", 4) == 0
     )
