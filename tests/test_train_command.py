@@ -57,7 +57,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         found.append((script, list(arguments)))
         return 0
 
-    monkeypatch.setattr(launching, "_run", run)
+    monkeypatch.setattr(launching, "run_script", run)
     return found
 
 
