@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
-from midimamba.command_options import EvaluateOptions, SamplingOptions
+from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.generation import generate_samples, generate_scores
+from midimamba.result_options import EvaluateOptions
 from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS, complete_sampling, give_sampling_defaults
 from midimamba.training.lora import add_adapters, merged
 from support import command, make_generator

@@ -43,6 +43,10 @@ MAX_POLYPHONY = 128
 MAX_NOTES_PER_BAR = 100_000
 
 
+class ConflictError(InputError):
+    """Constraints cannot be kept together, or not by this model or after this prompt."""
+
+
 @dataclass(frozen=True)
 class Constraints:
     """
@@ -183,7 +187,7 @@ class Constraints:
             whose (`str`): what `programs` are those of, for the message.
 
         Raises:
-            InputError: if there is one, with the options in conflict.
+            ConflictError: if there is one, with the options in conflict.
         """
         options = [name for name in ("scale", "pitch_range") if getattr(self, name) is not None]
         if not options:
@@ -194,9 +198,9 @@ class Constraints:
         playing = {program for program in wanted if self.pitches(program) & set(available[program == DRUMS])}
         for program in {*(self.programs or ()), *self._ranges} - {None}:
             if not self.pitches(int(program or 0)) & set(available[program == DRUMS]):
-                raise InputError(f"{both} {leave} {_name(int(program or 0))} no pitch: widen the one or the other")
+                raise ConflictError(f"{both} {leave} {_name(int(program or 0))} no pitch: widen the one or the other")
         if (not playing - {DRUMS} and wanted != {DRUMS}) or not playing:
-            raise InputError(f"{both} {leave} {whose} no pitch: widen the one or the other")
+            raise ConflictError(f"{both} {leave} {whose} no pitch: widen the one or the other")
 
     def check_timing(self, has_bars: bool, name: str, positions: int) -> None:
         """Refuse what a tokenization cannot keep.
@@ -207,12 +211,12 @@ class Constraints:
             positions (`int`): its positions per quarter note.
 
         Raises:
-            InputError: if there are no bars, or the grid is not one of its positions.
+            ConflictError: if there are no bars, or the grid is not one of its positions.
         """
         if self.notes_per_bar is not None and not has_bars:
-            raise InputError(f"notes_per_bar needs bars, which {name} does not have: leave it out, or use REMI")
+            raise ConflictError(f"notes_per_bar needs bars, which {name} does not have: leave it out, or use REMI")
         if self.step is not None and (self.step * 4 * positions).denominator != 1:
-            raise InputError(
+            raise ConflictError(
                 f"grid {self.grid} is finer than the tokenizer's {positions} positions per quarter note, or between "
                 f"them: choose a multiple of 1/{4 * positions}"
             )

@@ -16,7 +16,7 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .constraints import Constraints
+from .constraints import ConflictError, Constraints
 from .errors import InputError
 from .grammar_tables import (
     DRUMS,
@@ -208,7 +208,7 @@ class MidiGrammar(LogitsProcessor):
             return None
         name = type(tokenizer).__name__
         if name not in TIMED:
-            raise InputError(f"polyphony, grid and notes_per_bar need {', '.join(TIMED)}, not {name}: leave them out")
+            raise ConflictError(f"polyphony, grid and notes_per_bar need {', '.join(TIMED)}, not {name}")
         check_plain(tokenizer, "each of polyphony, grid and notes_per_bar")
         has_bars = bool(tokenizer.token_ids_of_type("Bar"))
         constraints.check_timing(has_bars, name, tokenizer.config.max_num_pos_per_beat)
@@ -227,7 +227,7 @@ class MidiGrammar(LogitsProcessor):
         assert constraints is not None
         if at_once * places < rules.least:
             limits = [f"{name} {getattr(constraints, name)}" for name in _CROWDING if getattr(constraints, name)]
-            raise InputError(
+            raise ConflictError(
                 f"notes_per_bar {constraints.notes_per_bar} is more than fits: with "
                 f"{', '.join(limits) or 'these instruments'}, {at_once} notes can begin at each of the {places} "
                 f"positions of {'a wanted bar' if self.fills else 'the longest bar'}"
@@ -547,7 +547,7 @@ class MidiGrammar(LogitsProcessor):
         state.played &= table["pitches"] > 0
         pitched = state.played[:, DRUMS_ROW + 1 :].any(dim=1)
         if not (pitched | (~had_pitched & state.played.any(dim=1)) | ~prompted).all():
-            raise InputError(
+            raise ConflictError(
                 "scale and pitch_range leave no instrument of the prompt a pitch: widen one of them, or name "
                 "instruments that have one"
             )

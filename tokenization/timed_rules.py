@@ -14,8 +14,7 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
-from .constraints import Constraints
-from .errors import InputError
+from .constraints import ConflictError, Constraints
 from .walks import NEVER, NO_SHIFT, Point, Walk, if_pitched
 
 # The columns of a clock: the current onset, the bar line before it, the length of the bar, its denominator as an
@@ -35,7 +34,7 @@ class TimedRules:
         meters (`Sequence[str]`): the time signatures of the new bars, if they are given.
 
     Raises:
-        InputError: if the tokenizer has no time shift that keeps to the grid.
+        ConflictError: if the tokenizer has no time shift that keeps to the grid.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class TimedRules:
         ticks = [self._spread(shift, denominator) for shift in shifts if shift != NO_SHIFT]
         fitting = [each for each in ticks if not self.grid or each % self.grid == 0]
         if not fitting:
-            raise InputError(
+            raise ConflictError(
                 f"grid {constraints.grid} is coarser than every time shift of the tokenizer in meters of "
                 f"1/{denominator}: choose a finer one"
             )

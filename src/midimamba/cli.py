@@ -10,12 +10,9 @@ from midimamba.command_options import (
     ConvertOptions,
     DemoOptions,
     DrawingOptions,
-    EvaluateOptions,
     GenerateOptions,
     InfillOptions,
-    ListenOptions,
     PlayOptions,
-    PublishOptions,
     SamplingOptions,
     TokenizeFiles,
     TrainOptions,
@@ -25,6 +22,7 @@ from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags
+from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
 from midimamba.runtime import limit_spinning
 from midimamba.serving.options import ServeOptions
 

@@ -1,6 +1,7 @@
 """What each command can be told. [`midimamba.options`] makes flags of these dataclasses, so they are light to import.
 
-The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.options.CorpusOptions`].
+The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.options.CorpusOptions`]. Those of commands that
+judge or publish what others made are in [`midimamba.result_options`].
 """
 
 import math
@@ -13,7 +14,6 @@ from midimamba.errors import InputError
 from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.sampling_limits import (
     BEST_OF,
-    MAX_NUMPY_SEED,
     MAX_SIZE,
     PICKS,
     check_sampling,
@@ -397,135 +397,3 @@ class InfillOptions(RenderingOptions):
     def numbers(self) -> list[int] | None:
         """The tracks, counted from 1; `None` for all."""
         return read_tracks(self.tracks)
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What `midimamba evaluate` compares, and how. Raises [`InputError`] for values that cannot be."""
-
-    music: str = field(
-        metadata={
-            "positional": True,
-            "help": "a generator, in a folder or on the Hub; or a folder of MIDI files",
-        }
-    )
-    reference: str = field(metadata={"help": "a corpus made by `midimamba tokenize`, or such a data set on the Hub"})
-    out: Path = field(metadata={"help": "report.json to write; report.md and pictures go beside it"})
-    split: str = field(
-        default="test",
-        metadata={
-            "group": "comparison",
-            "choices": ("test", "validation"),
-            "help": "the held-out music; copies are searched for in `train`",
-        },
-    )
-    bars: int = field(
-        default=32, metadata={"group": "comparison", "help": "compare this many bars from the start of every piece"}
-    )
-    length: int = field(
-        default=128,
-        metadata={"group": "comparison", "help": "number of tokens, where sequences of equal length are compared"},
-    )
-    seed: int = field(default=0, metadata={"group": "comparison", "help": "the same seed gives the same report"})
-    num: int = field(default=64, metadata={"group": "sampling from a generator", "help": "number of pieces"})
-    max_new_tokens: int = field(
-        default=2048, metadata={"group": "sampling from a generator", "help": "at most this many tokens per piece"}
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={
-            "group": "sampling from a generator",
-            "help": "below 1 safer, above 1 wilder; 1 is the model's own distribution, whatever its generation config "
-            "says",
-        },
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata={
-            "group": "sampling from a generator",
-            "help": "draw from the most likely tokens with this total probability; 1 is the model's own distribution",
-        },
-    )
-
-    def __post_init__(self) -> None:
-        check_whole("seed", self.seed, 0, MAX_NUMPY_SEED)
-        check_whole("length", self.length, 4, MAX_SIZE)  # distinct-4 counts sequences of four
-        _ = self.sampling  # checks the rest
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """How a generator is sampled for the comparison. Real pieces end where they end, and so do these."""
-        names = ("num", "bars", "max_new_tokens", "temperature", "top_p", "seed")
-        return SamplingOptions(**{name: getattr(self, name) for name in names}, at_most=True)
-
-
-@dataclass(frozen=True)
-class ListenOptions:
-    """What `midimamba listen` makes a test of, or whose answers it scores."""
-
-    paths: Sequence[Path] = field(
-        metadata={
-            "positional": True,
-            "help": "folders of MIDI files; with --score, the listeners' answers.json files",
-        }
-    )
-    out: Path | None = field(
-        default=None,
-        metadata={
-            "group": "make a test",
-            "help": "folder to make: sounds, the page index.html, and key.json, which listeners do not get",
-        },
-    )
-    num: int = field(default=8, metadata={"group": "make a test", "help": "number of pieces per folder"})
-    bars: int = field(
-        default=16, metadata={"group": "make a test", "help": "play this many bars from the start of every piece"}
-    )
-    seed: int = field(default=0, metadata={"group": "make a test", "help": "the same seed gives the same test"})
-    soundfont: Path | None = field(
-        default=None,
-        metadata={
-            "group": "make a test",
-            "help": "play with this .sf2 file instead of the one that pretty_midi ships",
-        },
-    )
-    score: Path | None = field(
-        default=None,
-        metadata={
-            "group": "score a test",
-            "metavar": "DIR",
-            "help": "a test made before: print what its listeners thought of each folder",
-        },
-    )
-
-    def __post_init__(self) -> None:
-        check_sampling(num=self.num, bars=self.bars)
-        check_whole("seed", self.seed, 0, MAX_NUMPY_SEED)
-
-
-@dataclass(frozen=True)
-class PublishOptions:
-    """What `midimamba publish` uploads, and where."""
-
-    folder: Path = field(
-        metadata={"positional": True, "help": "of a generator, or of a corpus made by `midimamba tokenize`"}
-    )
-    repo: str = field(metadata={"help": "repository of the generator or corpus, as owner/name"})
-    discriminator: Sequence[Path] = field(
-        default=(),
-        metadata={
-            "metavar": "DIR",
-            "help": "folders of the generator's discriminators, at most one of each kind: that of tokens goes to "
-            "<repo>-discriminator, that of musical features to <repo>-musical-discriminator",
-        },
-    )
-    report: Path | None = field(
-        default=None,
-        metadata={
-            "group": "card",
-            "help": "report.json of the generator's run, or what `midimamba evaluate` wrote",
-        },
-    )
-    license: str | None = field(
-        default=None, metadata={"group": "card", "help": "the Hub's name of a licence, such as cc-by-4.0"}
-    )
-    private: bool = field(default=False, metadata={"help": "make new repositories private"})

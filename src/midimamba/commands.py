@@ -14,12 +14,9 @@ from midimamba.command_options import (
     ConvertOptions,
     DemoOptions,
     DrawingOptions,
-    EvaluateOptions,
     GenerateOptions,
     InfillOptions,
-    ListenOptions,
     PlayOptions,
-    PublishOptions,
     RenderingOptions,
     SamplingOptions,
     TokenizeFiles,
@@ -30,6 +27,7 @@ from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
+from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
 from midimamba.serving.options import ServeOptions
 from midimamba.text import show
 from midimamba.tokenization.sampling_limits import BEST_OF, PICKS

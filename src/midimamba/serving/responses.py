@@ -21,6 +21,7 @@ from midimamba.errors import InputError
 from midimamba.generation import watched
 from midimamba.serving.sampler import Job, Sampler
 from midimamba.serving.service import Notes, Pieces
+from midimamba.tokenization.constraints import ConflictError
 
 Result = TypeVar("Result")
 
@@ -202,4 +203,6 @@ def describe(error: BaseException) -> str:
 def _explained(error: BaseException) -> BaseException:
     """An error of the sampling as an answer. A bug stays as it is, so that the log shows where it comes from."""
     known = isinstance(error, (InputError, MemoryError, torch.OutOfMemoryError))
-    return HTTPException(500, describe(error)) if known else error
+    # Other input errors are about the model, which is not the client's.
+    status = 422 if isinstance(error, ConflictError) else 500
+    return HTTPException(status, describe(error)) if known else error
