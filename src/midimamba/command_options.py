@@ -1,7 +1,7 @@
 """What each command can be told. [`midimamba.options`] makes flags of these dataclasses, so they are light to import.
 
-The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.options.CorpusOptions`]. Those of commands that
-judge or publish what others made are in [`midimamba.result_options`].
+The options of `midimamba tokenize` are those of a corpus: [`~midimamba.corpus.options.CorpusOptions`]. Those of
+commands that judge or publish what others made are in [`midimamba.result_options`].
 """
 
 import math
