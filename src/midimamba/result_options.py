@@ -10,7 +10,9 @@ from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, che
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `midimamba evaluate` compares, and how. Raises [`~midimamba.errors.InputError`] for values that cannot be."""
+    """
+    What `midimamba evaluate` compares, and how. Raises [`~midimamba.errors.InputError`] for values that cannot be.
+    """
 
     music: str = field(
         metadata={
