@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, MambaConfig, MambaForCausalLM
 from midimamba.errors import InputError
 from midimamba.tokenization.grammar import MAX_SILENT_TOKENS, MidiGrammar
 from midimamba.tokenization.grammar_types import SUPPORTED
+from midimamba.tokenization.grammars import make_grammar
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 
@@ -55,7 +56,7 @@ def test_controls_are_never_sampled_and_change_nothing(name: str, trained: bool,
             train_tokenizer(tokenizer, scores, len(tokenizer.vocab) + 200)
     size = tokenizers[0].vocab_size
     options: dict[str, Any] = {"max_bars": 3} if name == "REMI" else {}
-    plain, controlled = (MidiGrammar(tokenizer, **options) for tokenizer in tokenizers)
+    plain, controlled = (make_grammar(tokenizer, **options) for tokenizer in tokenizers)
     for row in sample(tokenizers[0], plain, torch.zeros(size), rows=6, steps=20):
         for length in range(0, len(row) + 1, 2):
             logits = torch.randn(1, size)
