@@ -151,6 +151,7 @@ def test_other_tokenizations_are_refused(name: str) -> None:
         MidiProcessor(build_tokenizer(name)).grammar()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["BPE", "Unigram"])
 @pytest.mark.parametrize(
     "options",
