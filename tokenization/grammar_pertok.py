@@ -22,7 +22,8 @@ class PerTokGrammar(MidiGrammar):
     """[`MidiGrammar`] of PerTok.
 
     Time shifts end before the next bar line, and no note begins before the piece. A first bar has no bar token, and
-    counts nonetheless. At one place, an instrument begins a pitch once, whatever the microtiming.
+    counts nonetheless. At one place, an instrument begins a pitch once, and at most `voices` notes that aren't drums
+    begin, whatever the microtiming. It may move notes of two places to the same tick, where more than `voices` begin.
     """
 
     tokenizations = ("PerTok",)

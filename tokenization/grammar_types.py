@@ -249,7 +249,9 @@ def _add_effects(tokenizer: MusicTokenizer, kinds: set[str], graph: dict[str, se
     graph["Program"] |= effects - named
     graph |= {kind: set(after_note) for kind in effects | ({"KeySig"} & kinds)}
     if "KeySig" in kinds:
-        for kind in at_onset & graph.keys():
+        # Where programs hold until they change, MidiTok writes one before a key, too: that of the piano.
+        announces_key = {"Program"} if tokenizer.config.program_changes else set()
+        for kind in (at_onset | announces_key) & graph.keys():
             graph[kind].add("KeySig")
     if "Rest" in kinds:
         for kind, after in graph.items():

@@ -5,7 +5,7 @@ symusic and MidiTok leave them out without a word.
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 
 from miditok import MusicTokenizer
 from symusic.core import ScoreTick
@@ -82,11 +82,17 @@ def _with_all_off(content: bytes) -> bytes | None:
 def end_notes(tokenizer: MusicTokenizer, ids: list[int]) -> list[int]:
     """Base ids of MIDILike with ends for the notes that they leave open: where they stop, or else a step later.
 
-    A start without the velocity after it, where the ids are cut off, is left out.
+    A start without a velocity after it, such as where the ids are cut off, is left out: MidiTok would take the number
+    of whatever follows, which may be no velocity that MIDI has.
     """
+    if tokenizer.config.use_velocities:
+        texts = [*tokenizer._ids_to_tokens(ids), ""]
+        ids = [
+            index
+            for index, (text, following) in zip(ids, pairwise(texts), strict=True)
+            if not text.startswith(("NoteOn_", "DrumOn_")) or following.startswith("Velocity_")
+        ]
     tokens = tokenizer._ids_to_tokens(ids)
-    if tokens and tokens[-1].startswith(("NoteOn_", "DrumOn_")) and tokenizer.config.use_velocities:
-        ids, tokens = ids[:-1], tokens[:-1]
     program, time = 0, 0
     opened: dict[tuple[int, str, str], list[int]] = {}
     for token in tokens:

@@ -9,7 +9,8 @@ Tokenizations with several vocabularies write rows of ids instead, one id from e
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, SupportsIndex, cast
@@ -91,7 +92,8 @@ def encode_normalized(tokenizer: MusicTokenizer, score: ScoreTick) -> list[Any]:
     """[`base_ids`] of a score that is normalised already."""
     if type(tokenizer) is Structured:
         _check_pauses(tokenizer, score)
-    cast(Any, tokenizer)._insert_program_change_events = _insert_program_changes
+    insert = partial(_insert_program_changes, programs=tokenizer.config.programs)
+    cast(Any, tokenizer)._insert_program_change_events = insert
     if type(tokenizer) is MMM:
         _check_tracks(score)
         # MidiTok adds up the sequences of tracks one by one, which is quadratic: 17 seconds for 1,000 tracks.
@@ -116,12 +118,15 @@ class _Insertions(list[Any]):
         self.insertions[int(index)] = item
 
 
-def _insert_program_changes(events: list[Any]) -> None:
-    """MidiTok's method in linear time.
+def _insert_program_changes(events: list[Any], programs: Container[int]) -> None:
+    """MidiTok's method in linear time, for any programs.
 
     MidiTok inserts events into a list one by one, from the last to the first. With 100,000 notes on 1,000 tracks that
-    takes 5 to 50 seconds.
+    takes 5 to 50 seconds. It also writes program 0 before a key signature, and fails if the tokenizer has no piano.
     """
+    for event in events:
+        if event.type_ == "KeySig" and event.program not in programs:
+            event.program = None
     marked = _Insertions(events)
     MusicTokenizer._insert_program_change_events(marked)
     events[:] = [

@@ -58,7 +58,8 @@ def limit_voices(new: ScoreTick, voices: int | None, prompt: ScoreTick | None = 
     ones, but are not ended.
 
     So there are still more than `voices` where the prompt alone has as many, or where more begin at one tick. The
-    grammar samples no such tick, but a tokenization without a grammar may.
+    grammar samples no such tick, except that PerTok's microtiming may lead notes of two places there. A tokenization
+    without a grammar may have any.
 
     Args:
         new (`symusic.Score`):

@@ -89,9 +89,10 @@ CONSTRAINTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["REMI", "TSD", "Structured"])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    name=st.sampled_from(["REMI", "TSD", "Structured"]),
     model=st.sampled_from(["untrained", "BPE", "Unigram"]),
     wanted=CONSTRAINTS,
     kind=st.sampled_from(KINDS),

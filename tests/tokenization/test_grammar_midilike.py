@@ -67,11 +67,20 @@ class Sounding:
         return self.last in ("NoteOff", "DrumOff") and not self.began
 
 
+def prefer_ends(tokenizer: MusicTokenizer) -> torch.Tensor:
+    """Prefer what ends a note, or else what leads there, so that few notes sound."""
+    kinds = [{name.split("_")[0] for name in expand(tokenizer, index)} for index in range(tokenizer.vocab_size)]
+    offs, ways = {"NoteOff", "DrumOff"}, {"TimeShift", "Program"}
+    return torch.tensor([40.0 if found & offs else 20.0 if found <= ways else 0.0 for found in kinds])
+
+
 def test_every_id_keeps_the_rules_of_sounding_notes(tokenizer: MusicTokenizer) -> None:
     grammar = MidiLikeGrammar(tokenizer, programs=PROGRAMS)
     ends = 0
-    for kind in ("NoteOff", "TimeShift", "none"):
-        preference = prefer(tokenizer, kind)
+    for preference in (
+        prefer_ends(tokenizer),
+        *(prefer(tokenizer, kind) for kind in ("NoteOff", "TimeShift", "none")),
+    ):
         preference[EOS] = 60.0
         for row in sample(tokenizer, grammar, preference, rows=2, steps=40, seed=1):
             reader = Sounding()
@@ -129,6 +138,7 @@ def _cached(trained: bool, scores: list[ScoreTick], options: dict[str, Any]) -> 
     return _CACHE[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -152,8 +162,9 @@ def test_options_are_honoured(options: dict[str, Any], scores: list[ScoreTick]) 
             assert_allowed(tokenizer, scores[0])
 
 
+@pytest.mark.slow
 def test_real_music_is_always_allowed(tokenizer: MusicTokenizer, scores: list[ScoreTick]) -> None:
-    for score in scores[:4]:
+    for score in scores[:2]:
         assert_allowed(tokenizer, score)
 
 
@@ -191,5 +202,8 @@ def test_notes_that_ids_leave_open_are_ended() -> None:
     score = MidiProcessor(tokenizer).decode([BOS, *ids, PAD])
     found = [(note.pitch, note.time / score.tpq, note.duration / score.tpq) for note in score.tracks[0].notes]
     assert found == [(60, 0, 1), (62, 1, 1 / 12)]
+    # No number of another token becomes a velocity.
+    other = [tokenizer.vocab[name] for name in ("NoteOn_62", "Program_-1", "NoteOn_70", "NoteOn_0")]
+    assert tokenizer._ids_to_tokens(end_notes(tokenizer, [*other, *ids[:4]]))[:3] == ["Program_-1", *names[:2]]
     done = [*ids[:4], tokenizer.vocab["NoteOff_60"]]
     assert end_notes(tokenizer, done) == done

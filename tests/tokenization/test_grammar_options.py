@@ -48,8 +48,9 @@ def rich() -> list[ScoreTick]:
 
 def _rich(seed: int) -> ScoreTick:
     score = make_score(seed, bars=4)
+    first = min(note.time for track in score.tracks for note in track.notes)  # it comes within 16 base tokens
     for track in score.tracks:
-        for time in range(0, 4000, 960):
+        for time in range(first, 4000, 960):
             track.controls.append(ControlChange(time + 40, 11, 90))
             if not track.is_drum:
                 track.pedals.append(Pedal(time + 80, 400))

@@ -92,16 +92,22 @@ def test_real_music_is_always_allowed(number: int, trained: bool, scores: list[S
         assert_allowed(tokenizer, score)
 
 
-@pytest.mark.parametrize("kind", ["Bar", "TimeShift", "none"])
-def test_the_first_bar_counts_although_it_has_no_token(kind: str, scores: list[ScoreTick]) -> None:
+@pytest.mark.parametrize(("kind", "for_bars"), [("Bar", 60.0), ("TimeShift", 30.0), ("none", 6.0)])
+def test_the_first_bar_counts_although_it_has_no_token(kind: str, for_bars: float, scores: list[ScoreTick]) -> None:
     processor = MidiProcessor(cached(False, 0, scores))
     tokenizer = processor.midi_tokenizer
     grammar = processor.grammar(max_bars=3, min_bars=3)
-    prefer_end = prefer(tokenizer, kind)
-    prefer_end[EOS] = 30.0
-    for row in sample(tokenizer, grammar, prefer_end, rows=10, steps=60):
+    preference = prefer(tokenizer, kind)
+    # A bar line where the kind cannot follow, and the end as soon as possible.
+    preference[tokenizer.vocab["Bar_None"]] = for_bars
+    preference[EOS] = 50.0
+    for row in sample(tokenizer, grammar, preference, rows=10, steps=120):
         names = [token for index in row for token in expand(tokenizer, index)]
         assert names.count("Bar_None") == 2
+        assert len(row) < 120
+        score = processor.decode(row)
+        last = max(note.time for track in score.tracks for note in track.notes) / score.tpq
+        assert 8 - 1 / 8 <= last < 12 + 1 / 8  # in the third bar, but for microtiming
 
 
 def test_a_microtiming_of_a_program_is_told_from_that_of_a_note(scores: list[ScoreTick]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from miditok import MusicTokenizer, TokSequence
-from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
+from symusic import ControlChange, KeySignature, Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ControlChangeTickList, NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList
 from transformers import MambaConfig
 
@@ -26,7 +26,7 @@ from midimamba.tokenization.tokenizer import (
     normalize_score,
     train_tokenizer,
 )
-from support import Notes
+from support import Notes, make_score
 
 VOCAB_SIZE = 900
 MODELS = ("untrained", "BPE", "Unigram")
@@ -160,6 +160,19 @@ def test_mmm_over_either_tokenization_is_identical(base: str, model: str, split:
         text, ids = encode(tokenizer, normalize_score(tokenizer, score))
         assert fast(text)["input_ids"] == merge_ids(tokenizer, base_ids(tokenizer, score)) == ids
         assert fast.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["REMI", "TSD", "MIDILike"])
+def test_a_key_signature_needs_no_piano(name: str) -> None:
+    """MidiTok writes program 0 before it, which it cannot where the tokenizer lacks that program."""
+    tokenizer = build_tokenizer(name, programs=[-1, 40], use_key_signatures=True)
+    score = make_score(0, bars=2, programs=(40,))
+    score.key_signatures.append(KeySignature(0, 2, 0))
+    tokens = tokenizer._ids_to_tokens(base_ids(tokenizer, score))
+    assert tokens.count("KeySig_2:0") == 1
+    before = tokens[: tokens.index("KeySig_2:0")]
+    assert not [token for token in before if token.startswith("Program")]
+    assert {token for token in tokens if token.startswith("Program")} == {"Program_-1", "Program_40"}
 
 
 @pytest.mark.parametrize(
