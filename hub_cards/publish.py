@@ -36,6 +36,7 @@ PUBLISHED = (
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
     *(
         "grammar_types.py",
+        "grammar_state.py",
         "grammar_tables.py",
         "grammar_midilike.py",
         "grammar_pertok.py",

@@ -8,7 +8,6 @@ the piece is. Rows that do not continue what the last call saw (another prompt) 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import LogitsProcessor
 
 from .constraints import ConflictError, Constraints
 from .errors import InputError
+from .grammar_state import At, State
 from .grammar_tables import (
     DRUMS,
     DRUMS_ROW,
@@ -42,54 +42,8 @@ TIMED = ("REMI", "TSD", "Structured")
 # After the first note, if there are also pedals, bends and the like, of which many may come between two notes.
 MAX_SILENT_EFFECTS = 64
 
-# The columns of a state. The first four are what an id leaves behind, the next three are counts.
-_LAST, _POSITION, _LIMIT, _PROGRAM, _SILENCE, _EMPTY, _BARS, _ONSET, _NOTES, _HELD, _PROMPTED = range(11)
-_LEFT, _COUNTS = slice(_LAST, _PROGRAM + 1), slice(_SILENCE, _BARS + 1)
 # The constraints that bound how many notes a bar can have.
 _CROWDING = ("scale", "pitch_range", "instruments", "polyphony", "grid")
-
-
-@dataclass
-class State:
-    """Where the music of every row stands.
-
-    Args:
-        values (`LongTensor` of shape (batch, 11)):
-            The columns above: type of the last token; position, positions per bar; program in force; base tokens and
-            bars since the last complete note, bars; number of the onset, notes; whether the onset is the prompt's
-            last, notes of the prompt.
-        stamps (`LongTensor` of shape (batch, notes)): the onset at which each note, program by program, last began.
-        used (`LongTensor` of shape (batch, programs + 1)): notes that begin at this onset; the last column is unused.
-        played (`BoolTensor` of shape (batch, programs)): programs of the prompt, and of the controls before it.
-        clock (`DoubleTensor` of shape (batch, columns)): where the music stands in time, if constraints depend on it.
-    """
-
-    values: Tensor
-    stamps: Tensor
-    used: Tensor
-    played: Tensor
-    clock: Tensor
-
-    @property
-    def last(self) -> Tensor:
-        """The type of the last token, of shape (batch,)."""
-        return self.values[:, _LAST]
-
-    @property
-    def program(self) -> Tensor:
-        """The row of the program in force, of shape (batch, 1)."""
-        return self.values[:, _PROGRAM, None]
-
-    @property
-    def onset(self) -> Tensor:
-        """The number of the onset, of shape (batch, 1)."""
-        return self.values[:, _ONSET, None]
-
-    def rows(self, indices: Tensor) -> "State":
-        return State(*(getattr(self, part.name)[indices] for part in fields(self)))
-
-    def joined(self, other: "State") -> "State":
-        return State(*(torch.cat([getattr(self, part.name), getattr(other, part.name)]) for part in fields(self)))
 
 
 class MidiGrammar(LogitsProcessor):
@@ -283,7 +237,7 @@ class MidiGrammar(LogitsProcessor):
         """The scores with -inf for ids that may not follow now."""
         state, beyond = self._state, None
         if self.max_bars is not None:
-            beyond = self._tables["bars"] + state.values[:, _BARS, None] > self.max_bars
+            beyond = self._tables["bars"] + state.values[:, At.BARS, None] > self.max_bars
         allowed = self._allowed(state, beyond)
         music = scores[:, : allowed.shape[1]]
         if beyond is not None:
@@ -312,27 +266,29 @@ class MidiGrammar(LogitsProcessor):
         """
         table, values = self._tables, state.values
         position, limit, program, silence, empty, held = (
-            values[:, column, None] for column in (_POSITION, _LIMIT, _PROGRAM, _SILENCE, _EMPTY, _HELD)
+            values[:, column, None] for column in (At.POSITION, At.LIMIT, At.PROGRAM, At.SILENCE, At.EMPTY, At.HELD)
         )
-        programs = torch.where(values[:, _PROMPTED, None] > 0, state.played, table["programs"])
+        programs = torch.where(values[:, At.PROMPTED, None] > 0, state.played, table["programs"])
         # Under a program that may not play, a note needs one more token: another program.
         may_play = programs.gather(1, program)
         lead = torch.where(may_play, table["lead"], table["lead_named"])
-        distance = torch.where(may_play[:, 0], table["distance"][values[:, _LAST]], table["named"][values[:, _LAST]])
+        distance = torch.where(
+            may_play[:, 0], table["distance"][values[:, At.LAST]], table["named"][values[:, At.LAST]]
+        )
         # A prompt may be silent for longer than allowed; then only the shortest way to a note is left.
-        patience = torch.where(values[:, _NOTES, None] > 0, self._patience, MAX_SILENT_TOKENS)
+        patience = torch.where(values[:, At.NOTES, None] > 0, self._patience, MAX_SILENT_TOKENS)
         budget = torch.maximum(patience - silence, distance[:, None])
 
-        structure = table["follows"][values[:, _LAST]]
+        structure = table["follows"][values[:, At.LAST]]
         structure &= self._in_bar(position, limit)
         structure &= (table["pitch_kind"] < 0) | (table["pitch_kind"] == (program == 0))
-        has_ended = values[:, _LAST] == table["end_type"]
+        has_ended = values[:, At.LAST] == table["end_type"]
         if self.min_bars:
-            is_full = (values[:, _BARS] >= self.min_bars) & (values[:, _EMPTY] == 0)
+            is_full = (values[:, At.BARS] >= self.min_bars) & (values[:, At.EMPTY] == 0)
             structure[:, self.eos_token_id] &= is_full | has_ended
         # After a pedal or the like, only if there is a new note.
-        has_note = values[:, _NOTES] > values[:, _PROMPTED]
-        structure[:, self.eos_token_id] &= has_note | table["completes"][values[:, _LAST]] | has_ended
+        has_note = values[:, At.NOTES] > values[:, At.PROMPTED]
+        structure[:, self.eos_token_id] &= has_note | table["completes"][values[:, At.LAST]] | has_ended
         if self.fills:
             structure = self._in_meter(structure, values)
         allowed = structure & ((table["lead_bars"] == 0) | (table["lead_bars"] + empty <= self.max_empty_bars + 1))
@@ -391,12 +347,12 @@ class MidiGrammar(LogitsProcessor):
         drums = used[:, DRUMS_ROW, None] * goes_on + table["tail_drums"]
         pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True) * goes_on + table["tail_pitched"]
         may_drum = programs[:, DRUMS_ROW, None]
-        bars = values[:, _BARS]
+        bars = values[:, At.BARS]
         is_last = torch.zeros_like(drums, dtype=torch.bool)
         if self.max_bars is not None:
             is_last = bars[:, None] + table["bars"] >= self.max_bars
         return Now(
-            values[:, _PROGRAM] > DRUMS_ROW,
+            values[:, At.PROGRAM] > DRUMS_ROW,
             bars,
             is_last,
             may_drum & (drums < table["pitches"][DRUMS_ROW]),
@@ -409,17 +365,17 @@ class MidiGrammar(LogitsProcessor):
     def _in_meter(self, allowed: Tensor, values: Tensor) -> Tensor:
         """`allowed` of shape (batch, vocab) as far as bars have the meters that are wanted."""
         table = self._tables
-        bars = values[:, _BARS, None, None] + table["meter_bar"] - 1  # (batch, vocab, meters)
+        bars = values[:, At.BARS, None, None] + table["meter_bar"] - 1  # (batch, vocab, meters)
         wanted = table["meters"][bars.clamp(min=0, max=len(table["meters"]) - 1)]
         allowed &= ((table["meter_of"] == UNSET) | (table["meter_of"] == wanted)).all(dim=2)
-        is_last = (values[:, _BARS] == self.max_bars) & (values[:, _NOTES] > 0)
-        allowed[:, self.eos_token_id] |= is_last & table["is_head"][values[:, _LAST]]
+        is_last = (values[:, At.BARS] == self.max_bars) & (values[:, At.NOTES] > 0)
+        allowed[:, self.eos_token_id] |= is_last & table["is_head"][values[:, At.LAST]]
         return allowed
 
     def _sayable(self, state: State, programs: Tensor) -> Tensor:
         """Which ids keep every onset to notes that MIDI can tell apart and `programs` may play, (batch, vocab)."""
         table = self._tables
-        program, onset = state.values[:, _PROGRAM, None], state.values[:, _ONSET, None]
+        program, onset = state.values[:, At.PROGRAM, None], state.values[:, At.ONSET, None]
         used = state.used[:, :PROGRAMS]
         # A note twice: once at this onset already, or under the inherited program and the same one by name.
         index = torch.where(table["note_program"] == UNSET, program, table["note_program"]) * PITCHES
@@ -458,8 +414,8 @@ class MidiGrammar(LogitsProcessor):
         """The state of rows without ids: as after begin-of-sequence."""
         begin = self._tables["begin"]
         values = begin.new_zeros(rows, 11)
-        values[:, _LEFT], values[:, _COUNTS] = begin, self._tables["begin_counts"]
-        values[:, _ONSET] = 1
+        values[:, At.LEFT], values[:, At.COUNTS] = begin, self._tables["begin_counts"]
+        values[:, At.ONSET] = 1
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
         clock = torch.zeros(rows, 0, device=begin.device) if self._rules is None else self._rules.begin(rows)
@@ -506,22 +462,22 @@ class MidiGrammar(LogitsProcessor):
     def _read(self, state: State, ids: Tensor, step: int) -> None:
         """Take in one id per row, in place. Padding and controls change nothing but what was asked for."""
         table, values = self._tables, state.values
-        inherited = values[:, _PROGRAM, None].clone()
+        inherited = values[:, At.PROGRAM, None].clone()
         left, moves, begins = table["left"][ids], table["moves"][ids, None], table["begins"][ids, None]
         if self._rules is not None:
-            self._rules.read(state.clock, ids, values[:, _PROGRAM] > DRUMS_ROW, begins)
-        values[:, _LEFT] = torch.where(left == UNSET, values[:, _LEFT], left)
-        values[:, _POSITION] += table["advance"][ids]
-        values[:, _COUNTS] = values[:, _COUNTS] * table["keeps"][ids] + table["adds"][ids]
-        values[:, _ONSET, None] += moves
-        values[:, _NOTES, None] *= ~begins
-        values[:, _NOTES] += table["num_notes"][ids]
-        values[:, _HELD, None] *= ~moves
+            self._rules.read(state.clock, ids, values[:, At.PROGRAM] > DRUMS_ROW, begins)
+        values[:, At.LEFT] = torch.where(left == UNSET, values[:, At.LEFT], left)
+        values[:, At.POSITION] += table["advance"][ids]
+        values[:, At.COUNTS] = values[:, At.COUNTS] * table["keeps"][ids] + table["adds"][ids]
+        values[:, At.ONSET, None] += moves
+        values[:, At.NOTES, None] *= ~begins
+        values[:, At.NOTES] += table["num_notes"][ids]
+        values[:, At.HELD, None] *= ~moves
 
         program = table["tail_program"][ids]  # (batch, notes of the longest tail)
         program = torch.where(program == UNSET, inherited, program)
         notes = program * PITCHES + table["tail_pitch"][ids]
-        state.stamps.scatter_(1, notes, values[:, _ONSET, None].expand_as(notes))
+        state.stamps.scatter_(1, notes, values[:, At.ONSET, None].expand_as(notes))
         state.used *= ~moves
         state.used.scatter_add_(1, program, torch.ones_like(program))
         if step < self.prompt_length:
@@ -530,9 +486,9 @@ class MidiGrammar(LogitsProcessor):
             state.played |= inherits | table["asked"][ids] | (table["programs_of_id"].T[ids] > 0)
         if step + 1 == self.prompt_length:
             first = self._tables["begin_counts"][-1]
-            values[:, _BARS] = torch.where(values[:, _NOTES] > 0, 0, first)
-            values[:, _PROMPTED] = values[:, _NOTES]
-            values[:, _HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
+            values[:, At.BARS] = torch.where(values[:, At.NOTES] > 0, 0, first)
+            values[:, At.PROMPTED] = values[:, At.NOTES]
+            values[:, At.HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
             if self.constraints is not None:
                 self._constrain_prompt(state)
 
@@ -540,7 +496,7 @@ class MidiGrammar(LogitsProcessor):
         """Let the instruments of prompts play as far as constraints let them."""
         constraints, table = self.constraints, self._tables
         assert constraints is not None
-        prompted = state.values[:, _PROMPTED] > 0
+        prompted = state.values[:, At.PROMPTED] > 0
         if constraints.programs is not None:
             state.played[:] = table["programs"]
         had_pitched = state.played[:, DRUMS_ROW + 1 :].any(dim=1)

@@ -7,7 +7,8 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
-from .grammar import MidiGrammar, State
+from .grammar import MidiGrammar
+from .grammar_state import State
 from .grammar_tables import UNSET
 from .grammar_types import PROGRAM_TIMING, kinds_of, type_graph
 from .tokenizer import BOS, expand_ids

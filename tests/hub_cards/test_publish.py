@@ -151,6 +151,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
         *(
             "grammar_types.py",
+            "grammar_state.py",
             "grammar_tables.py",
             "grammar_midilike.py",
             "grammar_pertok.py",

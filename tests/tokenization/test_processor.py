@@ -28,6 +28,7 @@ CODE = {
     *("choices.py", "controls.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
     *(
         "grammar_types.py",
+        "grammar_state.py",
         "grammar_tables.py",
         "grammar_midilike.py",
         "grammar_pertok.py",
