@@ -100,9 +100,9 @@ def test_only_draws_that_are_chosen_or_kept_are_decoded(
     decoded: list[object] = []
     decode = MidiProcessor.continue_score
 
-    def watched(self: MidiProcessor, prompt: Any, ids: Any) -> object:
+    def watched(self: MidiProcessor, prompt: Any, ids: Any, *more: Any) -> object:
         decoded.append(ids)
-        return decode(self, prompt, ids)
+        return decode(self, prompt, ids, *more)
 
     monkeypatch.setattr(MidiProcessor, "continue_score", watched)
     options = short(2, best_of=4, seed=3)

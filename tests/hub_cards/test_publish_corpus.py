@@ -393,14 +393,14 @@ def test_secrets_in_a_corpus_are_removed(corpus: Path, tmp_path: Path, online: F
     token = "hf_" + "abcDEF123" * 4
     shutil.copytree(corpus, tmp_path / "data")
     report = json.loads((corpus / "corpus.json").read_text())
-    report["arguments"] |= {"hub_token": "quiet", "source": f"https://me:{token}@example.org/songs"}
+    report["arguments"] |= {"hub_token": "hushed", "source": f"https://me:{token}@example.org/songs"}
     (tmp_path / "data" / "corpus.json").write_text(json.dumps(report))
     row = json.dumps({"path": token, "sha256": None, "stage": "read", "reason": f"HF_TOKEN={token}"})
     (tmp_path / "data" / "quarantine.jsonl").write_text(f"{row}\n")
     publish(tmp_path / "data", "you/data")
     for name, content in online.repositories["datasets/you/data"].items():
         assert token.encode() not in content, name
-        assert b"quiet" not in content, name
+        assert b"hushed" not in content, name
 
 
 def test_a_folder_that_is_neither_generator_nor_corpus_is_refused(tmp_path: Path) -> None:
