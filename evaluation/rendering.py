@@ -71,12 +71,16 @@ def import_demo(name: str, extra: str = "demo") -> Any:
         extra (`str`, *optional*, defaults to `"demo"`): with which it is installed.
 
     Raises:
-        InputError: if it is not installed.
+        InputError: if it is not installed, or lacks a library of the system.
     """
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise not_installed(name.partition(".")[0], extra) from error
+    except OSError as error:
+        raise InputError(
+            f"{name} lacks a library of the system, which pip does not install: {' '.join(str(error).split())}"
+        ) from error
 
 
 def not_installed(package: str, extra: str = "demo") -> InputError:

@@ -4,6 +4,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator
+from ctypes.util import find_library
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_every_format_is_written_and_what_can_be_read_comes_back(
     score = piece(1)
     score.dump_midi(tmp_path / "a.mid")
     beginnings = {"rmi": b"RIFF", "kar": b"MThd", "abc": b"X:1", "musicxml": b"<?xml", "mxl": b"PK", "svg": b"<svg"}
-    beginnings |= {"pdf": b"%PDF", "png": b"\x89PNG", "wav": b"RIFF"}
+    beginnings |= {"png": b"\x89PNG", "wav": b"RIFF"}
     for suffix, beginning in beginnings.items():
         assert run(monkeypatch, tmp_path / "a.mid", tmp_path / f"b.{suffix}") == 0
         assert (tmp_path / f"b.{suffix}").read_bytes().startswith(beginning)
@@ -124,6 +125,28 @@ def test_every_format_is_written_and_what_can_be_read_comes_back(
         again, _ = read_unordered(tmp_path / f"{suffix}.mid")
         kept = suffix != "abc"
         assert contents(again, velocities=kept) == contents(score, velocities=kept), suffix
+
+
+@pytest.mark.skipif(find_library("cairo") is None, reason="the system has no library cairo, which PDF needs")
+def test_pages_are_written_as_pdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece(1).dump_midi(tmp_path / "a.mid")
+    assert run(monkeypatch, tmp_path / "a.mid", tmp_path / "b.pdf") == 0
+    assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_missing_library_of_the_system_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piece(1).dump_midi(tmp_path / "a.mid")
+
+    def without_cairo(name: str) -> Any:
+        if name == "cairosvg":
+            raise OSError('no library called "cairo" was found')
+        return import_module(name)
+
+    monkeypatch.setattr("midimamba.evaluation.rendering.import_module", without_cairo)
+    assert run(monkeypatch, tmp_path / "a.mid", tmp_path / "b.pdf") == 2
+    assert "cairosvg lacks a library of the system" in capsys.readouterr().err
 
 
 def test_times_that_notation_cannot_say_are_told() -> None:
