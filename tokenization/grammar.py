@@ -240,12 +240,14 @@ class MidiGrammar(LogitsProcessor):
             beyond = self._tables["bars"] + state.values[:, At.BARS, None] > self.max_bars
         allowed = self._allowed(state, beyond)
         music = scores[:, : allowed.shape[1]]
-        if beyond is not None:
-            beyond &= allowed
+        if beyond is not None and bool((beyond := beyond & allowed).any()):
             music = self._end_instead(music, beyond)
             allowed &= ~beyond
+        music = music.masked_fill(~allowed, float("-inf"))
+        if music.shape == scores.shape:
+            return music
         result = torch.full_like(scores, float("-inf"))
-        result[:, : allowed.shape[1]] = music.masked_fill(~allowed, float("-inf"))
+        result[:, : music.shape[1]] = music
         return result
 
     def _end_instead(self, scores: Tensor, beyond: Tensor) -> Tensor:
@@ -387,7 +389,8 @@ class MidiGrammar(LogitsProcessor):
         pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True)
         inherited = torch.where(program == DRUMS_ROW, 0, table["lead_inherited"])
         sayable &= pitched + table["lead_pitched"] + inherited <= self.voices
-        sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
+        if len(table["any_id"]):
+            sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
         sayable &= (~programs).float() @ table["programs_of_id"] == 0
         # An id at whose end a note must follow needs a free pitch.
         room = (table["pitches"] - used) * programs
