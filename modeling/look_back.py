@@ -221,13 +221,12 @@ class LookBack(nn.Module):
             As `find`.
         """
         lags, places, jump = self.tables(ids.device)[2], numbered.places[..., None], numbered.jump[..., None]
-        lags = lags + (lags < 0) * jump
-        wanted = places - lags * (2 * _PLACES)
+        wanted = places - (lags + (lags < 0) * jump) * (2 * _PLACES)
         found = torch.searchsorted(all_places, wanted.flatten(1).to(all_places.dtype), right=True) - 1
         index = found.clamp(min=0)
         at = all_places.gather(1, index).view_as(wanted)
         is_after_gap = (jump > 0) & (wanted // (2 * _PLACES) >= numbered.after[..., None])
-        may_look = (places // _PLACES % 2 == 0) & ((self.tables(ids.device)[2] > 0) | is_after_gap)
+        may_look = (places // _PLACES % 2 == 0) & ((lags > 0) | is_after_gap)
         is_found = may_look & (found >= 0).view_as(wanted) & (at // _PLACES == wanted // _PLACES)
         is_same = is_found & (at == wanted) & (all_ids.gather(1, index).view_as(wanted) == ids[..., None])
         followers = all_ids.gather(1, (index + 1).clamp(max=all_ids.shape[1] - 1)).view_as(wanted)

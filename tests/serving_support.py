@@ -1,5 +1,7 @@
 """A small server for tests: a tiny generator, and uploads that are read in the process of the test."""
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -8,6 +10,7 @@ from fastapi.testclient import TestClient
 from starlette.exceptions import HTTPException
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.generation import tell_watcher
 from midimamba.modeling.judging import Judge
 from midimamba.serving import uploads
 from midimamba.serving.application import make_application
@@ -16,6 +19,17 @@ from midimamba.serving.service import Service
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_generator
+
+
+def sample_without_end(at_work: threading.Event) -> None:
+    """What sampling does that goes on until it is stopped; the event is set while it goes on."""
+    at_work.set()
+    try:
+        while True:
+            tell_watcher()
+            time.sleep(0.002)
+    finally:
+        at_work.clear()
 
 
 class DirectReader:

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from serving_support import make_pair, served
+from serving_support import make_pair, sample_without_end, served
 from symusic.core import ScoreTick
 from torch import Tensor
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.command_options import DrawingOptions, SamplingOptions
 from midimamba.errors import InputError
-from midimamba.generation import choose_scores, generate_scores, infill_scores, tell_watcher
+from midimamba.generation import choose_scores, generate_scores, infill_scores
 from midimamba.serving import responses, service
 from midimamba.serving.connections import MAX_BODY_BYTES
 from midimamba.streaming import stream
@@ -52,16 +52,7 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Sampling that goes on until it is stopped; the event is set while it goes on."""
     at_work = threading.Event()
 
-    def sample(*arguments: Any, **options: Any) -> list[ScoreTick]:
-        at_work.set()
-        try:
-            while True:
-                tell_watcher()
-                time.sleep(0.002)
-        finally:
-            at_work.clear()
-
-    monkeypatch.setattr(service, "generate_scores", sample)
+    monkeypatch.setattr(service, "generate_scores", lambda *arguments, **options: sample_without_end(at_work))
     return at_work
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 import uvicorn
-from serving_support import make_pair, make_service
+from serving_support import make_pair, make_service, sample_without_end
 
-from midimamba.generation import tell_watcher
 from midimamba.serving import connections, service
 from midimamba.serving.application import make_application
 from midimamba.serving.options import ServeOptions
@@ -101,13 +100,7 @@ def test_a_client_that_goes_ends_its_request(
     at_work = threading.Event()
 
     def endless(*arguments: Any, **options: Any) -> Iterator[Any]:
-        at_work.set()
-        try:
-            while True:
-                tell_watcher()
-                time.sleep(0.002)
-        finally:
-            at_work.clear()
+        sample_without_end(at_work)
         yield
 
     monkeypatch.setattr(service, "generate_scores", lambda *arguments, **options: list(endless()))

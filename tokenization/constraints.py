@@ -38,7 +38,9 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 _DENSITY = re.compile(r"(\d+)-(\d*)")
 _GRID = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 
-DRUMS, _PITCHES, _PROGRAMS = -1, 128, 128
+DRUMS = -1
+"""MidiTok's program of drums."""
+_PITCHES = 128
 MAX_POLYPHONY = 128
 MAX_NOTES_PER_BAR = 100_000
 

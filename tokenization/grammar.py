@@ -15,17 +15,17 @@ from miditok import MusicTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .constraints import ConflictError, Constraints
+from .constraints import DRUMS, ConflictError, Constraints
 from .errors import InputError
 from .grammar_state import At, State
 from .grammar_tables import (
-    DRUMS,
     DRUMS_ROW,
     NOTES,
     PITCHES,
     PROGRAMS,
     UNSET,
     grammar_tables,
+    keep_tables,
     number_of,
     pitches_of,
     playable,
@@ -129,7 +129,8 @@ class MidiGrammar(LogitsProcessor):
         has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
         self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
         pitches = playable(tokenizer, self.constraints)
-        self._tables = self._make_tables(tokenizer, pitches) | {
+        asked = type(self), pitches.numpy().tobytes(), max_notes, self.voices
+        self._tables = keep_tables(tokenizer, asked, lambda: self._make_tables(tokenizer, pitches)) | {
             "programs": self._check_programs(tokenizer, pitches, programs),
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
         }

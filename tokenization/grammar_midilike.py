@@ -7,9 +7,10 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
+from .constraints import DRUMS
 from .grammar import MidiGrammar
 from .grammar_state import State
-from .grammar_tables import DRUMS, DRUMS_ROW, NOTES, PITCHES, PROGRAMS, UNSET
+from .grammar_tables import DRUMS_ROW, NOTES, PITCHES, PROGRAMS, UNSET
 from .grammar_types import kind_of
 from .tokenizer import expand_ids
 

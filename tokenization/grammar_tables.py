@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
 from itertools import pairwise
 from weakref import finalize
 
@@ -11,7 +10,7 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
-from .constraints import Constraints
+from .constraints import DRUMS, Constraints
 from .controls import DRUMS as DRUMS_CONTROL
 from .controls import INSTRUMENTS, control_token, is_control
 from .grammar_types import PROGRAM_TIMING, TypeGraph, kind_of, kinds_of, type_graph
@@ -19,8 +18,7 @@ from .tokenizations import FILL, GAP
 from .tokenizer import BOS, EOS, PAD, expand_ids
 from .walks import NO_SHIFT
 
-DRUMS = -1  # MidiTok's program of drums, which is row 0 below; program 0 is row 1
-DRUMS_ROW = 0
+DRUMS_ROW = 0  # of the program `DRUMS`; program 0 is row 1
 PROGRAMS, PITCHES = 129, 128
 NOTES = PROGRAMS * PITCHES
 UNSET = -9
@@ -100,21 +98,21 @@ Tables = dict[str, Tensor]
 _LAST_MADE: dict[int, tuple[object, tuple[object, ...], Tables]] = {}
 
 
-def _kept(make: Callable[..., Tables]) -> Callable[..., Tables]:
-    """Keep the last tables of each tokenizer: they take 40 ms for 1,000 ids, which a first note cannot wait for."""
+def keep_tables(tokenizer: MusicTokenizer, asked: tuple[object, ...], make: Callable[[], Tables]) -> Tables:
+    """Keep the last tables of each tokenizer: they take 40 ms for 1,000 ids, which a first note cannot wait for.
 
-    @wraps(make)
-    def tables(tokenizer: MusicTokenizer, pitches: Tensor, *numbers: int) -> Tables:
-        key, model = id(tokenizer), tokenizer._model  # a tokenizer has no hash; training gives it another model
-        asked = pitches.numpy().tobytes(), *numbers
-        made = _LAST_MADE.get(key)
-        if made is None or made[0] is not model or made[1] != asked:
-            if made is None:
-                finalize(tokenizer, _LAST_MADE.pop, key, None)
-            made = _LAST_MADE[key] = model, asked, make(tokenizer, pitches, *numbers)
-        return made[2]
-
-    return tables
+    Args:
+        tokenizer (`miditok.MusicTokenizer`): theirs.
+        asked (`tuple`): what else they depend on.
+        make (`Callable[[], dict[str, Tensor]]`): makes them. Nobody may change them afterwards.
+    """
+    key, model = id(tokenizer), tokenizer._model  # a tokenizer has no hash; training gives it another model
+    made = _LAST_MADE.get(key)
+    if made is None or made[0] is not model or made[1] != asked:
+        if made is None:
+            finalize(tokenizer, _LAST_MADE.pop, key, None)
+        made = _LAST_MADE[key] = model, asked, make()
+    return made[2]
 
 
 def tokens_of_ids(tokenizer: MusicTokenizer) -> list[list[str]]:
@@ -145,7 +143,6 @@ def pitches_of(tokenizer: MusicTokenizer, drums: bool) -> list[int]:
     return (found["PitchDrum"] if drums else []) or found["Pitch"]
 
 
-@_kept
 def grammar_tables(tokenizer: MusicTokenizer, pitches: Tensor, max_notes: int, voices: int) -> Tables:
     """All tables of a tokenizer.
 

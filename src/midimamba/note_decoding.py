@@ -17,8 +17,8 @@ from symusic import Tempo
 from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
+from midimamba.tokenization.constraints import DRUMS
 from midimamba.tokenization.continuation import in_fine_division, instrument_of
-from midimamba.tokenization.grammar_tables import DRUMS
 from midimamba.tokenization.grammar_types import check_plain
 from midimamba.tokenization.ingest import read_unordered
 from midimamba.tokenization.processor import Midi, MidiProcessor
