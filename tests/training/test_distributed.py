@@ -25,6 +25,7 @@ from midimamba.modeling import sampling
 from midimamba.training import rollout
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
+from midimamba.training.process import training_process
 from support import make_discriminator, make_generator
 from trainer_support import PLAIN
 
@@ -235,4 +236,5 @@ def test_a_sharded_generator_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]))
+    with training_process():  # like the scripts: torch's own end of a process group aborts now and then
+        work(Path(sys.argv[1]), int(sys.argv[2]))
