@@ -37,6 +37,8 @@ PUBLISHED = (
     *(
         "grammar_types.py",
         "grammar_state.py",
+        "grammar_torch.py",
+        "grammar_numba.py",
         "grammar_tables.py",
         "grammar_midilike.py",
         "grammar_pertok.py",

@@ -8,7 +8,8 @@ the piece is. Rows that do not continue what the last call saw (another prompt) 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from miditok import MusicTokenizer
@@ -31,9 +32,13 @@ from .grammar_tables import (
     playable,
     tokens_of_ids,
 )
+from .grammar_torch import Limits, TorchRules
 from .grammar_types import EFFECTS, check_plain, check_supported, kind_of
 from .timed_rules import Now, TimedRules
 from .tokenizer import EOS
+
+if TYPE_CHECKING:
+    from .grammar_numba import NumbaRules
 
 # From the start of a sequence, or from any note, the next note is complete within this many base tokens.
 MAX_SILENT_TOKENS = 16
@@ -135,6 +140,7 @@ class MidiGrammar(LogitsProcessor):
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
         }
         self._rules = self._make_rules(tokenizer, meters or ())
+        self._common = self._make_common()
         # What the last call saw: its ids, in a buffer that grows, and the state after them.
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._time = 0
@@ -142,6 +148,18 @@ class MidiGrammar(LogitsProcessor):
 
     def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
         return grammar_tables(tokenizer, pitches, self.max_notes, self.voices)
+
+    def _make_common(self) -> "TorchRules | NumbaRules":
+        """The rules that all tokenizations share, as one kernel where that is possible."""
+        limits = Limits(
+            *(self.eos_token_id, self.min_bars, self.max_empty_bars),
+            *(self._patience, MAX_SILENT_TOKENS, self.max_notes, self.voices),
+        )
+        if self._tables["lead"].device.type != "cpu" or find_spec("numba") is None:
+            return TorchRules(self._tables, limits)
+        from .grammar_numba import NumbaRules
+
+        return NumbaRules(self._tables, limits)
 
     def _check_programs(self, tokenizer: MusicTokenizer, pitches: Tensor, programs: Collection[int] | None) -> Tensor:
         """Which programs may play without a prompt, of shape (programs,)."""
@@ -212,6 +230,7 @@ class MidiGrammar(LogitsProcessor):
         """
         if self._ids.device != input_ids.device:
             self._tables = {name: table.to(input_ids.device) for name, table in self._tables.items()}
+            self._common = self._make_common()
             if self._rules is not None:
                 self._rules.tables = {name: table.to(input_ids.device) for name, table in self._rules.tables.items()}
             self._ids, self._time = input_ids[:0], 0
@@ -268,49 +287,22 @@ class MidiGrammar(LogitsProcessor):
             beyond (`BoolTensor` of shape (batch, vocab), *optional*): ids that open a bar too many.
         """
         table, values = self._tables, state.values
-        position, limit, program, silence, empty, held = (
-            values[:, column, None] for column in (At.POSITION, At.LIMIT, At.PROGRAM, At.SILENCE, At.EMPTY, At.HELD)
-        )
         programs = torch.where(values[:, At.PROMPTED, None] > 0, state.played, table["programs"])
-        # Under a program that may not play, a note needs one more token: another program.
-        may_play = programs.gather(1, program)
-        lead = torch.where(may_play, table["lead"], table["lead_named"])
-        distance = torch.where(
-            may_play[:, 0], table["distance"][values[:, At.LAST]], table["named"][values[:, At.LAST]]
-        )
-        # A prompt may be silent for longer than allowed; then only the shortest way to a note is left.
-        patience = torch.where(values[:, At.NOTES, None] > 0, self._patience, MAX_SILENT_TOKENS)
-        budget = torch.maximum(patience - silence, distance[:, None])
-
-        structure = table["follows"][values[:, At.LAST]]
-        structure &= self._in_bar(position, limit)
-        structure &= (table["pitch_kind"] < 0) | (table["pitch_kind"] == (program == 0))
-        has_ended = values[:, At.LAST] == table["end_type"]
-        if self.min_bars:
-            is_full = (values[:, At.BARS] >= self.min_bars) & (values[:, At.EMPTY] == 0)
-            structure[:, self.eos_token_id] &= is_full | has_ended
-        # After a pedal or the like, only if there is a new note.
-        has_note = values[:, At.NOTES] > values[:, At.PROMPTED]
-        structure[:, self.eos_token_id] &= has_note | table["completes"][values[:, At.LAST]] | has_ended
+        structure, has_room, in_time, sayable = self._narrow(state, *self._common.judge(state, programs))
         if self.fills:
             structure = self._in_meter(structure, values)
-        allowed = structure & ((table["lead_bars"] == 0) | (table["lead_bars"] + empty <= self.max_empty_bars + 1))
-        in_time = lead <= budget
-
-        sayable = self._sayable(state, programs)
-        sayable &= may_play | ~table["inherits"]
-        sayable &= (held == 0) | ((table["lead_notes"] == 0) & ~table["ends"])
+        allowed = structure & has_room
+        timely = allowed & in_time
         if self.constraints is not None:
-            return self._constrained(state, programs, (structure, allowed & in_time, sayable), beyond)
-        sayable &= allowed
+            return self._constrained(state, programs, (structure, timely, sayable), beyond)
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
-        return _first_choice(sayable & in_time, sayable & self._may_take_longer, allowed & in_time)
+        return _first_choice(sayable & timely, sayable & allowed & self._may_take_longer, timely)
 
-    def _in_bar(self, position: Tensor, limit: Tensor) -> Tensor:
-        """Which ids stay inside the open bar and go forward in it, of shape (batch, vocab); arguments (batch, 1)."""
-        table = self._tables
-        at_line = (table["meter_after"] == UNSET) | ((position + table["meter_after"]) % limit == 0)
-        return at_line & (table["first_position"] > position) & (table["last_position"] < limit)
+    def _narrow(
+        self, state: State, structure: Tensor, has_room: Tensor, in_time: Tensor, sayable: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What the common rules found, with what a tokenization asks for besides."""
+        return structure, has_room, in_time, sayable
 
     def _constrained(
         self, state: State, programs: Tensor, found: tuple[Tensor, Tensor, Tensor], beyond: Tensor | None
@@ -375,43 +367,6 @@ class MidiGrammar(LogitsProcessor):
         allowed[:, self.eos_token_id] |= is_last & table["is_head"][values[:, At.LAST]]
         return allowed
 
-    def _sayable(self, state: State, programs: Tensor) -> Tensor:
-        """Which ids keep every onset to notes that MIDI can tell apart and `programs` may play, (batch, vocab)."""
-        table = self._tables
-        program, onset = state.values[:, At.PROGRAM, None], state.values[:, At.ONSET, None]
-        used = state.used[:, :PROGRAMS]
-        # A note twice: once at this onset already, or under the inherited program and the same one by name.
-        index = torch.where(table["note_program"] == UNSET, program, table["note_program"]) * PITCHES
-        present = state.stamps.gather(1, index + table["note_pitch"]) == onset
-        twice = torch.zeros(len(used), len(table["lead"]), device=used.device)
-        twice.index_add_(1, table["note_id"], present.float())
-        sayable = (twice == 0) & ~table["clashes"][program[:, 0]]
-        sayable &= used.sum(dim=1, keepdim=True) + table["lead_notes"] <= self.max_notes
-        pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True)
-        inherited = torch.where(program == DRUMS_ROW, 0, table["lead_inherited"])
-        sayable &= pitched + table["lead_pitched"] + inherited <= self.voices
-        if len(table["any_id"]):
-            sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
-        sayable &= (~programs).float() @ table["programs_of_id"] == 0
-        # An id at whose end a note must follow needs a free pitch.
-        room = (table["pitches"] - used) * programs
-        room = torch.cat([room, room.amax(dim=1, keepdim=True), torch.full_like(onset, NOTES)], dim=1)
-        return sayable & (table["tail_notes"] < room[:, table["announces"]])
-
-    def _has_voice(self, used: Tensor, pitched: Tensor, programs: Tensor) -> Tensor:
-        """Whether one more note of some program may begin after each of `any_id`, of shape (batch, ids).
-
-        Args:
-            used (`LongTensor` of shape (batch, programs)): notes at the open onset.
-            pitched (`LongTensor` of shape (batch, 1)): those that aren't drums.
-            programs (`BoolTensor` of shape (batch, programs)): those that may play.
-        """
-        table, ids = self._tables, self._tables["any_id"]
-        goes_on = ~table["moves"][ids]  # else it begins an onset of its own
-        has_voice = pitched * goes_on + table["tail_pitched"][ids] < self.voices
-        drums = used[:, DRUMS_ROW, None] * goes_on + table["tail_drums"][ids]
-        return has_voice | (programs[:, DRUMS_ROW, None] & (drums < table["pitches"][DRUMS_ROW]))
-
     # ---- where the music stands ----
 
     def _begin(self, rows: int) -> State:
@@ -465,29 +420,11 @@ class MidiGrammar(LogitsProcessor):
 
     def _read(self, state: State, ids: Tensor, step: int) -> None:
         """Take in one id per row, in place. Padding and controls change nothing but what was asked for."""
-        table, values = self._tables, state.values
-        inherited = values[:, At.PROGRAM, None].clone()
-        left, moves, begins = table["left"][ids], table["moves"][ids, None], table["begins"][ids, None]
+        values = state.values
         if self._rules is not None:
+            begins = self._tables["begins"][ids, None]
             self._rules.read(state.clock, ids, values[:, At.PROGRAM] > DRUMS_ROW, begins)
-        values[:, At.LEFT] = torch.where(left == UNSET, values[:, At.LEFT], left)
-        values[:, At.POSITION] += table["advance"][ids]
-        values[:, At.COUNTS] = values[:, At.COUNTS] * table["keeps"][ids] + table["adds"][ids]
-        values[:, At.ONSET, None] += moves
-        values[:, At.NOTES, None] *= ~begins
-        values[:, At.NOTES] += table["num_notes"][ids]
-        values[:, At.HELD, None] *= ~moves
-
-        program = table["tail_program"][ids]  # (batch, notes of the longest tail)
-        program = torch.where(program == UNSET, inherited, program)
-        notes = program * PITCHES + table["tail_pitch"][ids]
-        state.stamps.scatter_(1, notes, values[:, At.ONSET, None].expand_as(notes))
-        state.used *= ~moves
-        state.used.scatter_add_(1, program, torch.ones_like(program))
-        if step < self.prompt_length:
-            inherits = torch.zeros_like(state.played).scatter_(1, inherited, table["inherits"][ids, None])
-            state.played &= ~begins
-            state.played |= inherits | table["asked"][ids] | (table["programs_of_id"].T[ids] > 0)
+        self._common.read(state, ids, step < self.prompt_length)
         if step + 1 == self.prompt_length:
             first = self._tables["begin_counts"][-1]
             values[:, At.BARS] = torch.where(values[:, At.NOTES] > 0, 0, first)
@@ -517,9 +454,11 @@ class MidiGrammar(LogitsProcessor):
 
 def _first_choice(*choices: Tensor) -> Tensor:
     """For every row, the first of these masks of shape (batch, vocab) that allows anything, or else the last."""
-    *others, result = choices
-    for choice in reversed(others):
-        result = torch.where(choice.any(dim=1, keepdim=True), choice, result)
+    result, *others = choices
+    for choice in others:
+        if bool((found := result.any(dim=1, keepdim=True)).all()):
+            break
+        result = torch.where(found, result, choice)
     return result
 
 

@@ -39,10 +39,11 @@ class MidiLikeGrammar(MidiGrammar):
         stamps = state.stamps[:, :NOTES].view(-1, PROGRAMS, PITCHES)
         return (stamps > 0) & self._tables["sustains"][:, None]
 
-    def _sayable(self, state: State, programs: Tensor) -> Tensor:
+    def _narrow(
+        self, state: State, structure: Tensor, has_room: Tensor, in_time: Tensor, sayable: Tensor
+    ) -> tuple[Tensor, ...]:
         table, inherited = self._tables, state.program
-        sayable = super()._sayable(state, programs)
-        sayable &= ~table["wrong_under"][inherited[:, 0]]
+        sayable = sayable & ~table["wrong_under"][inherited[:, 0]]
         sounds = self._sounds(state)
         began_before = sounds & (state.stamps[:, :NOTES].view_as(sounds) < state.onset[:, None])
 
@@ -59,7 +60,7 @@ class MidiLikeGrammar(MidiGrammar):
 
         sayable &= self._has_use(state, sounds.sum(dim=2), began_before.sum(dim=2))
         sayable[:, self.eos_token_id] &= ~sounds.flatten(1).any(dim=1)
-        return sayable
+        return structure, has_room, in_time, sayable
 
     def _has_use(self, state: State, sounds: Tensor, may_end: Tensor) -> Tensor:
         """Whether a note of the program that an id names last may begin or end, of shape (batch, vocab).

@@ -8,7 +8,7 @@ from miditok import MusicTokenizer
 from torch import Tensor
 
 from .grammar import MidiGrammar
-from .grammar_state import State
+from .grammar_state import At, State
 from .grammar_tables import UNSET
 from .grammar_types import PROGRAM_TIMING, kinds_of, type_graph
 from .tokenizer import BOS, expand_ids
@@ -41,10 +41,14 @@ class PerTokGrammar(MidiGrammar):
             tables["timings"] = torch.tensor([types.index("Program"), types.index(PROGRAM_TIMING)])
         return tables
 
-    def _in_bar(self, position: Tensor, limit: Tensor) -> Tensor:
+    def _narrow(
+        self, state: State, structure: Tensor, has_room: Tensor, in_time: Tensor, sayable: Tensor
+    ) -> tuple[Tensor, ...]:
         table = self._tables
+        position, limit = state.values[:, At.POSITION, None], state.values[:, At.LIMIT, None]
         fits = (table["farthest"] < 0) | (position + table["farthest"] < limit)
-        return fits & table["in_bars"] & (position + table["earliest"] >= 0)
+        fits &= table["in_bars"] & (position + table["earliest"] >= 0)
+        return structure & fits, has_room, in_time, sayable
 
     def _read(self, state: State, ids: Tensor, step: int) -> None:
         before = state.last.clone()

@@ -152,6 +152,8 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         *(
             "grammar_types.py",
             "grammar_state.py",
+            "grammar_torch.py",
+            "grammar_numba.py",
             "grammar_tables.py",
             "grammar_midilike.py",
             "grammar_pertok.py",

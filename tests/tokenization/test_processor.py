@@ -29,6 +29,8 @@ CODE = {
     *(
         "grammar_types.py",
         "grammar_state.py",
+        "grammar_torch.py",
+        "grammar_numba.py",
         "grammar_tables.py",
         "grammar_midilike.py",
         "grammar_pertok.py",
