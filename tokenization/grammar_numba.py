@@ -5,6 +5,7 @@ most of their time to be called. Numba compiles a kernel at its first call, and 
 the user's cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ try:  # transformers reads the imports of published code, and requires all that 
 except ImportError as error:
     raise ImportError("the fast grammar needs Numba: pip install numba") from error
 
-_kernel: Any = njit(nogil=True, cache=True)
+
+def _kernel(function: Callable[..., None]) -> Callable[..., None]:
+    compiled: Callable[..., None] = njit(nogil=True, cache=True)(function)
+    return compiled
+
 
 # What is known of every id, as the columns of two tables. The last column of the first is made here.
 _SOUND = ("lead_notes", "lead_pitched", "lead_inherited", "tail_notes", "tail_pitched", "tail_drums", "announces")
