@@ -64,5 +64,6 @@ def make_service(
 @contextmanager
 def served(*arguments: Any, **options: Any) -> Iterator[TestClient]:
     """A client of [`make_service`]."""
-    with TestClient(make_application(make_service(*arguments, **options)), raise_server_exceptions=False) as client:
+    application = make_application(make_service(*arguments, **options))
+    with TestClient(application, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         yield client

@@ -234,6 +234,32 @@ def test_malformed_bodies_are_refused_in_one_line(client: TestClient, path: str,
     assert len(answer.json()["detail"]) <= 500
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "http://127.0.0.1:9000"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "elsewhere.example:8000", "Origin": "http://elsewhere.example:8000"}, 421),
+        ({"Host": "127.0.0.1.elsewhere.example"}, 421),
+        ({"Host": ""}, 421),
+    ],
+)
+def test_pages_of_other_sites_are_refused(client: TestClient, headers: dict[str, str], status: int) -> None:
+    answer = client.get("/health", headers=headers)
+    assert answer.status_code == status
+    assert status == 200 or "\n" not in answer.json()["detail"]
+
+
+def test_a_server_for_a_network_has_any_name_but_no_foreign_pages(pair: Pair) -> None:
+    with served(pair, host="0.0.0.0") as client:
+        assert client.get("/health", headers={"Host": "studio:8000", "Origin": "http://studio:8000"}).is_success
+        assert client.get("/health", headers={"Host": "studio:8000", "Origin": "http://other:8000"}).status_code == 403
+
+
 def test_a_request_is_cancelled_by_its_id(client: TestClient, endless: threading.Event) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(client.post, "/generate", json={}, headers={"X-Request-ID": "mine"})

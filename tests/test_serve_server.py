@@ -60,7 +60,7 @@ def is_closed(client: socket.socket, seconds: float = 5) -> bool:
     [
         b"",
         b"POST /generate HT",
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
     ],
 )
 def test_a_client_that_sends_no_whole_request_is_disconnected(
@@ -82,7 +82,7 @@ def test_a_client_that_never_reads_is_disconnected(
     monkeypatch.setattr(service, "generate_scores", lambda *arguments, **options: [Score()])
     with closing(socket.create_connection(server[1])) as client:
         client.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
         )
         time.sleep(1.0)
         received = 0
@@ -108,7 +108,7 @@ def test_a_client_that_goes_ends_its_request(
     for path in (b"/generate", b"/generate/stream"):
         with closing(socket.create_connection(server[1])) as client:
             client.sendall(
-                b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 2\r\n\r\n{}"
             )
             assert at_work.wait(5)
@@ -123,7 +123,7 @@ def test_a_client_that_goes_ends_its_request(
 def test_a_large_body_is_refused_while_it_is_being_sent(server: tuple[Service, tuple[str, int]]) -> None:
     with closing(socket.create_connection(server[1])) as client:
         client.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 999999999\r\n\r\n" + b" " * 1000
         )
         client.settimeout(5)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from midimamba.serving.answers import CANCELLED, EXAMPLES, NOTES, PIECES, PROBLEMS, Health, ModelInformation
-from midimamba.serving.connections import BodyLimit
+from midimamba.serving.connections import BodyLimit, OwnPages
 from midimamba.serving.page import docs_page
 from midimamba.serving.request_bodies import (
     ContinueRequest,
@@ -60,6 +60,7 @@ def make_application(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(OwnPages, host=service.limits.host)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _explain)
     app.add_exception_handler(Exception, _apologize)

@@ -1,10 +1,13 @@
-"""What guards the server against clients that send too much, or nothing, or never read."""
+"""What guards the server: against clients that send too much, or nothing, or never read, and against other sites."""
 
 import asyncio
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import h11
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -40,6 +43,41 @@ class BodyLimit:
             return message
 
         await self.app(scope, bounded, send)
+
+
+class OwnPages:
+    """
+    Middleware that refuses what a page of another site asks for, through the browser of somebody who visits it.
+
+    Such a page names itself in `Origin`, or, where its own name leads to this machine, in `Host`.
+
+    Args:
+        app (`ASGIApp`): what answers all other requests.
+        host (`str`): where the server listens. If only this machine reaches it, `Host` must name this machine.
+    """
+
+    def __init__(self, app: ASGIApp, host: str):
+        self.app, self._is_local = app, _is_this_machine(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (answer or self.app)(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> JSONResponse | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._is_local and not _is_this_machine(urlsplit(f"//{host}").hostname):
+            detail = f"this server is not {host!r}: it can only be reached as 127.0.0.1 or localhost; see --host"
+            return JSONResponse({"detail": detail}, 421)
+        if origin is not None and urlsplit(origin).netloc != host:
+            return JSONResponse({"detail": f"pages of {origin!r} may not use this server"}, 403)
+        return None
+
+
+def _is_this_machine(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 class Connection(H11Protocol):
