@@ -100,7 +100,10 @@ async def hangs_up(load: Load) -> None:
 
 async def never_reads(load: Load) -> None:
     body = json.dumps({"bars": 64, "max_new_tokens": 4096}).encode()
-    head = f"POST /generate/stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        "POST /generate/stream HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     _, writer = await asyncio.open_connection(load.address[0], int(load.address[1]), limit=1)
     writer.write(head.encode() + b"\r\n\r\n" + body)
     load.answers["never reads"] += 1

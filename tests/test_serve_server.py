@@ -82,7 +82,8 @@ def test_a_client_that_never_reads_is_disconnected(
     monkeypatch.setattr(service, "generate_scores", lambda *arguments, **options: [Score()])
     with closing(socket.create_connection(server[1])) as client:
         client.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 2\r\n\r\n{}"
         )
         time.sleep(1.0)
         received = 0
