@@ -17,8 +17,11 @@ from result_tables import ResultError
 ROOT = Path(__file__).parents[2]
 # The folders of the repository, linked together as they are installed: where mkdocstrings reads the package.
 TREE = ROOT / "build" / "docs"
-# Pictures of the pages that stand elsewhere in the repository.
-PICTURES = ("hub_cards/sample.png", "benchmarks/results/oracle.png", "benchmarks/results/stable-nottingham.png")
+# Pictures and sound of the pages that stand elsewhere in the repository.
+PICTURES = (
+    *("hub_cards/sample.png", "hub_cards/sample.mp3"),
+    *("benchmarks/results/oracle.png", "benchmarks/results/stable-nottingham.png"),
+)
 _RESULTS = re.compile(r"<!-- results: ([\w-]+) -->")
 
 
