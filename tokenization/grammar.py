@@ -30,7 +30,6 @@ from .grammar_tables import (
     number_of,
     pitches_of,
     playable,
-    tokens_of_ids,
 )
 from .grammar_torch import Limits, TorchRules
 from .grammar_types import EFFECTS, check_plain, check_supported, kind_of
@@ -135,7 +134,7 @@ class MidiGrammar(LogitsProcessor):
         self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
         pitches = playable(tokenizer, self.constraints)
         asked = type(self), pitches.numpy().tobytes(), max_notes, self.voices
-        self._tables = keep_tables(tokenizer, asked, lambda: self._make_tables(tokenizer, pitches)) | {
+        self._tables = keep_tables(tokenizer, "rules", asked, lambda: self._make_tables(tokenizer, pitches)) | {
             "programs": self._check_programs(tokenizer, pitches, programs),
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
         }
@@ -185,9 +184,9 @@ class MidiGrammar(LogitsProcessor):
         check_plain(tokenizer, "each of polyphony, grid and notes_per_bar")
         has_bars = bool(tokenizer.token_ids_of_type("Bar"))
         constraints.check_timing(has_bars, name, tokenizer.config.max_num_pos_per_beat)
-        rules = TimedRules(tokenizer, tokens_of_ids(tokenizer), constraints, meters)
+        rules = TimedRules(tokenizer, constraints, meters)
         names = ("moves", "tail_pitched", "tail_drums", "bars", "ends")
-        rules.tables |= {name: self._tables[name] for name in names}
+        rules.tables = rules.tables | {name: self._tables[name] for name in names}
         self._check_density(rules, self._tables["programs"][None])
         return rules
 

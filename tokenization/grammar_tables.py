@@ -95,23 +95,25 @@ class _Meaning:
 
 
 Tables = dict[str, Tensor]
-_LAST_MADE: dict[int, tuple[object, tuple[object, ...], Tables]] = {}
+_LAST_MADE: dict[int, dict[str, tuple[object, tuple[object, ...], Tables]]] = {}
 
 
-def keep_tables(tokenizer: MusicTokenizer, asked: tuple[object, ...], make: Callable[[], Tables]) -> Tables:
-    """Keep the last tables of each tokenizer: they take 40 ms for 1,000 ids, which a first note cannot wait for.
+def keep_tables(tokenizer: MusicTokenizer, kind: str, asked: tuple[object, ...], make: Callable[[], Tables]) -> Tables:
+    """Keep the last tables of each kind and tokenizer: they take up to 0.3 s, which a first note cannot wait for.
 
     Args:
         tokenizer (`miditok.MusicTokenizer`): theirs.
+        kind (`str`): what they are about.
         asked (`tuple`): what else they depend on.
         make (`Callable[[], dict[str, Tensor]]`): makes them. Nobody may change them afterwards.
     """
     key, model = id(tokenizer), tokenizer._model  # a tokenizer has no hash; training gives it another model
-    made = _LAST_MADE.get(key)
+    if key not in _LAST_MADE:
+        finalize(tokenizer, _LAST_MADE.pop, key, None)
+    kept = _LAST_MADE.setdefault(key, {})
+    made = kept.get(kind)
     if made is None or made[0] is not model or made[1] != asked:
-        if made is None:
-            finalize(tokenizer, _LAST_MADE.pop, key, None)
-        made = _LAST_MADE[key] = model, asked, make()
+        made = kept[kind] = model, asked, make()
     return made[2]
 
 

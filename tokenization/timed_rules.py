@@ -15,6 +15,7 @@ from miditok import MusicTokenizer
 from torch import Tensor
 
 from .constraints import ConflictError, Constraints
+from .grammar_tables import keep_tables, tokens_of_ids
 from .walks import NEVER, NO_SHIFT, Point, Walk, if_pitched
 
 # The columns of a clock: the current onset, the bar line before it, the length of the bar, its denominator as an
@@ -29,7 +30,6 @@ class TimedRules:
 
     Args:
         tokenizer (`miditok.MusicTokenizer`): one that the grammar supports.
-        tokens (`Sequence[Sequence[str]]`): the base tokens of every id.
         constraints ([`~midimamba.tokenization.constraints.Constraints`]): with a grid, polyphony or density.
         meters (`Sequence[str]`): the time signatures of the new bars, if they are given.
 
@@ -40,7 +40,6 @@ class TimedRules:
     def __init__(
         self,
         tokenizer: MusicTokenizer,
-        tokens: Sequence[Sequence[str]],
         constraints: Constraints,
         meters: Sequence[str] = (),
     ) -> None:
@@ -57,7 +56,9 @@ class TimedRules:
         self._next = list(dict.fromkeys(meters)) or [max(found or [_FOUR_FOUR], key=self._ticks)]
         self._reach = {number: self._longest_shift(number, constraints) for number in self._denominators}
         self.fewest_places = min(map(self.places, self._next))
-        self.tables = self._make_tables(tokens)
+        asked = self.polyphony, self.least, self.most, self.grid, *self._next
+        self.tables = keep_tables(tokenizer, "time", asked, lambda: self._make_tables(tokens_of_ids(tokenizer)))
+        self._split = self.tables["split"].tolist()
 
     # ---- the meaning of ids, once ----
 
@@ -162,7 +163,7 @@ class TimedRules:
     def _make_tables(self, tokens: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Tables about all ids, of shape (frames, …) where the denominator and the program in force matter.
 
-        - `coefficients` (3, points), `ticks` (frames, points): all points, in the order of `_split`;
+        - `coefficients` (3, points), `ticks` (frames, points): all points, in groups of which `split` is the size;
         - `voices_needed` (frames, needs), `need_id` (needs,), `pair_need` (pairs,): the voices that a note needs, its
           own one and those of notes of the same id; pairs are needs and notes whose order depends on the state;
         - `note_id` (notes,); `on_grid`, `residue` (frames, vocab); `count_lead`, `count_tail`, `count_due` and so on.
@@ -191,8 +192,8 @@ class TimedRules:
                 [self._end_of_bar(walk) for walk in frame],
             )
             rows.append([point for group in groups for point in group])
-        self._split = [len(group) for group in groups]
         tables = {
+            "split": torch.tensor([len(group) for group in groups]),
             "coefficients": torch.tensor(
                 [[not point.from_bar, point.from_bar, point.lengths] for point in rows[0]], dtype=torch.float64
             ).T.contiguous(),
