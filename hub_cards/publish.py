@@ -42,6 +42,8 @@ PUBLISHED = (
         "grammar_pertok.py",
         "grammars.py",
         "composing.py",
+        "batching.py",
+        "processor_loading.py",
         "constraints.py",
         "sampling_limits.py",
         "timed_rules.py",

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
 from transformers.activations import ACT2CLS
 
-from .config_checks import check_look_ahead, check_look_back, check_positive, check_sizes, read_config
+from .config_checks import check_look_ahead, check_look_back, check_positive, check_sizes, read_config, refuse_unknown
 
 # The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
 # attend instead.
@@ -272,6 +272,11 @@ class MidiMambaConfig(MambaConfig):
         if kind == LlamaConfig.model_type:
             config = _from_llama(config, str(pretrained_model_name_or_path))
         return {**config, "model_type": cls.model_type}, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but an argument that is not a field is refused."""
+        return refuse_unknown(super().from_dict, config_dict, kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

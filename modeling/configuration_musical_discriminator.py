@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_model_type, check_sizes, read_config
+from .config_checks import check_model_type, check_sizes, read_config, refuse_unknown
 
 
 @strict
@@ -65,6 +65,11 @@ class MusicalDiscriminatorConfig(PreTrainedConfig):
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_model_type(config, pretrained_model_name_or_path, cls.model_type, "a discriminator of musical features")
         return config, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but an argument that is not a field is refused."""
+        return refuse_unknown(super().from_dict, config_dict, kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
             "grammar_pertok.py",
             "grammars.py",
             "composing.py",
+            "batching.py",
+            "processor_loading.py",
             "sampling_limits.py",
             "constraints.py",
             "timed_rules.py",
