@@ -24,6 +24,7 @@ from midimamba.tokenization.processor import MidiProcessor
 
 from .evaluation import Evaluation, read_evaluation
 from .publish_corpus import KNOWN_OF_CORPUS, add_corpus_card, collect_corpus
+from .remote_code import GENERATE, PIPELINE_CODE, add_remote_code
 from .upload import Hub, Upload, check_license, check_name, copy_file, copy_known, left_out, scratch_beside
 
 # The files that a user loads or reads. No other file is uploaded: optimizer states and checkpoints are large, and
@@ -53,6 +54,8 @@ PUBLISHED = (
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("infilling.py", "gaps.py"),
     *("choices.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
+    # What samples music where midimamba is not installed.
+    *(*PIPELINE_CODE, GENERATE),
     # The generator's own code, of layouts that transformers has no class for.
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(
@@ -223,6 +226,7 @@ def _collect_generator(source: Path, target: Path, report: Path | None) -> Evalu
             read_evaluation(target / "evaluation.json")
         _check_json(target)
         processor = MidiProcessor.from_pretrained(target)
+        add_remote_code(target, processor)
         model = MidiMambaForCausalLM.from_pretrained(target)
         if model.config.vocab_size != processor.vocab_size:
             raise InputError(

@@ -285,6 +285,8 @@ class MidiMambaConfig(MambaConfig):
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: the fields as a stock configuration names them where there is one."""
         config = super().to_dict()
+        # Of a published model: a folder that is written now does not have the code of its pipelines.
+        config.pop("custom_pipelines", None)
         if not self.is_stock:
             return {**config, "model_type": self.model_type, "architectures": ["MidiMambaForCausalLM"]}
         if self.layout == "mamba":

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .modeling_discriminator import MidiDiscriminator
 from .scoring import score_sequences
 
 
@@ -22,12 +22,12 @@ class TokenJudge:
     A discriminator of token sequences.
 
     Args:
-        discriminator (`MidiDiscriminator`): in any mode, which stays as it is.
+        discriminator (`PreTrainedModel`): a [`MidiDiscriminator`], in any mode, which stays as it is.
         pad_token_id (`int`, *optional*), eos_token_id (`int`, *optional*): those of the generator. The discriminator
             is given what [`music_of`] leaves of a sequence.
     """
 
-    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int | None, eos_token_id: int | None):
+    def __init__(self, discriminator: PreTrainedModel, pad_token_id: int | None, eos_token_id: int | None):
         self.discriminator = discriminator
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id

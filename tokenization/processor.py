@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PROCESSOR_NAME, logging
 
 from .batching import Batching
-from .composing import Composed, compose
+from .composing import Composed, compose, grammar_options
 from .continuation import add_continuation, warn_of_shared_channels
 from .controls import control_ids, controls_of
 from .errors import InputError
@@ -153,15 +153,13 @@ class MidiProcessor(ProcessorMixin):
             InputError: if there is no such control or value; the message names those that exist. If an argument of
                 `batching` makes no sense.
         """
-        rows = Batching(padding=padding, **self._batching_defaults() | _given(batching))
+        given = {name: value for name, value in batching.items() if value is not None}
+        rows = Batching(padding, **self._batching_defaults() | given)
         several = isinstance(midi, Sequence) and not isinstance(midi, str | bytes)
         prefix = self._prefix(add_bos, controls)
         pieces: Any = midi if several else [midi]
-        padded = rows.pad(
-            [rows.cut(prefix, self._encode(piece)) for piece in pieces],
-            self._step(self.pad_token_id),
-            return_tensors,
-        )
+        encoded = [rows.cut(prefix, self._encode(piece)) for piece in pieces]
+        padded = rows.pad(encoded, self._step(self.pad_token_id), return_tensors)
         if several or return_tensors is not None:
             return padded
         return BatchEncoding({name: values[0] for name, values in padded.items()})
@@ -418,13 +416,19 @@ class MidiProcessor(ProcessorMixin):
         """[`decode`] of every sequence of a batch of shape (batch, time), or of a list of sequences of any length."""
         return [self.decode(sequence, skip_special_tokens, clean_up_tokenization_spaces) for sequence in sequences]
 
-    def grammar(self, **options: Any) -> MidiGrammar:
+    def grammar(self, prompt: torch.Tensor | None = None, **options: Any) -> MidiGrammar:
         """The logits processor under which only valid music is sampled; `options` as for [`MidiGrammar`].
+
+        Args:
+            prompt (`LongTensor` of shape (batch, time), *optional*):
+                What is continued or filled: it decides the options that concern it.
 
         Raises:
             InputError: if there are no rules for the tokenization, or for one of its options.
         """
-        return make_grammar(self.midi_tokenizer, **{"programs": self.programs, "voices": self.voices, **options})
+        of_prompt = {} if prompt is None else grammar_options(self, prompt)
+        facts = {"programs": self.programs, "voices": self.voices}
+        return make_grammar(self.midi_tokenizer, **facts | of_prompt | options)
 
     def compose(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Composed:
         """Let a model continue what this processor returned; see [`~midimamba.tokenization.composing.compose`]."""
@@ -491,8 +495,3 @@ class MidiProcessor(ProcessorMixin):
                 raise InputError(f"{name} has no text tokenizer, so it has no {option}: leave it out")
             setattr(processor.tokenizer, option, value)
         return processor
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that have a value."""
-    return {name: value for name, value in options.items() if value is not None}

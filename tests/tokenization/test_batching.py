@@ -26,6 +26,7 @@ def processor() -> MidiProcessor:
     return MidiProcessor(build_tokenizer(controls=[control_token("key", "C-major")]))
 
 
+@pytest.mark.filterwarnings("ignore:.max_length. is ignored:UserWarning")
 @settings(deadline=None)
 @given(
     rows=ROWS,
