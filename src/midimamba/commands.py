@@ -373,6 +373,8 @@ def publish(options: PublishOptions) -> None:
     )
     for name, url in done.urls.items():
         show(f"{name}: {url}")
+    if options.license is None and not (options.folder / "README.md").exists():
+        show("the card states no licence: name one with --license, such as cc-by-4.0", file=sys.stderr)
     if done.left_out:
         show(f"not uploaded, because only files with known names are: {', '.join(done.left_out)}", file=sys.stderr)
 
