@@ -114,7 +114,11 @@ def _settings(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     elif several:
         settings["nargs"] = "+"
     if metadata.get("positional"):
-        del settings["default"]
+        if required:
+            del settings["default"]
+        else:
+            # Not left out as flags are: argparse would read its mark for that as a value.
+            settings |= {"nargs": "?", "default": option.default}
     elif required:
         settings["required"] = True
     return settings
