@@ -1,11 +1,10 @@
 """Judges of token sequences: what values a sequence by the log-odds that it is real music."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .scoring import score_sequences
 
@@ -22,12 +21,13 @@ class TokenJudge:
     A discriminator of token sequences.
 
     Args:
-        discriminator (`PreTrainedModel`): a [`MidiDiscriminator`], in any mode, which stays as it is.
+        discriminator (`MidiDiscriminator`): in any mode, which stays as it is.
         pad_token_id (`int`, *optional*), eos_token_id (`int`, *optional*): those of the generator. The discriminator
             is given what [`music_of`] leaves of a sequence.
     """
 
-    def __init__(self, discriminator: PreTrainedModel, pad_token_id: int | None, eos_token_id: int | None):
+    def __init__(self, discriminator: Any, pad_token_id: int | None, eos_token_id: int | None):
+        # Of any type: this module is published with the pipeline, and the network's is not.
         self.discriminator = discriminator
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import BatchEncoding
-from transformers.utils import PaddingStrategy, logging
+from transformers.utils import logging
+from transformers.utils.generic import PaddingStrategy
 
 from .errors import InputError
 

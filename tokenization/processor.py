@@ -117,7 +117,7 @@ class MidiProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        midi: Midi | Sequence[Midi] | None = None,
+        midi: Midi | Sequence[Midi | None] | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
         add_bos: bool = True,
@@ -472,7 +472,9 @@ class MidiProcessor(ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]  # the Hub's arguments are among the keywords
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> Self:
         """Read a processor from a folder or a Hub repository.
 
         Args:

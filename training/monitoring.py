@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +178,13 @@ def _add_to_tensorboard(callback: Any, file: Path, step: int) -> None:
 
 
 def _add_to_trackio(callback: Any, file: Path, step: int) -> None:
-    import trackio
-
+    trackio = import_module("trackio")
     if trackio.context_vars.current_run.get() is not None:
         _log_image(trackio, file, step)
 
 
 def _add_to_wandb(callback: Any, file: Path, step: int) -> None:
-    import wandb
-
+    wandb = import_module("wandb")
     if wandb.run is not None:
         _log_image(wandb, file, step)
 

@@ -45,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
             if aliases:  # whether one of them is given shows when all are read
                 target.add_argument(*aliases, dest=option.name, **{**settings, "default": argparse.SUPPRESS})
                 settings |= {"nargs": "?", "default": argparse.SUPPRESS}
+            elif option.default is not MISSING:
+                settings |= {"nargs": "?", "default": option.default}
             target.add_argument(option.name, **settings)
         else:
             target.add_argument(f"--{option.name.replace('_', '-')}", *aliases, dest=option.name, **settings)
@@ -114,11 +116,7 @@ def _settings(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     elif several:
         settings["nargs"] = "+"
     if metadata.get("positional"):
-        if required:
-            del settings["default"]
-        else:
-            # Not left out as flags are: argparse would read its mark for that as a value.
-            settings |= {"nargs": "?", "default": option.default}
+        del settings["default"]
     elif required:
         settings["required"] = True
     return settings

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from midimamba.command_options import SamplingOptions
+from midimamba.command_options import SOUNDFONT, SamplingOptions
 from midimamba.errors import InputError
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
@@ -97,7 +97,7 @@ class ListenOptions:
         default=None,
         metadata={
             "group": "make a test",
-            "help": "play with this .sf2 file instead of the one that pretty_midi ships",
+            "help": SOUNDFONT,
         },
     )
     score: Path | None = field(

@@ -117,12 +117,14 @@ def test_wandb_shows_them_too(musical: AdversarialTrainer, monkeypatch: pytest.M
     wandb = ModuleType("wandb")
     vars(wandb).update(run=None, log=logged.append, Image=lambda file, caption: (Path(file).read_bytes(), caption))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    processor = musical.processing_class
+    assert isinstance(processor, MidiProcessor)
     log = SampleLog(
         output_folder(musical.args) / "samples",
-        musical.processing_class,
-        CallbackHandler([Callback()], musical.model, musical.processing_class, None, None),
+        processor,
+        CallbackHandler([Callback()], musical.model, processor, None, None),
     )
-    ids = musical.processing_class.encode(make_score(1))
+    ids = processor.encode(make_score(1))
     log.write(3, [ids])
     assert not logged  # no run has begun
     vars(wandb)["run"] = "a run"
