@@ -4,9 +4,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
 
 MAX_COUNT = 1024  # of layers and labels, each of which is made one by one
 _COUNTS = ("num_hidden_layers", "num_labels")
@@ -22,6 +25,8 @@ _OF_LOADING = frozenset(
     | {"kernel_config", "allow_all_kernels", "resume_download", "ignore_mismatched_sizes", "output_loading_info"}
     | {"state_dict", "tqdm_class", "generation_config", "trust_remote_code", "attn_implementation", "user_agent"}
 )
+_NAMES_OF_TOKENS = ("_token", "_token_id")  # of which there are many that are almost alike
+_ALMOST = 0.8  # the similarity of two names, as difflib measures it
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,6 +64,28 @@ def refuse_unknown(from_dict: Callable[..., Any], config_dict: dict[str, Any], o
         advice = f"write {nearest[0]}" if nearest else "leave it out"
         raise ValueError(f"{type(config).__name__} has no field {', '.join(unknown)}: {advice}")
     return config
+
+
+def refuse_misspelled(config: Any, others: Mapping[str, Any]) -> None:
+    """Refuse an argument that is almost a field: it would become an attribute that nothing reads.
+
+    Transformers lets a configuration have attributes of any name, and a file may hold some of another version. So
+    other names are left alone, and everything is where a file was read.
+
+    Args:
+        config (`PreTrainedConfig`): being made.
+        others (`Mapping[str, Any]`): what it was given beside its fields.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if "model_type" in others:  # which every file has
+        return
+    known = {field.name for field in fields(config)}
+    for name in sorted(others.keys() - vars(PreTrainedConfig()).keys() - vars(GenerationConfig()).keys()):
+        nearest = get_close_matches(name, known, n=1, cutoff=_ALMOST)
+        if nearest and not name.endswith(_NAMES_OF_TOKENS):
+            raise ValueError(f"{type(config).__name__} has no field {name}: write {nearest[0]}")
 
 
 def check_sizes(values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -160,5 +187,6 @@ __all__ = [
     "check_positive",
     "check_sizes",
     "read_config",
+    "refuse_misspelled",
     "refuse_unknown",
 ]

@@ -6,7 +6,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_look_back, check_model_type, check_sizes, read_config, refuse_unknown
+from .config_checks import (
+    check_look_back,
+    check_model_type,
+    check_sizes,
+    read_config,
+    refuse_misspelled,
+    refuse_unknown,
+)
 
 _SIZES = (
     *("vocab_size", "hidden_size", "filter_sizes", "num_filters"),
@@ -72,6 +79,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:
+        refuse_misspelled(self, kwargs)
         check_sizes({**kwargs, **vars(self)}, _SIZES)
         # One logit, the log-odds that a sequence is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)

@@ -9,7 +9,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
 from transformers.activations import ACT2CLS
 
-from .config_checks import check_look_ahead, check_look_back, check_positive, check_sizes, read_config, refuse_unknown
+from .config_checks import (
+    check_look_ahead,
+    check_look_back,
+    check_positive,
+    check_sizes,
+    read_config,
+    refuse_misspelled,
+    refuse_unknown,
+)
 
 # The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
 # attend instead.
@@ -141,6 +149,7 @@ class MidiMambaConfig(MambaConfig):
     fill_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_misspelled(self, kwargs)
         _check_numbers({**kwargs, **vars(self)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

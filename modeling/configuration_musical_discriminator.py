@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_model_type, check_sizes, read_config, refuse_unknown
+from .config_checks import check_model_type, check_sizes, read_config, refuse_misspelled, refuse_unknown
 
 
 @strict
@@ -34,6 +34,7 @@ class MusicalDiscriminatorConfig(PreTrainedConfig):
     bars: int | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
+        refuse_misspelled(self, kwargs)
         check_sizes({**kwargs, **vars(self)}, ("feature_widths", "bars", "num_labels"))
         # One logit, the log-odds that a piece is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)

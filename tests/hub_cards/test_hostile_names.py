@@ -18,6 +18,7 @@ from midimamba.evaluation.report_page import MUSIC, bullet_list, report_page
 from midimamba.hub_cards.dataset_card import dataset_card
 from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.hub_cards.gallery import gallery
+from midimamba.hub_cards.publish import TAGS
 from midimamba.text import for_markdown, printable
 from support import command, make_generator, make_score
 
@@ -176,7 +177,7 @@ def test_evaluate_listen_and_publish_show_names_as_text(
     files = online.repositories["you/bach"]
     card = files["README.md"].decode()
     check_page(card)
-    assert yaml.safe_load(card.split("---")[1])["tags"] == ["midi", "music", "mamba", "seqgan"]
+    assert yaml.safe_load(card.split("---")[1])["tags"] == TAGS
     pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card)
     assert pictures
     assert {unquote(picture) for picture in pictures} <= set(files)

@@ -1,5 +1,6 @@
 """Arguments of `from_pretrained`: what transformers passes on is taken, and what nobody knows is refused."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM
+from midimamba import (
+    MidiDiscriminator,
+    MidiDiscriminatorConfig,
+    MidiMambaConfig,
+    MidiMambaForCausalLM,
+    MusicalDiscriminatorConfig,
+)
 from support import make_discriminator, make_generator
 
 
@@ -64,3 +71,16 @@ def test_models_refuse_it_too(folders: dict[str, Path]) -> None:
         assert "\n" not in str(caught.value)
         model = kind.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", trust_remote_code=False)
         assert model.dtype == torch.bfloat16
+
+
+def test_a_misspelled_field_is_refused_and_other_attributes_are_kept() -> None:
+    for make in (MidiMambaConfig, partial(MidiMambaConfig.of_size, "tiny"), MidiDiscriminatorConfig):
+        with pytest.raises(ValueError, match=r"^Midi\w+Config has no field hiden_size: write hidden_size$"):
+            make(hiden_size=8)
+    with pytest.raises(ValueError, match="has no field feature_name: write feature_names"):
+        MusicalDiscriminatorConfig(feature_name=["a"])
+    others = {"my_note": 1, "sep_token_id": 3, "id2label": {0: "fake"}, "max_length": 9, "architectures": ["X"]}
+    assert MidiMambaConfig(**others, attn_implementation="eager", dtype="float16", name_or_path="x").my_note == 1
+    # A file may be of another version.
+    read = MidiMambaConfig.from_dict(MidiMambaConfig(hidden_size=8).to_dict() | {"hiden_size": 9, "new": 1})
+    assert (read.hidden_size, read.new) == (8, 1)
