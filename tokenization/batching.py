@@ -1,8 +1,8 @@
 """Cutting and padding of encoded pieces, by the arguments that all processors of transformers take."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from transformers import BatchEncoding
 from transformers.utils import logging
@@ -56,6 +56,21 @@ class Batching:
                 raise InputError(f"{name} is {getattr(self, name)!r}; use 'left' or 'right'")
         if self.max_length is None and (_CUTS[self.truncation] or self.padding == PaddingStrategy.MAX_LENGTH):
             logger.warning_once("pieces have no longest length of their own: give max_length to cut or to pad to it")
+
+    @classmethod
+    def of(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+        """
+        What a caller gives, and defaults for what is missing or `None`.
+
+        Raises:
+            TypeError: if there is no such argument.
+        """
+        if unknown := sorted(given.keys() - {field.name for field in fields(cls)}):
+            raise TypeError(
+                f"a MidiProcessor cannot be called with {', '.join(unknown)}: leave it out; it takes midi, "
+                f"return_tensors, add_bos, controls, {', '.join(field.name for field in fields(cls))}"
+            )
+        return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
     def cut(self, prefix: Sequence[Any], music: Sequence[Any]) -> list[Any]:
         """

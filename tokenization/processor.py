@@ -152,9 +152,9 @@ class MidiProcessor(ProcessorMixin):
             MidiRefusedError: if a piece cannot be used; the message says why.
             InputError: if there is no such control or value; the message names those that exist. If an argument of
                 `batching` makes no sense.
+            TypeError: if there is no such argument.
         """
-        given = {name: value for name, value in batching.items() if value is not None}
-        rows = Batching(padding, **self._batching_defaults() | given)
+        rows = Batching.of(self._batching_defaults(), {"padding": padding, **batching})
         several = isinstance(midi, Sequence) and not isinstance(midi, str | bytes)
         prefix = self._prefix(add_bos, controls)
         pieces: Any = midi if several else [midi]

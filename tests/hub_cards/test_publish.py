@@ -69,10 +69,18 @@ assert tokenizer.get_vocab() == processors[0].tokenizer.get_vocab()
 ABROAD = """
 import json, sys
 sys.modules["midimamba"] = None
-from transformers import AutoProcessor
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
 processor = AutoProcessor.from_pretrained("you/bach", trust_remote_code=True)
 assert processor.decode(processor.encode("prompt.mid")).note_num() == 8
+(piece,) = pipeline(model="you/bach", trust_remote_code=True, device="cpu")("prompt.mid", bars=1, seed=0)
+assert piece.note_num() > 8
+model = AutoModelForCausalLM.from_pretrained("you/bach")
+inputs = processor("prompt.mid", return_tensors="pt")
+options = dict(bars=1, max_new_tokens=60, do_sample=True, custom_generate="you/bach", trust_remote_code=True)
+torch.manual_seed(0)
+assert processor.decode(model.generate(**inputs, **options)[0]).note_num() > 8
 print(json.dumps(processor.encode("prompt.mid")))
 """
 

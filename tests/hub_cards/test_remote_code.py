@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from transformers import pipeline
 
 from midimamba import MidiGenerationPipeline, MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
 from midimamba.hub_cards.remote_code import GENERATE, PIPELINE_CODE, add_remote_code
+from midimamba.tokenization import custom_generate
 from midimamba.tokenization.controls import control_token
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_generator, make_score
@@ -123,3 +127,19 @@ def test_nothing_is_added_that_could_not_work(tmp_path: Path) -> None:
     add_remote_code(tmp_path, processor)
     assert (tmp_path / PIPELINE_CODE[0]).exists()
     assert not (tmp_path / GENERATE).exists()
+
+
+def test_without_the_packages_of_the_processor_tokens_are_sampled_and_a_line_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(name: str, **options: Any) -> None:
+        raise ImportError("run\n`pip install miditok symusic`")
+
+    monkeypatch.setattr(custom_generate, "AutoProcessor", SimpleNamespace(from_pretrained=missing))
+    custom_generate._processor_of.cache_clear()
+    model = MidiMambaForCausalLM.from_pretrained(folder)
+    start = torch.tensor([[1]])
+    ids = custom_generate.generate(start, model=model, max_new_tokens=4, do_sample=False)
+    assert ids.tolist() == torch.as_tensor(model.generate(start, max_new_tokens=4, do_sample=False)).tolist()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "sampled without the grammar, so music is not guaranteed: run `pip install miditok symusic`"

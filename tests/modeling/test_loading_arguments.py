@@ -74,13 +74,21 @@ def test_models_refuse_it_too(folders: dict[str, Path]) -> None:
 
 
 def test_a_misspelled_field_is_refused_and_other_attributes_are_kept() -> None:
+    wrong: dict[str, Any] = {"hiden_size": 8}
     for make in (MidiMambaConfig, partial(MidiMambaConfig.of_size, "tiny"), MidiDiscriminatorConfig):
         with pytest.raises(ValueError, match=r"^Midi\w+Config has no field hiden_size: write hidden_size$"):
-            make(hiden_size=8)
+            make(**wrong)
     with pytest.raises(ValueError, match="has no field feature_name: write feature_names"):
-        MusicalDiscriminatorConfig(feature_name=["a"])
-    others = {"my_note": 1, "sep_token_id": 3, "id2label": {0: "fake"}, "max_length": 9, "architectures": ["X"]}
-    assert MidiMambaConfig(**others, attn_implementation="eager", dtype="float16", name_or_path="x").my_note == 1
+        MusicalDiscriminatorConfig(**{"feature_name": ["a"]})  # type: ignore[arg-type]
+    others: dict[str, Any] = {
+        "my_note": 1,
+        "sep_token_id": 3,
+        "id2label": {0: "fake"},
+        "max_length": 9,
+        "architectures": ["X"],
+    }
+    others |= {"attn_implementation": "eager", "dtype": "float16", "name_or_path": "x"}
+    assert MidiMambaConfig(**others).my_note == 1
     # A file may be of another version.
     read = MidiMambaConfig.from_dict(MidiMambaConfig(hidden_size=8).to_dict() | {"hiden_size": 9, "new": 1})
     assert (read.hidden_size, read.new) == (8, 1)

@@ -124,6 +124,11 @@ def test_arguments_that_make_no_sense_are_refused(
         processor(make_score(1, bars=1), **options)
 
 
+def test_an_unknown_argument_is_named(processor: MidiProcessor) -> None:
+    with pytest.raises(TypeError, match="cannot be called with paddingside: leave it out; it takes midi, "):
+        processor(make_score(1, bars=1), paddingside="left")
+
+
 def test_decoding_takes_the_arguments_of_transformers(processor: MidiProcessor) -> None:
     pieces = [make_score(1, bars=2), make_score(2, bars=3)]
     batch = processor(pieces, return_tensors="pt")["input_ids"]
