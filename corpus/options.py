@@ -120,7 +120,12 @@ class CorpusOptions:
     )
     controls: Sequence[str] = field(
         default=(),
-        metadata={"group": "control tokens", "help": "prefix each piece with these controls", "choices": CONTROLS},
+        metadata={
+            "group": "control tokens",
+            "help": "prefix each piece with these controls",
+            "choices": CONTROLS,
+            "parse": str.lower,
+        },
     )
     labels: Sequence[str] = field(
         default=(),

@@ -140,12 +140,6 @@ def interpretation(report: Report) -> str:
     )
 
 
-def sample_gallery(run: Path) -> str:
-    """Piano rolls of the run's samples as Markdown, with links to their MIDI and sound, relative to the run."""
-    pictures = sorted((run / "samples").glob("*.png"))
-    return "\n\n".join("\n\n".join(_roll_and_links(picture)) for picture in pictures)
-
-
 def side_by_side(run: Path) -> str:
     """Piano rolls of the run's samples beside real music, as a Markdown table."""
     pairs = zip_longest(*(sorted((run / folder).glob("*.png")) for folder in ("samples", "real")))
@@ -178,7 +172,7 @@ def bullet_list(settings: dict[str, Any]) -> str:
 def report_page(run: Path, report: Report) -> str:
     """The report of a run as Markdown."""
     sections = [f"# {for_markdown(run.resolve().name)}"]
-    if sample_gallery(run):
+    if any((run / "samples").glob("*.png")):
         sections += ["## Samples beside real music", side_by_side(run)]
     sections += [
         *("## What the music is like", music_table(report)),

@@ -1,25 +1,31 @@
 """The evaluation section of a card and its files, from the report of a run or of `midimamba evaluate`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from midimamba.errors import InputError
 from midimamba.evaluation.comparison import features_from_json, figures_from_json
-from midimamba.evaluation.comparison_page import EXPLANATION, features_table, figures_table
+from midimamba.evaluation.comparison_page import EXPLANATION, LABELS, features_table, figures_table
+from midimamba.evaluation.estimates import Estimate
 from midimamba.evaluation.report_page import (
     MUSICAL_DISCRIMINATOR,
     check_report,
     evaluation_table,
     interpretation,
-    sample_gallery,
 )
 from midimamba.files import read_json
 from midimamba.text import for_link
 
+from .gallery import PUBLISHED_SAMPLES
+from .results import Result
+
 _WRITE_ONE = "write one with `midimamba evaluate` or `python -m midimamba.evaluation.report RUN`"
-PUBLISHED_OF_RUN = ("curves.png", "samples/*.png", "samples/*.wav", "samples/*.mp3", "samples/*.mid")
+PUBLISHED_OF_RUN = ("curves.png", *PUBLISHED_SAMPLES)
+# What a run measures of its generator, for the metadata.
+_OF_RUN = {"held_out_nll": "held-out NLL, nats per token", "distinct_4": "distinct-4", "self_bleu_4": "self-BLEU-4"}
 
 
 class Evaluation(NamedTuple):
@@ -30,8 +36,11 @@ class Evaluation(NamedTuple):
         table (`str`): the figures, as Markdown.
         interpretation (`str`): what the figures say, and how to read them.
         pictures (`str`): pictures of the figures, as Markdown with paths of the repository.
-        gallery (`str`): pictures of samples, as Markdown with paths of the repository.
+        gallery (`str`): pictures of the samples that were compared, as Markdown with paths of the repository.
         files (`dict[str, Path]`): the files to upload, by their path in the repository.
+        results (`Sequence[Result]`): figures for the metadata.
+        reference (`str`, *optional*): the corpus that they were measured on, if the report says.
+        split (`str`, *optional*, defaults to `"test"`): the part of it.
         of_discriminators (`Mapping`, *optional*): the `accuracy_real` and `accuracy_fake` of every discriminator that
             was measured, by its kind.
     """
@@ -41,6 +50,9 @@ class Evaluation(NamedTuple):
     pictures: str
     gallery: str
     files: dict[str, Path]
+    results: Sequence[Result] = ()
+    reference: str | None = None
+    split: str = "test"
     of_discriminators: Mapping[str, dict[str, float] | None] = {}
 
 
@@ -77,9 +89,13 @@ def _of_run(file: Path, report: dict[str, Any]) -> Evaluation:
         evaluation_table(report),
         interpretation(report),
         "![Curves of both training phases](curves.png)" if "curves.png" in found else "",
-        sample_gallery(run),
+        "",
         {**found, "evaluation.json": file},
-        {"discriminator": report["after"], MUSICAL_DISCRIMINATOR: report["after"].get(MUSICAL_DISCRIMINATOR)},
+        [Result(name, label, float(report["after"][name])) for name, label in _OF_RUN.items()],
+        of_discriminators={
+            "discriminator": report["after"],
+            MUSICAL_DISCRIMINATOR: report["after"].get(MUSICAL_DISCRIMINATOR),
+        },
     )
 
 
@@ -94,11 +110,23 @@ def _of_comparison(file: Path, report: dict[str, Any]) -> Evaluation:
         f"the first {settings['bars_per_piece']} bars of each."
     )
     rolls = [name for name in pictures if name.startswith(f"{file.stem}-sample-")]
+    figures = figures_from_json(report["figures"])
+    reference, split = settings.get("reference"), settings.get("split", "test")
     return Evaluation(
-        f"{figures_table(figures_from_json(report['figures']))}\n\n"
-        f"{features_table(features_from_json(report['features']))}",
+        f"{figures_table(figures)}\n\n{features_table(features_from_json(report['features']))}",
         f"{measured} {EXPLANATION}",
         f"![Distributions of the features]({for_link(features)})" if features in pictures else "",
         "\n\n".join(f"![Piano roll of a sample]({for_link(name)})" for name in rolls),
         {**pictures, "evaluation.json": file},
+        [
+            Result(name, LABELS[name].rstrip(" ↑↓"), figure.estimate.value, _interval(figure.estimate))
+            for name, figure in figures.items()
+            if math.isfinite(figure.estimate.value) and not name.endswith("_p_value")
+        ],
+        reference if isinstance(reference, str) else None,
+        split if isinstance(split, str) else "test",
     )
+
+
+def _interval(estimate: Estimate) -> tuple[float, float] | None:
+    return (estimate.low, estimate.high) if math.isfinite(estimate.low) and math.isfinite(estimate.high) else None

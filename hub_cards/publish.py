@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -19,11 +19,15 @@ from midimamba.modeling.configuration_musical_discriminator import MusicalDiscri
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.modeling_musical_discriminator import MusicalDiscriminator
-from midimamba.text import for_markdown
+from midimamba.text import for_markdown, printable
 from midimamba.tokenization.processor import MidiProcessor
 
 from .evaluation import Evaluation, read_evaluation
+from .gallery import PUBLISHED_SAMPLES, gallery
+from .provenance import Provenance, on_hub, read_provenance
 from .publish_corpus import KNOWN_OF_CORPUS, add_corpus_card, collect_corpus
+from .remote_code import GENERATE, PIPELINE_CODE, TASK, add_remote_code
+from .results import RESULTS_FILE, eval_results, model_index
 from .upload import Hub, Upload, check_license, check_name, copy_file, copy_known, left_out, scratch_beside
 
 # The files that a user loads or reads. No other file is uploaded: optimizer states and checkpoints are large, and
@@ -31,7 +35,8 @@ from .upload import Hub, Upload, check_license, check_name, copy_file, copy_know
 PUBLISHED = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "miditok.json", "processor_config.json"),
-    *("training_args.json", "evaluation.json", "README.md"),
+    *("training_args.json", "training_run.json", "evaluation.json", RESULTS_FILE, "README.md"),
+    *PUBLISHED_SAMPLES,
     # The code of the processor, for users who have transformers but not midimamba.
     *("processor.py", "grammar.py", "tokenizer.py", "hf_tokenizer.py", "tokenizations.py", "controls.py"),
     *(
@@ -44,6 +49,8 @@ PUBLISHED = (
         "grammar_pertok.py",
         "grammars.py",
         "composing.py",
+        "batching.py",
+        "processor_loading.py",
         "constraints.py",
         "sampling_limits.py",
         "timed_rules.py",
@@ -53,6 +60,8 @@ PUBLISHED = (
     *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
     *("infilling.py", "gaps.py"),
     *("choices.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
+    # What samples music where midimamba is not installed.
+    *(*PIPELINE_CODE, GENERATE),
     # The generator's own code, of layouts that transformers has no class for.
     *("configuration_midimamba.py", "modeling_midimamba.py", "mamba_mixer.py", "attention.py", "feed_forward.py"),
     *(
@@ -74,7 +83,8 @@ PUBLISHED = (
         "step_numba.py",
     ),
 )
-TAGS = ["midi", "music", "mamba", "seqgan"]
+TAGS = ["midi", "music", "symbolic-music", "music-generation", "mamba", "seqgan"]
+_LANGUAGE = "en"  # of cards and of the names of controls; music has none
 DISCRIMINATORS = ("discriminator", MUSICAL_DISCRIMINATOR)
 """The kinds of discriminators: of tokens, and of musical features. Each goes to the repository `<repo>-<kind>`."""
 
@@ -223,6 +233,7 @@ def _collect_generator(source: Path, target: Path, report: Path | None) -> Evalu
             read_evaluation(target / "evaluation.json")
         _check_json(target)
         processor = MidiProcessor.from_pretrained(target)
+        add_remote_code(target, processor)
         model = MidiMambaForCausalLM.from_pretrained(target)
         if model.config.vocab_size != processor.vocab_size:
             raise InputError(
@@ -328,10 +339,42 @@ def _generator_card(
     license: str | None,
     discriminators: Sequence[str] = (),
 ) -> ModelCard:
+    origin = read_provenance(folder)
     # The Hub has no task for symbolic music. Text generation loads the model and describes its output: tokens.
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, license=license)
-    fields = {"repo_id": repo_id, "evaluation": evaluation, "discriminators": discriminators, **_architecture(folder)}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        language=_LANGUAGE,
+        tags=TAGS,
+        license=license,
+        datasets=origin.dataset,
+        base_model=origin.base_model,
+        model_name=repo_id.split("/")[-1],
+        eval_results=None if evaluation is None else _add_results(folder, evaluation, origin),
+    )
+    fields = {
+        "repo_id": repo_id,
+        "evaluation": evaluation,
+        "discriminators": discriminators,
+        "samples": gallery(folder, repo_id),
+        "task": TASK if (folder / PIPELINE_CODE[0]).exists() else None,
+        "under_grammar": (folder / GENERATE).exists(),
+        **_architecture(folder),
+    }
     return _render("generator_card.md", data, folder, **fields)
+
+
+def _add_results(folder: Path, evaluation: Evaluation, origin: Provenance) -> list[EvalResult] | None:
+    """The figures for the card, if their music is known, and a file of them if that is on the Hub."""
+    reference = evaluation.reference or origin.data
+    if not reference or not evaluation.results:
+        return None
+    dataset = on_hub(reference)
+    file = folder / RESULTS_FILE
+    if dataset and not file.exists():
+        file.parent.mkdir()
+        file.write_text(eval_results(evaluation.results, dataset, evaluation.split), encoding="utf-8")
+    return model_index(evaluation.results, dataset or PureWindowsPath(printable(reference)).name, evaluation.split)
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
@@ -349,7 +392,9 @@ def _architecture(folder: Path) -> dict[str, Any]:
 
 
 def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=TAGS, license=license)
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-classification", language=_LANGUAGE, tags=TAGS, license=license
+    )
     kind = _kind_of(folder)
     return _render(
         "discriminator_card.md",
@@ -365,11 +410,13 @@ def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | Non
 
 def _render(template: str, data: ModelCardData, folder: Path, **fields: Any) -> ModelCard:
     training = training_settings(folder)
+    fields["license"] = data.license
     return ModelCard.from_template(
         data,
         template_str=(files("midimamba.hub_cards") / template).read_text(encoding="utf-8"),
         parameters=_count_parameters(folder),
         training=bullet_list(training),
+        origin=read_provenance(folder),
         adversarial="estimator" in training,
         sequence_length=training.get("sequence_length"),
         **fields,

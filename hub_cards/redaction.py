@@ -11,7 +11,7 @@ from midimamba.errors import InputError
 from midimamba.text import for_json
 
 REMOVED = "[removed]"
-TEXT = frozenset({".json", ".jsonl", ".md", ".py"})
+TEXT = frozenset({".json", ".jsonl", ".md", ".py", ".yaml"})
 
 # What access tokens and keys look like: Hugging Face, GitHub, OpenAI and its like, Amazon, Google, Slack, signed web
 # tokens, private keys, and addresses with a password in them.

@@ -18,6 +18,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     RepoCard,
+    SpaceCard,
     get_session,
     get_token,
 )
@@ -32,6 +33,8 @@ from .redaction import remove_secrets, secrets_in_use
 
 # Seconds to wait for the next sign of life of the Hub. Its client would wait for ever.
 PATIENCE = 120.0
+_CARDS: dict[str, type[RepoCard]] = {"model": ModelCard, "dataset": DatasetCard, "space": SpaceCard}
+_FOLDERS = {"model": "", "dataset": "datasets/", "space": "spaces/"}  # in addresses
 _LICENSE_SIGNS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.-+")
 _LONGEST_LICENSE = 40
 
@@ -41,7 +44,7 @@ class Upload(NamedTuple):
     One repository and all that goes into it.
 
     Args:
-        kind (`str`): `"generator"`, `"discriminator"`, `"musical-discriminator"` or `"corpus"`.
+        kind (`str`): `"generator"`, `"discriminator"`, `"musical-discriminator"`, `"corpus"` or `"space"`.
         repo_id (`str`): `"owner/name"`.
         folder (`Path`): a scratch folder; every file in it is uploaded.
         stale (`str`, *optional*): pattern of files in the repository that this upload replaces.
@@ -54,7 +57,7 @@ class Upload(NamedTuple):
 
     @property
     def repo_type(self) -> str:
-        return "dataset" if self.kind == "corpus" else "model"
+        return {"corpus": "dataset", "space": "space"}.get(self.kind, "model")
 
 
 @contextmanager
@@ -68,8 +71,8 @@ def scratch_beside(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     if not os.access(folder.parent, os.W_OK):
-        with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
-            yield Path(scratch)
+        with scratch_folder() as scratch:
+            yield scratch
         return
     place = folder.with_name(f".{folder.name}.publish")
     with locked(place):
@@ -79,6 +82,13 @@ def scratch_beside(folder: Path) -> Iterator[Path]:
             yield place
         finally:
             shutil.rmtree(place)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder among the system's temporary ones, removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
+        yield Path(scratch)
 
 
 def copy_known(source: Path, patterns: Iterable[str], target: Path) -> None:
@@ -237,7 +247,7 @@ class Hub:
         return done
 
     def _check_card(self, upload: Upload) -> None:
-        kind: type[RepoCard] = DatasetCard if upload.repo_type == "dataset" else ModelCard
+        kind = _CARDS[upload.repo_type]
         card = read_card(kind, upload.folder / "README.md", "README.md")
         try:
             with reaching_hub(f"the card of {upload.repo_id} cannot be checked"):
@@ -271,14 +281,15 @@ class Hub:
         repo_id, repo_type = upload.repo_id, upload.repo_type
         if not exists:
             with reaching_hub(f"{repo_id} cannot be created"):
-                self._api.create_repo(repo_id, repo_type=repo_type, private=private)
+                sdk = "gradio" if repo_type == "space" else None
+                self._api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk)
         state = "is as it was" if exists else "was created and is empty"
         with reaching_hub(f"nothing was uploaded to {repo_id}, which {state}"):
             # Not `upload_folder`, which makes several commits of a large folder.
             self._api.create_commit(
                 repo_id, self._operations(upload, exists), commit_message="Publish with midimamba", repo_type=repo_type
             )
-        return f"{self._api.endpoint}/{'datasets/' * (repo_type == 'dataset')}{repo_id}"
+        return f"{self._api.endpoint}/{_FOLDERS[repo_type]}{repo_id}"
 
     def _operations(self, upload: Upload, exists: bool) -> list[CommitOperationAdd | CommitOperationDelete]:
         """Every file of the upload, and the removal of those that it replaces."""

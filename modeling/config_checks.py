@@ -3,15 +3,30 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
 
 MAX_COUNT = 1024  # of layers and labels, each of which is made one by one
 _COUNTS = ("num_hidden_layers", "num_labels")
 MAX_SIZE = (
     2**24
 )  # of any width or vocabulary: far beyond what is used, and products of three still fit 64 bits or fail
+
+# Arguments that `AutoConfig` and `pipeline` pass on to a configuration although they concern its code or the model.
+_OF_LOADING = frozenset(
+    {"code_revision", "config", "dtype", "torch_dtype", "device_map", "max_memory", "variant", "quantization_config"}
+    | {"offload_folder", "offload_buffers", "low_cpu_mem_usage", "use_safetensors", "weights_only", "key_mapping"}
+    | {"adapter_kwargs", "adapter_name", "tp_plan", "tp_size", "device_mesh", "distributed_config", "use_kernels"}
+    | {"kernel_config", "allow_all_kernels", "resume_download", "ignore_mismatched_sizes", "output_loading_info"}
+    | {"state_dict", "tqdm_class", "generation_config", "trust_remote_code", "attn_implementation", "user_agent"}
+)
+_NAMES_OF_TOKENS = ("_token", "_token_id")  # of which there are many that are almost alike
+_ALMOST = 0.8  # the similarity of two names, as difflib measures it
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -27,6 +42,50 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def refuse_unknown(from_dict: Callable[..., Any], config_dict: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    """Build a configuration by transformers' `from_dict`, which drops what it does not know without a word.
+
+    Args:
+        from_dict (`Callable`): that of the base class.
+        config_dict (`dict[str, Any]`): what was read.
+        options (`Mapping[str, Any]`): what it was given to change, and `return_unused_kwargs`.
+
+    Raises:
+        ValueError: if an argument is neither a field of the configuration nor one of loading, and the caller does not
+            ask for those that were not used.
+    """
+    config, unused = from_dict(config_dict, **{**options, "return_unused_kwargs": True})
+    if options.get("return_unused_kwargs"):
+        return config, unused
+    if unknown := sorted(name for name in unused if not name.startswith("_") and name not in _OF_LOADING):
+        nearest = get_close_matches(unknown[0], vars(config), n=1)
+        advice = f"write {nearest[0]}" if nearest else "leave it out"
+        raise ValueError(f"{type(config).__name__} has no field {', '.join(unknown)}: {advice}")
+    return config
+
+
+def refuse_misspelled(config: Any, others: Mapping[str, Any]) -> None:
+    """Refuse an argument that is almost a field: it would become an attribute that nothing reads.
+
+    Transformers lets a configuration have attributes of any name, and a file may hold some of another version. So
+    other names are left alone, and everything is where a file was read.
+
+    Args:
+        config (`PreTrainedConfig`): being made.
+        others (`Mapping[str, Any]`): what it was given beside its fields.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if "model_type" in others:  # which every file has
+        return
+    known = {field.name for field in fields(config)}
+    for name in sorted(others.keys() - vars(PreTrainedConfig()).keys() - vars(GenerationConfig()).keys()):
+        nearest = get_close_matches(name, known, n=1, cutoff=_ALMOST)
+        if nearest and not name.endswith(_NAMES_OF_TOKENS):
+            raise ValueError(f"{type(config).__name__} has no field {name}: write {nearest[0]}")
 
 
 def check_sizes(values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -121,4 +180,13 @@ def check_look_ahead(lags: Sequence[int], tokens: Sequence[int | None], looks_ba
         raise ValueError(f"gap_token_id and fill_token_id must lie below vocab_size ({vocab_size})")
 
 
-__all__ = ["check_look_ahead", "check_look_back", "check_model_type", "check_positive", "check_sizes", "read_config"]
+__all__ = [
+    "check_look_ahead",
+    "check_look_back",
+    "check_model_type",
+    "check_positive",
+    "check_sizes",
+    "read_config",
+    "refuse_misspelled",
+    "refuse_unknown",
+]

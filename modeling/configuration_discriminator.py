@@ -6,7 +6,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_look_back, check_model_type, check_sizes, read_config
+from .config_checks import (
+    check_look_back,
+    check_model_type,
+    check_sizes,
+    read_config,
+    refuse_misspelled,
+    refuse_unknown,
+)
 
 _SIZES = (
     *("vocab_size", "hidden_size", "filter_sizes", "num_filters"),
@@ -72,6 +79,7 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: object) -> None:
+        refuse_misspelled(self, kwargs)
         check_sizes({**kwargs, **vars(self)}, _SIZES)
         # One logit, the log-odds that a sequence is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)
@@ -103,6 +111,11 @@ class MidiDiscriminatorConfig(PreTrainedConfig):
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_model_type(config, pretrained_model_name_or_path, cls.model_type, "a discriminator")
         return config, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but an argument that is not a field is refused."""
+        return refuse_unknown(super().from_dict, config_dict, kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,7 +9,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MambaConfig
 from transformers.activations import ACT2CLS
 
-from .config_checks import check_look_ahead, check_look_back, check_positive, check_sizes, read_config
+from .config_checks import (
+    check_look_ahead,
+    check_look_back,
+    check_positive,
+    check_sizes,
+    read_config,
+    refuse_misspelled,
+    refuse_unknown,
+)
 
 # The named layouts: what mixes tokens in a layer, and what works on each token after it. In a hybrid, a few layers
 # attend instead.
@@ -141,6 +149,7 @@ class MidiMambaConfig(MambaConfig):
     fill_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_misspelled(self, kwargs)
         _check_numbers({**kwargs, **vars(self)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -274,12 +283,19 @@ class MidiMambaConfig(MambaConfig):
         return {**config, "model_type": cls.model_type}, unused
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but an argument that is not a field is refused."""
+        return refuse_unknown(super().from_dict, config_dict, kwargs)
+
+    @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         return read_config(json_file)
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: the fields as a stock configuration names them where there is one."""
         config = super().to_dict()
+        # Of a published model: a folder that is written now does not have the code of its pipelines.
+        config.pop("custom_pipelines", None)
         if not self.is_stock:
             return {**config, "model_type": self.model_type, "architectures": ["MidiMambaForCausalLM"]}
         if self.layout == "mamba":

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_checks import check_model_type, check_sizes, read_config
+from .config_checks import check_model_type, check_sizes, read_config, refuse_misspelled, refuse_unknown
 
 
 @strict
@@ -34,6 +34,7 @@ class MusicalDiscriminatorConfig(PreTrainedConfig):
     bars: int | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
+        refuse_misspelled(self, kwargs)
         check_sizes({**kwargs, **vars(self)}, ("feature_widths", "bars", "num_labels"))
         # One logit, the log-odds that a piece is real, as in a reward model of TRL.
         kwargs.setdefault("num_labels", 1)
@@ -65,6 +66,11 @@ class MusicalDiscriminatorConfig(PreTrainedConfig):
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_model_type(config, pretrained_model_name_or_path, cls.model_type, "a discriminator of musical features")
         return config, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but an argument that is not a field is refused."""
+        return refuse_unknown(super().from_dict, config_dict, kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

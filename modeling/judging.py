@@ -1,12 +1,11 @@
 """Judges of token sequences: what values a sequence by the log-odds that it is real music."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .modeling_discriminator import MidiDiscriminator
 from .scoring import score_sequences
 
 
@@ -27,7 +26,8 @@ class TokenJudge:
             is given what [`music_of`] leaves of a sequence.
     """
 
-    def __init__(self, discriminator: MidiDiscriminator, pad_token_id: int | None, eos_token_id: int | None):
+    def __init__(self, discriminator: Any, pad_token_id: int | None, eos_token_id: int | None):
+        # Of any type: this module is published with the pipeline, and the network's is not.
         self.discriminator = discriminator
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id

@@ -1,17 +1,21 @@
-"""`pipeline("midi-generation")`: music in, as files or scores, and music out."""
+"""`pipeline("midi-generation")`: music in, as files or scores, and music out.
+
+Published with a generator, where it is `pipeline("music-generation", trust_remote_code=True)`, for those who have not
+installed midimamba. Therefore it imports none of the networks. The name is another because transformers would ask
+those who have midimamba for `trust_remote_code` as well.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .judging import Ensemble, Judge, TokenJudge, music_of
-from .modeling_discriminator import MidiDiscriminator
-from .modeling_midimamba import MidiMambaForCausalLM
 from .resampling import check_pick, choose
 
+_DISCRIMINATOR = "midimamba-discriminator"  # the type of models that judge tokens
 _BEST_OF = 8  # draws for each piece, where a discriminator chooses
 
 
@@ -51,7 +55,7 @@ class MidiGenerationPipeline(Pipeline):
             sense, the model computes NaN, or pieces are not music where the tokenization has no grammar.
     """
 
-    model: MidiMambaForCausalLM
+    model: PreTrainedModel
     processor: Any  # a MidiProcessor, of this package or of the checkpoint
     # Transformers declares these as None, without a type.
     _load_processor = True  # type: ignore[assignment]
@@ -88,7 +92,7 @@ class MidiGenerationPipeline(Pipeline):
         for each in given if isinstance(given, list | tuple) else [given]:
             if hasattr(each, "log_odds"):
                 judges.append(each)
-            elif not isinstance(each, MidiDiscriminator):
+            elif getattr(getattr(each, "config", None), "model_type", None) != _DISCRIMINATOR:
                 raise ValueError(
                     f"a {type(each).__name__} does not read tokens: give a MidiDiscriminator, or a judge such as "
                     "midimamba.evaluation.judges.MusicalJudge(discriminator, processor)"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from midimamba.hub_cards.publish import PUBLISHED
+from midimamba.hub_cards.remote_code import PIPELINE_CODE
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("modeling", "tokenization", "corpus", "evaluation", "hub_cards", "training")
@@ -88,6 +89,14 @@ def test_what_the_processor_is_exported_with_needs_no_midimamba() -> None:
         assert imports_of(file) <= ({"errors"} if file.stem == "errors" else set()), file
     # What a user of a published generator has to have.
     assert {file.name for file in closure} <= set(PUBLISHED)
+
+
+def test_the_pipeline_is_published_with_all_that_it_imports_and_none_of_the_networks() -> None:
+    closure = exported_with(ROOT / "modeling" / "pipeline_midi_generation.py")
+    assert {file.name for file in closure} == set(PIPELINE_CODE) <= set(PUBLISHED)
+    assert exported_with(ROOT / "tokenization" / "custom_generate.py") == {
+        ROOT / "tokenization" / "custom_generate.py"
+    }
 
 
 def test_no_script_is_named_like_a_dependency() -> None:

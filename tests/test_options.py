@@ -1,6 +1,8 @@
 """Flags come from dataclasses: names, types, defaults, groups and help are written once."""
 
 import argparse
+import ast
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from midimamba import cli
 from midimamba.cli import COMMANDS, build_parser
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
@@ -94,3 +97,29 @@ def test_numbers_of_a_corpus_that_make_no_sense_are_refused(name: str, value: fl
     options: dict[str, Any] = {name: value}
     with pytest.raises(InputError, match=f"{name} is |leave nothing to train on"):
         CorpusOptions(**options)
+
+
+def test_a_positional_with_a_default_may_be_left_out() -> None:
+    @dataclass(frozen=True)
+    class Maybe:
+        folder: Path | None = field(default=None, metadata={"positional": True, "help": "a folder"})
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Maybe)
+    assert read_options(Maybe, parser.parse_args([])).folder is None
+    assert read_options(Maybe, parser.parse_args(["x"])).folder == Path("x")
+
+
+def test_what_several_commands_say_of_an_option_is_written_once() -> None:
+    package = Path(cli.__file__).parent
+    written: Counter[str] = Counter()
+    for file in package.glob("*options.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Dict):
+                written.update(
+                    ast.unparse(value)
+                    for key, value in zip(node.keys, node.values, strict=True)
+                    if isinstance(key, ast.Constant) and key.value == "help" and not isinstance(value, ast.Name)
+                )
+    assert len(written) > 50
+    assert {text for text, count in written.items() if count > 1} <= {"'number of pieces'", "'folder to make'"}

@@ -115,11 +115,10 @@ def compose(
     if (best_of := options.pop("best_of", None)) is not None:
         options["num_return_sequences"] = best_of * (options.get("num_return_sequences") or 1)
     prompt: Tensor = inputs["input_ids"]
-    asked = _asked(processor, prompt)
     grammar = (
         grammar_for(processor, bars, at_most, prompt.shape[1], wanted)
-        if asked is None
-        else _filling(processor, asked, prompt.shape[1], wanted)
+        if _asked(processor, prompt) is None
+        else _filling(processor, prompt, wanted)
     )
     # The grammar comes last: whatever else changes the scores, what it forbids stays forbidden.
     last = [] if grammar is None else [grammar]
@@ -148,12 +147,27 @@ def _asked(processor: Any, prompt: Tensor) -> Asked | None:
     return found[0] if found else None
 
 
-def _filling(processor: Any, asked: Asked, prompt_length: int, constraints: Constraints | None) -> MidiGrammar:
+def grammar_options(processor: Any, prompt: Tensor) -> dict[str, Any]:
+    """What the grammar is to know of prompts: their length, and the meters and programs of the gap that they ask for.
+
+    Args:
+        processor (`MidiProcessor`):
+            Its processor.
+        prompt (`LongTensor` of shape (batch, time)):
+            The prompts, padded on the left.
+
+    Raises:
+        InputError: if they ask for different gaps.
+    """
+    asked = _asked(processor, prompt)
+    options: dict[str, Any] = {"prompt_length": prompt.shape[1]}
+    return options if asked is None else options | {"meters": asked.meters, "programs": asked.programs}
+
+
+def _filling(processor: Any, prompt: Tensor, constraints: Constraints | None) -> MidiGrammar:
     if constraints is not None and constraints.instruments is not None:
         raise InputError("instruments cannot be chosen for a gap, because its tracks decide them: leave them out")
-    grammar: MidiGrammar = processor.grammar(
-        prompt_length=prompt_length, meters=asked.meters, programs=asked.programs, constraints=constraints
-    )
+    grammar: MidiGrammar = processor.grammar(prompt, constraints=constraints)
     return grammar
 
 

@@ -19,9 +19,9 @@ from symusic.core import ScoreQuarter, ScoreSecond, ScoreTick
 from transformers import BatchEncoding, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PROCESSOR_NAME, logging
-from transformers.utils.hub import cached_file
 
-from .composing import Composed, compose
+from .batching import Batching
+from .composing import Composed, compose, grammar_options
 from .continuation import add_continuation, warn_of_shared_channels
 from .controls import control_ids, controls_of
 from .errors import InputError
@@ -32,6 +32,7 @@ from .infilling import Arranger
 from .ingest import check_score, read_unordered
 from .normalization import normalize, settle_notes
 from .open_notes import end_notes
+from .processor_loading import load_facts, split_options
 from .tokenizer import (
     BOS,
     EOS,
@@ -49,9 +50,10 @@ logger = logging.get_logger(__name__)
 
 Midi = str | Path | bytes | ScoreTick | ScoreQuarter | ScoreSecond
 Controls = Mapping[str, str | Sequence[str]]
+Ids = Sequence[Any] | np.ndarray | torch.Tensor
 
-# What else `from_pretrained` may be given that concerns the Hub; other keywords are for other kinds of processors.
-_MORE_HUB_OPTIONS = frozenset({"proxies", "subfolder", "user_agent"})
+# A text tokenizer that knows no longest length says so by a huge number.
+_NO_LIMIT = 10**20
 
 # What every row of MuMIDI has: the event, the numbers of bar and position, the tempo.
 _MUMIDI_COLUMNS = 4
@@ -115,11 +117,12 @@ class MidiProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        midi: Midi | Sequence[Midi] | None = None,
+        midi: Midi | Sequence[Midi | None] | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
         add_bos: bool = True,
         controls: Controls | None = None,
+        **batching: Any,
     ) -> BatchEncoding:
         """Encode one piece or several as a prompt for `generate`.
 
@@ -130,37 +133,44 @@ class MidiProcessor(ProcessorMixin):
                 `"pt"` for tensors of shape (batch, time), even for a single piece; `None` for lists of ids. With
                 several vocabularies the shape is (batch, time, vocabularies), and that of the mask (batch, time).
             padding (`bool` or `str`, *optional*, defaults to `True`):
-                Pads a list to its longest piece, on the left, because generation continues on the right.
+                `True` or `"longest"` pads a list to its longest piece, `"max_length"` to `max_length`, by default on
+                the left, because generation continues on the right.
             add_bos (`bool`, *optional*, defaults to `True`):
                 Whether a piece starts with the begin-of-sequence id.
             controls (`Mapping[str, str | Sequence[str]]`, *optional*):
                 What is requested, such as `{"key": "C-major", "instruments": ["violin", "drums"]}`; see
                 `self.controls`.
+            batching:
+                `truncation`, `max_length`, `pad_to_multiple_of`, `padding_side` and `truncation_side`, as in
+                transformers; see [`~midimamba.tokenization.batching.Batching`]. The sides and the longest length are
+                by default those of the text tokenizer. Only music is cut, never what comes before it.
 
         Returns:
             `BatchEncoding`: with `input_ids` and `attention_mask`.
 
         Raises:
             MidiRefusedError: if a piece cannot be used; the message says why.
-            InputError: if there is no such control or value; the message names those that exist.
+            InputError: if there is no such control or value; the message names those that exist. If an argument of
+                `batching` makes no sense.
+            TypeError: if there is no such argument.
         """
-        if isinstance(midi, Sequence) and not isinstance(midi, str | bytes):
-            batch = [self.encode(piece, add_bos, controls) for piece in midi]
-        else:
-            batch = [self.encode(midi, add_bos, controls)]
-            if return_tensors is None:
-                return BatchEncoding({"input_ids": batch[0], "attention_mask": [1] * len(batch[0])})
-        if self.tokenizer is None:
-            return self._pad(batch, padding in (True, "longest"), return_tensors)
-        return self.tokenizer.pad({"input_ids": batch}, padding=padding, return_tensors=return_tensors)
+        rows = Batching.of(self._batching_defaults(), {"padding": padding, **batching})
+        several = isinstance(midi, Sequence) and not isinstance(midi, str | bytes)
+        prefix = self._prefix(add_bos, controls)
+        pieces: Any = midi if several else [midi]
+        encoded = [rows.cut(prefix, self._encode(piece)) for piece in pieces]
+        padded = rows.pad(encoded, self._step(self.pad_token_id), return_tensors)
+        if several or return_tensors is not None:
+            return padded
+        return BatchEncoding({name: values[0] for name, values in padded.items()})
 
-    def _pad(self, batch: list[list[Any]], padding: bool, return_tensors: str | None) -> BatchEncoding:
-        """Rows of several vocabularies, padded as text tokenizers pad ids."""
-        longest = max(map(len, batch), default=0) if padding else 0
-        pads = [max(longest - len(rows), 0) for rows in batch]
-        ids = [[self._step(self.pad_token_id)] * pad + rows for pad, rows in zip(pads, batch, strict=True)]
-        mask = [[0] * pad + [1] * len(rows) for pad, rows in zip(pads, batch, strict=True)]
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+    def _batching_defaults(self) -> dict[str, Any]:
+        """What a user can set of the text tokenizer."""
+        if self.tokenizer is None:
+            return {}
+        sides = {name: getattr(self.tokenizer, name) for name in ("padding_side", "truncation_side")}
+        longest = self.tokenizer.model_max_length
+        return sides | ({"max_length": longest} if longest < _NO_LIMIT else {})
 
     def _step(self, token_id: int) -> int | list[int]:
         """A special token as one step."""
@@ -177,15 +187,22 @@ class MidiProcessor(ProcessorMixin):
             MidiRefusedError: if the piece cannot be used.
             InputError: if there is no such control or value.
         """
-        prefix: list[Any] = [self._step(self.bos_token_id)] if add_bos else []
-        prefix += self.control_ids(controls or {})
+        return self._prefix(add_bos, controls) + self._encode(midi)
+
+    def _prefix(self, add_bos: bool, controls: Controls | None) -> list[Any]:
+        """What comes before the music."""
+        start: list[Any] = [self._step(self.bos_token_id)] if add_bos else []
+        return start + self.control_ids(controls or {})
+
+    def _encode(self, midi: Midi | None) -> list[Any]:
+        """The ids of the music alone."""
         if midi is None:
-            return prefix
+            return []
         score, changes = read_unordered(midi)
         score, more = normalize(self.midi_tokenizer, check_score(score))
         for change in changes + more:
             logger.info("%s", change)
-        return prefix + merge_ids(self.midi_tokenizer, encode_normalized(self.midi_tokenizer, score))
+        return merge_ids(self.midi_tokenizer, encode_normalized(self.midi_tokenizer, score))
 
     def control_ids(self, values: Controls) -> list[int]:
         """The ids that ask for `values`, in the order of the vocabulary, whatever the order given.
@@ -199,26 +216,34 @@ class MidiProcessor(ProcessorMixin):
         """
         return control_ids(self.midi_tokenizer, values)
 
-    def decode(self, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> ScoreTick:
+    def decode(
+        self,
+        token_ids: Ids,
+        skip_special_tokens: bool = True,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> ScoreTick:
         """Write ids as a score. Special tokens (controls included) and ids beyond the vocabulary are dropped.
 
         With several vocabularies, a row that holds one of these is dropped. Notes last as long as the ids say, however
         many sound at once; `continue_score` keeps new music to `voices`.
 
         Args:
-            ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
+            token_ids (`list[int]`, array or tensor of shape (time,) or (1, time)):
                 One sequence; see `batch_decode` for several. With several vocabularies, of shape (time, vocabularies)
                 or (1, time, vocabularies).
+            skip_special_tokens, clean_up_tokenization_spaces (`bool`, *optional*):
+                As callers of transformers' processors give them. A score has neither special tokens nor spaces, so
+                they have no effect.
 
         Raises:
-            ValueError: if `ids` holds more than one sequence, or rows of several vocabularies that aren't music.
+            ValueError: if `token_ids` holds more than one sequence, or rows of several vocabularies that aren't music.
         """
-        score = self._score(self._music(ids))
+        score = self._score(self._music(token_ids))
         settle_notes(self.midi_tokenizer, score)
         warn_of_shared_channels(score)
         return score
 
-    def _music(self, ids: Sequence[Any] | np.ndarray | torch.Tensor) -> list[Any]:
+    def _music(self, ids: Ids) -> list[Any]:
         """The ids of one sequence that are music."""
         tokenizer = self.midi_tokenizer
         shape = (-1, len(tokenizer.vocab)) if tokenizer.is_multi_voc else (-1,)
@@ -251,9 +276,7 @@ class MidiProcessor(ProcessorMixin):
             known[:, _MUMIDI_COLUMNS:] |= steps[:, _MUMIDI_COLUMNS:] == self.pad_token_id
         return known.all(dim=1)
 
-    def continue_score(
-        self, prompt: Midi | None, ids: Sequence[Any] | np.ndarray | torch.Tensor, polyphony: int | None = None
-    ) -> ScoreTick:
+    def continue_score(self, prompt: Midi | None, ids: Ids, polyphony: int | None = None) -> ScoreTick:
         """A prompt with what was sampled after it.
 
         The prompt's own tracks, names, velocities, controllers, tempos and meters stay as they are, and new notes,
@@ -341,7 +364,7 @@ class MidiProcessor(ProcessorMixin):
     def place(
         self,
         midi: Midi,
-        ids: Sequence[Any] | np.ndarray | torch.Tensor,
+        ids: Ids,
         bars: Sequence[int],
         tracks: Sequence[int] | None = None,
         polyphony: int | None = None,
@@ -384,17 +407,28 @@ class MidiProcessor(ProcessorMixin):
         score, read = read_unordered(midi)
         return read + normalize(self.midi_tokenizer, check_score(score)).changes
 
-    def batch_decode(self, ids: Sequence[Sequence[Any]] | torch.Tensor) -> list[ScoreTick]:
+    def batch_decode(
+        self,
+        sequences: Sequence[Ids] | Ids,
+        skip_special_tokens: bool = True,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[ScoreTick]:
         """[`decode`] of every sequence of a batch of shape (batch, time), or of a list of sequences of any length."""
-        return [self.decode(sequence) for sequence in ids]
+        return [self.decode(sequence, skip_special_tokens, clean_up_tokenization_spaces) for sequence in sequences]
 
-    def grammar(self, **options: Any) -> MidiGrammar:
+    def grammar(self, prompt: torch.Tensor | None = None, **options: Any) -> MidiGrammar:
         """The logits processor under which only valid music is sampled; `options` as for [`MidiGrammar`].
+
+        Args:
+            prompt (`LongTensor` of shape (batch, time), *optional*):
+                What is continued or filled: it decides the options that concern it.
 
         Raises:
             InputError: if there are no rules for the tokenization, or for one of its options.
         """
-        return make_grammar(self.midi_tokenizer, **{"programs": self.programs, "voices": self.voices, **options})
+        of_prompt = {} if prompt is None else grammar_options(self, prompt)
+        facts = {"programs": self.programs, "voices": self.voices}
+        return make_grammar(self.midi_tokenizer, **facts | of_prompt | options)
 
     def compose(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Composed:
         """Let a model continue what this processor returned; see [`~midimamba.tokenization.composing.compose`]."""
@@ -438,56 +472,28 @@ class MidiProcessor(ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | PathLike[str],
-        cache_dir: str | PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        revision: str = "main",
-        **kwargs: Any,
+    def from_pretrained(  # type: ignore[override]  # the Hub's arguments are among the keywords
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
     ) -> Self:
         """Read a processor from a folder or a Hub repository.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 A folder that `save_pretrained` wrote, or a Hub id.
-            cache_dir, force_download, local_files_only, token, revision:
-                As in transformers: how a Hub repository is downloaded.
             kwargs:
-                `subfolder`, `proxies` and `user_agent`, also as in transformers. Others are ignored.
+                As in transformers: `cache_dir`, `force_download`, `local_files_only`, `token`, `revision`,
+                `subfolder`, `proxies` and `user_agent` say how a Hub repository is downloaded; `padding_side`,
+                `truncation_side` and `model_max_length` are set of the text tokenizer. Arguments of models, which
+                `pipeline` and `AutoProcessor` pass on, have no effect.
 
         Raises:
-            InputError: if there is no `miditok.json`, or a file cannot be read.
+            InputError: if there is no `miditok.json`, a file cannot be read, or there is no such argument.
         """
         name = str(pretrained_model_name_or_path)
-        hub_options = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-            "revision": revision,
-            **{key: value for key, value in kwargs.items() if key in _MORE_HUB_OPTIONS},
-        }
-        return cls(load_tokenizer(name, **hub_options), **_load_facts(name, hub_options))
-
-
-def _load_facts(name: str, hub_options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `processor_config.json` says of the training data. Folders of earlier versions say less, or nothing."""
-    path = cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
-    if path is None:
-        return {}
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        programs, voices = config.get("programs"), config.get("voices")
-        programs_fit = programs is None or all(program in range(-1, 128) for program in programs)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{name}: its {PROCESSOR_NAME} cannot be read ({error}): save the processor again") from error
-    if not programs_fit:
-        raise InputError(
-            f"{name}: programs in {PROCESSOR_NAME} must be numbers from -1 to 127: save the processor again"
-        )
-    if voices is not None and (type(voices) is not int or voices < 1):
-        raise InputError(f"{name}: voices in {PROCESSOR_NAME} must be a number from 1 up: save the processor again")
-    return {"programs": programs, "voices": voices}
+        hub_options, of_tokenizer = split_options(kwargs)
+        processor = cls(load_tokenizer(name, **hub_options), **load_facts(name, hub_options))
+        for option, value in of_tokenizer.items():
+            if processor.tokenizer is None:
+                raise InputError(f"{name} has no text tokenizer, so it has no {option}: leave it out")
+            setattr(processor.tokenizer, option, value)
+        return processor

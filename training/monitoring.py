@@ -1,14 +1,16 @@
 """What a person watches during a run: rewards over time, memory, measures of samples, and the samples themselves."""
 
 import sys
+from collections.abc import Callable
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
 from midimamba.corpus.packing import stack_blocks
@@ -126,13 +128,13 @@ def _without_padding(sequences: Tensor, mask: Tensor) -> list[list[int]]:
 
 class SampleLog:
     """
-    Writes samples as MIDI and as piano rolls, and shows those in TensorBoard and in trackio if they are on.
+    Writes samples as MIDI and as piano rolls, and shows those in TensorBoard, trackio and wandb if they are on.
 
     Args:
         folder (`Path`): gets a folder `step-N` for every evaluation.
         processor (`ProcessorMixin`, *optional*): decodes samples; nothing is written without a
             [`MidiProcessor`].
-        callbacks (`CallbackHandler`): the trainer's, among which those of TensorBoard and trackio may be.
+        callbacks (`CallbackHandler`): the trainer's, among which those that `report_to` adds may be.
     """
 
     def __init__(self, folder: Path, processor: ProcessorMixin | None, callbacks: CallbackHandler):
@@ -164,9 +166,38 @@ class SampleLog:
             show(f"samples are written without piano rolls: {error}", file=sys.stderr)
             return
         for callback in self.callbacks.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                image = import_demo("matplotlib.image").imread(file)
-                callback.tb_writer.add_image(f"samples/{file.stem}", image, step, dataformats="HWC")
-            elif isinstance(callback, TrackioCallback) and callback._initialized:
-                shown = callback._trackio.Image(str(file), caption=f"step {step}")
-                callback._trackio.log({f"samples/{file.stem}": shown, "train/global_step": step})
+            for kind, add in _TRACKERS.items():
+                if isinstance(callback, kind):
+                    add(callback, file, step)
+
+
+def _add_to_tensorboard(callback: Any, file: Path, step: int) -> None:
+    if callback.tb_writer is not None:
+        image = import_demo("matplotlib.image").imread(file)
+        callback.tb_writer.add_image(f"samples/{file.stem}", image, step, dataformats="HWC")
+
+
+def _add_to_trackio(callback: Any, file: Path, step: int) -> None:
+    trackio = import_module("trackio")
+    if trackio.context_vars.current_run.get() is not None:
+        _log_image(trackio, file, step)
+
+
+def _add_to_wandb(callback: Any, file: Path, step: int) -> None:
+    wandb = import_module("wandb")
+    if wandb.run is not None:
+        _log_image(wandb, file, step)
+
+
+def _log_image(tracker: Any, file: Path, step: int) -> None:
+    """Log a picture to trackio or wandb, whose functions are alike, at the step under which `Trainer` logs figures."""
+    picture = tracker.Image(str(file), caption=f"step {step}")
+    tracker.log({f"samples/{file.stem}": picture, "train/global_step": step})
+
+
+# How a picture is shown, by the callback that `report_to` adds to a trainer.
+_TRACKERS: dict[type, Callable[[Any, Path, int], None]] = {
+    TensorBoardCallback: _add_to_tensorboard,
+    TrackioCallback: _add_to_trackio,
+    WandbCallback: _add_to_wandb,
+}

@@ -34,6 +34,7 @@ from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sampling_limits import give_sampling_defaults
 from midimamba.tokenization.tokenizer import time_ids
 from midimamba.training.option_checks import TRAINER_RULES, check_numbers
+from midimamba.training.run_record import RECORD_FILE, run_record, without_folders
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
 
 if TYPE_CHECKING:
@@ -341,8 +342,8 @@ def save_model(
     arguments: Sequence[Any] = (),
     state: TrainerState | None = None,
 ) -> None:
-    """Write a model, whatever else has `save_pretrained`, the arguments as text, and the history of the run, all at
-    once.
+    """Write a model, whatever else has `save_pretrained`, the arguments as text, and the history of the run with how
+    it was started, all at once.
 
     The files are complete and on the disk before the first appears in `folder`, which may hold checkpoints already;
     the configuration comes last, so that its presence marks a finished run.
@@ -359,6 +360,8 @@ def save_model(
         (Path(scratch) / "training_args.json").write_text(text)
         if state is not None:
             state.save_to_json(str(Path(scratch) / TRAINER_STATE_FILE))
+            record = json.dumps(run_record(sys.argv, state), indent=2) + "\n"
+            (Path(scratch) / RECORD_FILE).write_text(record)
         flush_folder(Path(scratch))
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
@@ -368,7 +371,7 @@ def _as_dict(arguments: Any) -> dict[str, Any]:
     """What may be published: no access tokens, and no folders of this machine beyond their names."""
     values = arguments.to_dict() if isinstance(arguments, TrainingArguments) else dataclasses.asdict(arguments)
     return {
-        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        key: without_folders(value) if isinstance(value, str) else value
         for key, value in values.items()
         if not key.endswith("_token")
     }

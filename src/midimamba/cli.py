@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -99,7 +99,8 @@ COMMANDS = {
     ),
     "publish": Command(
         (PublishOptions,),
-        "Upload to the Hub a generator with its tokenizer, card and discriminators; or a corpus, as a data set.",
+        "Upload to the Hub a generator with its tokenizer, card and discriminators; or a corpus, as a data set; or a "
+        "page that makes music with a published model, as a Space.",
         "midimamba publish runs/demo/generator --repo you/bach --discriminator runs/demo/generator-discriminator",
     ),
     "info": Command((), "Show versions, device and scan backend.", "midimamba info"),
@@ -130,10 +131,14 @@ They are listed by: python -m midimamba.training.{script} --help"""
     return parser
 
 
-def main() -> None:
-    """Entry point of the command line."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point of the command line.
+
+    Args:
+        words (`Sequence[str]`, *optional*): a command and its options; by default those of the process.
+    """
     limit_spinning()
-    line = sys.argv[1:]
+    line = list(sys.argv[1:] if words is None else words)
     passed: tuple[str, ...] = ()
     command = COMMANDS.get(line[0]) if line else None
     if command is not None and command.passes_on:

@@ -23,6 +23,14 @@ from midimamba.training.plan import SIZES
 
 _OWN = "(default: the model's own)"
 _MINUTES = 10.0
+# What several commands say of the same option.
+MODEL = "a folder or a repository on the Hub"
+SOUNDFONT = "play with this .sf2 file instead of the one that pretty_midi ships"
+_TEMPERATURE = {"group": "sampling", "help": f"below 1 safer, above 1 wilder {_OWN}"}
+_TOP_P = {
+    "group": "sampling",
+    "help": f"draw from the most likely tokens with this total probability {_OWN}",
+}
 _CONTROL = {
     "group": "request",
     "repeated": True,
@@ -156,16 +164,8 @@ class DrawingOptions:
     max_new_tokens: int | None = field(
         default=None, metadata={"group": "sampling", "help": f"at most this many new tokens per piece {_OWN}"}
     )
-    temperature: float | None = field(
-        default=None, metadata={"group": "sampling", "help": f"below 1 safer, above 1 wilder {_OWN}"}
-    )
-    top_p: float | None = field(
-        default=None,
-        metadata={
-            "group": "sampling",
-            "help": f"draw from the most likely tokens with this total probability {_OWN}",
-        },
-    )
+    temperature: float | None = field(default=None, metadata=_TEMPERATURE)
+    top_p: float | None = field(default=None, metadata=_TOP_P)
     seed: int = field(default=0, metadata={"group": "sampling", "help": "the same seed gives the same pieces"})
     constraints: Constraints | None = None
 
@@ -237,7 +237,7 @@ class RenderingOptions:
     )
     soundfont: Path | None = field(
         default=None,
-        metadata={"group": "rendering", "help": "play with this .sf2 file instead of the one that pretty_midi ships"},
+        metadata={"group": "rendering", "help": SOUNDFONT},
     )
     format: str = field(
         default="wav", metadata={"group": "rendering", "choices": ("wav", "mp3"), "help": "of the sound"}
@@ -252,7 +252,7 @@ class RenderingOptions:
 class GenerateOptions(RenderingOptions):
     """What `midimamba generate` reads, asks for and writes; how it samples is in [`SamplingOptions`]."""
 
-    model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
+    model: str = field(metadata={"positional": True, "help": MODEL})
     out: Path | None = field(default=None, metadata={"help": "folder to make"})
     prompt: Path | None = field(default=None, metadata={"group": "request", "help": "a MIDI or ABC file to continue"})
     control: Sequence[str] = field(default=(), metadata=_CONTROL)
@@ -288,7 +288,7 @@ class PlayOptions:
 
     model: str | None = field(
         default=None,
-        metadata={"positional": True, "aliases": ("--model",), "help": "a folder or a repository on the Hub"},
+        metadata={"positional": True, "aliases": ("--model",), "help": MODEL},
     )
     port: str | None = field(
         default=None, metadata={"help": "the MIDI port to play to (default: the first that leads out of the machine)"}
@@ -301,16 +301,8 @@ class PlayOptions:
     bars: int | None = field(
         default=None, metadata={"group": "sampling", "help": "play this many bars (default: play without end)"}
     )
-    temperature: float | None = field(
-        default=None, metadata={"group": "sampling", "help": f"below 1 safer, above 1 wilder {_OWN}"}
-    )
-    top_p: float | None = field(
-        default=None,
-        metadata={
-            "group": "sampling",
-            "help": f"draw from the most likely tokens with this total probability {_OWN}",
-        },
-    )
+    temperature: float | None = field(default=None, metadata=_TEMPERATURE)
+    top_p: float | None = field(default=None, metadata=_TOP_P)
     seed: int | None = field(
         default=None,
         metadata={"group": "sampling", "help": "the same seed plays the same music (default: another every time)"},
@@ -355,16 +347,14 @@ class ConvertOptions:
             "(.wav, .mp3)",
         }
     )
-    soundfont: Path | None = field(
-        default=None, metadata={"help": "play with this .sf2 file instead of the one that pretty_midi ships"}
-    )
+    soundfont: Path | None = field(default=None, metadata={"help": SOUNDFONT})
 
 
 @dataclass(frozen=True)
 class InfillOptions(RenderingOptions):
     """What `midimamba infill` reads, asks for and writes. Raises [`InputError`] for values that cannot be."""
 
-    model: str = field(metadata={"positional": True, "help": "a folder or a repository on the Hub"})
+    model: str = field(metadata={"positional": True, "help": MODEL})
     song: Path = field(metadata={"positional": True, "help": "a MIDI or ABC file"})
     bars: str = field(
         metadata={

@@ -360,9 +360,14 @@ def convert(options: ConvertOptions) -> None:
 
 
 def publish(options: PublishOptions) -> None:
-    """`midimamba publish`: a run or a corpus to the Hub."""
+    """`midimamba publish`: a run or a corpus to the Hub, or a page for a model that is there."""
+    if options.space is not None:
+        _make_space(options.space, options)
+        return
     from midimamba.hub_cards.publish import publish as publish_run
 
+    assert options.folder is not None  # checked by the options, as the next
+    assert options.repo is not None
     done = publish_run(
         options.folder,
         options.repo,
@@ -373,8 +378,21 @@ def publish(options: PublishOptions) -> None:
     )
     for name, url in done.urls.items():
         show(f"{name}: {url}")
+    if options.license is None and not (options.folder / "README.md").exists():
+        show("the card states no licence: name one with --license, such as cc-by-4.0", file=sys.stderr)
     if done.left_out:
         show(f"not uploaded, because only files with known names are: {', '.join(done.left_out)}", file=sys.stderr)
+
+
+def _make_space(model: str, options: PublishOptions) -> None:
+    from midimamba.hub_cards import space
+
+    if options.out is not None:
+        out = _new_folder(options.out, "the Space")
+        space.write_space(model, out)
+        show(f"the Space is in {out}: upload it with `hf upload OWNER/NAME {out} . --repo-type space`")
+    elif options.repo is not None:
+        show(f"space: {space.publish_space(model, options.repo, private=options.private)}")
 
 
 def demo(options: DemoOptions) -> None:

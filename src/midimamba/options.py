@@ -45,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
             if aliases:  # whether one of them is given shows when all are read
                 target.add_argument(*aliases, dest=option.name, **{**settings, "default": argparse.SUPPRESS})
                 settings |= {"nargs": "?", "default": argparse.SUPPRESS}
+            elif option.default is not MISSING:
+                settings |= {"nargs": "?", "default": option.default}
             target.add_argument(option.name, **settings)
         else:
             target.add_argument(f"--{option.name.replace('_', '-')}", *aliases, dest=option.name, **settings)

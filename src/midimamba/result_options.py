@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from midimamba.command_options import SamplingOptions
+from midimamba.command_options import SOUNDFONT, SamplingOptions
+from midimamba.errors import InputError
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
 
@@ -96,7 +97,7 @@ class ListenOptions:
         default=None,
         metadata={
             "group": "make a test",
-            "help": "play with this .sf2 file instead of the one that pretty_midi ships",
+            "help": SOUNDFONT,
         },
     )
     score: Path | None = field(
@@ -115,12 +116,16 @@ class ListenOptions:
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """What `midimamba publish` uploads, and where."""
+    """What `midimamba publish` uploads, and where. Raises [`InputError`] for options that do not go together."""
 
-    folder: Path = field(
-        metadata={"positional": True, "help": "of a generator, or of a corpus made by `midimamba tokenize`"}
+    folder: Path | None = field(
+        default=None,
+        metadata={"positional": True, "help": "of a generator, or of a corpus made by `midimamba tokenize`"},
     )
-    repo: str = field(metadata={"help": "repository of the generator or corpus, as owner/name"})
+    repo: str | None = field(
+        default=None,
+        metadata={"aliases": ("--to",), "help": "repository of the generator, corpus or Space, as owner/name"},
+    )
     discriminator: Sequence[Path] = field(
         default=(),
         metadata={
@@ -140,3 +145,28 @@ class PublishOptions:
         default=None, metadata={"group": "card", "help": "the Hub's name of a licence, such as cc-by-4.0"}
     )
     private: bool = field(default=False, metadata={"help": "make new repositories private"})
+    space: str | None = field(
+        default=None,
+        metadata={
+            "group": "Space",
+            "metavar": "MODEL",
+            "help": "instead of a folder: make a Space with the page of `midimamba app` for this model of the Hub",
+        },
+    )
+    out: Path | None = field(
+        default=None,
+        metadata={"group": "Space", "help": "write the Space's files to this new folder, and upload nothing"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.space is None:
+            if self.folder is None:
+                raise InputError("FOLDER is missing: name a generator or a corpus first, or a model with --space")
+            if self.repo is None:
+                raise InputError("--repo is missing: name the repository as owner/name")
+            if self.out is not None:
+                raise InputError("--out is for --space: leave it out")
+        elif self.folder is not None or self.discriminator or self.report or self.license:
+            raise InputError("a Space has only a model: leave out the folder, --discriminator, --report and --license")
+        elif (self.repo is None) == (self.out is None):
+            raise InputError("--space needs either --to OWNER/NAME or --out FOLDER: give one of them")

@@ -21,9 +21,9 @@ COMMIT = "0" * 40
 LATE = 0.5  # seconds
 
 Repositories = dict[str, dict[str, bytes]]
-"""By repository name, with `datasets/` before that of a data set, the content of every path."""
+"""By repository name, with `datasets/` or `spaces/` before it where it is not a model, the content of every path."""
 # The path of a repository: after `/api/`, its kind and its name.
-_REPOSITORY = r"/api/(models|datasets)/([^/]+/[^/]+)"
+_REPOSITORY = r"/api/(models|datasets|spaces)/([^/]+/[^/]+)"
 
 
 class FakeHub(ThreadingHTTPServer):

@@ -14,9 +14,11 @@ import yaml
 from markdown_it import MarkdownIt
 
 from midimamba import MidiProcessor
-from midimamba.evaluation.report_page import MUSIC, bullet_list, report_page, sample_gallery
+from midimamba.evaluation.report_page import MUSIC, bullet_list, report_page
 from midimamba.hub_cards.dataset_card import dataset_card
 from midimamba.hub_cards.evaluation import read_evaluation
+from midimamba.hub_cards.gallery import gallery
+from midimamba.hub_cards.publish import TAGS
 from midimamba.text import for_markdown, printable
 from support import command, make_generator, make_score
 
@@ -175,7 +177,7 @@ def test_evaluate_listen_and_publish_show_names_as_text(
     files = online.repositories["you/bach"]
     card = files["README.md"].decode()
     check_page(card)
-    assert yaml.safe_load(card.split("---")[1])["tags"] == ["midi", "music", "mamba", "seqgan"]
+    assert yaml.safe_load(card.split("---")[1])["tags"] == TAGS
     pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card)
     assert pictures
     assert {unquote(picture) for picture in pictures} <= set(files)
@@ -216,7 +218,7 @@ def test_a_run_with_hostile_samples_makes_a_page_of_text(tmp_path: Path) -> None
     settings |= {"bars_per_piece": 16}
     report = {"before": measures, "after": measures, "real": diversity, "settings": settings | {LABEL: LABEL}}
     check_page(report_page(run, report | {"training": {"estimator": LABEL}}))
-    check_page(sample_gallery(run) + "\n\n" + bullet_list({name: name for name in NAMES}))
+    check_page(gallery(run, "you/bach") + "\n\n" + bullet_list({name: name for name in NAMES}))
     (run / "report.json").write_text(json.dumps(report))
     evaluation = read_evaluation(run / "report.json")
     assert sum(name.endswith(".png") for name in evaluation.files) == len(NAMES)

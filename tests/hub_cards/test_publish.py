@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import parse_eval_result_entries
+from markdown_it import MarkdownIt
 from symusic import Note, Score, Track
 
 from midimamba import MidiProcessor
@@ -66,10 +69,18 @@ assert tokenizer.get_vocab() == processors[0].tokenizer.get_vocab()
 ABROAD = """
 import json, sys
 sys.modules["midimamba"] = None
-from transformers import AutoProcessor
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
 processor = AutoProcessor.from_pretrained("you/bach", trust_remote_code=True)
 assert processor.decode(processor.encode("prompt.mid")).note_num() == 8
+(piece,) = pipeline(model="you/bach", trust_remote_code=True, device="cpu")("prompt.mid", bars=1, seed=0)
+assert piece.note_num() > 8
+model = AutoModelForCausalLM.from_pretrained("you/bach")
+inputs = processor("prompt.mid", return_tensors="pt")
+options = dict(bars=1, max_new_tokens=60, do_sample=True, custom_generate="you/bach", trust_remote_code=True)
+torch.manual_seed(0)
+assert processor.decode(model.generate(**inputs, **options)[0]).note_num() > 8
 print(json.dumps(processor.encode("prompt.mid")))
 """
 
@@ -159,6 +170,8 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
             "grammar_pertok.py",
             "grammars.py",
             "composing.py",
+            "batching.py",
+            "processor_loading.py",
             "sampling_limits.py",
             "constraints.py",
             "timed_rules.py",
@@ -167,6 +180,8 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         ),
         *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
         *("infilling.py", "gaps.py"),
+        *("pipeline_midi_generation.py", "judging.py", "scoring.py", "sampling.py", "policy.py", "resampling.py"),
+        "custom_generate/generate.py",
         *("choices.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
         *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "samples/sample-00.mp3"),
     }
@@ -197,10 +212,11 @@ def test_the_published_processor_comes_with_its_code(hub: FakeHub, run: Path, de
 def test_the_snippets_of_the_cards_run_unchanged(hub: FakeHub, desk: Path) -> None:
     cards = [hub.repositories[name]["README.md"].decode() for name in ("you/bach", "you/bach-discriminator")]
     snippets = [snippet for card in cards for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     done = client(hub, desk, "\n".join(snippets).replace("max_new_tokens=512", "max_new_tokens=32"))
     assert done.returncode == 0, done.stderr
     scores = [Score(desk / name).to("quarter") for name in ("prompt.mid", "continuation.mid")]
+    assert Score(desk / "continued.mid").note_num() > 0
     # Plain `generate` has no grammar: it may add a note to the last chord of the prompt.
     prompt, continuation = ({(note.time, note.pitch) for note in score.tracks[0].notes} for score in scores)
     assert prompt <= continuation
@@ -212,7 +228,8 @@ def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
     front = {name: yaml.safe_load(card.split("---")[1]) for name, card in cards.items()}
     for metadata in front.values():
         assert metadata["library_name"] == "transformers"
-        assert metadata["tags"] == ["midi", "music", "mamba", "seqgan"]
+        assert metadata["tags"] == ["midi", "music", "symbolic-music", "music-generation", "mamba", "seqgan"]
+        assert metadata["language"] == "en"
         assert "license" not in metadata
     assert front["you/bach"]["pipeline_tag"] == "text-generation"
     assert "| 2.000 | 2.500 |" in cards["you/bach"]
@@ -221,6 +238,10 @@ def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
     assert "- `estimator`: dense" in cards["you/bach"]
     assert "91% of real sequences" in cards["you/bach-discriminator"]
     assert "77 tokens" in cards["you/bach-discriminator"]
+    assert all("**No licence was stated for the weights.**" in card for card in cards.values())
+    assert not {"datasets", "base_model", "model-index"} & set(front["you/bach"])  # nobody knows the music
+    player = '<audio controls src="https://huggingface.co/you/bach/resolve/main/samples/sample-00.mp3"></audio>'
+    assert player in cards["you/bach"]
 
 
 @pytest.mark.parametrize(
@@ -310,3 +331,110 @@ def test_the_report_of_evaluate_becomes_the_card(run: Path, tmp_path: Path) -> N
         "evaluation.json": tmp_path / "tuned.json"
     }
     assert all(f"({name})" in card for name in pictures - {"tuned-real-0.png"})
+
+
+@pytest.fixture
+def trained(run: Path, tmp_path: Path) -> Path:
+    """A generator that was trained on a data set of the Hub, and samples that its owner has put beside it."""
+    shutil.copytree(run / "generator", tmp_path / "bach")
+    options = {"data": "you/chorales", "model": "them/large", "sequence_length": 77}
+    (tmp_path / "bach" / "training_args.json").write_text(json.dumps(options))
+    record = {
+        **{"command": "accelerate launch -m midimamba.training.pretrain --data you/chorales", "steps": 1200},
+        **{"hardware": "2 x NVIDIA H100", "seconds": 593, "versions": {"midimamba": "1.0", "torch": "2.13"}},
+    }
+    (tmp_path / "bach" / "training_run.json").write_text(json.dumps(record))
+    (tmp_path / "bach" / "samples").mkdir()
+    for name in ("a.mp3", "a.mid", "b.wav"):
+        (tmp_path / "bach" / "samples" / name).write_bytes(b"music")
+    return tmp_path / "bach"
+
+
+def comparison(reference: str) -> dict[str, Any]:
+    """What `midimamba evaluate` writes."""
+    nll, none = {"value": 1.25, "low": 1.0, "high": 1.5}, {"value": None, "low": None, "high": None}
+    figures = {"held_out_nll_per_token": nll, "classifier_tokens": none, "classifier_tokens_p_value": nll}
+    return {
+        "figures": {name: {"estimate": estimate, "floor": None} for name, estimate in figures.items()},
+        "features": {},
+        "settings": {
+            **{"samples": 8, "reference_pieces": 30, "bars_per_piece": 16},
+            **{"reference": reference, "split": "validation"},
+        },
+    }
+
+
+def test_a_card_says_where_the_model_comes_from(online: FakeHub, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(comparison("them/held-out")))
+    publish(trained, "you/bach", report=tmp_path / "report.json", license="cc-by-4.0")
+    files = online.repositories["you/bach"]
+    card = files["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["datasets"], front["base_model"], front["license"]) == ("you/chorales", "them/large", "cc-by-4.0")
+    (index,) = front["model-index"]
+    assert index["name"] == "bach"
+    (measured,) = index["results"]
+    assert measured["dataset"] == {"name": "them/held-out", "type": "them/held-out", "split": "validation"}
+    assert measured["metrics"] == [
+        {
+            **{"type": "held_out_nll_per_token", "name": "held-out NLL, nats per token", "value": 1.25},
+            "args": {"95 % interval": [1.0, 1.5]},
+        }
+    ]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/midimamba.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("them/held-out", "held_out_nll_per_token", 1.25)
+    assert entry.notes == "held-out NLL, nats per token, split validation, 95 % interval 1 to 1.5"
+    assert "Trained for 1,200 steps in 10 minutes on 2 x NVIDIA H100, with midimamba 1.0, torch 2.13." in card
+    assert "\n$ accelerate launch -m midimamba.training.pretrain --data you/chorales\n" in card
+    assert "this licence for the weights: cc-by-4.0" in card
+    assert "[you/chorales](https://huggingface.co/datasets/you/chorales), whose card states its licence" in card
+    address = "https://huggingface.co/you/bach/resolve/main/samples"
+    players = re.findall(r'<audio controls src="(.*?)"></audio>', card)
+    assert players == [f"{address}/a.mp3", f"{address}/b.wav"]
+    assert {"samples/a.mp3", "samples/a.mid", "samples/b.wav", "training_run.json"} <= set(files)
+    assert "[MIDI](samples/a.mid)" in card
+
+
+def test_music_of_this_machine_is_named_and_not_linked(
+    online: FakeHub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "you" / "chorales").mkdir(parents=True)  # which looks like a repository, but is this
+    (tmp_path / "held-out").mkdir()
+    (tmp_path / "report.json").write_text(json.dumps(comparison(str(tmp_path / "held-out"))))
+    monkeypatch.chdir(tmp_path)
+    publish(trained, "you/bach", report=tmp_path / "report.json")
+    files = online.repositories["you/bach"]
+    card = files["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert "datasets" not in front
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == "held-out"
+    assert "The licence of the training music is not recorded" in card
+    assert ".eval_results/midimamba.yaml" not in files
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *("[]", "{", '{"command": 3}', '{"steps": "many"}', '{"steps": 1, "seconds": "x"}'),
+        '{"steps": 1, "versions": [1]}',
+    ],
+)
+def test_a_damaged_record_of_a_run_is_refused(online: FakeHub, trained: Path, record: str) -> None:
+    (trained / "training_run.json").write_text(record)
+    with pytest.raises(InputError, match=r"training_run\.json"):
+        publish(trained, "you/bach")
+    assert not online.created
+
+
+def test_what_a_record_says_stays_text(trained: Path) -> None:
+    hostile = "a\n```\n<script>alert(1)</script>\n# x {{ jinja }}\u202e"
+    record = {"command": hostile, "hardware": hostile, "steps": 1, "versions": {hostile: hostile}}
+    (trained / "training_run.json").write_text(json.dumps(record))
+    (trained / "training_args.json").write_text(json.dumps({"data": hostile, "model": hostile}))
+    (trained / "samples" / "<script>.mp3").write_bytes(b"music")
+    card = str(_generator_card(trained, "you/bach", None, None))
+    shown = MarkdownIt("commonmark", {"html": True}).render(card.split("---\n", 2)[2])
+    assert "<script" not in shown
+    assert "\u202e" not in card
+    assert "samples/%3Cscript%3E.mp3" in shown

@@ -42,6 +42,13 @@ def test_pretraining_pushes_once_and_only_what_users_load(
     assert not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
     assert not any(b"hf_ofTheUserWhoPublishes" in content for content in files.values())
     assert "hub_token" not in json.loads(files["training_args.json"])
+    record = json.loads(files["training_run.json"])
+    assert record["steps"] == 2
+    assert record["command"].startswith("accelerate launch -m midimamba.training.pretrain --config chorales-cpu.yaml")
+    assert "hub_token" not in record["command"]
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    card = files["README.md"].decode()
+    assert f"Trained for 2 steps in {record['seconds']} seconds on " in card
 
 
 @pytest.mark.slow

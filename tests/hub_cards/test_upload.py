@@ -221,7 +221,7 @@ def test_only_known_files_go_up_and_the_rest_is_listed(
         (run / "model" / name).write_text("x")
     (run / "model" / "link").symlink_to(secret)
     (run / "model" / "checkpoint-5").mkdir()
-    assert command(monkeypatch, "publish", run / "model", "--repo", "you/bach") == 0
+    assert command(monkeypatch, "publish", run / "model", "--repo", "you/bach", "--license", "mit") == 0
     shown = capsys.readouterr()
     assert shown.out == f"generator: {online.url}/you/bach\n"
     names = r".env, checkpoint-5/, link, no\x1btes.md, training_args.bin, weights.pkl"

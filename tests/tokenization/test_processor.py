@@ -36,6 +36,8 @@ CODE = {
         "grammar_pertok.py",
         "grammars.py",
         "composing.py",
+        "batching.py",
+        "processor_loading.py",
         "sampling_limits.py",
         "constraints.py",
         "timed_rules.py",

@@ -2,19 +2,22 @@
 
 import os
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers.trainer_callback import CallbackHandler
 
 from midimamba import MidiProcessor
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation import rendering
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
-from midimamba.training.monitoring import LOGGED_SAMPLES, peak_memory_mb
+from midimamba.training.monitoring import LOGGED_SAMPLES, SampleLog, peak_memory_mb
 from midimamba.training.whole_checkpoints import output_folder
 from support import make_discriminator, make_generator, make_score
 from trainer_support import LENGTH, PLAIN, make_trainer
@@ -101,6 +104,36 @@ def test_trackio_shows_them_too(musical: AdversarialTrainer, tmp_path: Path) -> 
     assert {"samples/0", "samples/1", "train/reward", "eval/self_bleu_4"} <= {name for row in logged for name in row}
     pictures = {path.read_bytes() for path in Path(os.environ["TRACKIO_DIR"]).rglob("*.png")}
     assert pictures == {path.read_bytes() for path in (tmp_path / "samples").rglob("*.png")}
+
+
+def test_wandb_shows_them_too(musical: AdversarialTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.integration_utils import WandbCallback
+
+    class Callback(WandbCallback):
+        def __init__(self) -> None:
+            """Without wandb, which is not installed for tests."""
+
+    logged: list[dict[str, Any]] = []
+    wandb = ModuleType("wandb")
+    vars(wandb).update(run=None, log=logged.append, Image=lambda file, caption: (Path(file).read_bytes(), caption))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    processor = musical.processing_class
+    assert isinstance(processor, MidiProcessor)
+    log = SampleLog(
+        output_folder(musical.args) / "samples",
+        processor,
+        CallbackHandler([Callback()], musical.model, processor, None, None),
+    )
+    ids = processor.encode(make_score(1))
+    log.write(3, [ids])
+    assert not logged  # no run has begun
+    vars(wandb)["run"] = "a run"
+    log.write(4, [ids, ids])
+    folder = output_folder(musical.args) / "samples" / "step-4"
+    assert logged == [
+        {f"samples/{index}": ((folder / f"{index}.png").read_bytes(), "step 4"), "train/global_step": 4}
+        for index in range(2)
+    ]
 
 
 def test_without_matplotlib_one_line_says_that_there_are_no_pictures(
