@@ -2,16 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import gradio as gr
 from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
 
+from midimamba.app.listen_tab import ADDRESS
 from midimamba.app.options import AppOptions
-from midimamba.app.page import LOOK, Shelf, make_page
+from midimamba.app.page import LOOK, Page, Shelf
 from midimamba.app.workshop import Workshop
 
 _MAX_FILE = "500mb"
+_KEY = "key.json"
+
+
+class _Tests(StaticFiles):
+    """Listening tests, without what tells listeners who wrote a piece."""
+
+    def lookup_path(self, path: str) -> tuple[str, "object | None"]:
+        return ("", None) if PurePath(path).name == _KEY else super().lookup_path(path)
 
 
 @contextmanager
@@ -25,14 +35,19 @@ def application(options: AppOptions, folder: Path) -> Iterator[FastAPI]:
     Raises:
         InputError: if the model cannot be loaded.
     """
-    pieces = folder / "pieces"
+    pieces, tests = folder / "pieces", folder / "tests"
     pieces.mkdir()
-    with closing(Workshop(pieces)) as workshop, closing(Shelf(options.out, options.model)) as shelf:
+    tests.mkdir()
+    with (
+        closing(Workshop(pieces)) as workshop,
+        closing(Shelf(options.out, options.model)) as shelf,
+        closing(Page(shelf, workshop, options.out, tests)) as page,
+    ):
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        page = make_page(shelf, workshop)
+        app.mount(ADDRESS, _Tests(directory=tests))
         yield gr.mount_gradio_app(
             app,
-            page,
+            page.blocks,
             path="/",
             server_name=options.host,
             server_port=options.port,

@@ -62,7 +62,7 @@ class ComposeTab:
 
     def _draw_beginning(self) -> None:
         self._asked["file"] = gr.File(
-            label="Begin with a MIDI or ABC file, or leave this empty",
+            label="Begin with (MIDI or ABC, optional)",
             file_types=[*MUSIC_SUFFIXES],
             height=130,
             elem_id="compose-file",
@@ -74,14 +74,15 @@ class ComposeTab:
                 [CONTINUE, INFILL],
                 value=CONTINUE,
                 label="What to do with it",
+                interactive=True,
                 visible=can_infill,
                 elem_id="compose-mode",
             )
             with gr.Row(visible=False) as self._gap:
-                self._asked["first"] = gr.Number(1, label="First bar", precision=0, min_width=90)
-                self._asked["last"] = gr.Number(1, label="Last bar", precision=0, min_width=90)
+                self._asked["first"] = gr.Number(1, label="First bar", precision=0, interactive=True, min_width=90)
+                self._asked["last"] = gr.Number(1, label="Last bar", precision=0, interactive=True, min_width=90)
             self._asked["tracks"] = gr.CheckboxGroup(
-                [], label="Tracks to write again; none stands for all", visible=False
+                [], label="Tracks to write again; none stands for all", visible=False, interactive=True
             )
 
     def _draw_sampling(self) -> None:
@@ -151,6 +152,8 @@ class ComposeTab:
                     f"Download {kind}", visible=False, elem_id=f"compose-{kind.lower()}"
                 )
 
+        self._changes = gr.Markdown("", elem_id="compose-changes", elem_classes="small")
+
     def _connect(self) -> None:
         asked = self._asked
         shown = [self._about_file, self._gap, asked["tracks"], asked["bars"], asked["instruments"]]
@@ -164,7 +167,7 @@ class ComposeTab:
         )
         gr.on([place.input for place in places], self._mark, bars, [self._roll], show_progress="hidden")
         self._roll.click(self._choose, bars, [*places, self._roll], show_progress="hidden")
-        results = [self._roll, self._status, self._sound, *self._downloads.values(), asked["seed"]]
+        results = [self._roll, self._status, self._sound, *self._downloads.values(), self._changes, asked["seed"]]
         buttons = [self._start, self._cancel]
         self._start.click(lambda: _buttons(True), None, buttons, queue=False, show_progress="hidden").then(
             self._compose,
@@ -232,17 +235,17 @@ class ComposeTab:
         with told():
             for picture in self._studio.compose(wish, str(request.session_hash)):
                 status = f"Composing … {picture.new_notes} new notes"
-                yield [draw_roll(picture.score, picture.marks), status, *hidden, wish.seed]
+                yield [draw_roll(picture.score, picture.marks), status, *hidden, "", wish.seed]
             assert picture is not None
             assert picture.score is not None
             roll = draw_roll(picture.score, picture.marks)
-            yield [roll, "Playing it into a file …", *hidden, wish.seed]
+            yield [roll, "Playing it into a file …", *hidden, "", wish.seed]
             written = self._workshop.write(picture.score, f"piece-{wish.seed}")
         files = [written.files.get(suffix) for suffix in (".wav", *SUFFIXES)]
         line = f"{picture.new_notes} new notes, seed {wish.seed}."
-        if written.changes:
-            line += f" {for_markdown('; '.join(written.changes))}."
-        yield [roll, line, *(gr.update(visible=file is not None, value=file) for file in files), wish.seed]
+        shown = [gr.update(visible=file is not None, value=file) for file in files]
+        changes = [f"- {for_markdown(change)}" for change in written.changes]
+        yield [roll, line, *shown, "\n".join(changes), wish.seed]
 
     def _wish(self, values: Values) -> Wish:
         def given(name: str) -> Any:

@@ -69,7 +69,7 @@ def draw_roll(score: ScoreTick | None, marks: Marks = Marks()) -> str:  # noqa: 
     least = int(_LEFT + _LEAST_BAR * bars)
     return (
         f'<div class="roll">{_legend(tracks, marks)}<div class="roll-paper">'
-        f'<svg role="img" aria-label="piano roll, {bars} bars" viewBox="0 0 {_WIDTH:.0f} {_TOP + _HEIGHT:.0f}" '
+        f'<svg role="img" aria-label="piano roll, {bars} bars" viewBox="0 0 {_WIDTH:.0f} {_TOP + _HEIGHT + 6:.0f}" '
         f'style="width:100%;min-width:{least}px">{"".join(parts)}</svg></div></div>'
     )
 

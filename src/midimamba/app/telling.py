@@ -20,9 +20,7 @@ def problem(error: BaseException) -> gr.Error:
     line = describe(error)
     if line == BUG:
         logger.error("a bug, please report it", exc_info=error)
-    return gr.Error(
-        for_html(shortened(line, _LONGEST)), duration=_SECONDS, title="This does not work", print_exception=False
-    )
+    return gr.Error(for_html(shortened(line, _LONGEST)), duration=_SECONDS, print_exception=False)
 
 
 @contextmanager

@@ -103,5 +103,5 @@ def _write(score: ScoreTick, stem: Path) -> Written:
             written.changes.append(str(error).replace(f"{path}: ", ""))
             continue
         written.files[suffix] = path
-        written.changes.extend(f"{suffix[1:].upper()}: {change}" for change in changes)
+        written.changes.extend(f"in {path.name}: {change}" for change in changes)
     return written
