@@ -61,10 +61,12 @@ def test_a_bad_file_is_refused_in_one_line_and_the_page_goes_on(visited: Visit, 
 def test_what_is_composed_can_be_cancelled(visited: Visit) -> None:
     page = visited.page
     page.reload()
+    page.wait_for_selector("#compose-start")
+    assert not page.locator("[role=tabpanel] :is(input, textarea):disabled").count()
     page.fill("#compose-bars input[type=number]", "64")
     page.click("#compose-start")
     page.click("#compose-cancel")
-    assert visited.messages() == ["the request was cancelled"]
+    page.wait_for_selector("#compose-status >> text=Cancelled")
     page.wait_for_selector("#compose-start:enabled")
     assert not page.locator("#compose-midi").is_visible()
 

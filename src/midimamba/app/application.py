@@ -1,5 +1,6 @@
 """The page as an application that uvicorn runs."""
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePath
@@ -20,7 +21,7 @@ _KEY = "key.json"
 class _Tests(StaticFiles):
     """Listening tests, without what tells listeners who wrote a piece."""
 
-    def lookup_path(self, path: str) -> tuple[str, "object | None"]:
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
         return ("", None) if PurePath(path).name == _KEY else super().lookup_path(path)
 
 

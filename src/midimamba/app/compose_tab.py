@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.exceptions import HTTPException
 
 from midimamba.app.growing import Picture, Wish
-from midimamba.app.roll import Marks, Span, count_bars, draw_roll, track_name
+from midimamba.app.roll import Marks, Span, bars_shown, draw_roll, track_name
 from midimamba.app.studio import MAX_BARS, Studio
-from midimamba.app.telling import told
+from midimamba.app.telling import problem, told
 from midimamba.app.workshop import SUFFIXES, Workshop
 from midimamba.evaluation.rendering import pitch_name
 from midimamba.text import for_markdown
@@ -28,6 +29,8 @@ _GRIDS = {
 }
 _PITCHES = [(f"{pitch_name(pitch)} ({pitch})", pitch) for pitch in range(21, 109)]
 _MAX_SEED = 10**6
+_CANCELLED = 409
+_PLAYING = "Playing it into a file …"
 # A click on a bar of the roll.
 _CLICKS = """element.addEventListener('click', (event) => {
   const bar = event.target.closest('[data-bar]');
@@ -64,7 +67,7 @@ class ComposeTab:
         self._asked["file"] = gr.File(
             label="Begin with (MIDI or ABC, optional)",
             file_types=[*MUSIC_SUFFIXES],
-            height=130,
+            height=160,
             elem_id="compose-file",
         )
         can_infill = self._studio.information.can_infill
@@ -74,15 +77,14 @@ class ComposeTab:
                 [CONTINUE, INFILL],
                 value=CONTINUE,
                 label="What to do with it",
-                interactive=True,
                 visible=can_infill,
                 elem_id="compose-mode",
             )
             with gr.Row(visible=False) as self._gap:
-                self._asked["first"] = gr.Number(1, label="First bar", precision=0, interactive=True, min_width=90)
-                self._asked["last"] = gr.Number(1, label="Last bar", precision=0, interactive=True, min_width=90)
+                self._asked["first"] = gr.Number(1, label="First bar", precision=0, min_width=90)
+                self._asked["last"] = gr.Number(1, label="Last bar", precision=0, min_width=90)
             self._asked["tracks"] = gr.CheckboxGroup(
-                [], label="Tracks to write again; none stands for all", visible=False, interactive=True
+                [], label="Tracks to write again; none stands for all", visible=False
             )
 
     def _draw_sampling(self) -> None:
@@ -156,6 +158,8 @@ class ComposeTab:
 
     def _connect(self) -> None:
         asked = self._asked
+        for component in [*asked.values(), *self._controls.values()]:
+            component.interactive = True  # Gradio would take what events also change for results, and lock them
         shown = [self._about_file, self._gap, asked["tracks"], asked["bars"], asked["instruments"]]
         places = [asked["first"], asked["last"]]
         bars = {asked["file"], asked["mode"], *places}
@@ -167,15 +171,15 @@ class ComposeTab:
         )
         gr.on([place.input for place in places], self._mark, bars, [self._roll], show_progress="hidden")
         self._roll.click(self._choose, bars, [*places, self._roll], show_progress="hidden")
-        results = [self._roll, self._status, self._sound, *self._downloads.values(), self._changes, asked["seed"]]
-        buttons = [self._start, self._cancel]
-        self._start.click(lambda: _buttons(True), None, buttons, queue=False, show_progress="hidden").then(
+        downloads = self._downloads.values()
+        results = [self._roll, self._status, self._sound, *downloads, self._changes, self._start, self._cancel]
+        self._start.click(
             self._compose,
             {*asked.values(), *self._controls.values()},
-            results,
+            [*results, asked["seed"]],
             concurrency_limit=None,
             show_progress="hidden",
-        ).then(lambda: _buttons(False), None, buttons, queue=False, show_progress="hidden")
+        )
         self._cancel.click(self._stop, None, None, queue=False)
 
     def _show(self, values: Values) -> list[Any]:
@@ -196,7 +200,7 @@ class ComposeTab:
             return [draw_roll(None, Marks(least=8)), gr.update(choices=[], value=[]), 1, 1]
         with told():
             score = self._studio.read(Path(file)).score
-        bars = count_bars(score)
+        bars = bars_shown(score)
         tracks = [(f"{number} {track_name(track)}", number) for number, track in enumerate(score.tracks, 1)]
         return [
             draw_roll(score),
@@ -228,24 +232,43 @@ class ComposeTab:
         chosen = values | dict(zip((self._asked["first"], self._asked["last"]), span, strict=True))
         return [*span, self._mark(chosen)]
 
-    def _compose(self, values: Values, request: gr.Request) -> Iterator[list[Any]]:
-        wish = self._wish(values)
-        hidden = [gr.update(visible=False, value=None)] * (1 + len(SUFFIXES))
+    def _compose(self, values: Values, request: gr.Request) -> Iterator[Values]:
+        """Compose, and show what there is. However it ends, the next piece can be composed."""
+        try:
+            yield self._buttons(True) | {self._status: "Composing …", self._changes: ""} | self._files({})
+            yield from self._pictures(self._wish(values), str(request.session_hash))
+            yield self._buttons(False)
+        except Exception as error:
+            was_stopped = isinstance(error, HTTPException) and error.status_code == _CANCELLED
+            line = "Cancelled." if was_stopped else "There is no new piece."
+            yield self._buttons(False) | {self._status: line}
+            if not was_stopped:
+                raise problem(error) from None
+
+    def _pictures(self, wish: Wish, session: str) -> Iterator[Values]:
+        """What the page shows of a piece while it is composed, and then of its files."""
         picture: Picture | None = None
-        with told():
-            for picture in self._studio.compose(wish, str(request.session_hash)):
-                status = f"Composing … {picture.new_notes} new notes"
-                yield [draw_roll(picture.score, picture.marks), status, *hidden, "", wish.seed]
-            assert picture is not None
-            assert picture.score is not None
-            roll = draw_roll(picture.score, picture.marks)
-            yield [roll, "Playing it into a file …", *hidden, "", wish.seed]
-            written = self._workshop.write(picture.score, f"piece-{wish.seed}")
-        files = [written.files.get(suffix) for suffix in (".wav", *SUFFIXES)]
-        line = f"{picture.new_notes} new notes, seed {wish.seed}."
-        shown = [gr.update(visible=file is not None, value=file) for file in files]
-        changes = [f"- {for_markdown(change)}" for change in written.changes]
-        yield [roll, line, *shown, "\n".join(changes), wish.seed]
+        for picture in self._studio.compose(wish, session):
+            yield {
+                self._roll: draw_roll(picture.score, picture.marks),
+                self._status: _PLAYING if picture.is_whole else f"Composing … {picture.new_notes} notes",
+            }
+        assert picture is not None
+        assert picture.score is not None
+        written = self._workshop.write(picture.score, f"piece-{wish.seed}")
+        yield {
+            self._status: f"{picture.new_notes} new notes, seed {wish.seed}.",
+            self._changes: "\n".join(f"- {for_markdown(change)}" for change in written.changes),
+            self._asked["seed"]: wish.seed,
+        } | self._files(written.files)
+
+    def _files(self, files: Mapping[str, Path]) -> Values:
+        """The player and the buttons for files that there are."""
+        places = [(self._sound, ".wav"), *((button, suffix) for suffix, button in self._downloads.items())]
+        return {place: gr.update(visible=suffix in files, value=files.get(suffix)) for place, suffix in places}
+
+    def _buttons(self, composing: bool) -> Values:
+        return {self._start: gr.update(interactive=not composing), self._cancel: gr.update(interactive=composing)}
 
     def _wish(self, values: Values) -> Wish:
         def given(name: str) -> Any:
@@ -283,8 +306,3 @@ def _constraints(given: Mapping[str, Any], fills: bool) -> dict[str, Any]:
     if given["instruments"] and not fills:  # the tracks of a gap decide its instruments
         found["instruments"] = tuple(given["instruments"])
     return found
-
-
-def _buttons(composing: bool) -> list[Any]:
-    """The buttons Compose and Cancel."""
-    return [gr.update(interactive=not composing), gr.update(interactive=composing)]

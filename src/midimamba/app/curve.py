@@ -39,8 +39,8 @@ def draw_curve(training: Sequence[Point], held_out: Sequence[Point], minutes: fl
         x = place(Point(at, low))[0]
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{at:.3g}</text>')
     parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">minutes</text>')
-    for (_, colour), points in zip(_KINDS, (training, held_out), strict=True):
-        places = [place(point) for point in points if math.isfinite(point.loss)]
+    for (_, colour), kind in zip(_KINDS, (training, held_out), strict=True):
+        places = [place(point) for point in kind if math.isfinite(point.loss)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]

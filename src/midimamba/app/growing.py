@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from midimamba import NoteStreamer
-from midimamba.app.roll import Marks, Span, count_bars, with_notes
+from midimamba.app.roll import Marks, Span, with_notes
 from midimamba.command_options import DrawingOptions, SamplingOptions
 from midimamba.generation import generate_scores, infill_scores, streamed_to, watched
 from midimamba.note_decoding import Note
@@ -24,6 +24,7 @@ from midimamba.serving.sampler import Job
 from midimamba.serving.service import Service
 from midimamba.serving.uploads import Song
 from midimamba.tokenization.gaps import find_gap, with_gap
+from midimamba.tokenization.musical_time import count_bars
 
 # Between two pictures of a piece that grows.
 _PICTURE_SECONDS = 0.4
@@ -111,7 +112,7 @@ class Continuing(Growing):
         self._service, self._wish, self._options = service, wish, options
         self._prompt = None if song is None else song.score
         self._notes: list[Note] = []
-        given = 0 if self._prompt is None else count_bars(self._prompt)
+        given = 0 if self._prompt is None else _bars_of(self._prompt)
         self._marks = Marks(given=given, least=given + wish.bars)
         # Where notes do not come in the order of time, only the whole piece is seen.
         streams = service.information.always_music
@@ -134,6 +135,11 @@ class Continuing(Growing):
     def finished(self, score: ScoreTick) -> Picture:
         before = 0 if self._prompt is None else self._prompt.note_num()
         return Picture(score, Marks(given=self._marks.given), score.note_num() - before, is_whole=True)
+
+
+def _bars_of(prompt: ScoreTick) -> int:
+    """The bars of a prompt up to its last onset: new music follows it, also where a note sounds on."""
+    return count_bars(prompt, max(note.time for track in prompt.tracks for note in track.notes) + 1)
 
 
 class Filling(Growing):

@@ -52,13 +52,13 @@ class ListenTab:
                     label="Answers of listeners (answers.json)",
                     file_count="multiple",
                     file_types=[".json"],
-                    height=130,
+                    height=160,
                     elem_id="listen-answers",
                 )
             with gr.Column(scale=2, min_width=480):
                 status = gr.Markdown(
-                    "Can you tell the generator's music from yours? Drop some pieces and press Make the test. Then rate "
-                    "what you hear, download your answers at the end, and drop them here.",
+                    "Can you tell the generator's music from yours? Drop some pieces and press Make the test. Then "
+                    "rate what you hear, download your answers at the end, and drop them here.",
                     elem_id="listen-status",
                     elem_classes="status",
                 )
@@ -80,9 +80,7 @@ class ListenTab:
             if not files or len(files) < num:
                 raise InputError(f"there are {len(files or ())} pieces by people, but {num} are asked for: drop more")
             studio = self._studio()
-            people: list[ScoreTick] = []
-            for file in files[:num]:
-                people.append(studio.read(Path(file)).score)
+            people = [studio.read(Path(file)).score for file in files[:num]]
             machine: list[ScoreTick] = []
             for number in range(num):
                 yield [f"Composing piece {number + 1} of {num} …", "", "", None]
@@ -118,4 +116,6 @@ class ListenTab:
             return listening.scores_table(listening.score_answers(key, answers))
 
 
-STYLE = ".listening-test { width: 100%; height: 640px; border: 1px solid var(--border-color-primary); border-radius: 6px; }"
+STYLE = """
+.listening-test { width: 100%; height: 700px; border: 1px solid var(--border-color-primary); border-radius: 6px; }
+"""

@@ -129,14 +129,16 @@ class Page:
             elem_id="compose-model",
         )
 
-        @gr.render(inputs=[self._model], triggers=[self.blocks.load, self._model.change])
-        def compose(name: str | None) -> None:
-            if not name:
-                gr.Markdown(_NO_MODEL)
-                return
-            with told():
-                studio = self._shelf.open(name)
-            ComposeTab(studio, self._workshop)
+        gr.render(inputs=[self._model], triggers=[self.blocks.load, self._model.change])(self._draw_tab)
+
+    def _draw_tab(self, name: str | None) -> None:
+        """The tab for a generator, which is loaded."""
+        if not name:
+            gr.Markdown(_NO_MODEL)
+            return
+        with told():
+            studio = self._shelf.open(name)
+        ComposeTab(studio, self._workshop)
 
     def _names(self) -> Any:
         """What can be chosen, which may be more than when the page was made."""

@@ -74,8 +74,8 @@ def draw_roll(score: ScoreTick | None, marks: Marks = Marks()) -> str:  # noqa: 
     )
 
 
-def count_bars(score: ScoreTick) -> int:
-    """The bars of a score, up to the end of its last note; at least one."""
+def bars_shown(score: ScoreTick) -> int:
+    """The bars that a roll shows of a score: up to the end of its last note."""
     return max(len(bar_starts(score)) - 1, 1)
 
 

@@ -58,11 +58,11 @@ class TrainTab:
             label="MIDI or ABC files, or a zip of them",
             file_count="multiple",
             file_types=[*MUSIC_SUFFIXES, *_ARCHIVES],
-            height=150,
+            height=160,
             elem_id="train-files",
         )
         with gr.Accordion("Or a whole folder", open=False):
-            self._folder = gr.File(label="A folder", file_count="directory", height=130, elem_id="train-folder")
+            self._folder = gr.File(label="A folder", file_count="directory", height=160, elem_id="train-folder")
         with gr.Group():
             self._name = gr.Textbox("my music", label="Name of the generator", elem_id="train-name")
             self._time = gr.Number(10, label="Minutes", info="for everything, from now on", elem_id="train-minutes")
