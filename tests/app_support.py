@@ -81,6 +81,12 @@ class Visit:
         """Give files to a place for them."""
         self.page.set_input_files(f"{where} input[type=file]", [str(file) for file in files])
 
+    def choose(self, label: str, value: str) -> None:
+        """Choose a value in a list."""
+        field = self.page.get_by_label(label, exact=True)
+        field.fill(value)
+        field.press("Enter")
+
     def messages(self) -> list[str]:
         """What the page complains of."""
         self.page.wait_for_selector("[data-testid=toast-text]")

@@ -1,5 +1,6 @@
 """`midimamba app` in a real browser: the command is started, and its page is used as a musician uses it."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,12 +33,22 @@ def downloaded(visited: Visit, button: str, folder: Path) -> Path:
 
 def test_music_from_nothing_is_seen_heard_and_downloaded(visited: Visit, tmp_path: Path) -> None:
     page = visited.page
+    page.click("#compose-controls button")
+    # The model knows keys, and nothing else is asked.
+    assert page.locator("#compose-controls [data-testid=block-info]").all_inner_texts() == ["Key"]
+    page.click("#compose-constraints button")
+    visited.choose("Scale", "C-major")
+    visited.choose("Lowest pitch", "C3 (48)")
+    visited.choose("Highest pitch", "C6 (84)")
     page.click("#compose-start")
     page.wait_for_selector("#compose-roll .roll-note")
     page.wait_for_selector("#compose-midi")
     shown = page.locator("#compose-roll .roll-note").count()
     score = Score(str(downloaded(visited, "#compose-midi", tmp_path)))
     assert score.note_num() == shown > 0
+    pitches = {note.pitch for track in score.tracks if not track.is_drum for note in track.notes}
+    assert {pitch % 12 for pitch in pitches} <= {0, 2, 4, 5, 7, 9, 11}
+    assert pitches <= set(range(48, 85))
     assert f"{shown} new notes" in page.inner_text("#compose-status")
     assert downloaded(visited, "#compose-wav", tmp_path).read_bytes()[:4] == b"RIFF"
     assert downloaded(visited, "#compose-abc", tmp_path).read_text().startswith("X:1")
@@ -46,6 +57,7 @@ def test_music_from_nothing_is_seen_heard_and_downloaded(visited: Visit, tmp_pat
         """() => [...document.querySelectorAll('audio')].some((audio) => audio.src && audio.currentTime > 0.1)
         || document.querySelector('#compose-sound #time')?.textContent !== '0:00'"""
     )
+    visited.photograph("compose")
 
 
 def test_a_bad_file_is_refused_in_one_line_and_the_page_goes_on(visited: Visit, tmp_path: Path) -> None:
@@ -87,3 +99,56 @@ def test_bars_of_a_file_are_marked_and_written_again(visited: Visit, tmp_path: P
     kept = [{(n.time, n.pitch) for t in one.tracks for n in t.notes if n.time >= end} for one in (before, after)]
     assert kept[0] == kept[1]
     assert before != after
+    visited.photograph("infill")
+
+
+def test_a_blind_test_is_made_answered_and_scored(visited: Visit, tmp_path: Path) -> None:
+    page = visited.page
+    page.click("role=tab[name=Listen]")
+    song = tmp_path / "song.mid"
+    make_score(3, bars=4).dump_midi(song)
+    visited.drop("#listen-files", song)
+    page.wait_for_selector("#listen-files >> text=song.mid")
+    page.fill("#listen-num input[type=number]", "1")
+    page.fill("#listen-bars input[type=number]", "2")
+    page.click("#listen-start")
+    inside = page.frame_locator("#listen-test iframe")
+    inside.locator("audio").first.wait_for(state="attached")
+    visited.photograph("listen")
+    address = str(page.get_attribute("#listen-test iframe", "src"))
+    key = page.request.get(f"{visited.address}{address.replace('index.html', 'key.json')}")
+    assert (key.status, page.request.get(f"{visited.address}{address}").status) == (404, 200)
+    for _ in range(2):
+        inside.locator("label:visible:has-text('4')").check()
+        inside.locator("label:visible:has-text('a person')").check()
+        inside.locator("#next").click()
+    with page.expect_download() as download:
+        inside.locator("#download").click()
+    download.value.save_as(tmp_path / "answers.json")
+    visited.drop("#listen-answers", tmp_path / "answers.json")
+    page.wait_for_selector("#listen-scores >> text=1 listener.")
+    table = page.inner_text("#listen-scores table >> nth=0")
+    assert table.count("4.00") == 2
+    assert "the generator" in table
+    assert "your music" in table
+
+
+def test_a_generator_is_trained_and_played_with(visited: Visit, tmp_path: Path) -> None:
+    page = visited.page
+    page.click("role=tab[name=Train]")
+    page.click("#train-start")
+    assert "there is no music to train on: drop MIDI files, a folder or a zip first" in visited.messages()
+    with zipfile.ZipFile(tmp_path / "music.zip", "w") as archive:
+        for seed in range(12):
+            archive.writestr(f"{seed}.mid", make_score(seed).dumps_midi())
+    visited.drop("#train-files", tmp_path / "music.zip")
+    page.wait_for_selector("#train-files >> text=music.zip")
+    page.fill("#train-minutes input", "0.3")
+    page.click("#train-start")
+    page.wait_for_selector("#train-play")
+    assert page.locator("#train-curve circle").count() > 1
+    visited.photograph("train")
+    page.click("#train-play")
+    page.wait_for_selector("#compose-start:visible")
+    assert page.input_value("#compose-model input").endswith("my music")
+    page.wait_for_function("() => !document.querySelector('#compose-controls')")  # it was trained without controls
