@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from serving_support import make_pair
+from symusic import Note, Score, Tempo, TimeSignature, Track
+from symusic.core import ScoreTick
 
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _PATIENCE = 60_000  # milliseconds
@@ -37,13 +39,28 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
+def make_song() -> ScoreTick:
+    """Eight bars of a melody and its chords."""
+    song = Score(480)
+    song.tempos.append(Tempo(0, 100.0))
+    song.time_signatures.append(TimeSignature(0, 4, 4))
+    melody, chords = Track(program=73), Track(program=0)
+    for bar, root in enumerate((0, 5, 7, 0, 9, 5, 7, 0)):
+        for beat, step in enumerate((0, 4, 7, 4)):
+            melody.notes.append(Note(480 * (4 * bar + beat), 480, 72 + (root + step) % 12, 90))
+        for step in (0, 4 - (root == 9), 7):
+            chords.notes.append(Note(480 * 4 * bar, 480 * 4, 48 + (root + step) % 12, 60))
+    song.tracks.append(melody)
+    song.tracks.append(chords)
+    return song
+
+
 @contextmanager
-def started(*arguments: object) -> Iterator[str]:
-    """The address of a page that the real command shows. It has to end with Ctrl-C."""
+def started(folder: Path, *arguments: object) -> Iterator[str]:
+    """The address of a page that the real command shows, started in a folder. It has to end with Ctrl-C."""
     command = [sys.executable, "-m", "midimamba.cli", "app", *map(str, arguments), "--port", "0", "--no-browser"]
-    with subprocess.Popen(
-        command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
-    ) as process:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
@@ -64,7 +81,7 @@ class Visit:
     """
 
     def __init__(self, address: str, browser: Any):
-        self.page = browser.new_page(viewport={"width": 1280, "height": 860}, accept_downloads=True)
+        self.page = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
         self.page.set_default_timeout(_PATIENCE)
         self.address = address
         self.requests: list[str] = []
@@ -95,7 +112,11 @@ class Visit:
     def photograph(self, name: str) -> None:
         """Write a picture of the page, if MIDIMAMBA_SCREENSHOTS names a folder for them."""
         if folder := os.environ.get("MIDIMAMBA_SCREENSHOTS"):
-            self.page.wait_for_timeout(500)  # until what moves has come to rest
+            for button in self.page.locator("[data-testid=toast-close]").all():
+                button.click()
+            self.page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
+            self.page.mouse.move(0, 0)
+            self.page.wait_for_timeout(1000)  # until what moves has come to rest
             self.page.screenshot(path=Path(folder) / f"app-{name}.png")
 
 

@@ -120,7 +120,7 @@ def test_the_roll_shows_every_note_and_numbers_every_bar() -> None:
     assert roll.count('class="roll-note"') == score.note_num()
     assert re.findall(r'data-bar="(\d+)"', roll) == [str(bar) for bar in range(1, bars_shown(score) + 1)]
     assert roll.count("roll-chosen") == 2  # the bars, and the legend
-    assert all(name in roll for name in ("Acoustic grand piano", "Violin", "Flute", "Drums"))
+    assert all(name in roll for name in ("Acoustic Grand Piano", "Violin", "Flute", "Drums"))
 
 
 def test_names_of_tracks_are_no_html_in_the_roll() -> None:

@@ -1,12 +1,13 @@
 """`midimamba app` in a real browser: the command is started, and its page is used as a musician uses it."""
 
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from app_support import Visit, chromium, save_model, started, visit
+from app_support import Visit, chromium, make_song, save_model, started, visit
 from symusic import Score
 
 from support import make_score
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.slow
 def visited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     chromium()
     folder = tmp_path_factory.mktemp("app")
-    with started(save_model(folder / "tiny"), "--out", folder / "trained") as address, visit(address) as visited:
+    save_model(folder / "tiny")
+    with started(folder, "tiny") as address, visit(address) as visited:
         yield visited
         assert visited.hosts() == {urlsplit(visited.address).netloc}
 
@@ -40,6 +42,9 @@ def test_music_from_nothing_is_seen_heard_and_downloaded(visited: Visit, tmp_pat
     visited.choose("Scale", "C-major")
     visited.choose("Lowest pitch", "C3 (48)")
     visited.choose("Highest pitch", "C6 (84)")
+    visited.choose("Rhythm", "eighth notes")
+    visited.choose("Only these instruments", "violin")
+    visited.choose("Only these instruments", "cello")
     page.click("#compose-start")
     page.wait_for_selector("#compose-roll .roll-note")
     page.wait_for_selector("#compose-midi")
@@ -47,6 +52,7 @@ def test_music_from_nothing_is_seen_heard_and_downloaded(visited: Visit, tmp_pat
     score = Score(str(downloaded(visited, "#compose-midi", tmp_path)))
     assert score.note_num() == shown > 0
     pitches = {note.pitch for track in score.tracks if not track.is_drum for note in track.notes}
+    assert {track.program for track in score.tracks} <= {40, 42}
     assert {pitch % 12 for pitch in pitches} <= {0, 2, 4, 5, 7, 9, 11}
     assert pitches <= set(range(48, 85))
     assert f"{shown} new notes" in page.inner_text("#compose-status")
@@ -87,15 +93,17 @@ def test_bars_of_a_file_are_marked_and_written_again(visited: Visit, tmp_path: P
     page = visited.page
     page.reload()
     song = tmp_path / "song.mid"
-    make_score(3, bars=4).dump_midi(song)
+    make_song().dump_midi(song)
     visited.drop("#compose-file", song)
     page.wait_for_selector("#compose-roll .roll-note")
     page.click("#compose-mode >> text=Write some bars again")
-    page.wait_for_selector("#compose-roll .roll-chosen")
+    page.wait_for_selector("#compose-roll .roll-chosen")  # bars 1 and 2
+    page.click("#compose-roll [data-bar='4']")
+    page.wait_for_function("() => document.querySelector('#compose-last input').value === '4'")
     page.click("#compose-start")
     page.wait_for_selector("#compose-midi")
     before, after = Score(str(song)), Score(str(downloaded(visited, "#compose-midi", tmp_path)))
-    end = 2 * 5 * before.ticks_per_quarter  # two bars of at most five quarters
+    end = 4 * 4 * before.ticks_per_quarter  # four bars
     kept = [{(n.time, n.pitch) for t in one.tracks for n in t.notes if n.time >= end} for one in (before, after)]
     assert kept[0] == kept[1]
     assert before != after
@@ -105,6 +113,7 @@ def test_bars_of_a_file_are_marked_and_written_again(visited: Visit, tmp_path: P
 def test_a_blind_test_is_made_answered_and_scored(visited: Visit, tmp_path: Path) -> None:
     page = visited.page
     page.click("role=tab[name=Listen]")
+    page.wait_for_selector("#listen-start")
     song = tmp_path / "song.mid"
     make_score(3, bars=4).dump_midi(song)
     visited.drop("#listen-files", song)
@@ -143,7 +152,7 @@ def test_a_generator_is_trained_and_played_with(visited: Visit, tmp_path: Path) 
             archive.writestr(f"{seed}.mid", make_score(seed).dumps_midi())
     visited.drop("#train-files", tmp_path / "music.zip")
     page.wait_for_selector("#train-files >> text=music.zip")
-    page.fill("#train-minutes input", "0.3")
+    page.fill("#train-minutes input", "0.8" if os.environ.get("MIDIMAMBA_SCREENSHOTS") else "0.3")
     page.click("#train-start")
     page.wait_for_selector("#train-play")
     assert page.locator("#train-curve circle").count() > 1

@@ -81,8 +81,10 @@ class ComposeTab:
                 elem_id="compose-mode",
             )
             with gr.Row(visible=False) as self._gap:
-                self._asked["first"] = gr.Number(1, label="First bar", precision=0, min_width=90)
-                self._asked["last"] = gr.Number(1, label="Last bar", precision=0, min_width=90)
+                self._asked["first"] = gr.Number(
+                    1, label="First bar", precision=0, min_width=90, elem_id="compose-first"
+                )
+                self._asked["last"] = gr.Number(1, label="Last bar", precision=0, min_width=90, elem_id="compose-last")
             self._asked["tracks"] = gr.CheckboxGroup(
                 [], label="Tracks to write again; none stands for all", visible=False
             )

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from miditok.constants import MIDI_INSTRUMENTS
 from numpy.typing import NDArray
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
@@ -11,7 +12,6 @@ from symusic.core import ScoreTick
 from midimamba.evaluation.rendering import BLACK_KEYS, pitch_name
 from midimamba.note_decoding import Note as NewNote
 from midimamba.text import for_html, shortened
-from midimamba.tokenization.controls import INSTRUMENTS
 from midimamba.tokenization.musical_time import bar_starts, meters
 
 _COLOURS = (
@@ -22,6 +22,7 @@ _WIDTH, _HEIGHT, _LEFT, _TOP = 960.0, 300.0, 38.0, 20.0
 _LEAST_BAR = 34  # pixels of the screen for a bar; a longer piece is scrolled
 _LEAST_PITCHES = 25
 _MAX_NAME = 30
+_MAX_NAMES = 12
 _TICKS = 480
 
 Span = tuple[int, int]
@@ -183,8 +184,10 @@ def _legend(tracks: Sequence[Track], marks: Marks) -> str:
     """The names of the tracks in their colours, and what pale notes are."""
     parts = [
         f'<span><i style="background:{_COLOURS[index % len(_COLOURS)]}"></i>{for_html(track_name(track))}</span>'
-        for index, track in enumerate(tracks)
+        for index, track in enumerate(tracks[:_MAX_NAMES])
     ]
+    if more := len(tracks[_MAX_NAMES:]):
+        parts.append(f"<span>and {more} more</span>")
     if marks.given:
         parts.append("<span>pale: your music</span>")
     if marks.chosen is not None:
@@ -194,10 +197,8 @@ def _legend(tracks: Sequence[Track], marks: Marks) -> str:
 
 def track_name(track: Track) -> str:
     """The name of a track, or else that of its instrument."""
-    own = shortened(track.name, _MAX_NAME)
-    if own:
-        return own
-    return "Drums" if track.is_drum else INSTRUMENTS[track.program].replace("-", " ").capitalize()
+    instrument = "Drums" if track.is_drum else str(MIDI_INSTRUMENTS[track.program]["name"])
+    return shortened(track.name, _MAX_NAME) or shortened(instrument, _MAX_NAME)
 
 
 STYLE = """
