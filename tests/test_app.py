@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from serving_support import make_pair, sample_without_end
 from starlette.exceptions import HTTPException
@@ -156,6 +157,25 @@ def test_a_piece_is_written_in_three_formats(tmp_path: Path) -> None:
         assert all(path.stat().st_size for path in written.files.values())
     finally:
         workshop.close()
+
+
+DIES = """
+import os, signal, sys
+from midimamba.app.workshop import Workshop
+if __name__ == "__main__":
+    print(Workshop(__import__("pathlib").Path()).run(os.getpid), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_what_writes_files_ends_with_the_page_however_that_ends(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    done = subprocess.run([sys.executable, tmp_path / "dies.py"], stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 10
+    while psutil.pid_exists(int(done.stdout)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "x" * 41, "old-data", "-x"])

@@ -13,6 +13,7 @@ from threading import Thread
 import uvicorn
 
 from midimamba.app.options import AppOptions
+from midimamba.playing import stopped_by_signals
 from midimamba.serving.server import address_of, listen
 from midimamba.text import show
 
@@ -51,7 +52,8 @@ def run(options: AppOptions) -> None:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "gradio")
         from midimamba.app.application import application
 
-        with application(options, Path(folder)) as app, suppress(KeyboardInterrupt):  # uvicorn passes it on
+        # uvicorn passes on the signal that has ended it.
+        with application(options, Path(folder)) as app, stopped_by_signals(), suppress(KeyboardInterrupt):
             config = uvicorn.Config(
                 app, log_level="error", access_log=False, timeout_graceful_shutdown=_END_SECONDS, ws="none"
             )

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from symusic.core import ScoreTick
@@ -49,7 +49,7 @@ class Workshop:
 
     @staticmethod
     def _start() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), initializer=_ignore_interrupts)
+        return ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare)
 
     def new_folder(self) -> Path:
         """A new folder for the files of one piece."""
@@ -85,10 +85,17 @@ class Workshop:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes of a terminal. This one ends with the page's."""
+def _prepare() -> None:
+    """Ctrl-C reaches all processes of a terminal. This one ends with that of the page, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TQDM_DISABLE"] = "1"
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(0)
 
 
 def _write(score: ScoreTick, stem: Path) -> Written:
