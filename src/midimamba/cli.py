@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from midimamba.app.options import AppOptions
 from midimamba.command_options import (
     ConvertOptions,
     DemoOptions,
@@ -74,6 +75,11 @@ COMMANDS = {
         (ServeOptions,),
         "Serve a generator over HTTP: new pieces, continuations, infilling, and notes while they are sampled.",
         "midimamba serve runs/demo/generator --port 8000",
+    ),
+    "app": Command(
+        (AppOptions,),
+        "Open a page in the browser: compose, train, and make a blind listening test. It needs no network.",
+        "midimamba app runs/demo/generator",
     ),
     "play": Command(
         (PlayOptions,),

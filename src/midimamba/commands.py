@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from midimamba.app.options import AppOptions
 from midimamba.command_options import (
     ConvertOptions,
     DemoOptions,
@@ -156,6 +157,15 @@ def serve(options: ServeOptions) -> None:
     from midimamba.serving import server
 
     server.serve(options)
+
+
+def app(options: AppOptions) -> None:
+    """`midimamba app`: a page in the browser."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('gradio is not installed; run: pip install "midimamba[app]"')
+    from midimamba.app import server
+
+    server.run(options)
 
 
 def chosen_tracks(numbers: Sequence[int] | None, names: Sequence[str]) -> list[int] | None:

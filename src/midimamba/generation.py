@@ -11,6 +11,7 @@ from symusic.core import ScoreTick
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from midimamba import MidiMambaForCausalLM, MidiProcessor, load
 from midimamba.command_options import DrawingOptions, SamplingOptions
@@ -44,6 +45,7 @@ class Chosen(NamedTuple):
 
 
 _watch: ContextVar[Callable[[], object] | None] = ContextVar("watch", default=None)
+_streamer: ContextVar[BaseStreamer | None] = ContextVar("streamer", default=None)
 
 
 @contextmanager
@@ -57,6 +59,16 @@ def watched(watch: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         _watch.reset(token)
+
+
+@contextmanager
+def streamed_to(streamer: BaseStreamer) -> Iterator[None]:
+    """Hand the ids of the one piece that is sampled within to a streamer of transformers, while they are sampled."""
+    token = _streamer.set(streamer)
+    try:
+        yield
+    finally:
+        _streamer.reset(token)
 
 
 def tell_watcher() -> None:
@@ -271,6 +283,8 @@ def _compose(
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     parts: list[Composed] = []
     watch = _watch.get()
+    if (streamer := _streamer.get()) is not None:
+        sampling["streamer"] = streamer
     hidden = None if watch is None else True  # None hides it where there is no terminal
     with (
         seeded(options.seed, model.device),

@@ -47,7 +47,7 @@ def serve(options: ServeOptions) -> None:
     """
     # It would say of every request that is cut off by `max_new_tokens` that it is.
     logging.getLogger("midimamba.tokenization.composing").setLevel(logging.ERROR)
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     with listener, _reader(options) as reader:
         model, processor = load_pair(options.model)
         judge = _load_judge(options.discriminator, processor)
@@ -62,7 +62,7 @@ def serve(options: ServeOptions) -> None:
             timeout_graceful_shutdown=_END_SECONDS,
         )
         with suppress(KeyboardInterrupt):  # uvicorn passes on what has ended it
-            _Server(config, service, _address(listener)).run([listener])
+            _Server(config, service, address_of(listener)).run([listener])
 
 
 def _load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judge | None:
@@ -73,7 +73,7 @@ def _load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judg
     return Ensemble(load_judges(discriminators, processor))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket at an address."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -85,7 +85,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _address(listener: socket.socket) -> str:
+def address_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
 
