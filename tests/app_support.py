@@ -102,7 +102,9 @@ class Visit:
         """Choose a value in a list."""
         field = self.page.get_by_label(label, exact=True)
         field.fill(value)
-        field.press("Enter")
+        self.page.get_by_role("option", name=value, exact=True).click()
+        field.blur()
+        self.page.wait_for_function("() => !document.querySelector('[role=option]')")
 
     def messages(self) -> list[str]:
         """What the page complains of."""
