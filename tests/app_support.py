@@ -1,4 +1,8 @@
-"""The page of `midimamba app` in a real browser, for tests."""
+"""The page of `midimamba app` in a real browser, for tests.
+
+It is also a program, which photographs what a trained generator composes: `python tests/app_support.py MODEL FOLDER`
+writes the picture `app-compose.png` of the docs. Those of untrained ones look random.
+"""
 
 import os
 import shutil
@@ -8,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -133,3 +138,20 @@ def visit(address: str) -> Iterator[Visit]:
             yield Visit(address, browser)
         finally:
             browser.close()
+
+
+def photograph_trained(model: Path, folder: Path) -> None:
+    """Compose 16 bars with a trained generator, and write a picture of them."""
+    os.environ["MIDIMAMBA_SCREENSHOTS"] = str(folder)
+    with TemporaryDirectory() as scratch:
+        (Path(scratch) / "bach").symlink_to(model.resolve())
+        with started(Path(scratch), "bach") as address, visit(address) as visited:
+            visited.page.fill("#compose-bars input[type=number]", "16")
+            visited.page.get_by_label("Another seed every time").uncheck()
+            visited.page.click("#compose-start")
+            visited.page.wait_for_selector("#compose-abc")
+            visited.photograph("compose")
+
+
+if __name__ == "__main__":
+    photograph_trained(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -63,7 +63,6 @@ def test_music_from_nothing_is_seen_heard_and_downloaded(visited: Visit, tmp_pat
         """() => [...document.querySelectorAll('audio')].some((audio) => audio.src && audio.currentTime > 0.1)
         || document.querySelector('#compose-sound #time')?.textContent !== '0:00'"""
     )
-    visited.photograph("compose")
 
 
 def test_a_bad_file_is_refused_in_one_line_and_the_page_goes_on(visited: Visit, tmp_path: Path) -> None:
