@@ -35,10 +35,10 @@ def chromium() -> str:
     return found
 
 
-def save_model(folder: Path) -> Path:
-    """A tiny generator that knows a key and can fill gaps, and writes short pieces."""
+def save_model(folder: Path, max_new_tokens: int = 240, temperature: float = 1.0) -> Path:
+    """A tiny generator that knows a key and can fill gaps, and writes short pieces unless it may write long ones."""
     model, processor = make_pair()
-    model.generation_config.max_new_tokens = 240
+    model.generation_config.update(max_new_tokens=max_new_tokens, temperature=temperature, do_sample=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fastapi.testclient import TestClient
 from serving_support import make_pair, sample_without_end
 from starlette.exceptions import HTTPException
 
@@ -20,6 +21,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.
 from app_support import save_model
 
 from midimamba.app import growing
+from midimamba.app.application import application
 from midimamba.app.compose_tab import _constraints
 from midimamba.app.curve import draw_curve
 from midimamba.app.growing import Picture, Wish
@@ -250,6 +252,15 @@ def test_a_run_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     run._reader.join(20)
     assert run.state().was_stopped
     assert run.state().code
+
+
+@pytest.mark.parametrize("origin", ["http://elsewhere.example", "null"])
+def test_pages_of_other_sites_are_refused(tmp_path: Path, origin: str) -> None:
+    with application(AppOptions(out=tmp_path / "out"), tmp_path) as app:
+        client = TestClient(app, base_url="http://127.0.0.1:7860")
+        assert client.get("/").status_code == 200
+        assert client.get("/", headers={"Origin": origin}).status_code == 403
+        assert client.get("/", headers={"Host": "elsewhere.example"}).status_code == 421
 
 
 def test_a_missing_gradio_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ def visited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     chromium()
     folder = tmp_path_factory.mktemp("app")
     save_model(folder / "tiny")
+    save_model(folder / "midimamba-app" / "slow", max_new_tokens=4096, temperature=1.25)
     with started(folder, "tiny") as address, visit(address) as visited:
         yield visited
         assert visited.hosts() == {urlsplit(visited.address).netloc}
@@ -79,6 +80,8 @@ def test_what_is_composed_can_be_cancelled(visited: Visit) -> None:
     page = visited.page
     page.reload()
     page.wait_for_selector("#compose-start")
+    visited.choose("Generator", "midimamba-app/slow")
+    page.wait_for_function("() => document.querySelector('#compose-temperature input').value === '1.25'")
     assert not page.locator("[role=tabpanel] :is(input, textarea):disabled").count()
     page.fill("#compose-bars input[type=number]", "64")
     page.click("#compose-start")

@@ -13,6 +13,7 @@ from midimamba.app.listen_tab import ADDRESS
 from midimamba.app.options import AppOptions
 from midimamba.app.page import LOOK, Page, Shelf
 from midimamba.app.workshop import Workshop
+from midimamba.serving.connections import OwnPages, is_this_machine
 
 _MAX_FILE = "500mb"
 _KEY = "key.json"
@@ -46,6 +47,8 @@ def application(options: AppOptions, folder: Path) -> Iterator[FastAPI]:
     ):
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.mount(ADDRESS, _Tests(directory=tests))
+        if is_this_machine(options.host):  # elsewhere, such as in a Space, a proxy may change the names of hosts
+            app.add_middleware(OwnPages, host=options.host)
         yield gr.mount_gradio_app(
             app,
             page.blocks,

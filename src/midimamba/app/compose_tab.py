@@ -94,7 +94,13 @@ class ComposeTab:
             self._asked["bars"] = gr.Slider(1, MAX_BARS, 8, step=1, label="New bars", elem_id="compose-bars")
             own = float(self._studio.information.sampling["temperature"])
             self._asked["temperature"] = gr.Slider(
-                0.1, 2.0, own, step=0.05, label="Temperature", info="lower is safer, higher is wilder"
+                0.1,
+                2.0,
+                own,
+                step=0.05,
+                label="Temperature",
+                info="lower is safer, higher is wilder",
+                elem_id="compose-temperature",
             )
             with gr.Row():
                 self._asked["seed"] = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="compose-seed")

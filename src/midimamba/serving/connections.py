@@ -57,7 +57,7 @@ class OwnPages:
     """
 
     def __init__(self, app: ASGIApp, host: str):
-        self.app, self._is_local = app, _is_this_machine(host)
+        self.app, self._is_local = app, is_this_machine(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
@@ -65,7 +65,7 @@ class OwnPages:
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._is_local and not _is_this_machine(urlsplit(f"//{host}").hostname):
+        if self._is_local and not is_this_machine(urlsplit(f"//{host}").hostname):
             detail = f"this server is not {host!r}: it can only be reached as 127.0.0.1 or localhost; see --host"
             return JSONResponse({"detail": detail}, 421)
         if origin is not None and urlsplit(origin).netloc != host:
@@ -73,7 +73,8 @@ class OwnPages:
         return None
 
 
-def _is_this_machine(host: str | None) -> bool:
+def is_this_machine(host: str | None) -> bool:
+    """Whether an address is that at which only this machine reaches itself."""
     try:
         return host == "localhost" or ip_address(host or "").is_loopback
     except ValueError:
