@@ -1,6 +1,7 @@
 """`midimamba app` behind the page: the roll, composing, training, and what the command refuses."""
 
 import importlib.util
+import logging
 import re
 import subprocess
 import sys
@@ -206,6 +207,7 @@ def test_files_of_the_same_name_are_all_collected(tmp_path: Path) -> None:
 
 SAYS = r"""
 import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have told its children to ignore
 print("reading", flush=True)
 sys.stdout.write("\r 50%|x| 1/2 [00:01<00:01, 1.0it/s]\r")
 print("\x1b[A{'loss': '3.5', 'grad_norm': '1', 'epoch': '1'}")
@@ -281,3 +283,4 @@ def test_a_model_that_is_not_there_is_one_line(
 ) -> None:
     assert command(monkeypatch, "app", tmp_path / "none", "--port", "0", "--no-browser") == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert logging.getLogger("midimamba.tokenization.composing").level == logging.NOTSET  # for who goes on

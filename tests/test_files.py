@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from midimamba.errors import InputError
 from midimamba.files import locked, read_json, recover, whole_file, whole_folder, write_whole
@@ -106,6 +108,17 @@ def test_json_that_is_no_object_is_refused_by_name(tmp_path: Path, content: str)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder that refuses every file")
+def test_an_owner_is_named_who_writes_a_moment_after_taking_the_lock(tmp_path: Path) -> None:
+    file = tmp_path / ".out.lock"
+    with FileLock(file):
+        file.write_text("")
+        writer = threading.Timer(0.1, file.write_text, ["process 7 on studio"])
+        writer.start()
+        with pytest.raises(InputError, match="another run \\(process 7 on studio\\)"), locked(tmp_path / "out"):
+            pass
+        writer.join()
+
+
 def test_a_place_where_no_lock_can_be_made_is_refused() -> None:
     with pytest.raises((InputError, OSError)) as refusal, locked(Path("/proc/out")):
         pass

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from midimamba.errors import InputError
 
 # Of the hidden siblings of a target: scratch folders, locks, the journal of a store.
 _LONGEST_SUFFIX = 32
+_WRITING_SECONDS = 1.0  # the longest that the owner of a lock takes to write its name
 
 # Locks of this process, so that what runs under a lock may take it again.
 _held: set[Path] = set()
@@ -90,7 +92,7 @@ def locked(target: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         try:
-            owner = file.read_text()
+            owner = _owner_in(file)
         except OSError:  # it is gone again, or was never there
             raise InputError(
                 f"{target} cannot be locked for writing: wait for a run that just ended, or choose another place"
@@ -107,6 +109,18 @@ def locked(target: Path) -> Iterator[None]:
         _held.discard(target)
         file.unlink(missing_ok=True)  # before the release: who waits for a removed file takes a new one
         lock.release()
+
+
+def _owner_in(file: Path) -> str:
+    """What a lock file says of its owner, who writes it a moment after taking the lock.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    end = time.monotonic() + _WRITING_SECONDS
+    while not (owner := file.read_text()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return owner
 
 
 def _scratch_of(target: Path) -> Path:

@@ -1,6 +1,5 @@
 """Starting and ending `midimamba app`."""
 
-import logging
 import os
 import socket
 import sys
@@ -14,7 +13,7 @@ import uvicorn
 
 from midimamba.app.options import AppOptions
 from midimamba.playing import stopped_by_signals
-from midimamba.serving.server import address_of, listen
+from midimamba.serving.server import address_of, listen, silent_about_limits
 from midimamba.text import show
 
 _END_SECONDS = 3
@@ -41,9 +40,8 @@ def run(options: AppOptions) -> None:
     Raises:
         InputError: if the address is taken or is no address of this machine, or the model cannot be loaded.
     """
-    # It would say of every piece that is cut off by `max_new_tokens` that it is.
-    logging.getLogger("midimamba.tokenization.composing").setLevel(logging.ERROR)
     with (
+        silent_about_limits(),
         listen(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="midimamba-app-") as folder,
     ):

@@ -45,10 +45,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         InputError: if the address is taken or is no address of this machine, or the model cannot be loaded.
     """
-    # It would say of every request that is cut off by `max_new_tokens` that it is.
-    logging.getLogger("midimamba.tokenization.composing").setLevel(logging.ERROR)
-    listener = listen(options.host, options.port)
-    with listener, _reader(options) as reader:
+    with silent_about_limits(), listen(options.host, options.port) as listener, _reader(options) as reader:
         model, processor = load_pair(options.model)
         judge = _load_judge(options.discriminator, processor)
         reader.wait_until_ready()
@@ -63,6 +60,18 @@ def serve(options: ServeOptions) -> None:
         )
         with suppress(KeyboardInterrupt):  # uvicorn passes on what has ended it
             _Server(config, service, address_of(listener)).run([listener])
+
+
+@contextmanager
+def silent_about_limits() -> Iterator[None]:
+    """Say nothing of pieces that are cut off by `max_new_tokens`: who asked for them is told otherwise."""
+    logger = logging.getLogger("midimamba.tokenization.composing")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judge | None:
