@@ -1,6 +1,5 @@
 """A Space of the Hub: the page of `midimamba app` for one model."""
 
-import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,13 +8,13 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from midimamba.errors import InputError
 from midimamba.files import whole_folder
 
+from .provenance import on_hub
 from .upload import Hub, Upload, check_name, scratch_folder
 
 # The versions with which the page is tested. The Hub installs Gradio itself.
 SDK_VERSION = "6.31.0"
 _PYTHON_VERSION = "3.12"
 _PORT = 7860  # the one that the Hub shows
-_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REQUIREMENTS = "midimamba[app] @ git+https://github.com/midimamba/midimamba\n"
 _APP = '''"""The page of {model}."""
 
@@ -72,7 +71,7 @@ def _check_model(model: str) -> None:
             f"{model} is a folder of this machine, which a Space cannot read: publish it with `midimamba publish "
             f"{model} --repo OWNER/NAME`, then name that repository"
         )
-    if not _MODEL.fullmatch(model):
+    if on_hub(model) is None:
         raise InputError(f"{model!r} is not the name of a model on the Hub: write it as owner/name")
     check_name(model)
 

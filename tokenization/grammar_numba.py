@@ -58,16 +58,15 @@ class NumbaRules:
         judged = torch.stack([*(tables[name].long() for name in _JUDGED), needs_any], dim=1)
         read = [*(tables[name].long()[:, None] for name in _READ), tables["left"], tables["keeps"], tables["adds"]]
         named_id, named = tables["programs_of_id"].T.nonzero(as_tuple=True)
+        programs = _starts(named_id, size), named
         kinds = torch.stack([tables["distance"], tables["named"], tables["completes"]])
         self._limits = *limits, int(tables["end_type"])
         self._judged = _arrays(
             *(judged, tables["follows"], kinds, tables["clashes"], tables["pitches"]),
-            *(_starts(tables["note_id"], size), tables["note_program"], tables["note_pitch"]),
-            *(_starts(named_id, size), named),
+            *(_starts(tables["note_id"], size), tables["note_program"], tables["note_pitch"], *programs),
         )
         self._read = _arrays(
-            *(torch.cat(read, dim=1), tables["tail_program"], tables["tail_pitch"], tables["asked"]),
-            *(_starts(named_id, size), named),
+            *(torch.cat(read, dim=1), tables["tail_program"], tables["tail_pitch"], tables["asked"], *programs),
         )
         self._size = size
 
