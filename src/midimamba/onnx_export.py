@@ -5,7 +5,6 @@ Programs without Python's torch can sample from it, with any ONNX runtime. The g
 """
 
 import io
-import logging
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,6 +20,7 @@ from midimamba.files import check_can_be_made, write_whole
 from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.layer_states import MambaState
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.runtime import silenced
 
 _MAX_BYTES = 2**31 - 2**20  # of a file with weights in it: a limit of protobuf
 
@@ -72,23 +72,18 @@ def _exported(model: MidiMambaForCausalLM) -> bytes:
     names = [f"{kind}.{layer}" for layer in range(layers) for kind in ("conv", "scan")]
     size = torch.export.Dim("batch", min=1)
     inputs: Any = (torch.zeros(batch, 1, dtype=torch.long), states)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter reports its progress
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                step,
-                inputs,
-                dynamo=True,
-                input_names=["input_ids", *names],
-                output_names=["logits", *(f"new_{name}" for name in names)],
-                dynamic_shapes=({0: size}, [{0: size} for _ in states]),
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
+    # The exporter reports its progress.
+    with silenced("torch.onnx"), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            step,
+            inputs,
+            dynamo=True,
+            input_names=["input_ids", *names],
+            output_names=["logits", *(f"new_{name}" for name in names)],
+            dynamic_shapes=({0: size}, [{0: size} for _ in states]),
+            verbose=False,
+        )
     assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     return content

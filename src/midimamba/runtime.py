@@ -1,6 +1,9 @@
-"""Settings of the process that must be made before torch is imported. Only commands and scripts make them."""
+"""Settings of the process. Only commands and scripts make those that last."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def limit_spinning() -> None:
@@ -11,3 +14,15 @@ def limit_spinning() -> None:
     fewer turns costs nothing measurable.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Let a logger report nothing but errors, and afterwards as before."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,16 +1,16 @@
 """Starting and ending the server."""
 
-import logging
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import uvicorn
 
 from midimamba.errors import InputError
 from midimamba.generation import load_pair
 from midimamba.modeling.judging import Ensemble, Judge
+from midimamba.runtime import silenced
 from midimamba.serving.application import make_application
 from midimamba.serving.connections import Connection
 from midimamba.serving.options import ServeOptions
@@ -62,16 +62,9 @@ def serve(options: ServeOptions) -> None:
             _Server(config, service, address_of(listener)).run([listener])
 
 
-@contextmanager
-def silent_about_limits() -> Iterator[None]:
+def silent_about_limits() -> AbstractContextManager[None]:
     """Say nothing of pieces that are cut off by `max_new_tokens`: who asked for them is told otherwise."""
-    logger = logging.getLogger("midimamba.tokenization.composing")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    return silenced("midimamba.tokenization.composing")
 
 
 def _load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judge | None:
