@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ELSEWHERE = {"all.py", "scan_gpu.py"}  # the table itself, and a script that needs a GPU
+ELSEWHERE = {"all.py", "gpu.py", "scan_gpu.py"}  # the table itself, and scripts that need a GPU
 
 
 class ParsedError(Exception):
