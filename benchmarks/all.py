@@ -5,8 +5,8 @@ intermediate files; delete the folder to start over. With `--quick` everything i
 minutes on two cores. Its results show that everything runs but mean nothing, and are written to `runs/bench` as well.
 
 The corpora and the parameters of SeqGAN's oracle are not part of the repository. `--corpora` names a folder with
-nottingham.tar.gz, pop909.tar.gz, m21-chorales.tar.gz, hostile-core.tar.gz and seqgan-oracle.npz. If one of them is
-missing, the benchmarks that need it are skipped, and the table at the end says so.
+nottingham.tar.gz, pop909.tar.gz, asap-perf.tar.gz, m21-chorales.tar.gz, hostile-core.tar.gz and seqgan-oracle.npz. If
+one of them is missing, the benchmarks that need it are skipped, and the table at the end says so.
 """
 
 import argparse
@@ -95,6 +95,7 @@ _TINY_MODEL = "--max_steps 8 --eval_steps 8 --save_steps 8 --hidden_size 32 --nu
 _TINY_TUNING = "--steps 1 --length 32 --seeds 1"
 _ONLY_LIKELIHOOD = '--arms mamba "mamba, look-back" --num 32 --temperatures'
 _NOTTINGHAM, _POP909 = ("nottingham.tar.gz",), ("pop909.tar.gz",)
+_ASAP = (*_POP909, "asap-perf.tar.gz")
 _MEMORY = "benchmarks/memory.py --rollout-mb 320 --limit-gb 12"
 _SMALL_MEMORY = "--length 16 --rollouts 2 --positions 2 --micro-batch 2 --batch 4 --rollout-mb 8 --naive-length 8 "
 
@@ -217,6 +218,22 @@ STEPS = (
         "--seconds 1 --arms base",
     ),
     _learned("pop909", "{corpora}/pop909.tar.gz", _POP909)[0],
+    Step(
+        "asap corpus with the tokenizer of pop909",
+        "-m midimamba.cli tokenize {corpora}/asap-perf.tar.gz --tokenizer {work}/pop909-data/tokenizer "
+        "--out {work}/asap-data",
+        "--limit 20",
+        _ASAP,
+        "asap-data/corpus.json",
+    ),
+    Step(
+        "figure",
+        "benchmarks/figure.py --data {work}/pop909-data {work}/asap-data --rows {work}/figure.jsonl "
+        "--plot benchmarks/results/figure.png",
+        "--seeds 1 --steps 6 --evaluations 3 --length 64 --batch-size 2 --layouts mamba moe-mamba --rates 3e-3 "
+        "--plot {work}/figure.png",
+        _ASAP,
+    ),
     _music("pop909", "pop909-data", _POP909, "--seeds 5"),
     _repetition("pop909", "pop909-data", _POP909, f"--seconds 120 --length 1024 --batch-size 4 {_ONLY_LIKELIHOOD}"),
 )

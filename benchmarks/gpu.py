@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from memory import TINY, make_trainer
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from measure import finish, make_parser
+from memory import TINY, make_trainer
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.modeling.sampling import inference, sample
 
