@@ -178,20 +178,21 @@ def token_accuracy(samples: Sequence[Piece], real: Real, seed: int) -> float:
         return (accuracy(samples[:half], samples[half:]) + accuracy(samples[half:], samples[:half])) / 2
 
 
-def embedding_distance(model: MidiMambaForCausalLM, samples: Sequence[Piece], real: Sequence[Piece]) -> float:
+def embedding_distance(model: MidiMambaForCausalLM, samples: Sequence[Piece], real: Vector) -> float:
     """
     The Fréchet distance between samples and as much real music, in what a generator holds of a piece on average.
 
     Args:
         model (`MidiMambaForCausalLM`): in any mode. Distances in its space can be compared, others not.
-        samples, real (`Sequence[Piece]`): pieces. Their number is the same wherever distances are compared.
+        samples (`Sequence[Piece]`): pieces. Their number is the same wherever distances are compared.
+        real (`array` of shape `(pieces, hidden_size)`): the [`embeddings`] of real pieces.
     """
     size = min(len(samples), len(real))
-    return frechet_distance(_embeddings(model, samples[:size]), _embeddings(model, real[:size]), replicates=0).value
+    return frechet_distance(embeddings(model, samples[:size]), real[:size], replicates=0).value
 
 
 @torch.no_grad()
-def _embeddings(model: MidiMambaForCausalLM, pieces: Sequence[Piece]) -> Vector:
+def embeddings(model: MidiMambaForCausalLM, pieces: Sequence[Piece]) -> Vector:
     """The mean over the tokens of every piece of the last hidden state, `(pieces, hidden_size)`."""
     rows = [
         model.backbone(input_ids=torch.tensor([piece.ids]), use_cache=False).last_hidden_state[0].mean(0)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from music_judging import Real, embedding_distance, feature_accuracy, figures, first_openings, halve
+from music_judging import Real, embedding_distance, embeddings, feature_accuracy, figures, first_openings, halve
 from torch import Tensor
 
+from midimamba import MidiMambaForCausalLM
 from midimamba.command_options import SamplingOptions
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator
 from midimamba.evaluation.comparison import Piece
-from midimamba.evaluation.features import measure
+from midimamba.evaluation.features import Vector, measure
 from midimamba.evaluation.judges import Ensemble, MusicalJudge, auc, likelihood_gain, load_judges
 from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.report_music import likelihood
@@ -167,12 +168,18 @@ class Seed:
 
     def measure(self, generator: Path, samples: list[Piece]) -> dict[str, float]:
         """Figures of samples, and the held-out likelihood of the generator that they are from."""
-        real = self.real(self.settings.split)
+        model, learned = self._embedded
         return {
-            **figures(samples, real, self.seed),
-            "embedding_frechet": embedding_distance(load_pair(str(self.base))[0], samples, real.learned),
+            **figures(samples, self.real(self.settings.split), self.seed),
+            "embedding_frechet": embedding_distance(model, samples, learned),
             "held_out_nll_per_token": _held_out_nll(str(generator), self.settings.data, self.settings.split),
         }
+
+    @functools.cached_property
+    def _embedded(self) -> tuple[MidiMambaForCausalLM, Vector]:
+        """The generator of the seed, and what it holds of the music that the judges learn from."""
+        model = load_pair(str(self.base))[0]
+        return model, embeddings(model, self.real(self.settings.split).learned)
 
     # ---- arms that train ----
 
