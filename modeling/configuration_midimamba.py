@@ -120,7 +120,7 @@ class MidiMambaConfig(MambaConfig):
 
     model_type = "midimamba"
     # What `Trainer` does not gather when it evaluates with metrics.
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "z_loss", "dropped_tokens"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux_loss", "z_loss", "dropped_tokens"]  # noqa: RUF012
 
     layout: str = "mamba"
     vocab_size: int = 1000

@@ -27,7 +27,7 @@ from .frame import Frame
 from .layer_states import CacheMismatchError, LayerState
 from .look_back import LookBack
 from .mamba_mixer import MidiMambaMixer
-from .recurrent_cache import RecurrentCache
+from .recurrent_cache import CACHE, RecurrentCache
 from .stock_names import read_stock_names, write_stock_names
 from .whole_weights import WholeWeights
 
@@ -43,7 +43,6 @@ class MidiMambaModelOutput(BaseModelOutputWithPast):
             capacity, each the mean over the layers.
     """
 
-    past_key_values: RecurrentCache | None = None  # type: ignore[assignment]  # a cache by its methods, not by its base
     router: Tensor | None = None
 
 
@@ -60,7 +59,6 @@ class MidiMambaOutput(CausalLMOutputWithPast):
         dropped_tokens (`Tensor`, *optional*): the share of tokens whose expert was full.
     """
 
-    past_key_values: RecurrentCache | None = None  # type: ignore[assignment]  # a cache by its methods, not by its base
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     dropped_tokens: Tensor | None = None
@@ -234,9 +232,9 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
             cache.advance(time)
         return MidiMambaModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             router=torch.stack(routers).mean(0) if routers else None,
+            **_state(cache if use_cache else None),
         )
 
     def _prepare_cache(
@@ -264,6 +262,11 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
 
 def _always() -> bool:
     return True
+
+
+def _state(cache: RecurrentCache | None) -> dict[str, Any]:
+    """The state for an output, under the name that this version of transformers has for it."""
+    return {CACHE: cache}
 
 
 def _split_router(router: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -309,6 +312,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs: Any,
     ) -> MidiMambaOutput:
         """
@@ -324,6 +328,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
                 changes, state, convolution, attention and positions start again, so packed documents do not see each
                 other. The first token goes on from `past_key_values`, whatever its number.
+            cache (`RecurrentCache`, *optional*): `past_key_values`, by its name in transformers 5.24.
             kwargs: `use_cache` (`bool`), to return the state, by default in evaluation mode alone;
                 `output_hidden_states` (`bool`); and arguments of the loss.
 
@@ -340,7 +345,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             use_cache=kwargs.pop("use_cache", None),
             output_hidden_states=kwargs.pop("output_hidden_states", None),
             seq_idx=seq_idx,
@@ -353,11 +358,11 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         return MidiMambaOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             aux_loss=aux_loss,
             z_loss=z_loss,
             dropped_tokens=dropped_tokens,
+            **_state(getattr(outputs, CACHE)),
         )
 
     def make_state(self, batch_size: int, max_length: int | None = None, room: int | None = None) -> RecurrentCache:

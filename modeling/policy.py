@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .recurrent_cache import CACHE
+
 
 class PolicyState(Protocol):
     """What a policy remembers of the sequences it has read. Reading more tokens changes it in place."""
@@ -130,7 +132,7 @@ class StockPolicy:
 
     def next_logits(self, tokens: Tensor, state: StockState) -> Tensor:
         """See [`Policy.next_logits`]."""
-        logits: Tensor = self.model(input_ids=tokens, past_key_values=state.cache, use_cache=True).logits[:, -1]
+        logits: Tensor = self.model(input_ids=tokens, use_cache=True, **{CACHE: state.cache}).logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

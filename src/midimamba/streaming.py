@@ -13,6 +13,7 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor, RecurrentCache
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.generation import tell_watcher
+from midimamba.modeling.recurrent_cache import CACHE
 from midimamba.note_decoding import Note, NoteDecoder
 from midimamba.tokenization.composing import Composed, FiniteLogits, grammar_for
 from midimamba.tokenization.grammar import MidiGrammar
@@ -221,7 +222,7 @@ class _Loop(LogitsProcessor):
 def _read_first(model: MidiMambaForCausalLM, ids: Tensor, more: dict[str, Any]) -> tuple[Tensor, RecurrentCache]:
     """Logits of what follows ids of shape (1, time), and the state after them. As `generate` reads its prompt."""
     outputs = model(**model.prepare_inputs_for_generation(ids, is_first_iteration=True, **more))
-    return outputs.logits[:, -1].float(), outputs.past_key_values
+    return outputs.logits[:, -1].float(), getattr(outputs, CACHE)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, GPT2
 
 import midimamba
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
+from midimamba.modeling.recurrent_cache import CACHE
 from midimamba.modeling.stock_names import plain_name
 from support import gradients_of, make_generator
 
@@ -95,6 +96,29 @@ def test_continuing_from_a_state_equals_the_full_pass(generator: MidiMambaForCau
         parts = [generator(part, past_key_values=cache).logits for part in ids.split(steps, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
     assert cache.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # transformers from 5.24 on, and before
+def test_a_state_is_taken_by_every_name_that_transformers_has_for_it(
+    generator: MidiMambaForCausalLM, name: str
+) -> None:
+    ids = tokens()
+    with torch.no_grad():
+        outputs = generator(ids[:, :8])
+        continued = generator(ids[:, 8:], **{name: getattr(outputs, CACHE)}).logits
+        torch.testing.assert_close(continued, generator(ids).logits[:, 8:], atol=1e-4, rtol=0)
+
+
+def test_generate_gives_the_same_with_and_without_a_state(generator: MidiMambaForCausalLM) -> None:
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(3)  # else every token is followed by the same one, whatever came before
+    with_state, without = (
+        generate(generator, tokens(), max_new_tokens=16, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert len(set(without[0].tolist())) > 3
+    assert with_state.tolist() == without.tolist()
 
 
 def test_a_continuation_has_the_gradients_of_its_own_tokens(generator: MidiMambaForCausalLM) -> None:
