@@ -226,7 +226,7 @@ def run_of(script: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Traini
         return real([sys.executable, "-c", *script.split("\0")], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    return TrainingRun(folder, folder / "mine", 1, infill=True)
+    return TrainingRun(folder, folder / "mine", 1, ["--infill"])
 
 
 def wait_for(run: TrainingRun, line: str) -> None:

@@ -66,7 +66,7 @@ def test_a_folder_of_music_becomes_a_model_in_time_and_a_second_run_says_so(tmp_
     (tmp_path / "midi").mkdir()
     for seed in range(12):
         make_score(seed, bars=3).dump_midi(tmp_path / "midi" / f"{seed}.mid")
-    line = ("train", "midi", "--output_dir", "model", "--minutes", 0.3, *SMALL)
+    line = ("train", "midi", "--output_dir", "model", "--minutes", 1, *SMALL)
     process = started(*line, cwd=tmp_path)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError
-from midimamba.runtime import limit_spinning
+from midimamba.runtime import hide_short_bars, limit_spinning
 from midimamba.training.process import training_process
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class AdversarialArguments:
 def main() -> None:
     """Read the options, then tune."""
     limit_spinning()  # before torch is imported
+    hide_short_bars()
     from midimamba.corpus.augmentation import Augmentation
     from midimamba.training.adversarial_config import OPTION_GROUPS, AdversarialConfig
     from midimamba.training.lora import LoraArguments

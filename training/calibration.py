@@ -181,8 +181,14 @@ class Calibration:
 
     def _limits(self) -> Limits:
         arguments, minutes = self.training_args, self.script_args.minutes
+        seconds = None if minutes is None else seconds_to_train(minutes)
+        if seconds == 0:
+            raise InputError(
+                f"no time is left to train: reading the music took all of {minutes:g} minutes; what was read is kept, "
+                "so run the same command again"
+            )
         return Limits(
-            seconds=None if minutes is None else seconds_to_train(minutes),
+            seconds=seconds,
             steps=arguments.max_steps if "max_steps" in self.given and arguments.max_steps > 0 else None,
             epochs=arguments.num_train_epochs if "num_train_epochs" in self.given else None,
             new_keys=self._new_keys,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midimamba.errors import InputError
-from midimamba.runtime import limit_spinning
+from midimamba.runtime import hide_short_bars, limit_spinning
 from midimamba.tokenization.sampling_limits import check_sampling, give_sampling_defaults
 from midimamba.training.process import training_process
 
@@ -151,6 +151,7 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
 def main() -> None:
     """Read the options, then train."""
     limit_spinning()  # before torch is imported
+    hide_short_bars()
     from transformers import TrainingArguments
 
     from midimamba.corpus.augmentation import Augmentation

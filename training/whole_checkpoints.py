@@ -6,6 +6,7 @@ that are missing. Here a seal says what a whole checkpoint holds. It is written 
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -176,6 +177,11 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a checkpoint lacks the head: it has the embeddings, to which the head is tied."""
+    return "missing keys in the checkpoint model loaded: ['lm_head.weight']" not in record.getMessage()
+
+
 class _NothingLeftError(Exception):
     """The checkpoint is that of the last step."""
 
@@ -229,11 +235,15 @@ class WholeCheckpointTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             self._refuse_faulty(Path(resume_from_checkpoint))
         started = time.time()
+        logger = logging.getLogger("transformers.trainer")
+        logger.addFilter(_is_news)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except _NothingLeftError:
             output: TrainOutput = self._finalize_training(trial, 0, started)
             return output
+        finally:
+            logger.removeFilter(_is_news)
 
     def _refuse_faulty(self, checkpoint: Path) -> None:
         needed = [checkpoint]

@@ -24,7 +24,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags
 from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
-from midimamba.runtime import limit_spinning
+from midimamba.runtime import hide_short_bars, limit_spinning
 from midimamba.serving.options import ServeOptions
 
 
@@ -144,6 +144,7 @@ def main(words: Sequence[str] | None = None) -> None:
         words (`Sequence[str]`, *optional*): a command and its options; by default those of the process.
     """
     limit_spinning()
+    hide_short_bars()
     line = list(sys.argv[1:] if words is None else words)
     passed: tuple[str, ...] = ()
     command = COMMANDS.get(line[0]) if line else None

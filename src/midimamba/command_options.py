@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from midimamba.errors import InputError
+from midimamba.tokenization.choices import CONTROLS
 from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.sampling_limits import (
     BEST_OF,
@@ -88,6 +89,17 @@ class TrainOptions:
     infill: bool = field(
         default=False,
         metadata={"help": "learn to fill gaps as well, for `midimamba infill`; a corpus must be made with --infill"},
+    )
+    controls: Sequence[str] = field(
+        default=(),
+        metadata={
+            "choices": CONTROLS,
+            "parse": str.lower,
+            "help": "learn to be asked for these; a corpus must be made with --controls",
+        },
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "read at most this many files of music, the first by name"}
     )
     passed: Sequence[str] = ()
 

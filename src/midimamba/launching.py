@@ -29,7 +29,8 @@ def train(options: TrainOptions) -> None:
     if _is_finished(options.out, options.data):
         return
     check_can_be_made(options.out)
-    data = _corpus_of(options.data, options.out, CorpusOptions(infill=options.infill))
+    made = CorpusOptions(infill=options.infill, controls=options.controls, limit=options.limit)
+    data = _corpus_of(options.data, options.out, made)
     arguments = ["--plan", "true", "--data", data, "--output_dir", str(options.out)]
     share = INFILL_SHARE if options.infill else None
     named = (("minutes", options.time), ("max_steps", options.steps), ("size", options.size), ("infill_share", share))
@@ -88,8 +89,13 @@ def _corpus_of(data: str, out: Path, options: CorpusOptions) -> str:
         data (`str`): a corpus, or anything that `midimamba tokenize` takes.
         out (`Path`): of the generator. The corpus is made beside it.
         options (`CorpusOptions`): how it is made.
+
+    Raises:
+        InputError: if `options` choose from music, but `data` is a corpus.
     """
     if _is_corpus(data):
+        if options.controls or options.limit is not None:
+            raise InputError(f"{data} is a corpus already: give --controls and --limit to `midimamba tokenize`")
         return data
     from midimamba.command_options import TokenizeFiles
     from midimamba.commands import tokenize

@@ -16,6 +16,14 @@ def limit_spinning() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def hide_short_bars() -> None:
+    """Let progress bars appear after two seconds. Call it before tqdm is imported; a value the user set stays.
+
+    Libraries draw bars for what is done at once, such as reading the weights of a small model.
+    """
+    os.environ.setdefault("TQDM_DELAY", "2")
+
+
 @contextmanager
 def silenced(name: str) -> Iterator[None]:
     """Let a logger report nothing but errors, and afterwards as before."""

@@ -25,7 +25,10 @@ LOOK: dict[str, Any] = {
     "footer_links": [],
 }
 _NO_MODEL = """### There is no generator yet
-Train one under **Train**, or start the page with one: `midimamba app MODEL`."""
+Train one on your music under **Train**, or start the page with one: `midimamba app MODEL`.
+
+No music at hand? A first generator can learn from 60 of Bach's chorales. That takes a little over a minute, in which
+it learns how chorales sound, and not much more."""
 
 
 class Shelf:
@@ -135,6 +138,8 @@ class Page:
         """The tab for a generator, which is loaded."""
         if not name:
             gr.Markdown(_NO_MODEL)
+            first = gr.Button("Learn from Bach for a minute", variant="primary", elem_id="compose-first-generator")
+            first.click(self._begin_first, None, [self._tabs, *self.train.outputs], show_progress="hidden")
             return
         with told():
             studio = self._shelf.open(name)
@@ -149,6 +154,10 @@ class Page:
         """Go to Compose with what was trained last."""
         names = self._shelf.names()
         return [gr.Tabs(selected="compose"), gr.update(choices=names, value=self.train.trained, visible=True)]
+
+    def _begin_first(self) -> list[Any]:
+        """Train a first generator, and go where this is seen."""
+        return [gr.Tabs(selected="train"), *self.train.begin_first()]
 
     def _leave(self, request: gr.Request) -> None:
         self._shelf.cancel(str(request.session_hash))

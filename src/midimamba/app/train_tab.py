@@ -8,6 +8,7 @@ import gradio as gr
 from midimamba.app.curve import draw_curve
 from midimamba.app.telling import told
 from midimamba.app.training_run import State, TrainingRun, check_name, collect
+from midimamba.corpus.sources import CHORALES
 from midimamba.errors import InputError
 from midimamba.text import for_markdown, shortened
 from midimamba.tokenization.ingest import MUSIC_SUFFIXES
@@ -16,6 +17,11 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".bz2", ".xz")
 _SECONDS = 1.0  # between two looks at the run
 _LONGEST_LINE = 300
 _SHORTEST, _LONGEST = 0.2, 24 * 60.0
+_CONTROLS = ("key", "tempo", "instruments", "density")
+_FIRST = "bach"
+"""The name of the generator for those who have no music at hand."""
+_FIRST_CHORALES, _FIRST_MINUTES = 60, 1.25
+"""Music21 takes minutes to read all chorales, and seconds for these."""
 
 
 class TrainTab:
@@ -46,7 +52,7 @@ class TrainTab:
         self.outputs = [self._status, self._curve, self._start, self._stop, self.play, self.timer]
         self._start.click(
             self._begin,
-            [self._files, self._folder, self._name, self._time, self._infill],
+            [self._files, self._folder, self._name, self._time, self._infill, self._controls],
             self.outputs,
             show_progress="hidden",
         )
@@ -67,6 +73,12 @@ class TrainTab:
             self._name = gr.Textbox("my music", label="Name of the generator", elem_id="train-name")
             self._time = gr.Number(10, label="Minutes", info="for everything, from now on", elem_id="train-minutes")
             self._infill = gr.Checkbox(True, label="Learn to write bars again", info="for infilling under Compose")
+            self._controls = gr.CheckboxGroup(
+                [(name.capitalize(), name) for name in _CONTROLS],
+                label="Learn to be asked for",
+                info="under Compose, for a key such as C-major",
+                elem_id="train-controls",
+            )
 
     @property
     def trained(self) -> str:
@@ -79,19 +91,40 @@ class TrainTab:
             self._run.close()
 
     def _begin(
-        self, files: list[str] | None, folder: list[str] | None, name: str, minutes: float, infill: bool
+        self,
+        files: list[str] | None,
+        folder: list[str] | None,
+        name: str,
+        minutes: float,
+        infill: bool,
+        controls: list[str],
     ) -> list[Any]:
         with told():
-            if self._run is not None and self._run.state().code is None:
-                raise InputError("a generator is being trained: wait for it, or stop it")
+            self._check_free()
             if not _SHORTEST <= minutes <= _LONGEST:
                 raise InputError(f"minutes is {minutes:g}: give a number from {_SHORTEST:g} to {_LONGEST:g}")
             target = check_name(name, self._out)
             dropped = [Path(file) for file in [*(files or ()), *(folder or ())]]
             music = collect([file for file in dropped if _is_music(file)], target)
-            self._minutes = minutes
-            self._run = TrainingRun(music, target, minutes, infill)
+            flags = [*(["--infill"] if infill else []), *(["--controls", *controls] if controls else [])]
+            self._train(music, target, minutes, flags)
         return self.look()
+
+    def begin_first(self) -> list[Any]:
+        """Train on some of Bach's chorales for a minute, for those who have no music at hand; what the tab shows."""
+        with told():
+            self._check_free()
+            target = check_name(_FIRST, self._out)
+            self._train(CHORALES, target, _FIRST_MINUTES, ["--limit", str(_FIRST_CHORALES)])
+        return self.look()
+
+    def _check_free(self) -> None:
+        if self._run is not None and self._run.state().code is None:
+            raise InputError("a generator is being trained: wait for it, or stop it")
+
+    def _train(self, music: Path | str, target: Path, minutes: float, flags: list[str]) -> None:
+        self._minutes = minutes
+        self._run = TrainingRun(music, target, minutes, flags)
 
     def _end(self) -> None:
         if self._run is not None:

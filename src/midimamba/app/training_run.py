@@ -93,13 +93,13 @@ class TrainingRun:
     `midimamba train` in a process of its own.
 
     Args:
-        music (`Path`): what to train on.
+        music (`Path` or `str`): what to train on.
         folder (`Path`): of the generator to make.
         minutes (`float`): for the whole run.
-        infill (`bool`): whether to learn to write bars again.
+        flags (`Sequence[str]`, *optional*): further ones of the command.
     """
 
-    def __init__(self, music: Path, folder: Path, minutes: float, infill: bool):
+    def __init__(self, music: Path | str, folder: Path, minutes: float, flags: Sequence[str] = ()):
         self.folder = folder
         self._lock = Lock()
         self._started = time.monotonic()
@@ -108,7 +108,7 @@ class TrainingRun:
         self._line, self._progress = "reading the music", ""
         self._was_stopped = False
         command = [sys.executable, "-m", "midimamba.cli", "train", str(music), "--out", str(folder)]
-        command += ["--minutes", str(minutes), *(["--infill"] if infill else [])]
+        command += ["--minutes", str(minutes), *flags]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
