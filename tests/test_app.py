@@ -226,7 +226,7 @@ def run_of(script: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Traini
         return real([sys.executable, "-c", *script.split("\0")], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    return TrainingRun(folder, folder / "mine", 1, ["--infill"])
+    return TrainingRun(folder, folder / "mine", ["--infill"])
 
 
 def wait_for(run: TrainingRun, line: str) -> None:
@@ -244,6 +244,19 @@ def test_losses_and_lines_of_a_run_are_read_while_it_trains(monkeypatch: pytest.
     assert [point.loss for point in state.training] == [3.5]
     assert [point.loss for point in state.held_out] == [4.5]
     assert (state.progress, state.code, state.was_stopped) == ("1/2", 0, False)
+
+
+@pytest.mark.parametrize(
+    ("bar", "said"),
+    [
+        ("Reading:  17%|█▋        | 68/407 [00:29<05:43,  1.01s/file]", "Reading 68 of 407"),
+        ("Encoding:   8%|▊         | 33/403 [00:00<00:01, 329.83piece/s]", "Encoding 33 of 403"),
+        ("Listing: 12file [00:04, 4.86s/file]", "Listing 12"),
+        ("splits: 59 by hash", "splits: 59 by hash"),
+    ],
+)
+def test_a_run_says_how_far_it_has_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bar: str, said: str) -> None:
+    wait_for(run_of(f"print({bar!r}, flush=True)", monkeypatch, tmp_path), said)
 
 
 def test_a_run_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

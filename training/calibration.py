@@ -184,8 +184,8 @@ class Calibration:
         seconds = None if minutes is None else seconds_to_train(minutes)
         if seconds == 0:
             raise InputError(
-                f"no time is left to train: reading the music took all of {minutes:g} minutes; what was read is kept, "
-                "so run the same command again"
+                f"no time is left to train: reading the music took all of the {minutes:g} minutes; what was read is "
+                "kept, so start the same again"
             )
         return Limits(
             seconds=seconds,

@@ -27,8 +27,8 @@ LOOK: dict[str, Any] = {
 _NO_MODEL = """### There is no generator yet
 Train one on your music under **Train**, or start the page with one: `midimamba app MODEL`.
 
-No music at hand? A first generator can learn from 60 of Bach's chorales. That takes a little over a minute, in which
-it learns how chorales sound, and not much more."""
+No music at hand? A first generator can learn from 60 of Bach's chorales, which takes about a minute. Then it knows
+a little of how chorales sound, and not much more."""
 
 
 class Shelf:

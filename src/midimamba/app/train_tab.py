@@ -1,5 +1,6 @@
 """The tab "Train": a generator from the user's own music."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ _SHORTEST, _LONGEST = 0.2, 24 * 60.0
 _CONTROLS = ("key", "tempo", "instruments", "density")
 _FIRST = "bach"
 """The name of the generator for those who have no music at hand."""
-_FIRST_CHORALES, _FIRST_MINUTES = 60, 1.25
-"""Music21 takes minutes to read all chorales, and seconds for these."""
+_FIRST_FLAGS, _FIRST_MINUTES = ("--limit", "60", "--steps", "250"), 2.0
+"""Music21 takes minutes to read all chorales, seconds for these. Steps: a slow machine has to learn as much."""
 
 
 class TrainTab:
@@ -106,7 +107,12 @@ class TrainTab:
             target = check_name(name, self._out)
             dropped = [Path(file) for file in [*(files or ()), *(folder or ())]]
             music = collect([file for file in dropped if _is_music(file)], target)
-            flags = [*(["--infill"] if infill else []), *(["--controls", *controls] if controls else [])]
+            flags = [
+                "--minutes",
+                str(minutes),
+                *(["--infill"] if infill else []),
+                *(["--controls", *controls] if controls else []),
+            ]
             self._train(music, target, minutes, flags)
         return self.look()
 
@@ -115,16 +121,16 @@ class TrainTab:
         with told():
             self._check_free()
             target = check_name(_FIRST, self._out)
-            self._train(CHORALES, target, _FIRST_MINUTES, ["--limit", str(_FIRST_CHORALES)])
+            self._train(CHORALES, target, _FIRST_MINUTES, _FIRST_FLAGS)
         return self.look()
 
     def _check_free(self) -> None:
         if self._run is not None and self._run.state().code is None:
             raise InputError("a generator is being trained: wait for it, or stop it")
 
-    def _train(self, music: Path | str, target: Path, minutes: float, flags: list[str]) -> None:
-        self._minutes = minutes
-        self._run = TrainingRun(music, target, minutes, flags)
+    def _train(self, music: Path | str, target: Path, minutes: float, flags: Sequence[str]) -> None:
+        self._minutes = minutes  # the width of the picture, which grows if they take longer
+        self._run = TrainingRun(music, target, flags)
 
     def _end(self) -> None:
         if self._run is not None:

@@ -20,7 +20,8 @@ _NAME = re.compile(r"\w[\w -]{0,39}")
 _LINE_ENDS = re.compile(r"[\r\n]+")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _LOG = re.compile(r"\{'(?:eval_)?loss'.*\}")
-_PROGRESS = re.compile(r"(\d+)/(\d+) \[")
+# That of the training steps has no name in front.
+_BAR = re.compile(r"(?:(\w[\w -]*): +)?(?:\d+%\|.*\| *)?(\d+)(?:/(\d+))?[a-z]* \[.*\]")
 _END_SECONDS = 30.0
 _INTERRUPTED = 130
 
@@ -95,11 +96,10 @@ class TrainingRun:
     Args:
         music (`Path` or `str`): what to train on.
         folder (`Path`): of the generator to make.
-        minutes (`float`): for the whole run.
-        flags (`Sequence[str]`, *optional*): further ones of the command.
+        flags (`Sequence[str]`): the other flags of the command.
     """
 
-    def __init__(self, music: Path | str, folder: Path, minutes: float, flags: Sequence[str] = ()):
+    def __init__(self, music: Path | str, folder: Path, flags: Sequence[str]):
         self.folder = folder
         self._lock = Lock()
         self._started = time.monotonic()
@@ -107,8 +107,7 @@ class TrainingRun:
         self._held_out: list[Point] = []
         self._line, self._progress = "reading the music", ""
         self._was_stopped = False
-        command = [sys.executable, "-m", "midimamba.cli", "train", str(music), "--out", str(folder)]
-        command += ["--minutes", str(minutes), *flags]
+        command = [sys.executable, "-m", "midimamba.cli", "train", str(music), "--out", str(folder), *flags]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -162,9 +161,12 @@ class TrainingRun:
         with self._lock:
             if found := _LOG.search(line):
                 self._take_losses(found[0], minutes)
-            elif found := _PROGRESS.search(line):
-                if "it/s" in line or "s/it" in line:
-                    self._progress = f"{found[1]}/{found[2]}"
+            elif found := _BAR.fullmatch(line):
+                name, done, total = found.groups()
+                if name:
+                    self._line = f"{name} {done} of {total}" if total else f"{name} {done}"
+                elif "it/s" in line or "s/it" in line:
+                    self._progress = f"{done}/{total}"
             elif line and not line.startswith("{'"):
                 self._line = line
 
