@@ -89,6 +89,13 @@ DISCRIMINATORS = ("discriminator", MUSICAL_DISCRIMINATOR)
 """The kinds of discriminators: of tokens, and of musical features. Each goes to the repository `<repo>-<kind>`."""
 
 
+class Licences(NamedTuple):
+    """What the uploader states, by the Hub's names: the licence of the weights, and that of the training music."""
+
+    weights: str | None
+    music: str | None
+
+
 class Published(NamedTuple):
     """
     What was published.
@@ -110,6 +117,7 @@ def publish(
     discriminators: Sequence[Path] = (),
     report: Path | None = None,
     license: str | None = None,
+    data_license: str | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> Published:
@@ -132,7 +140,9 @@ def publish(
         report (`Path`, *optional*): `report.json` of the run, or the report of `midimamba evaluate`. It becomes the
             evaluation section of the cards and `evaluation.json`; its pictures, and the samples of a run, are uploaded
             as well.
-        license (`str`, *optional*): the identifier of the Hub, such as `"cc-by-4.0"`; left out of the card by default.
+        license (`str`, *optional*): of the weights or the corpus, by the identifier of the Hub, such as `"cc-by-4.0"`;
+            left out of the card by default.
+        data_license (`str`, *optional*): of the music that the networks were trained on, likewise.
         private (`bool`, *optional*, defaults to `False`): whether repositories that are created are private. One that
             exists and is public is then refused.
         token (`str`, *optional*): the token for the Hub; that of `hf auth login` by default.
@@ -147,14 +157,19 @@ def publish(
     is_corpus = (folder / "corpus.json").is_file()
     if is_corpus and (discriminators or report is not None):
         raise InputError(f"{folder} is a corpus; leave out --discriminator and --report, which belong to a generator")
-    check_license(license)
+    if is_corpus and data_license is not None:
+        raise InputError(f"{folder} is a corpus: state its licence with --license, and leave out --data-license")
+    for each in (license, data_license):
+        check_license(each)
     check_name(repo_id)
     hub = Hub(token)
     with scratch_beside(folder) as scratch:
         if is_corpus:
             uploads, others = _prepare_corpus(hub, scratch, folder, repo_id, license)
         else:
-            uploads, others = _prepare_models(hub, scratch, folder, repo_id, discriminators, report, license)
+            uploads, others = _prepare_models(
+                hub, scratch, folder, repo_id, discriminators, report, Licences(license, data_license)
+            )
         return Published(hub.send(uploads, private), others)
 
 
@@ -178,7 +193,7 @@ def _prepare_models(
     repo_id: str,
     discriminators: Sequence[Path],
     report: Path | None,
-    license: str | None,
+    licences: Licences,
 ) -> tuple[list[Upload], list[str]]:
     """The same of a generator and its discriminators."""
     _check_checkpoints(folder, discriminators)
@@ -199,7 +214,7 @@ def _prepare_models(
         check_name(uploads[-1].repo_id)
         others += [f"{source.name}/{name}" for name in left_out(source, PUBLISHED)]
     uploads = hub.prepare(uploads)
-    _add_cards(uploads, sources, evaluation, license)
+    _add_cards(uploads, sources, evaluation, licences)
     return uploads, others
 
 
@@ -260,7 +275,7 @@ def _kind_of(folder: Path) -> str:
 
 
 def _add_cards(
-    uploads: Sequence[Upload], sources: Mapping[str, Path], evaluation: Evaluation | None, license: str | None
+    uploads: Sequence[Upload], sources: Mapping[str, Path], evaluation: Evaluation | None, licences: Licences
 ) -> None:
     """Write a card where the owner has written none. `sources` has the owner's folder of each kind."""
     judges = [upload.repo_id for upload in uploads if upload.kind in DISCRIMINATORS]
@@ -270,9 +285,9 @@ def _add_cards(
             continue
         with _checking(sources[upload.kind], upload.folder):
             if upload.kind in DISCRIMINATORS:
-                made = _discriminator_card(upload.folder, upload.repo_id, evaluation, license)
+                made = _discriminator_card(upload.folder, upload.repo_id, evaluation, licences)
             else:
-                made = _generator_card(upload.folder, upload.repo_id, evaluation, license, judges)
+                made = _generator_card(upload.folder, upload.repo_id, evaluation, licences, judges)
             made.save(card)
 
 
@@ -336,7 +351,7 @@ def _generator_card(
     folder: Path,
     repo_id: str,
     evaluation: Evaluation | None,
-    license: str | None,
+    licences: Licences,
     discriminators: Sequence[str] = (),
 ) -> ModelCard:
     origin = read_provenance(folder)
@@ -346,7 +361,7 @@ def _generator_card(
         pipeline_tag="text-generation",
         language=_LANGUAGE,
         tags=TAGS,
-        license=license,
+        license=licences.weights,
         datasets=origin.dataset,
         base_model=origin.base_model,
         model_name=repo_id.split("/")[-1],
@@ -356,6 +371,7 @@ def _generator_card(
         "repo_id": repo_id,
         "evaluation": evaluation,
         "discriminators": discriminators,
+        "data_license": licences.music,
         "origin": origin,
         "samples": gallery(folder, repo_id),
         "task": TASK if (folder / PIPELINE_CODE[0]).exists() else None,
@@ -392,9 +408,13 @@ def _architecture(folder: Path) -> dict[str, Any]:
     return {"kind": kind.capitalize(), "loads_as": f"a stock `{name}`, no remote code", "trust": ""}
 
 
-def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, license: str | None) -> ModelCard:
+def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | None, licences: Licences) -> ModelCard:
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-classification", language=_LANGUAGE, tags=TAGS, license=license
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        language=_LANGUAGE,
+        tags=TAGS,
+        license=licences.weights,
     )
     kind = _kind_of(folder)
     return _render(
@@ -405,6 +425,7 @@ def _discriminator_card(folder: Path, repo_id: str, evaluation: Evaluation | Non
         generator_id=repo_id.removesuffix(f"-{kind}"),
         measures=evaluation and evaluation.of_discriminators.get(kind),
         musical=kind != DISCRIMINATORS[0],
+        data_license=licences.music,
         bars=read_json(folder / "config.json").get("bars"),
     )
 

@@ -384,12 +384,16 @@ def publish(options: PublishOptions) -> None:
         discriminators=options.discriminator,
         report=options.report,
         license=options.license,
+        data_license=options.data_license,
         private=options.private,
     )
     for name, url in done.urls.items():
         show(f"{name}: {url}")
-    if options.license is None and not (options.folder / "README.md").exists():
-        show("the card states no licence: name one with --license, such as cc-by-4.0", file=sys.stderr)
+    if not (options.folder / "README.md").exists():
+        if options.license is None:
+            show("the card states no licence: name one with --license, such as cc-by-4.0", file=sys.stderr)
+        if options.data_license is None and "corpus" not in done.urls:
+            show("the card states no licence of the training music: name it with --data-license", file=sys.stderr)
     if done.left_out:
         show(f"not uploaded, because only files with known names are: {', '.join(done.left_out)}", file=sys.stderr)
 

@@ -142,7 +142,15 @@ class PublishOptions:
         },
     )
     license: str | None = field(
-        default=None, metadata={"group": "card", "help": "the Hub's name of a licence, such as cc-by-4.0"}
+        default=None,
+        metadata={
+            "group": "card",
+            "help": "the Hub's name of the licence of the weights, or of a corpus, such as cc-by-4.0",
+        },
+    )
+    data_license: str | None = field(
+        default=None,
+        metadata={"group": "card", "help": "the same of the music that the model was trained on, such as cc0-1.0"},
     )
     private: bool = field(default=False, metadata={"help": "make new repositories private"})
     space: str | None = field(
@@ -166,7 +174,7 @@ class PublishOptions:
                 raise InputError("--repo is missing: name the repository as owner/name")
             if self.out is not None:
                 raise InputError("--out is for --space: leave it out")
-        elif self.folder is not None or self.discriminator or self.report or self.license:
-            raise InputError("a Space has only a model: leave out the folder, --discriminator, --report and --license")
+        elif self.folder is not None or self.discriminator or self.report or self.license or self.data_license:
+            raise InputError("a Space has only a model: leave out the folder and all about its card")
         elif (self.repo is None) == (self.out is None):
             raise InputError("--space needs either --to OWNER/NAME or --out FOLDER: give one of them")

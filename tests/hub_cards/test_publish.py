@@ -409,6 +409,11 @@ def test_music_of_this_machine_is_named_and_not_linked(
     assert "datasets" not in front
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "held-out"
     assert "The licence of the training music is not recorded" in card
+    publish(trained, "you/bach", license="cc-by-4.0", data_license="cc0-1.0")
+    card = online.repositories["you/bach"]["README.md"].decode()
+    assert "this licence for the weights: cc-by-4.0" in card
+    assert "this licence for the training music: cc0-1.0" in card
+    assert "The licence of the training music is not recorded" not in card
     assert ".eval_results/midimamba.yaml" not in files
     assert not any(str(tmp_path).encode() in content for content in files.values())
 

@@ -313,6 +313,8 @@ def test_options_of_generators_are_refused(corpus: Path, tmp_path: Path) -> None
         publish(corpus, "you/data", discriminators=[tmp_path])
     with pytest.raises(InputError, match="--report"):
         publish(corpus, "you/data", report=tmp_path)
+    with pytest.raises(InputError, match="--data-license"):
+        publish(corpus, "you/data", data_license="cc0-1.0")
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "train", "quarantine.jsonl", "dataset_dict.json"])

@@ -129,6 +129,7 @@ def test_a_report_of_another_kind_creates_nothing(content: bytes, online: FakeHu
 @pytest.mark.parametrize("license", ["", "CC BY 4.0", "mit\n---\n<script>", "x" * 300])
 def test_an_impossible_licence_creates_nothing(license: str, online: FakeHub, run: Path) -> None:
     assert "licence" in refused(online, run, license=license)
+    assert "licence" in refused(online, run, data_license=license)
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a--b", "../x", "x" * 97, "x" * 90, "a b", "<b>", "x.git", "\u202e"])
@@ -221,7 +222,8 @@ def test_only_known_files_go_up_and_the_rest_is_listed(
         (run / "model" / name).write_text("x")
     (run / "model" / "link").symlink_to(secret)
     (run / "model" / "checkpoint-5").mkdir()
-    assert command(monkeypatch, "publish", run / "model", "--repo", "you/bach", "--license", "mit") == 0
+    licences = ("--license", "mit", "--data-license", "cc0-1.0")
+    assert command(monkeypatch, "publish", run / "model", "--repo", "you/bach", *licences) == 0
     shown = capsys.readouterr()
     assert shown.out == f"generator: {online.url}/you/bach\n"
     names = r".env, checkpoint-5/, link, no\x1btes.md, training_args.bin, weights.pkl"
