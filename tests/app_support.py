@@ -1,7 +1,8 @@
 """The page of `midimamba app` in a real browser, for tests.
 
 It is also a program, which photographs what a trained generator composes: `python tests/app_support.py MODEL FOLDER`
-writes the picture `app-compose.png` of the docs. Those of untrained ones look random.
+writes the picture `app-compose.png` of the docs, and `app-infill.png` if the generator can fill gaps. Pictures of
+untrained ones look random.
 """
 
 import os
@@ -83,16 +84,17 @@ class Visit:
 
     Args:
         address (`str`): of the page.
+        first (`str`): what is there when the page is.
     """
 
-    def __init__(self, address: str, browser: Any):
+    def __init__(self, address: str, browser: Any, first: str = "#compose-start"):
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
         self.page.set_default_timeout(_PATIENCE)
         self.address = address
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(address)
-        self.page.wait_for_selector("#compose-start")
+        self.page.wait_for_selector(first)
 
     def hosts(self) -> set[str]:
         """The hosts that the browser asked."""
@@ -128,20 +130,20 @@ class Visit:
 
 
 @contextmanager
-def visit(address: str) -> Iterator[Visit]:
+def visit(address: str, first: str = "#compose-start") -> Iterator[Visit]:
     """A browser with the page at an address."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         try:
-            yield Visit(address, browser)
+            yield Visit(address, browser, first)
         finally:
             browser.close()
 
 
 def photograph_trained(model: Path, folder: Path) -> None:
-    """Compose 16 bars with a trained generator, and write a picture of them."""
+    """Compose 16 bars with a trained generator, fill some again, and write pictures of them."""
     os.environ["MIDIMAMBA_SCREENSHOTS"] = str(folder)
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "bach").symlink_to(model.resolve())
@@ -151,6 +153,29 @@ def photograph_trained(model: Path, folder: Path) -> None:
             visited.page.click("#compose-start")
             visited.page.wait_for_selector("#compose-abc")
             visited.photograph("compose")
+            _photograph_filling(visited, Path(scratch) / "song.mid")
+
+
+def _photograph_filling(visited: Visit, song: Path) -> None:
+    """Write bars 5 to 8 of what was composed again, if the generator can, and write a picture of them."""
+    page = visited.page
+    with page.expect_download() as download:
+        page.click("#compose-midi")
+    download.value.save_as(song)
+    visited.drop("#compose-file", song)
+    page.wait_for_selector("#compose-roll .roll-note")
+    if not page.locator("#compose-mode").is_visible():
+        return
+    page.click("#compose-mode >> text=Write some bars again")
+    page.wait_for_selector("#compose-roll .roll-chosen")
+    page.click("#compose-roll [data-bar='5']")
+    page.wait_for_function("() => document.querySelector('#compose-last input').value === '5'")
+    page.fill("#compose-first input", "5")
+    page.fill("#compose-last input", "8")
+    page.locator("#compose-last input").blur()
+    page.click("#compose-start")
+    page.wait_for_selector("#compose-midi")
+    visited.photograph("infill")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`midimamba app` in a real browser: the command is started, and its page is used as a musician uses it."""
 
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,7 +153,7 @@ def test_a_generator_is_trained_and_played_with(visited: Visit, tmp_path: Path) 
             archive.writestr(f"{seed}.mid", make_score(seed).dumps_midi())
     visited.drop("#train-files", tmp_path / "music.zip")
     page.wait_for_selector("#train-files a[download='music.zip']")
-    page.fill("#train-minutes input", "0.8" if os.environ.get("MIDIMAMBA_SCREENSHOTS") else "0.3")
+    page.fill("#train-minutes input", "1")
     page.click("#train-start")
     page.wait_for_selector("#train-play")
     assert page.locator("#train-curve circle").count() > 1
@@ -163,3 +162,13 @@ def test_a_generator_is_trained_and_played_with(visited: Visit, tmp_path: Path) 
     page.wait_for_selector("#compose-start:visible")
     assert page.input_value("#compose-model input").endswith("my music")
     page.wait_for_function("() => !document.querySelector('#compose-controls')")  # it was trained without controls
+
+
+def test_who_has_no_music_trains_a_first_generator_on_chorales(tmp_path: Path) -> None:
+    pytest.importorskip("music21", reason="music21 is not installed: pip install -e '.[demo]'")
+    chromium()
+    with started(tmp_path) as address, visit(address, "#compose-first-generator") as visited:
+        visited.page.click("#compose-first-generator")
+        visited.page.wait_for_selector("#train-status >> text=/of 60/")
+        visited.page.click("#train-stop")
+        visited.page.wait_for_selector("#train-status >> text=Stopped.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from midimamba import launching
+from midimamba import MidiProcessor, launching
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.errors import InputError
@@ -203,11 +203,37 @@ def test_a_command_without_music_or_with_an_impossible_time_is_refused(
         (("train", "--out", tmp_path / "m"), "DATA is missing: name it first, or with --data"),
         (("train", corpus, "--out", tmp_path / "m", "--minutes", 0), "--minutes is 0.0, but must be greater than 0"),
         (("train", tmp_path / "none", "--out", tmp_path / "m"), "is not a folder"),
+        (("train", corpus, "--out", tmp_path / "m", "--limit", 5), "is a corpus already"),
+        (("train", corpus, "--out", tmp_path / "m", "--controls", "key"), "is a corpus already"),
         (("tune", "--data", corpus, "--out", tmp_path / "m"), "MODEL is missing"),
     ):
         assert command(monkeypatch, *line) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert not any(tmp_path.iterdir())
+
+
+def test_music_is_tokenized_as_the_flags_say(
+    launched: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "midi").mkdir()
+    for seed in range(5):
+        make_score(seed, bars=2).dump_midi(tmp_path / "midi" / f"{seed}.mid")
+    line = ("train", tmp_path / "midi", "--out", tmp_path / "m", "--limit", 3, "--controls", "key", "tempo")
+    assert command(monkeypatch, *line) == 0
+    report = json.loads((tmp_path / "m-data" / "corpus.json").read_text())
+    assert sum(split["pieces"] for split in report["splits"].values()) == 3
+    assert {"key", "tempo"} == set(MidiProcessor.from_pretrained(tmp_path / "m-data" / "tokenizer").controls)
+    assert len(launched) == 1
+
+
+def test_a_run_without_time_to_train_makes_no_model(
+    corpus: Path, tmp_path: Path, script: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIDIMAMBA_STARTED", str(time.time() - 90))
+    line = ["--plan", "true", "--data", corpus, "--output_dir", tmp_path / "model", *SMALL]
+    code, said = script("pretrain", *line, "--minutes", 1)
+    assert (code, said.splitlines()[-1][:35]) == (2, "error: no time is left to train: re")
+    assert not (tmp_path / "model" / "config.json").exists()
 
 
 def test_another_run_in_the_folder_is_not_taken_for_this_one(corpus: Path, tmp_path: Path) -> None:
