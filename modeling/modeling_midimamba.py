@@ -27,7 +27,8 @@ from .frame import Frame
 from .layer_states import CacheMismatchError, LayerState
 from .look_back import LookBack
 from .mamba_mixer import MidiMambaMixer
-from .recurrent_cache import CACHE, RecurrentCache
+from .policy import CACHE
+from .recurrent_cache import RecurrentCache
 from .stock_names import read_stock_names, write_stock_names
 from .whole_weights import WholeWeights
 

@@ -5,14 +5,17 @@ language model of transformers becomes one through [`as_policy`]; anything else 
 the LSTM of the tests shows.
 """
 
+from dataclasses import fields
 from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .recurrent_cache import CACHE
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+"""What transformers calls a state that is given to a model or returned by it: `cache` since 5.24."""
 
 
 class PolicyState(Protocol):

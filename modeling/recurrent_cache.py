@@ -1,20 +1,15 @@
 """The state of a generator between two tokens: exact to fork, and for Mamba constant in size."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_midimamba import MidiMambaConfig
 from .layer_states import STATES, CacheMismatchError, DocumentState, LayerState, LookBackState, Scratch
-
-CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
-"""What transformers calls a state that is given to a model or returned by it: `cache` since 5.24."""
 
 
 class _Model(Protocol):

@@ -13,7 +13,7 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor, RecurrentCache
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
 from midimamba.generation import tell_watcher
-from midimamba.modeling.recurrent_cache import CACHE
+from midimamba.modeling.policy import CACHE
 from midimamba.note_decoding import Note, NoteDecoder
 from midimamba.tokenization.composing import Composed, FiniteLogits, grammar_for
 from midimamba.tokenization.grammar import MidiGrammar

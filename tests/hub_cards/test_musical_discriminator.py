@@ -66,7 +66,7 @@ def test_the_snippet_of_its_card_runs_unchanged(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     name = "you/bach-musical-discriminator"
-    publish._discriminator_card(folder, name, None, None).save(tmp_path / "README.md")
+    publish._discriminator_card(folder, name, None, publish.Licences(None, None)).save(tmp_path / "README.md")
     card = (tmp_path / "README.md").read_text()
     assert "From musical features of a piece" in card
     assert "fitted on pieces of one length, 6 bars" in card
@@ -119,7 +119,9 @@ def test_each_kind_goes_to_a_repository_of_its_own(
 
 
 def test_the_card_of_a_generator_without_discriminators_names_none(run: Path) -> None:
-    assert "--discriminator" not in str(publish._generator_card(run / "tuned", "you/bach", None, None))
+    assert "--discriminator" not in str(
+        publish._generator_card(run / "tuned", "you/bach", None, publish.Licences(None, None))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from symusic import Note, Score, Track
 from midimamba import MidiProcessor
 from midimamba.errors import InputError
 from midimamba.hub_cards.evaluation import read_evaluation
-from midimamba.hub_cards.publish import _generator_card, publish
+from midimamba.hub_cards.publish import Licences, _generator_card, publish
 from midimamba.tokenization.tokenizer import build_tokenizer
 from support import make_discriminator, make_generator
 
@@ -254,7 +254,7 @@ def test_cards_carry_metadata_and_measures(hub: FakeHub) -> None:
 )
 def test_a_card_says_how_its_layout_loads(layout: str, kind: str, loads_as: str, trust: bool, tmp_path: Path) -> None:
     make_generator(layout=layout).save_pretrained(tmp_path)
-    card = str(_generator_card(tmp_path, "you/bach", None, None))
+    card = str(_generator_card(tmp_path, "you/bach", None, Licences(None, None)))
     assert kind in card
     assert f"With transformers alone ({loads_as};" in card
     assert ("trust_remote_code=True" in card) == trust
@@ -322,7 +322,7 @@ def test_the_report_of_evaluate_becomes_the_card(run: Path, tmp_path: Path) -> N
     for name in ("tuned-features.png", "tuned-sample-0.png", "tuned-real-0.png", "other-features.png"):
         (tmp_path / name).write_bytes(name.encode())
     evaluation = read_evaluation(tmp_path / "tuned.json")
-    card = str(_generator_card(run / "generator", "you/bach", evaluation, None))
+    card = str(_generator_card(run / "generator", "you/bach", evaluation, Licences(None, None)))
     assert "| 0.731 | 0.4 … 0.6 | – |" in card  # noqa: RUF001
     assert "| 0.512 | 0.4 … 0.6 | 0.987 |" in card
     assert "8 samples are compared with 30 pieces" in card
@@ -438,7 +438,7 @@ def test_what_a_record_says_stays_text(trained: Path) -> None:
     (trained / "training_run.json").write_text(json.dumps(record))
     (trained / "training_args.json").write_text(json.dumps({"data": hostile, "model": hostile}))
     (trained / "samples" / "<script>.mp3").write_bytes(b"music")
-    card = str(_generator_card(trained, "you/bach", None, None))
+    card = str(_generator_card(trained, "you/bach", None, Licences(None, None)))
     shown = MarkdownIt("commonmark", {"html": True}).render(card.split("---\n", 2)[2])
     assert "<script" not in shown
     assert "\u202e" not in card

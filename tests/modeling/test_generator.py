@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, GPT2
 
 import midimamba
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
-from midimamba.modeling.recurrent_cache import CACHE
+from midimamba.modeling.policy import CACHE
 from midimamba.modeling.stock_names import plain_name
 from support import gradients_of, make_generator
 
