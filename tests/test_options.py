@@ -123,3 +123,11 @@ def test_what_several_commands_say_of_an_option_is_written_once() -> None:
                 )
     assert len(written) > 50
     assert {text for text, count in written.items() if count > 1} <= {"'number of pieces'", "'folder to make'"}
+
+
+def test_a_command_line_without_a_command_shows_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)

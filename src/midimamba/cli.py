@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from midimamba import __version__
 from midimamba.app.options import AppOptions
 from midimamba.command_options import (
     ConvertOptions,
@@ -120,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Mamba language models for MIDI.",
         epilog="On several GPUs: accelerate launch -m midimamba.training.pretrain --help, or training.adversarial",
     )
+    parser.add_argument("--version", action="version", version=f"midimamba {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, (classes, description, example, script) in COMMANDS.items():
         epilog = f"example: {example}"
@@ -145,9 +147,9 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     limit_spinning()
     hide_short_bars()
-    line = list(sys.argv[1:] if words is None else words)
+    line = list(sys.argv[1:] if words is None else words) or ["--help"]
     passed: tuple[str, ...] = ()
-    command = COMMANDS.get(line[0]) if line else None
+    command = COMMANDS.get(line[0])
     if command is not None and command.passes_on:
         line, passed = split_flags(line, *command.options)
     args = build_parser().parse_args(line)
