@@ -22,6 +22,9 @@ from serving_support import make_pair
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
 
+from midimamba import MidiProcessor
+from midimamba.tokenization.tokenizations import GAP
+
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _PATIENCE = 60_000  # milliseconds
 
@@ -84,6 +87,7 @@ class Visit:
 
     Args:
         address (`str`): of the page.
+        browser (`Browser`): of Playwright.
         first (`str`): what is there when the page is.
     """
 
@@ -130,14 +134,14 @@ class Visit:
 
 
 @contextmanager
-def visit(address: str, first: str = "#compose-start") -> Iterator[Visit]:
+def visit(address: str) -> Iterator[Visit]:
     """A browser with the page at an address."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         try:
-            yield Visit(address, browser, first)
+            yield Visit(address, browser)
         finally:
             browser.close()
 
@@ -153,19 +157,18 @@ def photograph_trained(model: Path, folder: Path) -> None:
             visited.page.click("#compose-start")
             visited.page.wait_for_selector("#compose-abc")
             visited.photograph("compose")
-            _photograph_filling(visited, Path(scratch) / "song.mid")
+            if GAP in MidiProcessor.from_pretrained(model).midi_tokenizer.special_tokens:
+                _photograph_filling(visited, Path(scratch) / "song.mid")
 
 
 def _photograph_filling(visited: Visit, song: Path) -> None:
-    """Write bars 5 to 8 of what was composed again, if the generator can, and write a picture of them."""
+    """Write bars 5 to 8 of what was composed again, and write a picture of them."""
     page = visited.page
     with page.expect_download() as download:
         page.click("#compose-midi")
     download.value.save_as(song)
     visited.drop("#compose-file", song)
     page.wait_for_selector("#compose-roll .roll-note")
-    if not page.locator("#compose-mode").is_visible():
-        return
     page.click("#compose-mode >> text=Write some bars again")
     page.wait_for_selector("#compose-roll .roll-chosen")
     page.click("#compose-roll [data-bar='5']")

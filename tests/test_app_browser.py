@@ -155,7 +155,7 @@ def test_a_generator_is_trained_and_played_with(visited: Visit, tmp_path: Path) 
     page.wait_for_selector("#train-files a[download='music.zip']")
     page.fill("#train-minutes input", "1")
     page.click("#train-start")
-    page.wait_for_selector("#train-play")
+    page.wait_for_selector("#train-play", timeout=180_000)
     assert page.locator("#train-curve circle").count() > 1
     visited.photograph("train")
     page.click("#train-play")
@@ -164,11 +164,12 @@ def test_a_generator_is_trained_and_played_with(visited: Visit, tmp_path: Path) 
     page.wait_for_function("() => !document.querySelector('#compose-controls')")  # it was trained without controls
 
 
-def test_who_has_no_music_trains_a_first_generator_on_chorales(tmp_path: Path) -> None:
+def test_who_has_no_music_trains_a_first_generator_on_chorales(visited: Visit, tmp_path: Path) -> None:
     pytest.importorskip("music21", reason="music21 is not installed: pip install -e '.[demo]'")
-    chromium()
-    with started(tmp_path) as address, visit(address, "#compose-first-generator") as visited:
-        visited.page.click("#compose-first-generator")
-        visited.page.wait_for_selector("#train-status >> text=/of 60/")
-        visited.page.click("#train-stop")
-        visited.page.wait_for_selector("#train-status >> text=Stopped.")
+    with started(tmp_path) as address:
+        page = Visit(address, visited.page.context.browser, "#compose-first-generator").page
+        page.click("#compose-first-generator")
+        page.wait_for_selector("#train-status >> text=/of 60/")
+        page.click("#train-stop")
+        page.wait_for_selector("#train-status >> text=Stopped.")
+        page.close()
