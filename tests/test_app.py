@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[app]'")
 
+import gradio as gr
 from app_support import save_model
 
 from midimamba.app import growing
@@ -29,11 +30,14 @@ from midimamba.app.growing import Picture, Wish
 from midimamba.app.options import AppOptions
 from midimamba.app.roll import Marks, bars_shown, draw_roll
 from midimamba.app.studio import Studio
+from midimamba.app.train_tab import TrainTab
 from midimamba.app.training_run import Point, TrainingRun, check_name, collect
 from midimamba.app.workshop import Workshop
-from midimamba.command_options import SamplingOptions
+from midimamba.cli import COMMANDS, build_parser
+from midimamba.command_options import SamplingOptions, TrainOptions
 from midimamba.errors import InputError
 from midimamba.generation import generate_scores, infill_scores
+from midimamba.options import read_options, split_flags
 from midimamba.tokenization.constraints import Constraints
 from support import command, make_score
 
@@ -210,6 +214,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have told its children to ignore
 print("reading", flush=True)
 sys.stdout.write("\r 50%|x| 1/2 [00:01<00:01, 1.0it/s]\r")
+sys.stdout.write("\r100%|x| 1/1 [00:01<00:00, 1.0it/s]\r")
 print("\x1b[A{'loss': '3.5', 'grad_norm': '1', 'epoch': '1'}")
 print("{'eval_loss': '4.5', 'eval_runtime': '1'}", flush=True)
 print("saving", flush=True)
@@ -257,6 +262,24 @@ def test_losses_and_lines_of_a_run_are_read_while_it_trains(monkeypatch: pytest.
 )
 def test_a_run_says_how_far_it_has_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bar: str, said: str) -> None:
     wait_for(run_of(f"print({bar!r}, flush=True)", monkeypatch, tmp_path), said)
+
+
+def test_a_first_generator_learns_from_some_chorales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def start(command: list[str], **options: Any) -> Any:
+        asked.append(command[3:])
+        return real(["true"], **options)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with gr.Blocks():
+        tab = TrainTab(tmp_path / "out")
+    tab.begin_first()
+    own, passed = split_flags(asked[0], *COMMANDS["train"].options)
+    options = read_options(TrainOptions, build_parser().parse_args(own), passed=passed)
+    assert (options.data, options.out, options.limit) == ("chorales", tmp_path / "out" / "bach", 60)
+    assert (options.steps, options.time) == (200, None)
 
 
 def test_a_run_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

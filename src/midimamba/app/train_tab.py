@@ -21,8 +21,9 @@ _SHORTEST, _LONGEST = 0.2, 24 * 60.0
 _CONTROLS = ("key", "tempo", "instruments", "density")
 _FIRST = "bach"
 """The name of the generator for those who have no music at hand."""
-_FIRST_FLAGS, _FIRST_MINUTES = ("--limit", "60", "--steps", "200"), 2.0
+_FIRST_FLAGS = ("--limit", "60", "--steps", "200", "--eval_steps", "50", "--save_steps", "50")
 """Music21 takes minutes to read all chorales, seconds for these. Steps: a slow machine has to learn as much."""
+_FIRST_MINUTES = 2.0
 
 
 class TrainTab:

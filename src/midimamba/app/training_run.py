@@ -105,7 +105,7 @@ class TrainingRun:
         self._started = time.monotonic()
         self._training: list[Point] = []
         self._held_out: list[Point] = []
-        self._line, self._progress = "reading the music", ""
+        self._line, self._progress, self._steps = "reading the music", "", 0
         self._was_stopped = False
         command = [sys.executable, "-m", "midimamba.cli", "train", str(music), "--out", str(folder), *flags]
         self._process = subprocess.Popen(
@@ -165,8 +165,8 @@ class TrainingRun:
                 name, done, total = found.groups()
                 if name:
                     self._line = f"{name} {done} of {total}" if total else f"{name} {done}"
-                elif "it/s" in line or "s/it" in line:
-                    self._progress = f"{done}/{total}"
+                elif ("it/s" in line or "s/it" in line) and int(total) >= self._steps:  # not that of an evaluation
+                    self._steps, self._progress = int(total), f"{done}/{total}"
             elif line and not line.startswith("{'"):
                 self._line = line
 
