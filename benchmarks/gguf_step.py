@@ -2,13 +2,15 @@
 
 llama.cpp runs by llama-cpp-python, which no extra brings: `pip install llama-cpp-python` compiles it. Both draw from
 the whole distribution at temperature 1, llama.cpp with its own sampler and all sequences in one batch. Before anything
-is timed, both must give the same logits for the same tokens. Every run is a process of its own; the two sides take
-turns, and medians count. The last line is JSON; `ratio` is the time of llama.cpp over ours, with one sequence on one
-thread.
+is timed, both must give the same logits for the same tokens. Every run is a process of its own, and the two sides take
+turns. The figures are medians over the runs of the medians over their steps, because other programs on the machine
+disturb a median least. The last line is JSON; `ratio` is the time of llama.cpp over ours, with one sequence on one
+thread, and `ratio_of_processor_time` the same for the time that the processor was at it.
 """
 
 import ctypes
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 import midimamba
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.sampling import draw, inference
 
 SIDES = ("ours", "llama.cpp")
 _CHECKED = 500  # tokens of the check
@@ -58,9 +60,6 @@ class LlamaCpp:
         for row in range(batch):
             self.batch.n_seq_id[row], self.batch.seq_id[row][0], self.batch.logits[row] = 1, row, 1
 
-    def start(self) -> None:
-        self.cpp.llama_memory_clear(self.cpp.llama_get_memory(self.context), True)
-
     def read(self, tokens: list[int], position: int) -> None:
         """One token of every sequence."""
         for row, token in enumerate(tokens):
@@ -71,12 +70,22 @@ class LlamaCpp:
     def logits(self, row: int, vocab: int) -> np.ndarray:
         return np.ctypeslib.as_array(self.cpp.llama_get_logits_ith(self.context, row), (vocab,)).copy()
 
-    def sample(self, length: int) -> None:
-        self.start()
+    def sample(self) -> Generator[None]:
+        """One token more of every sequence at each turn."""
         tokens = [_FIRST] * self.batch.n_tokens
-        for position in range(length):
+        for position in itertools.count():
             self.read(tokens, position)
             tokens = [self.cpp.llama_sampler_sample(self.sampler, self.context, row) for row in range(len(tokens))]
+            yield
+
+
+def sample(model: MidiMambaForCausalLM, batch: int) -> Generator[None]:
+    """The same as `midimamba.modeling.sampling.sample` does it."""
+    tokens, state = torch.full((batch, 1), _FIRST), model.make_state(batch)
+    with inference(model):
+        while True:
+            tokens = draw(model.next_logits(tokens, state))[:, None]
+            yield
 
 
 def check_same_logits(folder: Path, batch: int) -> float:
@@ -97,24 +106,25 @@ def check_same_logits(folder: Path, batch: int) -> float:
     return worst
 
 
-def measure_here(side: str, folder: Path, batch: int, threads: int, length: int) -> float:
-    """Milliseconds for one token of every sequence."""
+def measure_here(side: str, folder: Path, batch: int, threads: int, length: int) -> tuple[float, float]:
+    """Milliseconds for one token of every sequence, and of processor time."""
     torch.set_num_threads(threads)
-    run: Callable[[int], object]
     if side == "ours":
-        model, prompts = MidiMambaForCausalLM.from_pretrained(folder), torch.full((batch, 1), _FIRST)
-
-        def run(tokens: int) -> object:
-            return sample(model, prompts, tokens + 1)
+        steps: Generator[None] = sample(MidiMambaForCausalLM.from_pretrained(folder), batch)
     else:
-        run = LlamaCpp(folder / "model.gguf", batch, threads, length).sample
-    run(_WARM_UP)
-    start = time.perf_counter()
-    run(length)
-    return 1e3 * (time.perf_counter() - start) / length
+        steps = LlamaCpp(folder / "model.gguf", batch, threads, _WARM_UP + length).sample()
+    for _ in range(_WARM_UP):
+        next(steps)
+    clocks = [(time.perf_counter(), time.process_time())]
+    for _ in range(length):
+        next(steps)
+        clocks.append((time.perf_counter(), time.process_time()))
+    steps.close()
+    wall, processor = 1e3 * np.median(np.diff(clocks, axis=0), axis=0)
+    return float(wall), float(processor)
 
 
-def measure(side: str, folder: Path, batch: int, threads: int, length: int) -> float:
+def measure(side: str, folder: Path, batch: int, threads: int, length: int) -> list[float]:
     """The same in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment.pop("GOMP_SPINCOUNT", None)
@@ -124,22 +134,23 @@ def measure(side: str, folder: Path, batch: int, threads: int, length: int) -> f
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr}")
-    return float(done.stdout.split()[-1])
+    figures: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def measure_row(folder: Path, batch: int, threads: int, length: int, repeats: int) -> dict[str, Any]:
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    runs: dict[str, list[list[float]]] = {side: [] for side in SIDES}
     for _ in range(repeats):
-        for side, found in times.items():
+        for side, found in runs.items():
             found.append(measure(side, folder, batch, threads, length))
-    median = {side: statistics.median(found) for side, found in times.items()}
-    return {
-        "batch": batch,
-        "threads": threads,
-        "ms_per_step": {side: round(value, 3) for side, value in median.items()},
-        "ms_per_step_each": {side: [round(value, 3) for value in found] for side, found in times.items()},
-        "ratio": round(median["llama.cpp"] / median["ours"], 2),
-    }
+    times, used = ({side: [figures[kind] for figures in found] for side, found in runs.items()} for kind in (0, 1))
+    row: dict[str, Any] = {"batch": batch, "threads": threads}
+    for name, kind in (("", times), ("processor_", used)):
+        row[f"{name}ms_per_step"] = {side: round(statistics.median(found), 3) for side, found in kind.items()}
+        row[f"{name}ms_per_step_each"] = {side: [round(ms, 3) for ms in found] for side, found in kind.items()}
+    for name, kind in (("ratio", "ms_per_step"), ("ratio_of_processor_time", "processor_ms_per_step")):
+        row[name] = round(row[kind]["llama.cpp"] / row[kind]["ours"], 2)
+    return row
 
 
 def save(folder: Path, layers: int, hidden: int, vocab: int) -> None:
@@ -162,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         side, folder, *sizes = json.loads(args.one)
-        print(measure_here(side, Path(folder), *sizes))
+        print(json.dumps(measure_here(side, Path(folder), *sizes)))
         return
     version = importlib.import_module("llama_cpp").__version__
     rows = []
@@ -178,6 +189,7 @@ def main() -> None:
             "benchmark": "llama-cpp",
             "compared": f"llama.cpp, by llama-cpp-python {version}, in float32",
             "ratio": rows[0]["ratio"],
+            "ratio_of_processor_time": rows[0]["ratio_of_processor_time"],
             "rows": rows,
             "largest_difference": difference,
             "sizes": {"layers": args.layers, "hidden": args.hidden, "vocab": args.vocab, "length": args.length},
