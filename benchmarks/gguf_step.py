@@ -30,6 +30,7 @@ from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.modeling.sampling import draw, inference
 
+Case = tuple[int, int]  # sequences and threads
 SIDES = ("ours", "llama.cpp")
 _CHECKED = 500  # tokens of the check
 _WARM_UP = 16
@@ -106,50 +107,52 @@ def check_same_logits(folder: Path, batch: int) -> float:
     return worst
 
 
-def measure_here(side: str, folder: Path, batch: int, threads: int, length: int) -> tuple[float, float]:
-    """Milliseconds for one token of every sequence, and of processor time."""
-    torch.set_num_threads(threads)
-    if side == "ours":
-        steps: Generator[None] = sample(MidiMambaForCausalLM.from_pretrained(folder), batch)
-    else:
-        steps = LlamaCpp(folder / "model.gguf", batch, threads, _WARM_UP + length).sample()
-    for _ in range(_WARM_UP):
-        next(steps)
-    clocks = [(time.perf_counter(), time.process_time())]
-    for _ in range(length):
-        next(steps)
-        clocks.append((time.perf_counter(), time.process_time()))
-    steps.close()
-    wall, processor = 1e3 * np.median(np.diff(clocks, axis=0), axis=0)
-    return float(wall), float(processor)
+def measure_here(side: str, folder: Path, cases: list[Case], length: int) -> list[tuple[float, float]]:
+    """Milliseconds for one token of every sequence, by the clock and of processor time, in each case."""
+    model = MidiMambaForCausalLM.from_pretrained(folder) if side == "ours" else None
+    found = []
+    for batch, threads in cases:
+        torch.set_num_threads(threads)
+        steps: Generator[None] = (
+            sample(model, batch)
+            if model is not None
+            else LlamaCpp(folder / "model.gguf", batch, threads, _WARM_UP + length).sample()
+        )
+        for _ in range(_WARM_UP):
+            next(steps)
+        clocks = [(time.perf_counter(), time.process_time())]
+        for _ in range(length):
+            next(steps)
+            clocks.append((time.perf_counter(), time.process_time()))
+        steps.close()
+        wall, processor = 1e3 * np.median(np.diff(clocks, axis=0), axis=0)
+        found.append((float(wall), float(processor)))
+    return found
 
 
-def measure(side: str, folder: Path, batch: int, threads: int, length: int) -> list[float]:
+def measure(side: str, folder: Path, cases: list[Case], length: int) -> list[tuple[float, float]]:
     """The same in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(threads for _, threads in cases))}
     environment.pop("GOMP_SPINCOUNT", None)
     if side == "ours":  # as our commands set it; llama.cpp runs as its own programs do
         environment["GOMP_SPINCOUNT"] = "10000"
-    command = [sys.executable, __file__, "--one", json.dumps([side, str(folder), batch, threads, length])]
+    command = [sys.executable, __file__, "--one", json.dumps([side, str(folder), cases, length])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr}")
-    figures: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    found: list[tuple[float, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def measure_row(folder: Path, batch: int, threads: int, length: int, repeats: int) -> dict[str, Any]:
-    runs: dict[str, list[list[float]]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
-        for side, found in runs.items():
-            found.append(measure(side, folder, batch, threads, length))
-    times, used = ({side: [figures[kind] for figures in found] for side, found in runs.items()} for kind in (0, 1))
-    row: dict[str, Any] = {"batch": batch, "threads": threads}
-    for name, kind in (("", times), ("processor_", used)):
-        row[f"{name}ms_per_step"] = {side: round(statistics.median(found), 3) for side, found in kind.items()}
-        row[f"{name}ms_per_step_each"] = {side: [round(ms, 3) for ms in found] for side, found in kind.items()}
-    for name, kind in (("ratio", "ms_per_step"), ("ratio_of_processor_time", "processor_ms_per_step")):
-        row[name] = round(row[kind]["llama.cpp"] / row[kind]["ours"], 2)
+def make_row(case: Case, runs: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """The medians of both sides in a case, from the figures of each run."""
+    row: dict[str, Any] = dict(zip(("batch", "threads"), case, strict=True))
+    for kind, name in enumerate(("", "processor_")):
+        each = {side: [figures[kind] for figures in found] for side, found in runs.items()}
+        median = {side: statistics.median(found) for side, found in each.items()}
+        row[f"{name}ms_per_step"] = {side: round(value, 3) for side, value in median.items()}
+        row[f"{name}ms_per_step_each"] = {side: [round(ms, 3) for ms in found] for side, found in each.items()}
+        row["ratio_of_processor_time" if name else "ratio"] = round(median["llama.cpp"] / median["ours"], 2)
     return row
 
 
@@ -168,22 +171,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads (default: %(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="tokens (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="processes of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="processes of each side (default: %(default)s)")
     parser.add_argument("--one", metavar="RUN", help="measure in this process (internal)")
     args = parser.parse_args()
     if args.one:
-        side, folder, *sizes = json.loads(args.one)
-        print(json.dumps(measure_here(side, Path(folder), *sizes)))
+        side, folder, cases, length = json.loads(args.one)
+        print(json.dumps(measure_here(side, Path(folder), cases, length)))
         return
     version = importlib.import_module("llama_cpp").__version__
-    rows = []
+    cases = list(itertools.product(args.batch, args.threads))
+    runs: dict[str, list[list[tuple[float, float]]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as name:
         save(Path(name), args.layers, args.hidden, args.vocab)
         difference = max(check_same_logits(Path(name), batch) for batch in args.batch)
-        for batch in args.batch:
-            for threads in args.threads:
-                rows.append(measure_row(Path(name), batch, threads, args.length, args.repeats))
-                print(rows[-1], flush=True)
+        for _ in range(args.repeats):
+            for side, found in runs.items():
+                found.append(measure(side, Path(name), cases, args.length))
+                print(side, found[-1], flush=True)
+    rows = [
+        make_row(case, {side: [run[index] for run in found] for side, found in runs.items()})
+        for index, case in enumerate(cases)
+    ]
     finish(
         {
             "benchmark": "llama-cpp",
