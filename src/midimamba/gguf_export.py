@@ -126,6 +126,7 @@ def _describe_tokens(writer: Any, config: MidiMambaConfig, processor: MidiProces
         if index is not None:
             getattr(writer, f"add_{token}_token_id")(index)
     if processor is not None:
+        assert processor.tokenizer is not None  # it has one vocabulary, since its size is the model's
         writer.add_token_list(processor.tokenizer.batch_decode([[index] for index in range(config.vocab_size)]))
 
 
