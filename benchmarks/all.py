@@ -6,10 +6,12 @@ minutes on two cores. Its results show that everything runs but mean nothing, an
 
 The corpora and the parameters of SeqGAN's oracle are not part of the repository. `--corpora` names a folder with
 nottingham.tar.gz, pop909.tar.gz, asap-perf.tar.gz, m21-chorales.tar.gz, hostile-core.tar.gz and seqgan-oracle.npz. If
-one of them is missing, the benchmarks that need it are skipped, and the table at the end says so.
+one of them is missing, the benchmarks that need it are skipped, and the table at the end says so. The same holds for
+packages that the extra `dev` does not bring.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -36,6 +38,7 @@ class Step:
         quick (`str`, *optional*): options to add to make it small; they override those of the command.
         needs (`tuple[str, ...]`, *optional*): the files of the folder of corpora that it needs.
         makes (`str`, *optional*): a file of the folder of intermediate files. If it exists, the step is done.
+        packages (`tuple[str, ...]`, *optional*): modules that it needs and the extra `dev` does not bring.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Step:
     quick: str = ""
     needs: tuple[str, ...] = ()
     makes: str = ""
+    packages: tuple[str, ...] = ()
 
 
 def _learned(name: str, source: str, needs: tuple[str, ...] = ()) -> tuple[Step, ...]:
@@ -120,6 +124,12 @@ STEPS = (
         "onnx",
         "benchmarks/onnx_step.py",
         "--batch 1 --length 16 --layers 1 --hidden 32 --repeats 1 --layouts mamba",
+    ),
+    Step(
+        "llama-cpp",
+        "benchmarks/gguf_step.py",
+        "--batch 1 --threads 1 --length 16 --layers 1 --hidden 32 --repeats 1",
+        packages=("llama_cpp",),
     ),
     Step("rollout", "benchmarks/rollout.py", "--length 32 --rollouts 2 --positions 2 --layers 1 --skip-all"),
     Step(
@@ -288,7 +298,10 @@ def main() -> None:
         if args.only and step.name not in args.only:
             continue
         missing = [name for name in step.needs if corpora is None or not (ROOT / corpora / name).exists()]
-        if missing:
+        absent = [name for name in step.packages if importlib.util.find_spec(name) is None]
+        if absent:
+            table.append((step.name, "skipped", f"{', '.join(absent)} is not installed"))
+        elif missing:
             table.append((step.name, "skipped", f"--corpora has no {', '.join(missing)}"))
         elif not (step.makes and (ROOT / work / step.makes).exists()):
             table.append(make(step, command_of(step, args.quick, work, corpora, results), work))

@@ -4,6 +4,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import metadata_load
+from transformers.utils.hub import cached_file
+from yaml import YAMLError
+
+from midimamba.errors import InputError
 from midimamba.files import read_json
 from midimamba.text import for_markdown, printable
 
@@ -44,6 +49,28 @@ def read_provenance(folder: Path) -> Provenance:
         command=printable(_text(record, "command")),
         summary=_summary(record) if record else "",
     )
+
+
+def read_license(name: str) -> str | None:
+    """
+    The licence that the card of a model states, if it has a card and that states one.
+
+    Args:
+        name (`str`): a folder, or a repository on the Hub.
+
+    Raises:
+        InputError: if the card has a header that cannot be read.
+    """
+    card = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
+    if card is None:
+        return None
+    try:
+        license = (metadata_load(card) or {}).get("license")
+    except (ValueError, YAMLError) as error:
+        raise InputError(
+            f"{card} has a header that is not YAML ({' '.join(str(error).split())}): correct it"
+        ) from error
+    return license if isinstance(license, str) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 import midimamba
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
 from midimamba.errors import InputError
+from midimamba.training.lora import add_adapters
 from support import make_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -65,3 +67,19 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("midimamba.evaluation.rendering.import_module", missing)
     with pytest.raises(InputError, match=r"midimamba\[onnx\]"):
         midimamba.export_onnx(make_generator(), tmp_path / "step.onnx")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    model = make_generator()
+    for name, parameter in add_adapters(model, LoraConfig(r=4)).named_parameters():
+        if "lora_B" in name:  # begins at zero, without an effect
+            torch.nn.init.normal_(parameter, std=0.3)
+    token = torch.tensor([[5]])
+    expected = model(input_ids=token).logits[:, -1].numpy()
+    assert np.abs(expected - make_generator()(input_ids=token).logits[:, -1].numpy()).max() > 0.1
+    midimamba.export_onnx(model, tmp_path / "step.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"input_ids": token.numpy(), **start(session, 1)})
+    np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -133,6 +133,17 @@ def test_a_planned_run_resumes_with_the_recipe_of_the_interrupted_one(
         assert again[name] == planned[name]
 
 
+@pytest.mark.slow
+def test_a_planned_run_can_do_without_look_back(
+    corpus: Path, tmp_path: Path, script: Callable[..., tuple[int, str]]
+) -> None:
+    line = ("--plan", "true", "--data", corpus, "--output_dir", tmp_path / "model", *SMALL, "--max_steps", 2)
+    code, said = script("pretrain", *line, "--lookback_bars", "none")
+    assert code == 0, said
+    assert "looks back" not in said
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "mamba"
+
+
 @pytest.mark.parametrize("held_out", [0.0, 0.3])
 def test_a_corpus_of_a_few_bars_is_trained_on_with_short_contexts(
     held_out: float, tmp_path: Path, script: Callable[..., tuple[int, str]]

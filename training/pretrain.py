@@ -66,8 +66,8 @@ class PretrainArguments:
             "help": "Layers of a new model: mamba, mamba-mlp, moe-mamba, transformer, transformer-moe or hybrid."
         },
     )
-    lookback_bars: list[int] = field(
-        default_factory=list,
+    lookback_bars: list[int] | None = field(
+        default=None,
         metadata={
             "help": "Show a new model what followed the same place this many bars ago, such as 1 2 4 8 16, so that it "
             "can repeat. Unset: nothing, and the mamba layout loads in plain transformers."
@@ -133,7 +133,7 @@ def new_config(arguments: PretrainArguments, processor: "MidiProcessor") -> "Mid
         "pad_token_id": processor.pad_token_id,
         "bos_token_id": processor.bos_token_id,
         "eos_token_id": processor.eos_token_id,
-        **look_back_fields(arguments.lookback_bars, processor),
+        **look_back_fields(arguments.lookback_bars or (), processor),
     }
     vocab = processor.midi_tokenizer.vocab
     if arguments.lookback_bars and GAP in vocab:

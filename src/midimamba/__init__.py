@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from midimamba.registration import register_when_loaded
 
 if TYPE_CHECKING:
+    from midimamba.gguf_export import export_gguf
     from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
     from midimamba.modeling.configuration_midimamba import MidiMambaConfig
     from midimamba.modeling.configuration_musical_discriminator import MusicalDiscriminatorConfig
@@ -39,6 +40,7 @@ __all__ = [
     "Note",
     "NoteStreamer",
     "RecurrentCache",
+    "export_gguf",
     "export_onnx",
     "load",
     "stream",
@@ -58,6 +60,7 @@ _MODULES = {
     "NoteStreamer": "streaming",
     "RecurrentCache": "modeling.recurrent_cache",
     "stream": "streaming",
+    "export_gguf": "gguf_export",
     "export_onnx": "onnx_export",
 }
 

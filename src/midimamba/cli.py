@@ -12,6 +12,7 @@ from midimamba.command_options import (
     ConvertOptions,
     DemoOptions,
     DrawingOptions,
+    ExportOptions,
     GenerateOptions,
     InfillOptions,
     PlayOptions,
@@ -103,6 +104,11 @@ COMMANDS = {
         "Turn a file of music into another, as the suffixes say: MIDI, ABC, MusicXML, an engraved page, a piano roll, "
         "sound. What a format cannot say is told.",
         "midimamba convert song.mid song.pdf",
+    ),
+    "export": Command(
+        (ExportOptions,),
+        "Write a generator as a file for programs without torch: GGUF for llama.cpp, or ONNX.",
+        "midimamba export model --gguf model.gguf --quantize Q8_0",
     ),
     "publish": Command(
         (PublishOptions,),

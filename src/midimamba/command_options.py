@@ -22,6 +22,9 @@ from midimamba.tokenization.sampling_limits import (
 )
 from midimamba.training.plan import SIZES
 
+# The types of numbers that the package gguf can write, for llama.cpp: the first two for each number, the others for
+# blocks of 32.
+QUANTIZED = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 _OWN = "(default: the model's own)"
 _MINUTES = 10.0
 # What several commands say of the same option.
@@ -360,6 +363,43 @@ class ConvertOptions:
         }
     )
     soundfont: Path | None = field(default=None, metadata={"help": SOUNDFONT})
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `midimamba export` reads and writes. Raises [`InputError`] for options that do not go together."""
+
+    model: str = field(metadata={"positional": True, "help": MODEL})
+    gguf: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "file to write for llama.cpp, with the weights and the names of the tokens; of the layout mamba "
+            "without look-back",
+        },
+    )
+    onnx: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "file to write for ONNX runtimes, one step of decoding; of the layouts mamba, mamba-mlp and "
+            "moe-mamba without look-back",
+        },
+    )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "choices": QUANTIZED,
+            "parse": str.upper,
+            "help": "with --gguf: the type of the matrices (default: float32)",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if (self.gguf is None) == (self.onnx is None):
+            raise InputError("name one file to write, with --gguf FILE or --onnx FILE")
+        if self.quantize is not None and self.gguf is None:
+            raise InputError("--quantize says how to write a GGUF file: leave it out, or write one with --gguf")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from midimamba.command_options import (
     ConvertOptions,
     DemoOptions,
     DrawingOptions,
+    ExportOptions,
     GenerateOptions,
     InfillOptions,
     PlayOptions,
@@ -30,7 +31,7 @@ from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
 from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
 from midimamba.serving.options import ServeOptions
-from midimamba.text import show
+from midimamba.text import printable, show
 from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
 
 _LISTED = 16  # tracks in a message
@@ -360,13 +361,45 @@ def convert(options: ConvertOptions) -> None:
     """`midimamba convert`: a file of music to one of another kind."""
     from midimamba.converting import read_music, writer_of
 
-    check_can_be_made(options.out)
-    if options.out.exists():
-        raise InputError(f"{options.out} already exists: choose another name or delete it")
+    _check_is_new(options.out)
     write = writer_of(options.out, options.soundfont)
     score, changes = read_music(options.music)
     for change in [*changes, *write(score, options.out)]:
         show(f"{options.out}: {change}", file=sys.stderr)
+
+
+def _check_is_new(file: Path) -> None:
+    """Refused early if nothing could be written there at the end."""
+    check_can_be_made(file)
+    if file.exists():
+        raise InputError(f"{file} already exists: choose another name or delete it")
+
+
+def export(options: ExportOptions) -> None:
+    """`midimamba export`: a generator to a file for programs without torch."""
+    file = options.gguf or options.onnx
+    assert file is not None  # checked by the options
+    _check_is_new(file)
+    from midimamba.loading import load_generator, load_processor
+
+    model = load_generator(options.model)
+    if options.onnx is not None:
+        from midimamba.onnx_export import export_onnx
+
+        export_onnx(model, file)
+    else:
+        from midimamba.gguf_export import export_gguf
+        from midimamba.hub_cards.provenance import read_license
+
+        export_gguf(
+            model,
+            file,
+            load_processor(options.model),
+            quantize=options.quantize,
+            name=printable(Path(options.model).resolve().name),
+            license=read_license(options.model),
+        )
+    show(f"the generator is in {file}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def publish(options: PublishOptions) -> None:

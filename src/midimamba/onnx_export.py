@@ -21,6 +21,7 @@ from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.layer_states import MambaState
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.runtime import silenced
+from midimamba.training.lora import merged
 
 _MAX_BYTES = 2**31 - 2**20  # of a file with weights in it: a limit of protobuf
 
@@ -64,7 +65,7 @@ def export_onnx(model: MidiMambaForCausalLM, path: str | Path) -> None:
 
 @torch.no_grad()
 def _exported(model: MidiMambaForCausalLM) -> bytes:
-    step = _Step(model)
+    step = _Step(merged(model))
     layers, batch = model.config.num_hidden_layers, 2  # of one sequence, the size would become a constant
     states = [
         tensor for _ in range(layers) for tensor in MambaState.empty(model.config, batch, torch.float32, "cpu").tensors
@@ -92,7 +93,7 @@ def _exported(model: MidiMambaForCausalLM) -> bytes:
 class _Step(nn.Module):
     """A step as a pure function of the token and the states."""
 
-    def __init__(self, model: MidiMambaForCausalLM):
+    def __init__(self, model: Any):
         super().__init__()
         embeddings: Any = model.get_input_embeddings()
         self.embeddings = nn.Embedding.from_pretrained(_plain(embeddings.weight))

@@ -85,6 +85,18 @@ def test_a_step_without_its_files_is_skipped_and_named(
     assert "| packing | skipped | --corpora has no pop909.tar.gz |" in capsys.readouterr().out
 
 
+def test_a_step_without_its_packages_is_skipped_and_named(
+    table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "STEPS", (table.Step("far", "-c 'print(1)'", packages=("no_such_module", "json")),))
+    monkeypatch.setattr(sys, "argv", ["all.py"])
+    with pytest.raises(SystemExit) as end:
+        table.main()
+    assert end.value.code == 0
+    assert "| far | skipped | no_such_module is not installed |" in capsys.readouterr().out
+
+
 def test_a_failure_is_reported_at_the_end(
     table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
