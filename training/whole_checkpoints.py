@@ -16,12 +16,22 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from midimamba.errors import InputError
 from midimamba.files import flush_folder, read_json, write_whole
+from midimamba.training.lora import without_wrapper
+from midimamba.training.sharding import (
+    hollow_copy,
+    is_sharded,
+    shard,
+    split_on_loading,
+    whole_copy,
+    whole_in_state_dicts,
+)
 
 TRAINER_STATE_FILE = "trainer_state.json"
 SEAL_FILE = "checkpoint.json"
@@ -195,17 +205,59 @@ class WholeCheckpointTrainer(Trainer):
     Of Trainer's private methods it overrides one, `_save_checkpoint`: no public one surrounds all that a checkpoint
     consists of, nor comes before old ones are deleted.
 
+    Args:
+        args, kwargs: as for `Trainer`.
+        shards (`bool`, *optional*, defaults to `False`): split the model over the processes; see
+            [`~midimamba.training.sharding`]. Checkpoints are the same as without.
+
     Attributes:
         recipe (`dict[str, Any]`): what a run that resumes must have in common with this one; see
             [`~midimamba.training.resume.recipe_of`].
+
+    Raises:
+        InputError: if there is a single process to split it over, or accelerate is to split it.
     """
 
     args: TrainingArguments
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, shards: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}
+        self.shards = shards
+        self._mould: nn.Module | None = None
+        self._check_processes()
         self.add_callback(_EndInTime())
+
+    def _check_processes(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "the checkpoints of accelerate's FSDP and DeepSpeed fit no other number of processes: use "
+                "a configuration without them, such as training/accelerate_configs/gpu-8.yaml, and --shard true"
+            )
+        if self.shards and self.args.world_size == 1:
+            raise InputError(
+                "shard splits the generator over several processes, and there is one: start more, for example with "
+                "training/accelerate_configs/gpu-8.yaml, or leave it out"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As Trainer does it; before, the model is split if that was asked for."""
+        splits = self.shards and not is_sharded(self.model)
+        if splits:
+            self._mould = hollow_copy(self.model)
+            # What accelerate has prepared it leaves alone. For evaluation, it prepares mixed precision and nothing else.
+            prepared = self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            shard(prepared, self.args.device)
+        optimizer: Optimizer = super().create_optimizer(model)
+        if splits:
+            split_on_loading(optimizer)
+        return optimizer
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model without the wrappers of distributed training and of peft. Of one that is split, a whole copy: all
+        processes call together, and only the main one gets the weights."""
+        model = self.accelerator.unwrap_model(self.model)
+        return without_wrapper(model if self._mould is None else whole_copy(self._mould, model))
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -255,7 +307,8 @@ class WholeCheckpointTrainer(Trainer):
                     write_whole(folder / SEAL_FILE, "{}\n")  # open: a run that is killed from here on leaves it so
                 self.accelerator.wait_for_everyone()
                 self.args.save_total_limit = None
-                super()._save_checkpoint(model, trial)
+                with whole_in_state_dicts(self.model, self.optimizer):
+                    super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process writes its random numbers
                 if saves:
                     close_seal(folder, self.args.world_size, self.recipe)

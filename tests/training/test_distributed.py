@@ -68,6 +68,7 @@ def make_trainer(
     kind: str = "cnn",
     peft_config: LoraConfig | None = None,
     ends: bool = False,
+    shards: bool = False,
     **options: Any,
 ) -> AdversarialTrainer:
     common: dict[str, Any] = {
@@ -91,7 +92,7 @@ def make_trainer(
     discriminator = make_discriminator(kind, dropout=0.0)
     generator = make_generator(eos_token_id=2 if ends else None, pad_token_id=0)
     blocks = make_blocks(32, 5), make_blocks(8, 6)
-    return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config)
+    return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config, shards=shards)
 
 
 def draw_by_content(logits: Tensor, temperature: float = 1.0) -> Tensor:
