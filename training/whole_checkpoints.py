@@ -245,7 +245,7 @@ class WholeCheckpointTrainer(Trainer):
         splits = self.shards and not is_sharded(self.model)
         if splits:
             self._mould = hollow_copy(self.model)
-            # What accelerate has prepared it leaves alone. For evaluation, it prepares mixed precision and nothing else.
+            # Accelerate leaves alone what it has prepared. For evaluation, it prepares mixed precision and no more.
             prepared = self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
             shard(prepared, self.args.device)
         optimizer: Optimizer = super().create_optimizer(model)
