@@ -1,11 +1,10 @@
 """What surrounds Algorithm 1 in a run: the guard, checkpoints, evaluation and logs."""
 
-import contextlib
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +262,9 @@ class GuardedTrainer(WholeCheckpointTrainer):
         Inside a run, the guard checks the figures."""
         # The same random numbers at every evaluation, and none taken from training: curves are comparable, and one
         # evaluation more or less does not change a run.
-        with self._averaged(), torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        evaluated = self.model if self.averaged_policy is None else self.averaged_policy
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.standing_in(evaluated), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             samples = self._evaluate_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
@@ -277,16 +278,6 @@ class GuardedTrainer(WholeCheckpointTrainer):
                 self._save_checkpoint(self.model, None)  # so that there is something to go back to
                 self.guard.last_good = self.checkpoint_folder
         return metrics
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Inside, the averaged policy takes the generator's place, if there is one."""
-        trained = self.model
-        self.model = trained if self.averaged_policy is None else self.averaged_policy
-        try:
-            yield
-        finally:
-            self.model = trained
 
     def _evaluate_samples(self, dataset: Dataset) -> dict[str, float]:
         real = spread_blocks(dataset, self.args.num_eval_samples).to(self.args.device)

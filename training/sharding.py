@@ -6,7 +6,7 @@ of a pass, a parameter is a `DTensor`. What samples needs plain tensors, and get
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -94,26 +94,19 @@ def _kept_by_the_first(tensor: Tensor, otherwise: Any = None) -> Any:
 
 
 @contextmanager
-def whole_in_state_dicts(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Inside, the `state_dict` of a sharded model and that of its optimizer hold whole tensors in the main process, as
-    if nothing was split. All processes enter together; inside, none waits for another."""
-    if not is_sharded(model):
-        yield
-        return
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    gathered = {id(each): _kept_by_the_first(each.detach()) for each in model.parameters()}
-    weights = {name: gathered[id(each)] for name, each in model.named_parameters(remove_duplicate=False)}
-    moments = {
+def whole_moments(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, `state_dict` holds whole tensors in the main process, as if the parameters were not split. All processes
+    enter together; inside, none waits for another."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    gathered = {
         key: {name: _kept_by_the_first(value) if isinstance(value, DTensor) else value for name, value in each.items()}
-        for key, each in optimizer.state_dict()["state"].items()
+        for key, each in inner.state_dict()["state"].items()
     }
-    with ExitStack() as stack:
-        for handle in (
-            model.register_state_dict_post_hook(lambda _model, state, *_: state.update(weights)),
-            optimizer.register_state_dict_post_hook(lambda _optimizer, state: {**state, "state": moments}),
-        ):
-            stack.callback(handle.remove)
+    handle = inner.register_state_dict_post_hook(lambda _, state: {**state, "state": gathered})
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 def split_on_loading(optimizer: Optimizer) -> None:

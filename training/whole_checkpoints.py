@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from midimamba.training.sharding import (
     shard,
     split_on_loading,
     whole_copy,
-    whole_in_state_dicts,
+    whole_moments,
 )
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -256,8 +256,25 @@ class WholeCheckpointTrainer(Trainer):
     def whole_model(self) -> PreTrainedModel:
         """The model without the wrappers of distributed training and of peft. Of one that is split, a whole copy: all
         processes call together, and only the main one gets the weights."""
-        model = self.accelerator.unwrap_model(self.model)
-        return without_wrapper(model if self._mould is None else whole_copy(self._mould, model))
+        return without_wrapper(self._whole())
+
+    def _whole(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model if self._mould is None else whole_copy(self._mould, model)
+
+    @contextmanager
+    def standing_in(self, model: nn.Module) -> Iterator[None]:
+        """Inside, another model is evaluated or saved in place of the one that is trained."""
+        trained, self.model = self.model, model
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, a model that is split as a whole: all processes call together."""
+        with self.standing_in(self._whole()):
+            super().save_model(output_dir, _internal_call)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -307,7 +324,7 @@ class WholeCheckpointTrainer(Trainer):
                     write_whole(folder / SEAL_FILE, "{}\n")  # open: a run that is killed from here on leaves it so
                 self.accelerator.wait_for_everyone()
                 self.args.save_total_limit = None
-                with whole_in_state_dicts(self.model, self.optimizer):
+                with whole_moments(self.optimizer) if self.shards else nullcontext():
                     super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process writes its random numbers
                 if saves:
