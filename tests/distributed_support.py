@@ -112,7 +112,7 @@ def launch(program: str, *arguments: object) -> None:
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks the network for this machine's name
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     except subprocess.TimeoutExpired as slow:
         pytest.fail(f"no end in sight: {(slow.stderr or b'')[-3000:]!r}")
     assert done.returncode == 0, done.stderr[-5000:]

@@ -23,7 +23,7 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.training.lora import add_adapters
 from midimamba.training.process import training_process
-from midimamba.training.sharding import hollow_copy, with_parameters
+from midimamba.training.sharding import hollow_copy, own_part, with_parameters
 from midimamba.training.whole_checkpoints import WholeCheckpointTrainer
 from support import make_generator
 
@@ -115,10 +115,16 @@ def work(out: Path, rows: int, checkpoint: Path | None) -> None:
     trainer.train()
     generator, resident = trainer.generator, trainer.resident_policy
     assert resident is not None
+    again = make_trainer(out / "own", rows, shards=True, bf16=True, **saving)
+    again.train(resume_from_checkpoint=str(out / "own" / "checkpoint-2"))
     facts |= {
         "rollbacks": trainer.guard.rollbacks,
         "kept": sorted({str(parameter.dtype) for parameter in generator.parameters()}),
         "sampled": sorted({str(parameter.dtype) for parameter in resident.parameters()}),
+        "resumed": all(
+            torch.equal(own_part(ours), own_part(theirs))
+            for ours, theirs in zip(again.generator.parameters(), generator.parameters(), strict=True)
+        ),
         "discriminator": sum(p.double().sum().item() for p in trainer.discriminator.parameters()),
         "resident": all(
             torch.equal(ours, theirs.full_tensor().bfloat16())
@@ -158,7 +164,7 @@ def test_two_processes_that_keep_parts_give_the_update_of_one(case: str, runs: t
 
 
 @pytest.mark.slow
-def test_a_process_keeps_its_share_and_samples_from_a_whole_copy(runs: tuple[Path, Path]) -> None:
+def test_a_process_keeps_its_share_samples_from_a_whole_copy_and_resumes_bit_for_bit(runs: tuple[Path, Path]) -> None:
     facts = [json.loads((runs[1] / f"facts-{index}").read_text()) for index in (0, 1)]
     for each in facts:
         assert 0.4 < each["weights"] < 0.6
@@ -166,6 +172,7 @@ def test_a_process_keeps_its_share_and_samples_from_a_whole_copy(runs: tuple[Pat
         assert each["kept"] == ["torch.float32"]
         assert each["sampled"] == ["torch.bfloat16"]
         assert each["resident"]
+        assert each["resumed"]
     assert facts[0]["discriminator"] == facts[1]["discriminator"]
 
 
