@@ -222,6 +222,10 @@ class WholeCheckpointTrainer(Trainer):
 
     def __init__(self, *args: Any, shards: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.data_seed is None:
+            # Else the order of the data follows from what torch was seeded with last, which may be something else in
+            # each process by the time that a run goes back.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
         self.recipe: dict[str, Any] = {}
         self.shards = shards
         self._mould: nn.Module | None = None
