@@ -76,8 +76,6 @@ class GuardedTrainer(WholeCheckpointTrainer):
     reference_policy: PreTrainedModel | None
     discriminator: nn.Module
     # Narrower than Trainer declares them: `AdversarialTrainer` takes nothing else, and makes the rest before a step.
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     data_collator: BlockCollator
     train_dataset: Dataset

@@ -219,6 +219,9 @@ class WholeCheckpointTrainer(Trainer):
     """
 
     args: TrainingArguments
+    # Narrower than Trainer declares them: there is a model from the beginning, and an optimizer before a step.
+    model: nn.Module
+    optimizer: Optimizer
 
     def __init__(self, *args: Any, shards: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)

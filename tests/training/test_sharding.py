@@ -6,6 +6,7 @@ This file is also the program that those processes run: `python test_sharding.py
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ class Poison(TrainerCallback):
 
     used = False
 
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, model: Any, **_: Any) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **others: Any) -> None:
         if state.global_step == 1 and not self.used:
             self.used = True
             if args.process_index == 1:
                 with torch.no_grad():
-                    model.lm_head.weight.to_local().fill_(torch.inf)
+                    own_part(others["model"].lm_head.weight).fill_(torch.inf)
 
 
 def work(out: Path, rows: int, checkpoint: Path | None) -> None:
@@ -109,7 +110,7 @@ def work(out: Path, rows: int, checkpoint: Path | None) -> None:
         "weights": share(list(trainers["look-back"].model.parameters())),
         "moments": share([each[name] for each in moments for name in ("exp_avg", "exp_avg_sq")]),
     }
-    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "estimator": "terminal"}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "estimator": "terminal"}
     trainer = make_trainer(out / "own", rows, shards=True, bf16=True, **saving)
     trainer.add_callback(Poison())
     trainer.train()
@@ -149,7 +150,7 @@ def assert_alike(ours: Path, theirs: Path) -> None:
     one, two = load_file(ours), load_file(theirs)
     assert one.keys() == two.keys()
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-5, msg=partial("{}: {}".format, key))
 
 
 @pytest.mark.slow
