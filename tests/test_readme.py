@@ -128,7 +128,7 @@ def test_commands_that_are_only_shown_could_run() -> None:
 
 
 def test_the_scripts_of_the_pages_take_what_they_are_given() -> None:
-    pattern = re.compile(r"accelerate launch (?:--config_file (\S+) )?training/(\w+)\.py (.*)")
+    pattern = re.compile(r"accelerate launch (?:--config_file (\S+) )?(?:--\w+ \S+ )*training/(\w+)\.py (.*)")
     found = [pattern.fullmatch(line) for line in lines("text", "accelerate launch ")]
     assert {match[2] for match in found if match} == SCRIPTS.keys()
     for match in found:

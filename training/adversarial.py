@@ -11,6 +11,8 @@ from midimamba.training.process import training_process
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
     from midimamba.corpus.augmentation import Augmentation
     from midimamba.tokenization.processor import MidiProcessor
     from midimamba.training.adversarial_config import AdversarialConfig
@@ -57,6 +59,13 @@ class AdversarialArguments:
     d_lookback_bars: list[int] | None = field(
         default=None,
         metadata={"help": "Show a new cnn or mamba what followed the same place this many bars ago."},
+    )
+    shard: bool = field(
+        default=False,
+        metadata={
+            "help": "Let each process of the run keep a part of the generator, its gradients and the optimizer's "
+            "moments (FSDP2), and a whole copy to sample from. Checkpoints are the same."
+        },
     )
     openings: bool = field(
         default=False,
@@ -198,16 +207,24 @@ def _tune(
             bar_token_ids=tokens_that_begin_bars(processor.midi_tokenizer),
             musical_discriminator=script_args.musical_discriminator,
             peft_config=lora_config(lora_args),
+            shards=script_args.shard,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
     trainer.recipe = recipe
     trainer.train(resume_from_checkpoint=resume)
+    generator = trainer.generator_for_saving
     if trainer.is_world_process_zero():
-        save(trainer, processor, arguments, push)
+        save(trainer, generator, processor, arguments, push)
 
 
-def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: Sequence[Any], push: bool) -> None:
+def save(
+    trainer: "AdversarialTrainer",
+    generator: "PreTrainedModel",
+    processor: "MidiProcessor",
+    arguments: Sequence[Any],
+    push: bool,
+) -> None:
     """Write the networks, and publish them if asked."""
     from midimamba.training.publishing import publish_run
     from midimamba.training.scripts import announce, save_model
@@ -216,7 +233,7 @@ def save(trainer: "AdversarialTrainer", processor: "MidiProcessor", arguments: S
     output = output_folder(trainer.args)
     d_output = discriminator_folder(output)
     save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
-    save_model(output, trainer.generator_for_saving, processor, arguments=arguments, state=trainer.state)
+    save_model(output, generator, processor, arguments=arguments, state=trainer.state)
     announce(f"the generator is in {output}, the discriminator in {d_output}")
     discriminators = [d_output]
     if trainer.judges.musical is not None:

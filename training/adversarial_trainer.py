@@ -54,12 +54,11 @@ class AdversarialTrainer(GuardedTrainer):
             `bars` counts; see [`~midimamba.training.action_values.tokens_that_begin_bars`].
         musical_discriminator (`bool`, *optional*, defaults to `False`): add the log-odds of a discriminator of musical
             features, which is fitted in every round; for rewards `log-odds` and `shuffled` of whole sequences.
-        peft_config (`LoraConfig`, *optional*): train low-rank adapters of the generator instead of its weights.
-            Checkpoints then hold the adapters, `generator_for_saving` the whole with the adapters merged in.
+        peft_config (`LoraConfig`, *optional*): train low-rank adapters instead. Checkpoints then hold only those.
+        shards (`bool`, *optional*, defaults to `False`): split the generator over processes, and sample from a copy.
 
     Raises:
-        ValueError: if the vocabularies differ, an option does not fit the networks, or the generator would be sharded
-            over processes (FSDP, DeepSpeed).
+        ValueError: if the vocabularies differ, or an option does not fit the networks or the processes.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class AdversarialTrainer(GuardedTrainer):
         bar_token_ids: Sequence[int] = (),
         musical_discriminator: bool = False,
         peft_config: "LoraConfig | None" = None,
+        shards: bool = False,
     ):
         check_networks(model, discriminator, args, bar_token_ids)
         super().__init__(
@@ -85,8 +85,8 @@ class AdversarialTrainer(GuardedTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
+            shards=shards,
         )
-        self.check_is_whole()
         self.guard = Guard(args, self.accelerator)
         self.ending = Ending.of(model.config)._replace(bars=args.bars, bar_token_ids=tuple(bar_token_ids))
         self.rollout_policy = frozen_copy(self.generator)

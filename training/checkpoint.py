@@ -97,7 +97,7 @@ class AdversarialState:
             raise InputError(f"{folder} lacks {', '.join(missing)}: resume a run with the options it was started with")
         device = self.args.device
         self._discriminator.load_state_dict(load_file(folder / DISCRIMINATOR_FILE))
-        optimizer = torch.load(folder / D_OPTIMIZER_FILE, map_location=device, weights_only=True)
+        optimizer = torch.load(folder / D_OPTIMIZER_FILE, map_location="cpu", weights_only=True)  # loading moves it
         self.discriminator_update.optimizer.load_state_dict(optimizer)
         self.judges.load(folder)
         for name, policy in self.policies.items():

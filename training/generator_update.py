@@ -20,6 +20,7 @@ from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import systematic_resampling
 from midimamba.training.metrics import Measures, weighted_mean
 from midimamba.training.progress import progress
+from midimamba.training.sharding import whole
 
 
 class Batch(NamedTuple):
@@ -258,7 +259,7 @@ class GeneratorUpdate:
 
     def _step(self, model: nn.Module, optimizer: Any) -> None:
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
-        self.watch("the norm of the gradient", norm)
+        self.watch("the norm of the gradient", whole(norm))
         optimizer.step()
         model.zero_grad()
 

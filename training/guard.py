@@ -12,6 +12,7 @@ from torch import Tensor
 
 from midimamba.files import read_json, write_whole
 from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.sharding import own_part
 from midimamba.training.whole_checkpoints import output_folder
 
 ROLLBACKS_FILE = "rollbacks.json"
@@ -70,8 +71,8 @@ class Guard:
         self._watched.append((what, (~values.detach().isfinite()).any().float()))
 
     def watch_weights(self, parameters: Iterable[Tensor]) -> None:
-        """The same for all weights."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters])
+        """The same for all weights; of those that are sharded, this process's part."""
+        finite = torch.stack([own_part(parameter.detach()).isfinite().all() for parameter in parameters])
         self._watched.append(("a weight", (~finite.all()).float()))
 
     def flags(self) -> Tensor:

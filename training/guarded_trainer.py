@@ -1,6 +1,5 @@
 """What surrounds Algorithm 1 in a run: the guard, checkpoints, evaluation and logs."""
 
-import contextlib
 import math
 import statistics
 import sys
@@ -39,12 +38,13 @@ from midimamba.training.guard import (
     scale_learning_rates,
 )
 from midimamba.training.judging import Judges
-from midimamba.training.lora import merged
+from midimamba.training.lora import merged, without_wrapper
 from midimamba.training.metrics import Metrics
 from midimamba.training.monitoring import Monitor, SampleLog, spread_blocks
-from midimamba.training.policies import distance, follow, frozen_copy, load_policy, weights_of
+from midimamba.training.policies import distance, follow, frozen_copy, load_policy
 from midimamba.training.progress import progress
 from midimamba.training.rollout import Rollouts
+from midimamba.training.sharding import is_sharded, own_part
 from midimamba.training.whole_checkpoints import (
     TRAINER_STATE_FILE,
     WholeCheckpointTrainer,
@@ -76,30 +76,17 @@ class GuardedTrainer(WholeCheckpointTrainer):
     reference_policy: PreTrainedModel | None
     discriminator: nn.Module
     # Narrower than Trainer declares them: `AdversarialTrainer` takes nothing else, and makes the rest before a step.
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     data_collator: BlockCollator
     train_dataset: Dataset
     eval_dataset: Dataset
     processing_class: ProcessorMixin | None
 
-    def check_is_whole(self) -> None:
-        """Refuse to shard the generator over processes.
-
-        Raises:
-            ValueError: under FSDP and DeepSpeed.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed would shard the generator, which has to be whole to sample: use plain data "
-                "parallelism (training/accelerate_configs/gpu-2.yaml), and a smaller micro_batch_size or --use_peft"
-            )
-
     def prepare_run(self, discriminator: MidiDiscriminator) -> None:
         """Make what watches, saves and evaluates a run, once the parts of the algorithm are there."""
         self.metrics = Metrics()
         self.averaged_policy = frozen_copy(self.generator) if self.args.ema_decay else None
+        self.resident_policy = self._make_resident() if self.shards else None
         policies = {
             ROLLOUT_POLICY_FILE: self.rollout_policy,
             REFERENCE_POLICY_FILE: self.reference_policy,
@@ -122,21 +109,32 @@ class GuardedTrainer(WholeCheckpointTrainer):
     @property
     def generator(self) -> PreTrainedModel:
         """The generator without the wrappers of distributed training and of peft; adapters are in its layers."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return without_wrapper(self.accelerator.unwrap_model(self.model))
 
     @property
     def generator_for_saving(self) -> PreTrainedModel:
-        """What is evaluated and should be published: the averaged weights if there are any, adapters merged in."""
-        return merged(self.generator if self.averaged_policy is None else self.averaged_policy)
+        """What is evaluated and should be published: the averaged weights if there are any, adapters merged in. Where
+        the generator is sharded, all processes ask together, and the main one gets it."""
+        return merged(self.whole_model() if self.averaged_policy is None else self.averaged_policy)
+
+    def _make_resident(self) -> PreTrainedModel:
+        """The whole copy that a sharded generator is sampled from. Without momentum, it is the roll-out policy."""
+        resident = frozen_copy(self.rollout_policy) if self.args.rollout_momentum else self.rollout_policy
+        return resident.bfloat16() if self.accelerator.mixed_precision == "bf16" else resident
+
+    def refresh_resident(self) -> None:
+        """After every change of a sharded generator: gather it, a parameter at a time."""
+        if self.resident_policy is not None:
+            follow(self.resident_policy, self.generator, 0.0)
 
     def sample(self, prompts: Tensor) -> Tensor:
         """Sequences `(n, time)` that the generator draws after prompts `(n, prompt)`."""
         length, temperature = self.args.sequence_length, self.args.temperature
         self._num_sampled += len(prompts) * (length - prompts.shape[1])
+        policy = self.resident_policy if is_sharded(self.generator) else self.generator
         parts = prompts.split(SAMPLED_AT_ONCE)
         bar = progress(parts, "samples", self.args)
-        return torch.cat([sample(self.generator, part, length, self.ending, temperature) for part in bar])
+        return torch.cat([sample(policy, part, length, self.ending, temperature) for part in bar])
 
     def draw_blocks(self, count: int) -> Tensor:
         """`count` blocks of the training music at random, `(count, time)`."""
@@ -178,6 +176,7 @@ class GuardedTrainer(WholeCheckpointTrainer):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if self.args.load_best_model_at_end:
                     self._load_best_average()
+                    self.refresh_resident()
                 return output
             except DivergedError as failure:
                 message = f"step {self.state.global_step}: {failure}"
@@ -205,6 +204,7 @@ class GuardedTrainer(WholeCheckpointTrainer):
             checkpoint = self.state.best_model_checkpoint
             self._load_best_model()
             self._load_best_average()
+        self.refresh_resident()
         self._announce(f"{message}; the run ends after {self.guard.rollbacks} roll-backs, with {checkpoint}")
         self.is_in_train = False
         self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -236,6 +236,7 @@ class GuardedTrainer(WholeCheckpointTrainer):
         """
         networks = (self.generator, self.accelerator.unwrap_model(self.discriminator))
         self.guard.watch_weights(parameter for network in networks for parameter in network.parameters())
+        self.refresh_resident()
         if self.averaged_policy is not None:
             follow(self.averaged_policy, self.generator, self.args.ema_decay)
             self.metrics.add({"ema_distance": distance(self.generator, self.averaged_policy)})
@@ -259,10 +260,9 @@ class GuardedTrainer(WholeCheckpointTrainer):
         Inside a run, the guard checks the figures."""
         # The same random numbers at every evaluation, and none taken from training: curves are comparable, and one
         # evaluation more or less does not change a run.
-        averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.averaged_policy is not None:
-            averaged = weights_of(self.generator, self.averaged_policy)
-        with averaged, torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        evaluated = self.model if self.averaged_policy is None else self.averaged_policy
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.standing_in(evaluated), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             samples = self._evaluate_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
@@ -324,12 +324,13 @@ class _Hooks(TrainerCallback):
         # Trainer has loaded its own part of the checkpoint, and draws no random number before its first batch.
         if self.trainer._resumed_from is not None:
             self.trainer.load_adversarial_state(self.trainer._resumed_from)
+        self.trainer.refresh_resident()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started, self.drawn = time.perf_counter(), self.trainer.num_drawn
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        gradients = [own_part(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
         self.trainer.guard.watch("the gradient", torch.stack([gradient.sum() for gradient in gradients]))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -87,6 +87,12 @@ def add_adapters(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     return get_peft_model(model, config)
 
 
+def without_wrapper(model: nn.Module) -> PreTrainedModel:
+    """The generator itself, which has the adapters in its layers, if there are any."""
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
+    return inner
+
+
 def merged(policy: PreTrainedModel) -> PreTrainedModel:
     """A copy of a generator with its adapters added to its weights; it has the modules of a plain generator again.
 

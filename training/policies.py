@@ -1,8 +1,6 @@
 """Copies of the generator that are not trained: the roll-out policy, the pre-trained reference, the average."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from midimamba.files import whole_file
 from midimamba.modeling.stock_names import plain_name
+from midimamba.training.sharding import whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,34 +22,25 @@ def frozen_copy(policy: Model) -> Model:
 
 @torch.no_grad()
 def follow(follower: nn.Module, policy: nn.Module, momentum: float) -> None:
-    """`follower <- momentum follower + (1 - momentum) policy`, parameter by parameter."""
+    """`follower <- momentum follower + (1 - momentum) policy`, parameter by parameter. The policy may be sharded; then
+    all processes call together."""
     for ours, theirs in zip(follower.parameters(), policy.parameters(), strict=True):
-        ours.lerp_(theirs.detach(), 1 - momentum)
+        if momentum:
+            ours.lerp_(whole(theirs), 1 - momentum)
+        else:
+            ours.copy_(whole(theirs))  # which may have another precision
 
 
 @torch.no_grad()
 def distance(policy: nn.Module, other: nn.Module) -> Tensor:
-    """The Euclidean distance of two sets of parameters, relative to the norm of the first; a scalar."""
-    pairs = list(zip(policy.parameters(), other.parameters(), strict=True))
-    start = torch.zeros((), device=pairs[0][0].device)
-    apart = sum(((ours - theirs).square().sum() for ours, theirs in pairs), start)
-    norm = sum((ours.square().sum() for ours, _ in pairs), start)
+    """The Euclidean distance of two sets of parameters, relative to the norm of the first; a scalar. The first may be
+    sharded; then all processes call together."""
+    apart, norm = torch.zeros(2, device=next(other.parameters()).device)
+    for parameter, theirs in zip(policy.parameters(), other.parameters(), strict=True):
+        ours = whole(parameter)
+        apart += (ours - theirs).square().sum()
+        norm += ours.square().sum()
     return (apart / norm).sqrt()
-
-
-@contextmanager
-def weights_of(policy: nn.Module, other: nn.Module) -> Iterator[None]:
-    """Inside, the policy computes with the other's weights, and the other with the policy's."""
-    _swap(policy, other)
-    try:
-        yield
-    finally:
-        _swap(policy, other)
-
-
-def _swap(policy: nn.Module, other: nn.Module) -> None:
-    for ours, theirs in zip(policy.parameters(), other.parameters(), strict=True):
-        ours.data, theirs.data = theirs.data, ours.data
 
 
 def save_policy(policy: nn.Module, file: Path) -> None:
@@ -58,11 +48,12 @@ def save_policy(policy: nn.Module, file: Path) -> None:
     save_tensors({name: parameter.detach() for name, parameter in policy.named_parameters()}, file)
 
 
+@torch.no_grad()
 def load_policy(policy: nn.Module, file: Path) -> None:
     """Read what [`save_policy`] wrote."""
     own = dict(policy.named_parameters())
     for name, tensor in load_file(file).items():
-        own[name if name in own else plain_name(name)].data.copy_(tensor)  # older files have the stock names
+        own[name if name in own else plain_name(name)].copy_(tensor)  # older files have the stock names
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -95,6 +95,13 @@ class PretrainArguments:
     carry_state: bool = field(
         default=False, metadata={"help": "Let the state run on from one piece into the next within a block."}
     )
+    shard: bool = field(
+        default=False,
+        metadata={
+            "help": "Let each process of the run keep a part of the generator, its gradients and the optimizer's "
+            "moments (FSDP2), instead of all of them. Checkpoints are the same."
+        },
+    )
     temperatures: list[float] = field(
         default_factory=list,
         metadata={
@@ -239,13 +246,15 @@ def _train(
         eval_dataset=None if validation is None else some_of(validation, script_args.max_eval_blocks),
         processing_class=processor,
         callbacks=endings(script_args.minutes, script_args.plan and evaluates),
+        shards=script_args.shard,
     )
     trainer.recipe = recipe
     if trainer.is_world_process_zero():
         announce(f"{model.num_parameters():,} parameters, {len(blocks):,} blocks of {length} tokens")
     trainer.train(resume_from_checkpoint=resume)
+    trained = trainer.whole_model()
     if trainer.is_world_process_zero():
-        _finish(trainer, merged(model), processor, arguments)
+        _finish(trainer, merged(trained), processor, arguments)
         if push:
             publish_run(training_args, output_folder(training_args))
 
@@ -270,6 +279,7 @@ def _finish(
     output = output_folder(training_args)
     if script_args.temperatures:
         until = None if script_args.minutes is None else time_to_choose(script_args.minutes)
+        generator.to(training_args.device)  # a copy of one that was sharded is elsewhere
         choose_temperature(generator, processor, script_args.data, script_args.temperatures, until)
     save_model(output, generator, processor, arguments=arguments, state=trainer.state)
     announce(f"the generator is in {output}")

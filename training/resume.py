@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,9 +39,11 @@ _TRAINER_OPTIONS = (
     *("neftune_noise_alpha", "bf16", "fp16", "gradient_checkpointing"),
 )
 _LENGTH = ("max_steps", "num_train_epochs", "minutes")
+# How a batch comes about. With the number of processes, their product counts.
+_SHARES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Folders may be moved; what is in them is compared instead. What an evaluation measures, and which temperatures are
-# tried at the end, may change in a run.
-_LEFT_OUT = {"data", "model", "plan", "temperatures", *OPTION_GROUPS["evaluation and the guard"]}
+# tried at the end, may change in a run, and so may who keeps which part of the generator.
+_LEFT_OUT = {"data", "model", "plan", "temperatures", "shard", *OPTION_GROUPS["evaluation and the guard"]}
 _COMPARED_BLOCKS = 1024
 
 
@@ -172,19 +175,29 @@ def _digest(arrays: Any) -> str:
 def check_recipe(checkpoint: str | None, recipe: Mapping[str, Any], processes: int) -> None:
     """Refuse to go on from a checkpoint of another run, and say what keeps a run from going on bit for bit.
 
+    Another number of processes goes on with the next block, if a batch has as many blocks as before: the order of the
+    blocks does not depend on who reads them.
+
     Args:
         checkpoint (`str`, *optional*): a whole checkpoint; without one everything fits.
         recipe (`Mapping[str, Any]`): of this run; see [`recipe_of`].
         processes (`int`): of this run.
 
     Raises:
-        InputError: if the corpus, the generator or an option differs.
+        InputError: if the corpus, the generator, an option or the size of a batch differs.
     """
     if checkpoint is None:
         return
     seal = seal_of(Path(checkpoint))
     theirs = seal.get("recipe") or {}
-    differing = [name for name in recipe if name in theirs and theirs[name] != recipe[name]]
+    batches = [_batch(part, number) for part, number in ((theirs, seal.get("processes")), (recipe, processes))]
+    if None not in batches and batches[0] != batches[1]:
+        raise InputError(
+            f"{checkpoint} is of a run with {batches[0]} blocks a batch, and this one would have {batches[1]}: choose "
+            f"{' and '.join(_SHARES)} so that their product with the {processes} processes is {batches[0]}"
+        )
+    split = _SHARES if None not in batches else ()
+    differing = [name for name in recipe if name in theirs and name not in split and theirs[name] != recipe[name]]
     for name in differing:
         if name not in _LENGTH:
             digest = name.startswith("the ")
@@ -198,8 +211,13 @@ def check_recipe(checkpoint: str | None, recipe: Mapping[str, Any], processes: i
     if seal.get("processes") != processes:
         announce(
             f"warning: {checkpoint} was written by {seal.get('processes')} processes, and this run has {processes}: "
-            "batches and random numbers differ, so it does not go on bit for bit"
+            "it goes on with the next block, but random numbers and rounding differ, so not bit for bit"
         )
+
+
+def _batch(recipe: Mapping[str, Any], processes: int | None) -> int | None:
+    """Blocks that all processes learn from in a step; `None` if it is not known."""
+    return math.prod((recipe[name] for name in _SHARES), start=processes or 0) if set(_SHARES) <= set(recipe) else None
 
 
 def check_resumes(checkpoint: str | None, networks: Mapping[str, PreTrainedModel]) -> None:

@@ -11,18 +11,28 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from midimamba.errors import InputError
 from midimamba.files import flush_folder, read_json, write_whole
+from midimamba.training.lora import without_wrapper
+from midimamba.training.sharding import (
+    hollow_copy,
+    is_sharded,
+    shard,
+    split_on_loading,
+    whole_copy,
+    whole_moments,
+)
 
 TRAINER_STATE_FILE = "trainer_state.json"
 SEAL_FILE = "checkpoint.json"
@@ -201,17 +211,83 @@ class WholeCheckpointTrainer(Trainer):
     Of Trainer's private methods it overrides one, `_save_checkpoint`: no public one surrounds all that a checkpoint
     consists of, nor comes before old ones are deleted.
 
+    Args:
+        args, kwargs: as for `Trainer`.
+        shards (`bool`, *optional*, defaults to `False`): split the model over the processes; see
+            [`~midimamba.training.sharding`]. Checkpoints are the same as without.
+
     Attributes:
         recipe (`dict[str, Any]`): what a run that resumes must have in common with this one; see
             [`~midimamba.training.resume.recipe_of`].
+
+    Raises:
+        InputError: if there is a single process to split it over, or accelerate is to split it.
     """
 
     args: TrainingArguments
+    # Narrower than Trainer declares them: there is a model from the beginning, and an optimizer before a step.
+    model: nn.Module
+    optimizer: Optimizer
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, shards: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.data_seed is None:
+            # Else the order of the data follows from what torch was seeded with last, which may be something else in
+            # each process by the time that a run goes back.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
         self.recipe: dict[str, Any] = {}
+        self.shards = shards
+        self._mould: nn.Module | None = None
+        self._check_processes()
         self.add_callback(_EndInTime())
+
+    def _check_processes(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "the checkpoints of accelerate's FSDP and DeepSpeed fit no other number of processes: use "
+                "a configuration without them, such as training/accelerate_configs/gpu-8.yaml, and --shard true"
+            )
+        if self.shards and self.args.world_size == 1:
+            raise InputError(
+                "shard splits the generator over several processes, and there is one: start more, for example with "
+                "training/accelerate_configs/gpu-8.yaml, or leave it out"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As Trainer does it; before, the model is split if that was asked for."""
+        splits = self.shards and not is_sharded(self.model)
+        if splits:
+            self._mould = hollow_copy(self.model)
+            # Accelerate leaves alone what it has prepared. For evaluation, it prepares mixed precision and no more.
+            prepared = self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            shard(prepared, self.args.device)
+        optimizer: Optimizer = super().create_optimizer(model)
+        if splits:
+            split_on_loading(optimizer)
+        return optimizer
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model without the wrappers of distributed training and of peft. Of one that is split, a whole copy: all
+        processes call together, and only the main one gets the weights."""
+        return without_wrapper(self._whole())
+
+    def _whole(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model if self._mould is None else whole_copy(self._mould, model)
+
+    @contextmanager
+    def standing_in(self, model: nn.Module) -> Iterator[None]:
+        """Inside, another model is evaluated or saved in place of the one that is trained."""
+        trained, self.model = self.model, model
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, a model that is split as a whole: all processes call together."""
+        with self.standing_in(self._whole()):
+            super().save_model(output_dir, _internal_call)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -265,7 +341,8 @@ class WholeCheckpointTrainer(Trainer):
                     write_whole(folder / SEAL_FILE, "{}\n")  # open: a run that is killed from here on leaves it so
                 self.accelerator.wait_for_everyone()
                 self.args.save_total_limit = None
-                super()._save_checkpoint(model, trial)
+                with whole_moments(self.optimizer) if self.shards else nullcontext():
+                    super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process writes its random numbers
                 if saves:
                     close_seal(folder, self.args.world_size, self.recipe)

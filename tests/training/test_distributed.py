@@ -3,37 +3,29 @@
 This file is also the program that those processes run: `python test_distributed.py OUT ROWS_PER_PROCESS`.
 """
 
-import os
 import re
-import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from midimamba.modeling import sampling
-from midimamba.training import rollout
-from midimamba.training.adversarial_config import AdversarialConfig
+from distributed_support import (
+    CONFIGS,
+    GLOBAL_BATCH,
+    draws_that_do_not_depend_on_processes,
+    launch,
+    make_trainer,
+)
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.process import training_process
-from support import make_discriminator, make_generator
-from trainer_support import PLAIN
 
 pytestmark = pytest.mark.slow  # most tests here need two more processes
-
-CONFIGS = {file.stem: file for file in (Path(__file__).parents[2] / "training" / "accelerate_configs").glob("*.yaml")}
-LENGTH = 8
-GLOBAL_BATCH = 8
 
 # Every statistic over a batch that a process could take over its own part by mistake.
 CASES: dict[str, dict[str, Any]] = {
@@ -57,73 +49,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_blocks(count: int, seed: int) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    return Dataset.from_dict({"input_ids": torch.randint(1, 11, (count, LENGTH), generator=generator).tolist()})
-
-
-def make_trainer(
-    folder: Path,
-    rows: int,
-    kind: str = "cnn",
-    peft_config: LoraConfig | None = None,
-    ends: bool = False,
-    **options: Any,
-) -> AdversarialTrainer:
-    common: dict[str, Any] = {
-        "output_dir": str(folder),
-        "sequence_length": LENGTH,
-        "prompt_length": 2,
-        "max_steps": 2,
-        "per_device_train_batch_size": rows,
-        "d_warmup_steps": 2,
-        "d_learning_rate": 1e-2,
-        "learning_rate": 1e-2,
-        "optim": "sgd",  # whose step, unlike Adam's, shows a gradient of a wrong size
-        "max_grad_norm": 0.0,
-        "num_eval_samples": 4,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    args = AdversarialConfig(**PLAIN | common | options)
-    discriminator = make_discriminator(kind, dropout=0.0)
-    generator = make_generator(eos_token_id=2 if ends else None, pad_token_id=0)
-    blocks = make_blocks(32, 5), make_blocks(8, 6)
-    return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config)
-
-
-def draw_by_content(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """A token for each row with a number that depends on that row alone, and not on who draws it."""
-    numbers = (logits.argmax(-1) * 0.618 + logits.argmin(-1) * 0.414 + 0.1) % 1
-    return sampling.pick(logits / temperature, numbers[:, None])
-
-
-class Blocks:
-    """Draws of real music that do not depend on how the batch is spread: consecutive rows of one list."""
-
-    def __init__(self) -> None:
-        self.rows = torch.tensor(make_blocks(512, 7)["input_ids"])
-        self.drawn = 0
-
-    def __call__(self, trainer: AdversarialTrainer, count: int) -> Tensor:
-        start = self.drawn + trainer.args.process_index * count
-        self.drawn += trainer.args.world_size * count
-        return self.rows[start : start + count]
-
-
 def work(out: Path, rows: int) -> None:
     """Train all cases and save what becomes of both networks, and what was logged."""
     for name, options in CASES.items():
-        blocks = Blocks()
-        with (
-            patch.object(sampling, "draw", draw_by_content),
-            patch.object(rollout, "draw", draw_by_content),
-            patch.object(
-                AdversarialTrainer, "draw_blocks", lambda trainer, count, blocks=blocks: blocks(trainer, count)
-            ),
-        ):
+        with draws_that_do_not_depend_on_processes():
             trainer = make_trainer(out, rows, **options)
             trainer.train()
         if trainer.is_world_process_zero():
@@ -147,33 +76,12 @@ def sum_of_weights(trainer: AdversarialTrainer) -> list[float]:
     return [parameter.double().sum().item() for network in networks for parameter in network.parameters()]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def launch(out: Path) -> None:
-    """Start this file as two processes, as the configuration for a CPU says, and wait for them."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["cpu-2"])]
-    command += ["--main_process_port", str(free_port()), __file__, str(out), str(GLOBAL_BATCH // 2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks the network for this machine's name
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    except subprocess.TimeoutExpired as slow:
-        pytest.fail(f"no end in sight: {(slow.stderr or b'')[-3000:]!r}")
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of one process, which is this one, and of two."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     work(one, GLOBAL_BATCH)
-    launch(two)
+    launch(__file__, two, GLOBAL_BATCH // 2)
     return one, two
 
 
@@ -213,7 +121,9 @@ def test_every_process_saves_its_own_memory_and_only_one_the_networks(runs: tupl
 def test_configurations_are_accelerates_own(name: str) -> None:
     file = CONFIGS[name]
     loaded = load_config_from_file(str(file))
-    assert loaded.num_processes == int(name.rpartition("-")[2])
+    machines, _, processes = name.rpartition("-")[2].rpartition("x")
+    assert loaded.num_machines == int(machines or 1)
+    assert loaded.num_processes == loaded.num_machines * int(processes)
     assert loaded.use_cpu == name.startswith("cpu")
     assert loaded.mixed_precision == ("no" if loaded.use_cpu else "bf16")
     # The header's command names this file, and a recipe and a script that are there.
@@ -223,7 +133,7 @@ def test_configurations_are_accelerates_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_a_sharded_generator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: str) -> None:
+def test_accelerates_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: str) -> None:
     create = AdversarialTrainer.create_accelerator_and_postprocess
 
     def sharded(trainer: AdversarialTrainer) -> None:
@@ -231,7 +141,7 @@ def test_a_sharded_generator_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         setattr(trainer, sharding, True)
 
     monkeypatch.setattr(AdversarialTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ValueError, match="FSDP and DeepSpeed would shard the generator"):
+    with pytest.raises(ValueError, match="accelerate's FSDP and DeepSpeed fit no other number of processes: use"):
         make_trainer(tmp_path, 4)
 
 

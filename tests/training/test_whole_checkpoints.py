@@ -286,8 +286,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capfd: pytest.Ca
         with pytest.raises(InputError, match=f"is of another run: .*{message}"):
             check_recipe(str(checkpoint), other, 1)
     assert capfd.readouterr().err == ""
-    check_recipe(str(checkpoint), ours, 2)
-    assert "was written by 1 processes, and this run has 2: batches and random numbers" in capfd.readouterr().err
+    with pytest.raises(InputError, match=r"a run with 8 blocks a batch, and this one would have 16: choose .* is 8"):
+        check_recipe(str(checkpoint), ours, 2)
+    shared = recipe_of(
+        [args_for(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)], blocks(), model
+    )
+    check_recipe(str(checkpoint), shared, 2)
+    assert "was written by 1 processes, and this run has 2: it goes on with the next block" in capfd.readouterr().err
     check_recipe(str(checkpoint), recipe_of([args_for(tmp_path, max_steps=9)], blocks(), make_generator()), 1)
     assert "max_steps was -1 and is 9: learning rates follow the new length" in capfd.readouterr().err
 
