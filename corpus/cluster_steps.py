@@ -172,7 +172,8 @@ class FinishCorpus(_Step):
             for path in sorted(path for path in (scratch / "new").rglob("*") if path.is_file()):
                 product.put(path, path.relative_to(scratch / "new").as_posix())
         tallies = {split: _sum([part["splits"][split] for part in parts]) for split in SPLITS}
-        written = [name for name in product.names() if name != REPORT]
+        files = [name for name in product.names() if name != REPORT]
+        written = sorted({*files, *(name.rpartition("/")[0] for name in files if "/" in name)})
         report = report_of(tallies, merged["counts"], job.found, tokenizer, merged["arguments"], written)
         product.write(REPORT, for_json(report, indent=2) + "\n")
         if product.local is not None:
