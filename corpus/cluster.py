@@ -7,6 +7,7 @@ describes. datatrove notes in the work folder which tasks are done, so that the 
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -260,7 +261,7 @@ def _logs_of(job: Job, name: str) -> str:
 def _executor(job: Job, cluster: ClusterOptions, step: "PipelineStep", tasks: int) -> "PipelineExecutor":
     most = job.options.num_workers
     settings: dict[str, Any] = {"pipeline": [step], "tasks": tasks, "logging_dir": _logs_of(job, step.name)}
-    if cluster.executor == "local":
+    if cluster.executor in (None, "local"):
         from datatrove.executor import LocalPipelineExecutor
 
         workers = most or os.cpu_count() or 1
@@ -272,7 +273,7 @@ def _executor(job: Job, cluster: ClusterOptions, step: "PipelineStep", tasks: in
         import ray
         from datatrove.executor import RayPipelineExecutor
 
-        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="error")
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         return RayPipelineExecutor(workers=most or -1, **settings)
     from datatrove.executor import SlurmPipelineExecutor
 
@@ -338,13 +339,16 @@ def _why(job: Job, name: str, task: int) -> str:
 @contextmanager
 def _progress(what: str, executor: "PipelineExecutor") -> Iterator[None]:
     """Show how many tasks are done."""
-    done = threading.Event()
+    done, tasks = threading.Event(), executor.world_size
+
+    def show(bar: "tqdm[Any]") -> None:
+        bar.update(tasks - len(_missing(executor)) - bar.n)
 
     def watch(bar: "tqdm[Any]") -> None:
         while not done.wait(_POLL_SECONDS):
-            bar.update(bar.total - len(_missing(executor)) - bar.n)
+            show(bar)
 
-    with tqdm(total=executor.world_size, desc=what, unit="task") as bar:
+    with tqdm(total=tasks, desc=what, unit="task") as bar:
         thread = threading.Thread(target=watch, args=(bar,), daemon=True)
         thread.start()
         try:
@@ -352,4 +356,4 @@ def _progress(what: str, executor: "PipelineExecutor") -> Iterator[None]:
         finally:
             done.set()
             thread.join()
-            bar.update(bar.total - len(_missing(executor)) - bar.n)
+            show(bar)

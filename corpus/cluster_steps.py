@@ -60,7 +60,7 @@ _QUARANTINE = "quarantine.jsonl"
 _GROUP_IDS = 2**20
 
 
-class _Step(PipelineStep):
+class _Step(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     type = "midimamba"
 
     def __init__(self, job: Job) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from midimamba.corpus.addresses import Folder
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.corpus.options import ClusterOptions, CorpusOptions
@@ -122,12 +124,12 @@ def test_a_corpus_can_be_made_and_read_at_any_address(
     assert_same(tmp_path / "plain", out)
     assert report is not None
     assert "data/train-00000-of-00003.parquet" in report["written"]
-    assert not cluster_steps.Folder(work).names()
+    assert not Folder(work).names()
     assert tokenize_on_cluster(str(music), out, ALONE, there) == report
     with pytest.raises(InputError, match="exists already and holds something else"):
         tokenize_on_cluster(str(music), out, CorpusOptions(vocab_size=800, num_workers=1), there)
     # Another corpus at the same address is not taken for the copy of the first one.
-    cluster_steps.Folder(out).remove()
+    Folder(out).remove()
     (music / "00.mid").unlink()
     tokenize_on_cluster(str(music), out, ALONE, there)
     tokenize_corpus(str(music), tmp_path / "fewer", ALONE)
@@ -389,7 +391,7 @@ def test_a_ray_cluster_makes_the_same_corpus_and_tells_why_a_task_fails(
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # or other tests leave its workers no time
     options = CorpusOptions(vocab_size=None)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         tokenize_on_cluster(str(music), str(tmp_path / "out"), options, ClusterOptions("ray", 2))
         (tmp_path / "none").mkdir()
