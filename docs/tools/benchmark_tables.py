@@ -381,16 +381,6 @@ def many_files(result: Result) -> str:
     return markdown(("files", "seconds", "peak MB"), rows, words=0)
 
 
-@table("cluster")
-def cluster(result: Result) -> str:
-    rows = []
-    for row in result["rows"]:
-        pairs = (row[name] for name in ("seconds", "processor_seconds", "peak_mb"))
-        figures = [f"{number(pair['1'], 0)} / {number(pair['2'], 0)}" for pair in pairs]
-        rows.append((number(row["files"], 0), *figures, times(row["ratio"], 2)))
-    return markdown(("files", "seconds", "seconds of processors", "peak MB", "faster by"), rows, words=0)
-
-
 @table("tokenization")
 def reading(result: Result) -> str:
     names = {

@@ -47,8 +47,8 @@ COMMANDS = {
     "tokenize": Command(
         (TokenizeFiles, CorpusOptions, ClusterOptions),
         "Turn MIDI files into a tokenized corpus, on this machine or in the tasks of a cluster.",
-        "midimamba tokenize my-midi-folder --out data --vocab-size 1000, or with "
-        "--executor slurm --tasks 100 --slurm partition=cpu",
+        "midimamba tokenize my-midi-folder --out data --vocab-size 1000, or "
+        "midimamba tokenize /shared/midi --out /shared/data --executor slurm --tasks 200 --slurm partition=cpu",
     ),
     "train": Command(
         (TrainOptions,),
