@@ -169,6 +169,7 @@ STEPS = (
         "benchmarks/tokenization.py --memory 10000 100000",
         "--memory 50 100",
     ),
+    Step("cluster", "benchmarks/cluster.py --files 2000 20000", "--files 50 100"),
     Step(
         "corpora",
         "benchmarks/corpora.py {corpora}/nottingham.tar.gz {corpora}/m21-chorales.tar.gz {corpora}/pop909.tar.gz",

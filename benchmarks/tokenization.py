@@ -8,38 +8,22 @@ the smallest.
 """
 
 import multiprocessing
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
 from miditok import MusicTokenizer
-from symusic import Note, Score, Track
+from symusic import Score
 
+from many_files import simulate, unpack, watch
 from measure import finish, make_parser
-from midimamba.corpus.entries import Entry
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import read_source
-from midimamba.corpus.sources import list_source, read_entries
 from midimamba.corpus.store import PieceStore
 from midimamba.tokenization.tokenizer import build_tokenizer
-
-
-def unpack(source: str, folder: Path, limit: int | None) -> list[Path]:
-    """Write the MIDI files of a source as separate files, which MidiTok can read."""
-    paths = []
-    entries = [item for item in list_source(source) if isinstance(item, Entry)][:limit]
-    for index, (_, content) in enumerate(read_entries(entries)):
-        if isinstance(content, bytes):
-            paths.append(folder / f"{index:06}.mid")
-            paths[-1].write_bytes(content)
-    return paths
 
 
 def encode_plainly(tokenizer: MusicTokenizer, paths: list[Path]) -> int:
@@ -90,53 +74,6 @@ def measure_speed(source: str, limit: int | None, repeats: int, tokenization: st
     }
 
 
-def simulate(folder: Path, count: int, originals: list[Path]) -> None:
-    """Write `count` files, a thousand per folder: links to real ones, or small pieces that all differ."""
-    for index in range(count):
-        thousand = folder / f"{index // 1000:04}"
-        if index % 1000 == 0:
-            thousand.mkdir(parents=True)
-        target = thousand / f"{index:07}.mid"
-        if originals:
-            os.link(originals[index % len(originals)], target)
-        else:
-            digits = [index // 50**digit % 50 for digit in range(4)]
-            score = Score(24)
-            track = Track()
-            for place, digit in enumerate(digits):
-                track.notes.append(Note(24 * place, 24, 40 + digit, 64))
-            score.tracks.append(track)
-            score.dump_midi(target)
-
-
-def peak_memory(command: list[str]) -> tuple[float, float]:
-    """Run a command; return seconds, and the peak of the memory that it and its workers wrote to, in MB.
-
-    Pages of files that are only read do not count, because the system may drop them.
-    """
-    start = time.perf_counter()
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.2):
-            try:
-                family = [process, *process.children(recursive=True)]
-                peak = max(peak, sum(member.memory_full_info().uss for member in family))
-            except psutil.Error:
-                continue  # one of the processes has just ended
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    code = process.wait()
-    done.set()
-    thread.join()
-    if code != 0:
-        raise RuntimeError(f"{command} ended with {code}")
-    return time.perf_counter() - start, peak / 2**20
-
-
 def measure_memory(source: str | None, counts: list[int], workers: int) -> dict[str, object]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -156,8 +93,8 @@ def measure_memory(source: str | None, counts: list[int], workers: int) -> dict[
                 "--out",
                 f"{scratch}/out-{count}",
             ]
-            seconds, megabytes = peak_memory([*command, "--num-workers", str(workers)])
-            rows.append({"files": count, "seconds": round(seconds, 1), "peak_mb": round(megabytes)})
+            use = watch([*command, "--num-workers", str(workers)])
+            rows.append({"files": count, "seconds": round(use.seconds, 1), "peak_mb": round(use.peak_mb)})
             print(rows[-1], flush=True)
             shutil.rmtree(folder)
     return {

@@ -1,30 +1,39 @@
 """MIDI files of any source as a tokenized `datasets.DatasetDict`."""
 
-import hashlib
-import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
-from itertools import takewhile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict
 from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from miditok import MusicTokenizer
 from tqdm import tqdm
 
+from midimamba.corpus.assembly import (
+    digest,
+    facts_of,
+    features_of,
+    make_tokenizer,
+    programs_of,
+    report_of,
+    rows_of,
+    settle,
+    shift_of,
+    tally,
+    versions,
+    write_quarantine,
+)
 from midimamba.corpus.data_sets import DataSetFiles, is_data_set
 from midimamba.corpus.load import SPLITS
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.reading import Found, read_source
 from midimamba.corpus.sources import CHORALES, NO_MUSIC21
-from midimamba.corpus.store import PieceStore, StoredPiece
+from midimamba.corpus.store import PieceStore
 from midimamba.corpus.upkeep import STORE_FILE, carry_over, contents, reading_store, showing_causes, target_of, tidy
 from midimamba.errors import InputError
 from midimamba.files import is_taken, locked, read_json, whole_file, whole_folder, write_whole
@@ -39,12 +48,8 @@ from midimamba.tokenization.tokenizer import (
     check_subword_model,
     check_vocab_size,
     load_tokenizer,
-    merge_ids,
-    train_on_ids,
 )
 
-# A label with more values says which piece it is, not what kind.
-MAX_LABEL_VALUES = 1_000
 # What `corpus.json` says, among other things.
 _REPORTED = {"splits", "split_by", "refused", "duplicates", "vocab_size", "arguments", "written"}
 
@@ -83,18 +88,15 @@ def tokenize_corpus(source: str, out: Path, options: CorpusOptions | None = None
         InputError: if nothing can be tokenized, an option makes no sense, `out` holds something else or is being
             written by another run, or a disk is full.
     """
-    options = options or CorpusOptions()
-    base = _base_tokenizer(options)
-    if base.is_multi_voc:  # there is no subword model
-        options = replace(options, vocab_size=None)
+    base, options = prepare(options or CorpusOptions())
     out = target_of(out)
-    reader = _reader(base, source, options)
+    reader = reader_of(base, source, options)
     with locked(out):
         tidy(out)
-        arguments = _arguments(source, options)
+        arguments = arguments_of(source, options)
         earlier = _earlier(out, arguments)
         with reading_store(out, reader, len(base.vocab) if base.is_multi_voc else 1) as store, showing_causes():
-            found = read_source(_files_of(source, options), store, base, options)
+            found = read_source(files_of(source, options), store, base, options)
             if reused := store.num_reused():
                 tqdm.write(f"{reused:,} of {store.num_files():,} files are as they were read before", file=sys.stderr)
             arguments["files"] = store.digest()
@@ -123,13 +125,14 @@ def _is_whole(out: Path, earlier: Mapping[str, Any]) -> bool:
     return all((out / name).exists() for name in earlier["written"] if name != STORE_FILE)
 
 
-def _files_of(source: str, options: CorpusOptions) -> str | DataSetFiles:
+def files_of(source: str, options: CorpusOptions) -> str | DataSetFiles:
+    """A source as it is read: a data set is one."""
     if not is_data_set(source):
         return source
     return DataSetFiles(source, options.midi_column, options.labels, options.streaming)
 
 
-def _arguments(source: str, options: CorpusOptions) -> dict[str, Any]:
+def arguments_of(source: str, options: CorpusOptions) -> dict[str, Any]:
     """What the result depends on, as JSON holds it; with the digest of the files added, two equal ones are one corpus.
 
     Where the bytes come from in a data set, and how many processes read them, changes nothing.
@@ -143,8 +146,18 @@ def _arguments(source: str, options: CorpusOptions) -> dict[str, Any]:
     return arguments | lists | {"tokenizer_options": dict(options.tokenizer_options)}
 
 
+def prepare(options: CorpusOptions) -> tuple[MusicTokenizer, CorpusOptions]:
+    """The tokenizer that files are read with, and the options that it leaves.
+
+    Raises:
+        InputError: if the options make no sense, which is found here, before any work.
+    """
+    base = _base_tokenizer(options)
+    # With several vocabularies there is no subword model.
+    return base, replace(options, vocab_size=None) if base.is_multi_voc else options
+
+
 def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
-    """The tokenizer that files are read with. Options that make no sense are refused here, before any work."""
     if unknown := [name for name in options.controls if name not in CONTROLS]:
         raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
     _check_labels(options)
@@ -185,30 +198,34 @@ def _earlier(out: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         report = read_json(out / "corpus.json")
-        made_with = {key: value for key, value in report["arguments"].items() if key != "files"}
-    except (InputError, LookupError, AttributeError):
-        made_with = {}
-    if made_with != arguments or not report.keys() >= _REPORTED:
-        raise InputError(f"{out} exists already and holds something else: delete it or choose another folder")
+    except InputError:
+        report = {}
+    check_is_same(str(out), report, arguments)
     return report
 
 
-def _reader(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
+def check_is_same(out: str, report: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse what is at `out` if its `report` does not say that it is a corpus with the same arguments.
+
+    Raises:
+        InputError: if it is anything else.
+    """
+    try:
+        made_with = {key: value for key, value in report["arguments"].items() if key != "files"}
+    except (LookupError, AttributeError):
+        made_with = {}
+    if made_with != arguments or not report.keys() >= _REPORTED:
+        raise InputError(f"{out} exists already and holds something else: delete it or choose another folder")
+
+
+def reader_of(tokenizer: MusicTokenizer, source: str, options: CorpusOptions) -> str:
     """A digest of everything that reading depends on, apart from the files."""
     packages = ["midimamba", "miditok", "symusic", *(["music21"] if source == CHORALES else [])]
     try:
-        versions = _versions(packages)
+        installed = versions(packages)
     except PackageNotFoundError as error:
         raise InputError(NO_MUSIC21) from error  # of the four, the only one that may be missing
-    return _digest([tokenizer.to_dict(), bool(options.controls), versions])
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    return {package: version(package) for package in packages}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest([tokenizer.to_dict(), bool(options.controls), installed])
 
 
 def _save(
@@ -220,30 +237,16 @@ def _save(
     found: Found,
 ) -> dict[str, Any]:
     """Split, train, encode and write everything into `folder`."""
-    store.assign_splits(options.valid_fraction, options.test_fraction, options.seed)
-    counts = store.counts()
-    ways = ", ".join(f"{count:,} by {way}" for way, count in store.splits_by().items())
-    tqdm.write(f"splits: {ways or 'no pieces'}", file=sys.stderr)
-    if several := store.num_contradictions():
-        tqdm.write(f"{several:,} pieces are given to several splits: they are held out", file=sys.stderr)
-    if not counts["pieces"]:
-        first = next(store.refusals(), None)
-        why = f"the first, {first.name}: {first.reason}" if first else "it holds no MIDI files"
-        raise InputError(f"no file of {arguments['source']} can be used: {why}{found.reasons()}")
-    if not counts["train"]:
-        raise InputError(
-            f"the splits that {arguments['source']} gives leave no usable piece to train on: "
-            "put some files in the split train"
-        )
-    tokenizer = base if options.tokenizer else _train(store, base, options)
-    processor = MidiProcessor(tokenizer, **_facts(store, base, options))
-    shift = len(tokenizer.special_tokens) - len(base.special_tokens)
+    counts = settle(store, arguments["source"], options, found)
+    tokenizer = make_tokenizer(store, base, options)
+    facts = facts_of(programs_of(store.pieces("train"), base), store.most_voices(), base, options)
+    processor = MidiProcessor(tokenizer, **facts)
     with tqdm(total=counts["pieces"], desc="Encoding", unit="piece") as progress, _quiet_datasets():
         # `datasets` names its caches by the fingerprint: the same rows have the same one, and others another.
-        fingerprint = _digest([arguments, tokenizer.to_dict()])
+        fingerprint = digest([arguments, tokenizer.to_dict()])
         dataset = DatasetDict(
             {
-                split: _encode(folder, split, f"{fingerprint}-{split}", store, processor, shift, progress)
+                split: _encode(folder, split, f"{fingerprint}-{split}", store, processor, base, progress)
                 for split in SPLITS
             }
         )
@@ -251,82 +254,12 @@ def _save(
         dataset.save_to_disk(str(folder), num_shards={split: None if len(dataset[split]) else 1 for split in SPLITS})
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     processor.save_pretrained(folder / "tokenizer")
-    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
-        for refusal in store.refusals():
-            row = {"path": refusal.name, "sha256": refusal.sha256, "stage": refusal.stage, "reason": refusal.reason}
-            file.write(for_json(row) + "\n")
+    write_quarantine(store, folder / "quarantine.jsonl")
     store.copy_to(folder / STORE_FILE)
-    report = {
-        "splits": {split: _count(dataset[split]) for split in SPLITS},
-        "split_by": {"given": counts["given"], "hash": counts["pieces"] - counts["given"]},
-        **found.report(),
-        **{name: counts[name] for name in ("refused", "sanitized", "duplicates")},
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": _digest(tokenizer.to_dict()),
-        "arguments": arguments,
-        "versions": _versions(["miditok", "symusic"]),
-        "written": [*contents(folder), "corpus.json"],
-    }
+    tallies = {split: tally(dataset[split].with_format("arrow")[:]) for split in SPLITS}
+    report = report_of(tallies, counts, found, tokenizer, arguments, contents(folder))
     write_whole(folder / "corpus.json", for_json(report, indent=2) + "\n")
     return report
-
-
-def _train(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> MusicTokenizer:
-    """The tokenizer of the corpus, with the control tokens that occur in the train split, and a subword model."""
-    values = store.control_values([*options.controls, *options.labels])
-    for name in options.labels:
-        if len(values[name]) > MAX_LABEL_VALUES:
-            raise InputError(
-                f"label {name!r} has {len(values[name]):,} values; the limit is {MAX_LABEL_VALUES:,}: "
-                "leave it out of --labels"
-            )
-    tokens = list(dict.fromkeys(control_token(name, value) for name in values for value in values[name]))
-    tokenizer = build_tokenizer(
-        options.tokenization, controls=tokens, infill=options.infill, **options.tokenizer_options
-    )
-    if options.vocab_size is not None:
-        added = len(tokenizer.special_tokens) - len(base.special_tokens)
-        vocab_size = options.vocab_size + added
-        pieces = (piece.ids + added for piece in store.pieces("train", order="place"))
-        train_on_ids(tokenizer, _up_to(pieces, options.training_tokens), vocab_size, options.subword_model)
-    return tokenizer
-
-
-def _facts(store: PieceStore, base: MusicTokenizer, options: CorpusOptions) -> dict[str, Any]:
-    """The `programs` and `voices` of the train split, and of the corpus whose tokenizer it takes.
-
-    `None` where that corpus does not know them, or for `voices` if there are only drums.
-    """
-    if base.is_multi_voc:
-        return {}
-    programs, voices = _programs(store, base), store.most_voices()
-    if not options.tokenizer:
-        return {"programs": sorted(programs), "voices": voices or None}
-    earlier = MidiProcessor.from_pretrained(options.tokenizer)
-    return {
-        "programs": None if earlier.programs is None else sorted({*earlier.programs, *programs}),
-        "voices": None if earlier.voices is None else max(earlier.voices, voices),
-    }
-
-
-def _programs(store: PieceStore, base: MusicTokenizer) -> set[int]:
-    """The programs of the train split."""
-    programs = {index: int(token.split("_")[1]) for token, index in base.vocab.items() if token.startswith("Program_")}
-    ids = np.array(list(programs))
-    found = {int(index) for piece in store.pieces("train") for index in ids[np.isin(ids, piece.ids)]}
-    return {programs[index] for index in found}
-
-
-def _up_to(pieces: Iterator[np.ndarray], count: int) -> Iterator[list[int]]:
-    """As many of the first pieces as hold `count` ids together, or all."""
-    total = 0
-
-    def more(piece: np.ndarray) -> bool:
-        nonlocal total
-        total += len(piece)
-        return total - len(piece) < count
-
-    return (piece.tolist() for piece in takewhile(more, pieces))
 
 
 def _encode(
@@ -335,20 +268,16 @@ def _encode(
     fingerprint: str,
     store: PieceStore,
     processor: MidiProcessor,
-    shift: int,
+    base: MusicTokenizer,
     progress: "tqdm[Any]",
 ) -> Dataset:
     """A split as Arrow files, written piece by piece."""
-    features = _features(processor)
+    tokenizer = processor.midi_tokenizer
+    features = features_of(tokenizer)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for piece in store.pieces(split):
-            yield {
-                "name": piece.name,
-                "input_ids": _with_ends(piece, processor, shift),
-                "num_notes": piece.num_notes,
-                "seconds": piece.seconds,
-            }
+        for row in rows_of(store.pieces(split), processor, shift_of(tokenizer, base)):
+            yield row
             progress.update()
 
     if next(store.pieces(split), None) is None:
@@ -373,38 +302,3 @@ def _quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
-
-
-def _features(processor: MidiProcessor) -> Features:
-    ids = List(Value("int32"))
-    return Features(
-        {
-            "name": Value("string"),
-            "input_ids": List(ids) if processor.midi_tokenizer.is_multi_voc else ids,
-            "num_notes": Value("int32"),
-            "seconds": Value("float32"),
-        }
-    )
-
-
-def _with_ends(piece: StoredPiece, processor: MidiProcessor, shift: int) -> np.ndarray:
-    """The ids of a row: BOS, controls, music, EOS."""
-    tokenizer = processor.midi_tokenizer
-    if tokenizer.is_multi_voc:
-        return np.pad(
-            piece.ids, ((1, 1), (0, 0)), constant_values=((processor.bos_token_id, processor.eos_token_id), (0, 0))
-        )
-    music = merge_ids(tokenizer, (piece.ids + shift).tolist())
-    # A value that is missing in the train split has no token: the model could not have learned it.
-    tokens = sorted(tokenizer.vocab[token] for token in piece.control_tokens if token in tokenizer.vocab)
-    return np.array([processor.bos_token_id, *tokens, *music, processor.eos_token_id], dtype=np.int32)
-
-
-def _count(dataset: Dataset) -> dict[str, int | float]:
-    table = dataset.with_format("arrow")[:]
-    return {
-        "pieces": len(dataset),
-        "tokens": pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0,
-        "notes": pc.sum(table["num_notes"]).as_py() or 0,
-        "hours": round((pc.sum(table["seconds"]).as_py() or 0) / 3600, 3),
-    }

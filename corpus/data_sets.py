@@ -1,7 +1,7 @@
 """MIDI files in data sets: a column of bytes, on the Hub or on the disk, as `datasets` reads it."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,23 @@ class DataSetFiles:
 
     def __iter__(self) -> Iterator[tuple[Entry, Label, bytes | MidiRefusedError]]:
         for split, rows in self._splits.items():
-            for index, row in enumerate(rows):
-                label = self._label(split, index, row)
-                content = _bytes_of(row.get(self._midi_column))
-                size = len(content) if isinstance(content, bytes) else 0
-                yield Entry(label.name, Path(self.source), size), label, content
+            yield from self._files(split, enumerate(rows))
+
+    def part(self, start: int, end: int) -> Iterator[tuple[Entry, Label, bytes | MidiRefusedError]]:
+        """The files of rows `start … end - 1`, counted over all splits, of a data set that is not streamed."""
+        for split, rows in self._splits.items():
+            own = range(max(0, start), min(len(rows), end))
+            yield from self._files(split, zip(own, rows.select(own), strict=True))
+            start, end = start - len(rows), end - len(rows)
+
+    def _files(
+        self, split: str, rows: Iterable[tuple[int, Mapping[str, Any]]]
+    ) -> Iterator[tuple[Entry, Label, bytes | MidiRefusedError]]:
+        for index, row in rows:
+            label = self._label(split, index, row)
+            content = _bytes_of(row.get(self._midi_column))
+            size = len(content) if isinstance(content, bytes) else 0
+            yield Entry(label.name, Path(self.source), size), label, content
 
     def _find_midi_column(self, head: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
         first = head[0]

@@ -8,6 +8,7 @@ from midimamba.errors import InputError
 from midimamba.tokenization.choices import CONTROLS, SUBWORD_MODELS, TOKENIZATIONS
 from midimamba.tokenization.sampling_limits import MAX_SIZE, check_fraction, check_whole
 
+MAX_TASKS = 99_999  # file names have five digits
 INFILL_SHARE = 0.3
 """The share of training pieces that are rearranged where a corpus was made for infilling."""
 
@@ -171,3 +172,76 @@ class CorpusOptions:
             raise InputError(
                 f"validation and test fractions {valid} and {test} leave nothing to train on: choose smaller ones"
             )
+
+
+EXECUTORS = ("local", "slurm", "ray")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """
+    Where a corpus is made, if not by one process with its workers: in tasks that datatrove runs.
+
+    Args:
+        executor (`str`, *optional*):
+            `"local"`: in processes of this machine. `"slurm"`: as jobs, on a cluster with Slurm. `"ray"`: on a Ray
+            cluster.
+        tasks (`int`, *optional*, defaults to 8):
+            Into how many parts the work is divided. A task that is interrupted starts again. The result does not
+            depend on it.
+        work (`str`, *optional*):
+            The folder in which tasks hand their results to each other, on a file system that all of them see. By
+            default a hidden folder beside the corpus.
+        slurm (`Sequence[str]`, *optional*):
+            Options of `sbatch` as `NAME=VALUE`, such as `"partition=cpu"` and `"time=04:00:00"`.
+
+    Raises:
+        InputError: if an option makes no sense, or needs another one.
+    """
+
+    executor: str | None = field(
+        default=None,
+        metadata={
+            "group": "cluster",
+            "help": "make the corpus in tasks: in processes of this machine, as Slurm jobs, or on a Ray cluster; "
+            "--num-workers then bounds how many run at once",
+            "choices": EXECUTORS,
+        },
+    )
+    tasks: int | None = field(default=None, metadata={"group": "cluster", "help": "number of tasks (default: 8)"})
+    work: str | None = field(
+        default=None,
+        metadata={
+            "group": "cluster",
+            "help": "folder or address for what tasks hand to each other; all of them must see it "
+            "(default: hidden, beside the corpus)",
+        },
+    )
+    slurm: Sequence[str] = field(
+        default=(),
+        metadata={
+            "group": "cluster",
+            "repeated": True,
+            "metavar": "NAME=VALUE",
+            "help": "an option of sbatch, such as partition=cpu; repeat it for more",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.executor is None and (given := [n for n in ("tasks", "work", "slurm") if getattr(self, n)]):
+            raise InputError(
+                f"--{given[0]} is for tasks: add --executor {'slurm' if given[0] == 'slurm' else 'local'}"
+            )
+        if self.tasks is not None:
+            check_whole("tasks", self.tasks, 1, MAX_TASKS)
+        if self.slurm and self.executor != "slurm":
+            raise InputError("--slurm is for --executor slurm: leave it out")
+        if wrong := [text for text in self.slurm if not all(text.partition("=")[::2])]:
+            raise InputError(f"--slurm {wrong[0]}: write NAME=VALUE, such as partition=cpu")
+        if self.executor == "slurm" and "partition" not in self.sbatch:
+            raise InputError("which machines should do it? Add --slurm partition=NAME; `sinfo` lists them")
+
+    @property
+    def sbatch(self) -> dict[str, str]:
+        """The options of `sbatch`."""
+        return {name: value for name, _, value in (text.partition("=") for text in self.slurm)}

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -106,18 +106,44 @@ def read_source(
     Raises:
         InputError: as [`list_source`].
     """
-    workers = options.num_workers or os.cpu_count() or 1
-    found = Found()
     if isinstance(source, DataSetFiles):
+        found = beyond_limit(source, options.limit)
         total = min(len(source), options.limit or sys.maxsize) or None
-        if options.limit is not None and len(source) > options.limit:
-            found.add(Skipped(_BEYOND_LIMIT, len(source) - options.limit))
-        files = _list_rows(islice(source, options.limit), store, found)
+        files = enter_rows(islice(source, options.limit), store, found)
     else:
-        _list_files(source, store, options.labels, options.limit, found)
+        found = list_files(source, store, options)
         total, files = store.num_files(), read_entries(store.entries())
-    max_seconds = _MUSICXML_SECONDS if source == CHORALES else MAX_SECONDS
-    with tqdm(total=total, desc="Reading", unit="file") as progress:
+    read_files(files, store, tokenizer, options, seconds_for(source), total)
+    return found
+
+
+def seconds_for(source: str | DataSetFiles) -> float:
+    """What reading one file may take."""
+    return _MUSICXML_SECONDS if source == CHORALES else MAX_SECONDS
+
+
+def read_files(
+    files: Iterable[tuple[Entry, _Content]],
+    store: PieceStore,
+    tokenizer: MusicTokenizer,
+    options: CorpusOptions,
+    max_seconds: float,
+    total: int | None = None,
+    silent: bool = False,
+) -> None:
+    """Read files that the store does not know yet, each in a worker process with bounded time and memory.
+
+    Args:
+        files (iterable of pairs): entries with their bytes, or why there are none.
+        store (`PieceStore`): gets outcomes.
+        tokenizer (`miditok.MusicTokenizer`): its base ids are taken.
+        options (`CorpusOptions`): as for [`read_source`].
+        max_seconds (`float`): for each file.
+        total (`int`, *optional*): how many files there are, if that is known.
+        silent (`bool`, *optional*, defaults to `False`): show no progress.
+    """
+    workers = options.num_workers or os.cpu_count() or 1
+    with tqdm(total=total, desc="Reading", unit="file", disable=silent) as progress:
         underway: set[str] = set()
         tasks = _new_files(files, store, underway, progress)
         for sha256, outcome in run_bounded(
@@ -129,12 +155,17 @@ def read_source(
             underway.discard(sha256)
             progress.update()
     store.finish_reading()
-    return found
 
 
-def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: int | None, found: Found) -> None:
+def list_files(source: str, store: PieceStore, options: CorpusOptions) -> Found:
+    """Enter the files of a folder or an archive in a store, with what manifests say of them.
+
+    Raises:
+        InputError: as [`list_source`].
+    """
+    found = Found()
     with tqdm(desc="Listing", unit="file", leave=False, delay=2) as progress:
-        for item in list_source(source, columns):
+        for item in list_source(source, options.labels):
             if isinstance(item, Label):
                 store.add_label(item)
                 continue
@@ -146,15 +177,25 @@ def _list_files(source: str, store: PieceStore, columns: Sequence[str], limit: i
                 store.add_refusal(item)
     if matched := store.check_labels():
         tqdm.write(matched, file=sys.stderr)
-    if limit is not None:
+    if options.limit is not None:
         listed = store.num_files()
-        store.keep_first(limit)
+        store.keep_first(options.limit)
         found.skipped[_BEYOND_LIMIT] += listed - store.num_files()
+    return found
 
 
-def _list_rows(
+def beyond_limit(source: DataSetFiles, limit: int | None) -> Found:
+    """The rows of a data set that are left out, as far as their number is known."""
+    found = Found()
+    if limit is not None and len(source) > limit:
+        found.add(Skipped(_BEYOND_LIMIT, len(source) - limit))
+    return found
+
+
+def enter_rows(
     rows: Iterable[tuple[Entry, Label, _Content]], store: PieceStore, found: Found
 ) -> Iterator[tuple[Entry, _Content]]:
+    """The files of a data set. What its rows say of them is entered in a store when they are taken."""
     for entry, label, content in rows:
         found.add(entry)
         store.add_label(label)

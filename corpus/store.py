@@ -11,10 +11,11 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import numpy as np
 
@@ -151,7 +152,7 @@ class PieceStore:
     def _open(self, path: Path) -> None:
         try:
             # The trainers of `tokenizers` draw pieces from a thread of their own, while this one waits.
-            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=1, check_same_thread=False, uri=True)
         except sqlite3.DatabaseError as error:
             raise explain(path, error) from error
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -193,6 +194,25 @@ class PieceStore:
         with suppress(sqlite3.Error):
             self._db.commit()
         self._db.close()
+
+    @contextmanager
+    def beside(self, path: Path, new: bool = False) -> Iterator[sqlite3.Connection]:
+        """This store's connection, in which another SQLite file is called `part` for a while.
+
+        Args:
+            path (`Path`): the file. Nobody may write to it.
+            new (`bool`, *optional*, defaults to `False`): whether to make it.
+        """
+        self._db.commit()
+        mode = "rwc" if new else "ro&immutable=1"
+        address = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
+        self._db.execute("ATTACH ? AS part", (address,))
+        try:
+            yield self._db
+            self._db.commit()
+        finally:
+            self._db.rollback()  # after an error
+            self._db.execute("DETACH part")
 
     def copy_to(self, target: Path) -> None:
         """Write what was read to a file that is empty or not there. The same outcomes give the same bytes."""
@@ -401,6 +421,10 @@ class PieceStore:
         query = f"SELECT {way}, count(*) FROM pieces GROUP BY way ORDER BY way = 'hash', way"
         return dict(self._db.execute(query).fetchall())
 
+    def num_pieces(self) -> int:
+        """Different pieces, once they have splits."""
+        return self._count("pieces")
+
     def num_contradictions(self) -> int:
         """Pieces whose files are given to several splits."""
         return self._count(
@@ -440,10 +464,10 @@ class PieceStore:
         return {
             "refused": sum(1 for _ in self.refusals()),
             "sanitized": self._count(f"{read} AND sanitized"),
-            "duplicates": self._count(read) - self._count("pieces"),
+            "duplicates": self._count(read) - self.num_pieces(),
             "given": self._count("pieces WHERE given"),
             "train": self._count("pieces WHERE split = 'train'"),
-            "pieces": self._count("pieces"),
+            "pieces": self.num_pieces(),
         }
 
     def _count(self, table: str) -> int:

@@ -95,14 +95,15 @@ def _carry(path: Path, target: Path, former: Path, written: Collection[str]) -> 
         elif made:
             shutil.copystat(path, target)
     elif not (os.path.lexists(target) or name in written or _is_cache(path, former)):
-        _link(path, target)
+        link(path, target)
 
 
 def _is_cache(path: Path, former: Path) -> bool:
     return path.parent in {former / split for split in SPLITS} and any(fnmatch(path.name, name) for name in _CACHES)
 
 
-def _link(path: Path, target: Path) -> None:
+def link(path: Path, target: Path) -> None:
+    """Put a file, or a link, at another place as well; where the disk cannot do that, a copy of it."""
     try:
         os.link(path, target, follow_symlinks=False)
     except OSError:

@@ -31,7 +31,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def tokenize(given: TokenizeFiles, options: CorpusOptions) -> None:
         lines.append(["tokenize", given.source, str(options.vocab_size)])
-        leave(given.out / "corpus.json")
+        leave(Path(given.out) / "corpus.json")
 
     def generate(options: GenerateOptions, sampling: SamplingOptions, wanted: ConstraintOptions) -> None:
         lines.append(["generate", options.model, str(sampling.num), str(options.render)])

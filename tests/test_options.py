@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def test_every_command_has_help_with_an_example_that_parses(capsys: pytest.Captu
         with pytest.raises(SystemExit):
             build_parser().parse_args([name, "--help"])
         assert "example: midimamba" in capsys.readouterr().out
-        for example in command.example.split(", then "):
+        for example in re.split(", (?:then|or) ", command.example):
             args = build_parser().parse_args(example.split()[1:])
             assert args.command == name
             for options in command.options:

@@ -22,7 +22,7 @@ from midimamba.command_options import (
     TuneOptions,
 )
 from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
-from midimamba.corpus.options import CorpusOptions
+from midimamba.corpus.options import ClusterOptions, CorpusOptions
 from midimamba.errors import exit_on_input_error
 from midimamba.options import add_options, read_options, split_flags
 from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
@@ -47,9 +47,10 @@ COMMANDS = {
         "midimamba demo --out runs/demo",
     ),
     "tokenize": Command(
-        (TokenizeFiles, CorpusOptions),
-        "Turn MIDI files into a tokenized corpus.",
-        "midimamba tokenize my-midi-folder --out data --vocab-size 1000",
+        (TokenizeFiles, CorpusOptions, ClusterOptions),
+        "Turn MIDI files into a tokenized corpus, on this machine or in the tasks of a cluster.",
+        "midimamba tokenize my-midi-folder --out data --vocab-size 1000, or "
+        "midimamba tokenize /shared/midi --out /shared/data --executor slurm --tasks 200 --slurm partition=cpu",
     ),
     "train": Command(
         (TrainOptions,),

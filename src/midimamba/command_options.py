@@ -55,7 +55,11 @@ class TokenizeFiles:
             "or on the Hub (owner/name); or `chorales`, Bach's from music21",
         }
     )
-    out: Path = field(metadata={"help": "folder to make, or to bring up to date"})
+    out: str = field(
+        metadata={
+            "help": "folder to make, or to bring up to date; with --executor, also an address such as s3://bucket/corpus"
+        }
+    )
     tokenizer_config: Path | None = field(
         default=None,
         metadata={"group": "tokenizer", "help": "YAML file of MidiTok's options, such as `num_velocities: 16`"},

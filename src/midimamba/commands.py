@@ -26,7 +26,7 @@ from midimamba.command_options import (
     TuneOptions,
 )
 from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
-from midimamba.corpus.options import CorpusOptions
+from midimamba.corpus.options import ClusterOptions, CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
 from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
@@ -37,23 +37,38 @@ from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
 _LISTED = 16  # tracks in a message
 
 
-def tokenize(files: TokenizeFiles, options: CorpusOptions) -> None:
+def tokenize(files: TokenizeFiles, options: CorpusOptions, cluster: ClusterOptions | None = None) -> None:
     """`midimamba tokenize`: MIDI files to a corpus."""
-    from midimamba.corpus.build import tokenize_corpus
-
-    check_can_be_made(files.out)
     if files.tokenizer_config is not None:
         options = replace(options, tokenizer_options=_read_yaml(files.tokenizer_config))
     try:
-        report = tokenize_corpus(files.source, files.out, options)
+        report = _make_corpus(files, options, cluster)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to continue\n")
         sys.exit(130)
+    if report is None:
+        return
     for split, counts in report["splits"].items():
         print(f"{split:>10}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
     print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
     if report["refused"]:
-        show(f"{report['refused']:,} files refused: {files.out / 'quarantine.jsonl'} says why")
+        show(f"{report['refused']:,} files refused: {files.out.rstrip('/')}/quarantine.jsonl says why")
+
+
+def _make_corpus(
+    files: TokenizeFiles, options: CorpusOptions, cluster: ClusterOptions | None
+) -> dict[str, Any] | None:
+    """What `corpus.json` holds; `None` while a cluster makes it."""
+    from midimamba.corpus.addresses import is_address
+    from midimamba.corpus.build import tokenize_corpus
+    from midimamba.corpus.cluster import tokenize_on_cluster
+
+    if cluster is not None and cluster.executor is not None:
+        return tokenize_on_cluster(files.source, files.out, options, cluster)
+    if is_address(files.out):
+        raise InputError(f"{files.out} is not a folder of this machine: add --executor local, slurm or ray")
+    check_can_be_made(Path(files.out))
+    return tokenize_corpus(files.source, Path(files.out), options)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run(out: Path) -> None:
 def _tokenize(data: Path) -> None:
     from midimamba.commands import tokenize
 
-    tokenize(TokenizeFiles(CHORALES, data), CorpusOptions(vocab_size=VOCAB_SIZE))
+    tokenize(TokenizeFiles(CHORALES, str(data)), CorpusOptions(vocab_size=VOCAB_SIZE))
 
 
 def _train(script: str, recipe: str, data: Path, out: Path, model: Path | None = None) -> None:

@@ -100,14 +100,17 @@ def _corpus_of(data: str, out: Path, options: CorpusOptions) -> str:
     from midimamba.command_options import TokenizeFiles
     from midimamba.commands import tokenize
 
-    tokenize(TokenizeFiles(data, _own_corpus(out)), options)
+    tokenize(TokenizeFiles(data, str(_own_corpus(out))), options)
     return str(_own_corpus(out))
 
 
 def _is_corpus(data: str) -> bool:
     """Whether it is tokenized. For a name that is no file here, the Hub is asked."""
+    from midimamba.corpus.addresses import Folder, is_address
     from midimamba.corpus.data_sets import is_data_set
 
+    if is_address(data):
+        return Folder(data).has("corpus.json")
     if Path(data).exists() or not is_data_set(data):
         return (Path(data) / "corpus.json").is_file()
     from huggingface_hub import HfApi, constants, try_to_load_from_cache

@@ -15,8 +15,7 @@ import pytest
 from symusic import Score
 from symusic.core import ScoreSecond
 
-from midimamba.corpus import build as corpus
-from midimamba.corpus import reading, store
+from midimamba.corpus import assembly, reading, store
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import SPLITS, load_corpus
 from midimamba.corpus.options import CorpusOptions
@@ -384,7 +383,7 @@ def test_training_tokens_bound_what_the_subword_model_sees(
     def train(_: object, pieces: Any, *__: object) -> None:
         seen.append(sum(map(len, pieces)))
 
-    monkeypatch.setattr(corpus, "train_on_ids", train)
+    monkeypatch.setattr(assembly, "train_on_ids", train)
     folder = midi_folder(20)
     for bound in (1, 1000, 10**9):
         tokenize_corpus(str(folder), tmp_path / str(bound), CorpusOptions(training_tokens=bound))
@@ -453,7 +452,7 @@ def test_chorales_without_music21_name_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "music21", None)  # an import now raises
     if not broken:
-        monkeypatch.setattr(corpus, "version", music21_is_not_installed)
+        monkeypatch.setattr(assembly, "version", music21_is_not_installed)
     assert command(monkeypatch, "tokenize", "chorales", "--out", tmp_path / "out") == 2
     assert 'pip install "midimamba[demo]"' in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
