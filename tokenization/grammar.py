@@ -32,7 +32,7 @@ from .grammar_tables import (
     playable,
 )
 from .grammar_torch import Limits, TorchRules
-from .grammar_types import EFFECTS, check_plain, check_supported, kind_of
+from .grammar_types import EFFECTS, check_plain, check_supported, kind_of, name_of
 from .timed_rules import Now, TimedRules
 from .tokenizer import EOS
 
@@ -110,7 +110,7 @@ class MidiGrammar(LogitsProcessor):
         constraints: Constraints | Mapping[str, Any] | None = None,
     ) -> None:
         check_supported(tokenizer)
-        if (name := type(tokenizer).__name__) not in self.tokenizations:
+        if (name := name_of(tokenizer)) not in self.tokenizations:
             raise InputError(f"{type(self).__name__} is for {', '.join(self.tokenizations)}, not {name}")
         self.constraints = Constraints.of(constraints)
         if meters is not None:
@@ -137,8 +137,10 @@ class MidiGrammar(LogitsProcessor):
         self._tables = keep_tables(tokenizer, "rules", asked, lambda: self._make_tables(tokenizer, pitches)) | {
             "programs": self._check_programs(tokenizer, pitches, programs),
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
+            "own": self._own(tokenizer),
         }
         self._rules = self._make_rules(tokenizer, meters or ())
+        self._limits = self._make_limits()
         self._common = self._make_common()
         # What the last call saw: its ids, in a buffer that grows, and the state after them.
         self._ids = torch.empty(0, 0, dtype=torch.long)
@@ -148,12 +150,19 @@ class MidiGrammar(LogitsProcessor):
     def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
         return grammar_tables(tokenizer, pitches, self.max_notes, self.voices)
 
-    def _make_common(self) -> "TorchRules | NumbaRules":
-        """The rules that all tokenizations share, as one kernel where that is possible."""
-        limits = Limits(
+    def _own(self, tokenizer: MusicTokenizer) -> Tensor:
+        """What a tokenization remembers of a sequence besides, at its start, of shape (columns,)."""
+        return torch.zeros(0, dtype=torch.long)
+
+    def _make_limits(self) -> Limits:
+        return Limits(
             *(self.eos_token_id, self.min_bars, self.max_empty_bars),
             *(self._patience, MAX_SILENT_TOKENS, self.max_notes, self.voices),
         )
+
+    def _make_common(self) -> "TorchRules | NumbaRules":
+        """The rules that all tokenizations share, as one kernel where that is possible."""
+        limits = self._limits
         if self._tables["lead"].device.type != "cpu" or find_spec("numba") is None:
             return TorchRules(self._tables, limits)
         from .grammar_numba import NumbaRules
@@ -256,7 +265,7 @@ class MidiGrammar(LogitsProcessor):
         """The scores with -inf for ids that may not follow now."""
         state, beyond = self._state, None
         if self.max_bars is not None:
-            beyond = self._tables["bars"] + state.values[:, At.BARS, None] > self.max_bars
+            beyond = self._opened(state) + state.values[:, At.BARS, None] > self.max_bars
         allowed = self._allowed(state, beyond)
         music = scores[:, : allowed.shape[1]]
         if beyond is not None and bool((beyond := beyond & allowed).any()):
@@ -268,6 +277,10 @@ class MidiGrammar(LogitsProcessor):
         result = torch.full_like(scores, float("-inf"))
         result[:, : music.shape[1]] = music
         return result
+
+    def _opened(self, state: State) -> Tensor:
+        """How many bars each id opens, of shape (vocab,) or (batch, vocab)."""
+        return self._tables["bars"]
 
     def _end_instead(self, scores: Tensor, beyond: Tensor) -> Tensor:
         """Add the probability of the ids `beyond` the last bar to end-of-sequence; shapes (batch, vocab)."""
@@ -377,7 +390,8 @@ class MidiGrammar(LogitsProcessor):
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
         clock = torch.zeros(rows, 0, device=begin.device) if self._rules is None else self._rules.begin(rows)
-        return State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played, clock)
+        stamps = begin.new_zeros(rows, NOTES + PITCHES)
+        return State(values, stamps, used, played, clock, self._tables["own"].repeat(rows, 1))
 
     def _follow(self, input_ids: Tensor) -> State:
         """The state after `input_ids` of shape (batch, time). Remembers both."""

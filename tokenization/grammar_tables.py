@@ -54,6 +54,7 @@ class _Meaning:
     bars: int = 0  # bars opened
     has_note: bool = False  # whether it completes a note
     begins: bool = False  # whether it is begin-of-sequence
+    rested: bool = False  # whether it holds a rest of REMI
 
     # Its notes as (program, pitch), onset by onset: the first onset is the one before it, until time moves.
     onsets: list[list[tuple[int, int]]] = field(default_factory=lambda: [[]])
@@ -321,7 +322,10 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
     for token, kind in zip(tokens, kinds, strict=True):
         if kind == "TimeSig" and "Bar" not in types:
             _read_bar_line(meaning)
-        _read(meaning, kind, token.split("_")[1], positions_per_beat)
+        if kind == "Rest" and "Position" in types:
+            _read_rest(meaning)
+        else:
+            _read(meaning, kind, token.split("_")[1], positions_per_beat)
         _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
     if kinds[-1] in ("Program", PROGRAM_TIMING) and graph.ends == graph.note_ends:  # elsewhere one may also end
         meaning.announces = meaning.program
@@ -361,12 +365,18 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         meaning.programs.add(int(value) - DRUMS)
     elif kind == "Position":
         position = int(value)
-        if meaning.position == UNSET:
+        if meaning.position == UNSET and not meaning.rested:
             meaning.first_position = position
         if meaning.limit == UNSET:
             meaning.last_position = position
         meaning.fits &= position > meaning.position and (meaning.limit == UNSET or position < meaning.limit)
         meaning.position = position
+
+
+def _read_rest(meaning: _Meaning) -> None:
+    """Take in a rest of REMI. Where it leads depends on the notes before it; grammar_rests.py follows them."""
+    meaning.onsets.append([])
+    meaning.position, meaning.rested = UNSET, True
 
 
 def _read_bar_line(meaning: _Meaning) -> None:

@@ -15,6 +15,7 @@ from .errors import InputError
 
 # MMM has tracks, and BEAT has beats, that must fit each other.
 SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok")
+RESTS = "REMI with rests"
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
 # MidiTok's names for the start of a note in MIDILike, and the names of the same in the others.
@@ -38,13 +39,16 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         raise InputError(f"the grammar supports {', '.join(SUPPORTED)}, not {name}")
     reasons = {
         "use_pitch_intervals": config.use_pitch_intervals,
-        # The position after a rest depends on how long the notes before it last, and a rest may pass bar lines.
-        "use_rests": config.use_rests and name == "REMI",
+        # A rest begins where notes end. MidiTok reads another end than it wrote if none is told.
+        "use_rests": name_of(tokenizer) == RESTS and not config.using_note_duration_tokens,
         # Its durations cannot be told from those of notes.
         "sustain_pedal_duration": config.use_sustain_pedals and config.sustain_pedal_duration,
         # Whether a note is complete without a duration would depend on its program.
         "use_note_duration_programs": uses_some_durations(tokenizer) and name != "MIDILike",
     }
+    # Its rests and positions would not meet.
+    per_beat = config.max_num_pos_per_beat
+    reasons["beat_res"] = name_of(tokenizer) == RESTS and any(per_beat % each for each in config.beat_res.values())
     # Its time shift before every note promises a note of any instrument, of which the rules do not know the kind.
     reasons["use_pitchdrum_tokens"] = name == "Structured" and not config.use_pitchdrum_tokens
     if name == "PerTok":
@@ -52,6 +56,12 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         reasons["use_position_toks"] = config.additional_params.get("use_position_toks", False)
     if wrong := [option for option, is_wrong in reasons.items() if is_wrong]:
         raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r} for {name}")
+
+
+def name_of(tokenizer: MusicTokenizer) -> str:
+    """What the grammars are told apart by: the tokenization, and whether REMI has rests."""
+    name = type(tokenizer).__name__
+    return RESTS if name == "REMI" and tokenizer.config.use_rests else name
 
 
 def check_plain(tokenizer: MusicTokenizer, use: str) -> None:
@@ -169,6 +179,8 @@ def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     else:
         time = "Bar" if "Bar" in graph else "TimeShift"
         graph["BOS"] = {time}
+        if "Rest" in graph and not {"TimeSig", "Tempo"} & kinds:  # a piece begins with either at its first bar line
+            graph["BOS"].add("Rest")
         if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
             graph["BOS"] |= graph[time] | ({"Rest"} & kinds)
     for kind in note_ends | idle | (_OFF | {"KeySig"}) & kinds:
@@ -254,7 +266,17 @@ def _add_effects(tokenizer: MusicTokenizer, kinds: set[str], graph: dict[str, se
         for kind in (at_onset | announces_key) & graph.keys():
             graph[kind].add("KeySig")
     if "Rest" in kinds:
-        for kind, after in graph.items():
-            if "TimeShift" in after and kind != "TimeShift":
-                after.add("Rest")
-        graph["Rest"] = graph["TimeShift"] | {"Rest"}
+        _add_rests(graph, ends | effects | ({"Tempo", "KeySig", "TimeSig"} & kinds))
+
+
+def _add_rests(graph: dict[str, set[str]], complete: set[str]) -> None:
+    """Rests after what is complete, and where time may be shifted."""
+    if "Position" in graph:  # in REMI, they only tell that nothing sounds, and a position follows nevertheless
+        for kind in complete:
+            graph[kind].add("Rest")
+        graph["Rest"] = {"Rest", "Bar", "Position"} | ({"TimeSig"} & graph.keys())
+        return
+    for kind, after in graph.items():
+        if "TimeShift" in after and kind != "TimeShift":
+            after.add("Rest")
+    graph["Rest"] = graph["TimeShift"] | {"Rest"}
