@@ -168,7 +168,8 @@ def prefer(tokenizer: MusicTokenizer, kind: str) -> torch.Tensor:
 
 def assert_allowed(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
     """The grammar lets a model write `score`, id by id, and end there, with no more voices than `score` has."""
-    notes = Counter(n.time for track in score.tracks if not track.is_drum for n in track.notes)
+    written = MidiProcessor(tokenizer).decode(base_ids(tokenizer, score))
+    notes = Counter(n.time for track in written.tracks if not track.is_drum for n in track.notes)
     ids = [BOS, *merge_ids(tokenizer, base_ids(tokenizer, score)), EOS]
     prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
     for length in range(1, len(ids)):

@@ -93,6 +93,8 @@ class MidiGrammar(LogitsProcessor):
     """
 
     tokenizations: tuple[str, ...] = ("REMI", "TSD", "Structured")
+    # After the first note, the next one comes within this many base tokens.
+    _longest_silence = MAX_SILENT_TOKENS
     # Whether the next note may come later than in time where nothing else can be sampled.
     _may_take_longer = False
 
@@ -131,7 +133,7 @@ class MidiGrammar(LogitsProcessor):
         self.eos_token_id: int = tokenizer.vocab[EOS]
         self.fills = meters is not None
         has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
-        self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
+        self._patience = max(self._longest_silence, MAX_SILENT_EFFECTS if has_effects else 0)
         pitches = playable(tokenizer, self.constraints)
         asked = type(self), pitches.numpy().tobytes(), max_notes, self.voices
         self._tables = keep_tables(tokenizer, "rules", asked, lambda: self._make_tables(tokenizer, pitches)) | {
@@ -298,8 +300,8 @@ class MidiGrammar(LogitsProcessor):
             state (`State`): where the music stands.
             beyond (`BoolTensor` of shape (batch, vocab), *optional*): ids that open a bar too many.
         """
-        table, values = self._tables, state.values
-        programs = torch.where(values[:, At.PROMPTED, None] > 0, state.played, table["programs"])
+        values = state.values
+        programs = self._playing(state)
         structure, has_room, in_time, sayable = self._narrow(state, *self._common.judge(state, programs))
         if self.fills:
             structure = self._in_meter(structure, values)
@@ -309,6 +311,10 @@ class MidiGrammar(LogitsProcessor):
             return self._constrained(state, programs, (structure, timely, sayable), beyond)
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
         return _first_choice(sayable & timely, sayable & allowed & self._may_take_longer, timely)
+
+    def _playing(self, state: State) -> Tensor:
+        """The programs that may play, of shape (batch, programs)."""
+        return torch.where(state.values[:, At.PROMPTED, None] > 0, state.played, self._tables["programs"])
 
     def _narrow(
         self, state: State, structure: Tensor, has_room: Tensor, in_time: Tensor, sayable: Tensor

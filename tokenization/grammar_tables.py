@@ -237,7 +237,7 @@ def _note_tables(meanings: list[_Meaning], pitches: Tensor, voices: int) -> dict
         [[*meaning.onsets[-1], *[(PROGRAMS, 0)] * (longest - len(meaning.onsets[-1]))] for meaning in meanings]
     )
     leads = torch.tensor(
-        [(index, *note) for index, meaning in enumerate(meanings) for note in meaning.onsets[0]]
+        [(index, *note) for index, meaning in enumerate(meanings) for note in meaning.onsets[0]], dtype=torch.long
     ).reshape(-1, 3)
     clashes = torch.zeros(PROGRAMS, size, dtype=torch.bool)
     programs = torch.zeros(PROGRAMS, size)
@@ -326,7 +326,9 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
             _read_rest(meaning)
         else:
             _read(meaning, kind, token.split("_")[1], positions_per_beat)
-        _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
+        _read_note(meaning, kind, "PitchDrum" in types)
+        if kind in graph.onsets:
+            meaning.onsets[-1].append((meaning.program, int(token.split("_")[1])))
     if kinds[-1] in ("Program", PROGRAM_TIMING) and graph.ends == graph.note_ends:  # elsewhere one may also end
         meaning.announces = meaning.program
     elif tokens[-1] == f"TimeShift_{NO_SHIFT}":
@@ -388,7 +390,7 @@ def _read_bar_line(meaning: _Meaning) -> None:
     meaning.position = 0
 
 
-def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) -> None:
+def _read_note(meaning: _Meaning, kind: str, drums_are_apart: bool) -> None:
     """Take in one base token of an instrument."""
     if kind in ("Pitch", "PitchDrum", "NoteOff", "DrumOff", "PitchBend", "ControlChange"):
         meaning.inherits |= meaning.program == UNSET
@@ -399,8 +401,6 @@ def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) 
         meaning.fits &= drums == (
             meaning.pitch_kind if meaning.program == UNSET else int(meaning.program == DRUMS_ROW)
         )
-    if kind in ("Pitch", "PitchDrum"):
-        meaning.onsets[-1].append((meaning.program, int(value)))
 
 
 def _count(meaning: _Meaning, kinds: list[str], graph: TypeGraph) -> None:

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from miditok import MIDILike, MusicTokenizer, PerTok
+from miditok import BEAT, MIDILike, MusicTokenizer, PerTok
 
 from .errors import InputError
 
-# MMM has tracks, and BEAT has beats, that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok")
+# MMM has tracks that must fit each other.
+SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok", "BEAT")
 RESTS = "REMI with rests"
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
-# MidiTok's names for the start of a note in MIDILike, and the names of the same in the others.
-_SAME_KIND = {"NoteOn": "Pitch", "DrumOn": "PitchDrum"}
+# MidiTok's names for the start of a note in MIDILike, and the names of the same in the others. BEAT has a silence that
+# MidiTok calls a rest.
+_SAME_KIND = {"NoteOn": "Pitch", "DrumOn": "PitchDrum", "Rest_None": "Silence"}
 _CORE = frozenset(
     {"Bar", "TimeSig", "Position", "TimeShift", "Tempo", "Program", "Pitch", "PitchDrum", "Velocity", "Duration"}
 )
@@ -94,7 +95,15 @@ def uses_some_durations(tokenizer: MusicTokenizer) -> bool:
 def kind_of(token: str) -> str:
     """The type of a base token. The start of a note is a pitch in every tokenization."""
     kind = token.split("_")[0]
-    return _SAME_KIND.get(kind, kind)
+    if kind == "Pattern":
+        return "Pattern" if 1 in pattern_digits(token) else "Hold"
+    return _SAME_KIND.get(token, _SAME_KIND.get(kind, kind))
+
+
+def pattern_digits(token: str) -> tuple[int, ...]:
+    """The digits of a pattern of BEAT, for each quarter of a beat: 0 is silence, 1 a note that begins, 2 goes on."""
+    value = int(token.partition("_")[2])
+    return tuple(value // part % 3 for part in (27, 9, 3, 1))
 
 
 def kinds_of(tokens: Sequence[str]) -> list[str]:
@@ -117,12 +126,14 @@ class TypeGraph:
         note_ends (`frozenset[str]`): the types that complete a note that begins.
         ends (`frozenset[str]`): these, and those that end a note long after it began.
         idle (`frozenset[str]`): the types after which the onset may have all the notes that it may have.
+        onsets (`frozenset[str]`): the types that begin a note at the onset.
     """
 
     followers: dict[str, set[str]]
     note_ends: frozenset[str]
     ends: frozenset[str]
     idle: frozenset[str]
+    onsets: frozenset[str] = frozenset({"Pitch", "PitchDrum"})
 
     @property
     def types(self) -> list[str]:
@@ -164,6 +175,8 @@ class TypeGraph:
 def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     """The graph of a tokenizer that [`check_supported`] accepts."""
     kinds = {kind_of(token) for token in tokenizer.vocab}
+    if isinstance(tokenizer, BEAT):
+        return _beats(kinds)
     note = [{"Pitch", "PitchDrum"} & kinds, *({kind} & kinds for kind in ("MicroTiming", "Velocity", "Duration"))]
     steps = [step for step in note if step]
     note_ends = steps[-1]
@@ -189,6 +202,23 @@ def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     graph["EOS"] = {"EOS"}
     graph["PAD"] = set()
     return TypeGraph(graph, frozenset(note_ends), frozenset(note_ends | (_OFF & kinds)), frozenset(idle))
+
+
+def _beats(kinds: set[str]) -> TypeGraph:
+    """BEAT: bars of beats, in which every program has pitches, each with its pattern."""
+    pitches = {"Pitch", "PitchDrum"} & kinds
+    after_block = {"Beat", "Bar", "Program", "EOS"}
+    after_note = after_block | pitches
+    graph = {kind: {"Pattern", "Hold"} for kind in pitches}
+    graph |= {kind: {"Velocity"} if "Velocity" in kinds else after_note for kind in ("Pattern", "Hold")}
+    graph |= {"Beat": {"Silence", "Program"}, "Program": {"Silence", *pitches}, "Silence": after_block}
+    at_bar = [kind for kind in ("Bar", "TimeSig", "Tempo", "KeySig") if kind in kinds]
+    graph |= {kind: {"Beat", *at_bar[place + 1 :]} for place, kind in enumerate(at_bar)}
+    graph |= {"BOS": {"Bar"}, "EOS": {"EOS"}, "PAD": set()}
+    if "Velocity" in kinds:
+        graph["Velocity"] = after_note
+    # Whether a note begins is decided by the pattern, and where by the rules of grammar_beat.py.
+    return TypeGraph(graph, frozenset({"Pattern"}), frozenset({"Pattern"}), frozenset(), frozenset())
 
 
 def _narrowed(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
