@@ -189,11 +189,12 @@ def starts_of(score: ScoreTick) -> list[tuple[int, float, int]]:
 
 
 def assert_music(processor: MidiProcessor, row: Sequence[int], programs: Collection[int]) -> None:
-    """A sample is music: notes of `programs`, none twice, and encoding what it stands for gives the same notes."""
+    """A sample is music: notes of `programs`, none twice in a track, and encoding what it stands for gives the same notes."""
     score = processor.decode(row)
     starts = starts_of(score)
     assert starts
-    assert len(set(starts)) == len(starts)
+    for track in score.tracks:
+        assert len({(note.time, note.pitch) for note in track.notes}) == len(track.notes)
     assert min(time for _, time, _ in starts) >= 0
     assert {program for program, _, _ in starts} <= set(programs)
     # Tracks without notes come from pedals, bends and control changes.

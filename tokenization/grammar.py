@@ -131,6 +131,7 @@ class MidiGrammar(LogitsProcessor):
         self.voices = min(number for number in (max_notes, voices, polyphony) if number is not None)
         self.prompt_length = prompt_length
         self.eos_token_id: int = tokenizer.vocab[EOS]
+        self._closing_id = self._last_id(tokenizer)
         self.fills = meters is not None
         has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
         self._patience = max(self._longest_silence, MAX_SILENT_EFFECTS if has_effects else 0)
@@ -151,6 +152,10 @@ class MidiGrammar(LogitsProcessor):
 
     def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
         return grammar_tables(tokenizer, pitches, self.max_notes, self.voices)
+
+    def _last_id(self, tokenizer: MusicTokenizer) -> int:
+        """The id that ends the last bar."""
+        return tokenizer.vocab[EOS]
 
     def _own(self, tokenizer: MusicTokenizer) -> Tensor:
         """What a tokenization remembers of a sequence besides, at its start, of shape (columns,)."""
@@ -187,12 +192,11 @@ class MidiGrammar(LogitsProcessor):
     def _make_rules(self, tokenizer: MusicTokenizer, meters: Sequence[str]) -> TimedRules | None:
         """The rules of the constraints that depend on time, if there are any."""
         constraints = self.constraints
-        if constraints is None or {constraints.polyphony, constraints.grid, constraints.notes_per_bar} == {None}:
+        if constraints is None or not constraints.timed:
             return None
-        name = type(tokenizer).__name__
-        if name not in TIMED:
-            raise ConflictError(f"polyphony, grid and notes_per_bar need {', '.join(TIMED)}, not {name}")
-        check_plain(tokenizer, "each of polyphony, grid and notes_per_bar")
+        if (name := name_of(tokenizer)) not in TIMED:
+            raise ConflictError(f"{constraints.timed[0]} needs {', '.join(TIMED)} or BEAT, not {name}: leave it out")
+        check_plain(tokenizer, constraints.timed[0])
         has_bars = bool(tokenizer.token_ids_of_type("Bar"))
         constraints.check_timing(has_bars, name, tokenizer.config.max_num_pos_per_beat)
         rules = TimedRules(tokenizer, constraints, meters)
@@ -285,10 +289,10 @@ class MidiGrammar(LogitsProcessor):
         return self._tables["bars"]
 
     def _end_instead(self, scores: Tensor, beyond: Tensor) -> Tensor:
-        """Add the probability of the ids `beyond` the last bar to end-of-sequence; shapes (batch, vocab)."""
+        """Add the probability of the ids `beyond` the last bar to that which ends it; shapes (batch, vocab)."""
         further = scores.masked_fill(~beyond, float("-inf")).logsumexp(dim=1)
         scores = scores.clone()
-        scores[:, self.eos_token_id] = torch.logaddexp(scores[:, self.eos_token_id], further)
+        scores[:, self._closing_id] = torch.logaddexp(scores[:, self._closing_id], further)
         return scores
 
     # ---- what may follow ----

@@ -10,11 +10,12 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
-from .beat_tables import BEFORE, BELOW, STEPS, beat_tables, denominators, grid_table
+from .grammar_beat_tables import BEFORE, BELOW, STEPS, beat_tables, denominators, grid_table
 from .constraints import ConflictError
-from .grammar import MidiGrammar
+from .grammar import MAX_SILENT_TOKENS, MidiGrammar
 from .grammar_state import At, State
 from .grammar_tables import DRUMS_ROW, PITCHES, PROGRAMS, UNSET
+from .grammar_torch import Limits
 from .tokenizer import BOS
 
 # What a row remembers: the last pitch of the open program, or -1; the place of that program among those of the beat, or
@@ -61,6 +62,10 @@ class BeatGrammar(MidiGrammar):
         own[_PREVIOUS], own[_ORDER] = -1, -1
         own[_METER] = denominators(tokenizer).index(4)
         return own
+
+    def _make_limits(self) -> Limits:
+        # The types of BEAT count a note where its pattern is. A velocity follows.
+        return super()._make_limits()._replace(first_patience=MAX_SILENT_TOKENS - 1)
 
     def _make_rules(self, tokenizer: MusicTokenizer, meters: Sequence[str]) -> None:
         """There are none besides: what depends on time is kept here."""

@@ -345,7 +345,7 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position", "Rest") or (kind == "TimeShift" and value != NO_SHIFT):
+    if kind in ("Bar", "Position", "Rest", "TrackStart") or (kind == "TimeShift" and value != NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from miditok import BEAT, MIDILike, MusicTokenizer, PerTok
+from miditok import BEAT, MMM, MIDILike, MusicTokenizer, PerTok
 
 from .errors import InputError
 
-# MMM has tracks that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok", "BEAT")
+SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok", "MMM", "BEAT")
 RESTS = "REMI with rests"
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
 # MidiTok's names for the start of a note in MIDILike, and the names of the same in the others. BEAT has a silence that
 # MidiTok calls a rest.
 _SAME_KIND = {"NoteOn": "Pitch", "DrumOn": "PitchDrum", "Rest_None": "Silence"}
+_SAME_KIND |= {"Track_Start": "TrackStart", "Track_End": "TrackEnd"}
 _CORE = frozenset(
     {"Bar", "TimeSig", "Position", "TimeShift", "Tempo", "Program", "Pitch", "PitchDrum", "Velocity", "Duration"}
 )
@@ -52,6 +52,8 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
     reasons["beat_res"] = name_of(tokenizer) == RESTS and any(per_beat % each for each in config.beat_res.values())
     # Its time shift before every note promises a note of any instrument, of which the rules do not know the kind.
     reasons["use_pitchdrum_tokens"] = name == "Structured" and not config.use_pitchdrum_tokens
+    if name == "MMM":
+        reasons |= {"base_tokenizer": config.additional_params["base_tokenizer"] != "REMI", "use_rests": config.use_rests}
     if name == "PerTok":
         reasons |= {option: getattr(config, option) for option in _NOT_IN_PERTOK}
         reasons["use_position_toks"] = config.additional_params.get("use_position_toks", False)
@@ -198,6 +200,8 @@ def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
             graph["BOS"] |= graph[time] | ({"Rest"} & kinds)
     for kind in note_ends | idle | (_OFF | {"KeySig"}) & kinds:
         graph[kind].add("EOS")
+    if isinstance(tokenizer, MMM):
+        _put_in_tracks(graph)
     # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
     graph["EOS"] = {"EOS"}
     graph["PAD"] = set()
@@ -241,6 +245,17 @@ def _starts(tokenizer: MusicTokenizer, kinds: set[str], of_notes: set[str]) -> s
     """What may come where something of an instrument may: all of `of_notes`, or a program if each needs one."""
     found = of_notes if tokenizer.config.program_changes else set()
     return ({"Program"} | found) & kinds
+
+
+def _put_in_tracks(graph: dict[str, set[str]]) -> None:
+    """MMM: tracks of one program each. Changes of tempo and meter come after their last notes, too."""
+    for kind, after in graph.items():
+        after.discard("Program")
+        if "EOS" in after or kind in ("Tempo", "TimeSig"):
+            after.discard("EOS")
+            after.add("TrackEnd")
+    graph["Program"] = graph["BOS"]
+    graph |= {"BOS": {"TrackStart"}, "TrackStart": {"Program"}, "TrackEnd": {"TrackStart", "EOS"}}
 
 
 def _notes(steps: list[set[str]]) -> dict[str, set[str]]:

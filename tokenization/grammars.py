@@ -7,12 +7,13 @@ from miditok import MusicTokenizer
 from .grammar import MidiGrammar
 from .grammar_beat import BeatGrammar
 from .grammar_midilike import MidiLikeGrammar
+from .grammar_mmm import MmmGrammar
 from .grammar_pertok import PerTokGrammar
 from .grammar_rests import RestGrammar
 from .grammar_types import check_supported, name_of
 
 _OF_TOKENIZATION = {
-    name: kind for kind in (MidiGrammar, RestGrammar, MidiLikeGrammar, PerTokGrammar, BeatGrammar) for name in kind.tokenizations
+    name: kind for kind in (MidiGrammar, RestGrammar, MidiLikeGrammar, PerTokGrammar, MmmGrammar, BeatGrammar) for name in kind.tokenizations
 }
 
 

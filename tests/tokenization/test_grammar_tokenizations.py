@@ -145,7 +145,7 @@ def test_generate_with_a_padded_batch_and_with_beams(scores: list[ScoreTick]) ->
             read(processor.midi_tokenizer, [index for index in row if index > EOS])
 
 
-@pytest.mark.parametrize("name", ["MMM", "BEAT", "CPWord", "Octuple", "MuMIDI"])
+@pytest.mark.parametrize("name", ["CPWord", "Octuple", "MuMIDI"])
 def test_other_tokenizations_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"supports {', '.join(SUPPORTED)}, not {name}"):
         MidiProcessor(build_tokenizer(name)).grammar()
