@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from miditok import MMM, REMI, TSD, MusicTokenizer, Structured
+from miditok import MMM, REMI, TSD, MusicTokenizer, PerTok, Structured
 
 from midimamba import MidiProcessor
 from midimamba.tokenization.constraints import Constraints
@@ -65,10 +65,14 @@ def listen(tokenizer: MusicTokenizer, ids: Sequence[int]) -> tuple[list[Heard], 
 
 
 def _decoded(tokenizer: MusicTokenizer, ids: Sequence[int]) -> tuple[list[Heard], int]:
-    """The same of what MidiTok decodes, by onset. MMM has as many bars as its longest track."""
+    """The same of what MidiTok decodes, by onset.
+
+    MMM has as many bars as its longest track, and PerTok writes its first one without a token. Rests pass bars without
+    tokens as well; their last bar is that of the last note.
+    """
     base = expand_ids(tokenizer, [index for index in ids if index > 2])
     tracks = " ".join(tokenizer._ids_to_tokens(base)).split("Track_Start")
-    opened = max(track.split().count("Bar_None") for track in tracks)
+    opened = max(track.split().count("Bar_None") for track in tracks) + isinstance(tokenizer, PerTok)
     score = MidiProcessor(tokenizer).decode(ids)
     whole = 4 * score.tpq
     meters = sorted((Fraction(each.time, whole), each.numerator, each.denominator) for each in score.time_signatures)
@@ -85,7 +89,9 @@ def _decoded(tokenizer: MusicTokenizer, ids: Sequence[int]) -> tuple[list[Heard]
             program = -1 if track.is_drum else track.program
             which = index if isinstance(tokenizer, MMM) else 0
             notes.append(Heard(program, note.pitch, bar, start - lines[bar - 1], start, end, which))
-    return sorted(notes, key=lambda note: note.start), max([opened, *(note.bar for note in notes)])
+    if tokenizer.config.use_rests:
+        opened = max([opened, *(note.bar for note in notes)])
+    return sorted(notes, key=lambda note: note.start), opened if "Bar_None" in tokenizer.vocab else 0
 
 
 def _beats(value: str) -> Fraction:

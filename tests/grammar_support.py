@@ -189,7 +189,7 @@ def starts_of(score: ScoreTick) -> list[tuple[int, float, int]]:
 
 
 def assert_music(processor: MidiProcessor, row: Sequence[int], programs: Collection[int]) -> None:
-    """A sample is music: notes of `programs`, none twice in a track, and encoding what it stands for gives the same notes."""
+    """A sample is music: notes of `programs`, none twice in a track; encoding what it means gives the same notes."""
     score = processor.decode(row)
     starts = starts_of(score)
     assert starts

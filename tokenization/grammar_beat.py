@@ -1,4 +1,4 @@
-"""The grammar of BEAT, which writes the piano roll beat by beat: program, pitches from above, a pattern for each pitch.
+"""The grammar of BEAT, which writes the piano roll beat by beat: programs, pitches from above, a pattern for each.
 
 A pattern holds four digits, one for each quarter of a beat: 0 is silence, 1 the start of a note, 2 a note that goes
 on. So how many notes begin and sound at each quarter is known without looking ahead.
@@ -10,16 +10,16 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
-from .grammar_beat_tables import BEFORE, BELOW, STEPS, beat_tables, denominators, grid_table
 from .constraints import ConflictError
 from .grammar import MAX_SILENT_TOKENS, MidiGrammar
+from .grammar_beat_tables import BEFORE, BELOW, STEPS, beat_tables, denominators, grid_table
 from .grammar_state import At, State
 from .grammar_tables import DRUMS_ROW, PITCHES, PROGRAMS, UNSET
 from .grammar_torch import Limits
 from .tokenizer import BOS
 
-# What a row remembers: the last pitch of the open program, or -1; the place of that program among those of the beat, or
-# -1; the denominator, as an index. Then for each step of the beat: pitched notes and drums that begin, pitched ones
+# What a row remembers: the last pitch of the open program, or -1; the place of that program among those of the beat,
+# or -1; the denominator, as an index. Then for each step of the beat: pitched notes and drums that begin, pitched ones
 # that sound.
 _PREVIOUS, _ORDER, _METER = range(3)
 _PITCHED, _DRUMS, _SOUNDS = (slice(3 + STEPS * part, 3 + STEPS * (part + 1)) for part in range(3))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -159,7 +160,7 @@ def _read_pitch(found: _Blocks, kind: str, value: int, pitches: Tensor) -> None:
 
 
 def _read_pattern(found: _Blocks, digits: _Steps) -> None:
-    found.fits &= any(digits) and all(not (after == 2 and before == 0) for before, after in zip(digits, digits[1:]))
+    found.fits &= any(digits) and all(not (after == 2 and before == 0) for before, after in pairwise(digits))
     pitch = found.pitch or _Pitch(BEFORE, 0)
     beat = found.bar_beats[-1] - 1
     meter = UNSET if len(found.limits) == 1 else found.meter
@@ -179,8 +180,8 @@ def beat_tables(tokenizer: MusicTokenizer, pitches: Tensor, max_notes: int, voic
     Returns:
         `dict[str, Tensor]`: of shape (vocab,) if nothing else is said,
 
-        - `beats_fit`: whether an id fits in itself; `beats`, `lead_beats`, `inner_beats`, `tail_beats`: its beats: all,
-          in the bar open before it, in each bar between, after its last bar line; `has_bar`;
+        - `beats_fit`: whether an id fits in itself; `beats`, `lead_beats`, `inner_beats`, `tail_beats`: its beats:
+          all, in the bar open before it, in each bar between, after its last bar line; `has_bar`;
         - `left_position`, `left_limit`, `advance`, `left_meter`, `left_order`, `first_order`: as in `_Blocks`;
         - `first_interval`, `first_drum`, `drop`; `left_mode`, `left_value`, `is_reset`: the last pitch;
         - `now_…` (vocab, steps): notes in the beat open before it, of programs that it names, and of that
@@ -220,11 +221,11 @@ def beat_tables(tokenizer: MusicTokenizer, pitches: Tensor, max_notes: int, voic
             ),
             "left_value": torch.tensor([each.pitch.value if each.pitch else -1 for each in blocks]),
             "num_notes": torch.tensor([sum(sum(p.begins) for p in each.patterns) for each in blocks]),
-            "lead_notes": torch.tensor(
-                [len(each.told) + sum(p.beats == 0 for p in each.patterns) for each in blocks]
-            ),
+            "lead_notes": torch.tensor([len(each.told) + sum(p.beats == 0 for p in each.patterns) for each in blocks]),
             "moves": begins | torch.tensor([each.beats > 0 for each in blocks]),
-            **_entries("pitch", ("id", "mode", "value"), [(i, *p) for i, each in enumerate(blocks) for p in each.told]),
+            **_entries(
+                "pitch", ("id", "mode", "value"), [(i, *p) for i, each in enumerate(blocks) for p in each.told]
+            ),
             **_entries("named", ("id", "program", "number"), named),
             **_entries("again", ("id", "program", "number", "mode", "value"), again),
             **_entries("hold", ("id", "later", "program", "mode", "value"), holds),
@@ -259,7 +260,16 @@ def _bar_tables(blocks: Sequence[_Blocks], begins: Tensor) -> Tables:
         each.fits &= not known or tail <= known[-1]
         left = (tail - 1, (known or [own])[-1], 0) if others else (UNSET, own, lead)
         rows.append((own, lead, next(iter(unknown), UNSET), tail, bool(others), *left))
-    names = ("own_limit", "lead_beats", "inner_beats", "tail_beats", "has_bar", "left_position", "left_limit", "advance")
+    names = (
+        "own_limit",
+        "lead_beats",
+        "inner_beats",
+        "tail_beats",
+        "has_bar",
+        "left_position",
+        "left_limit",
+        "advance",
+    )
     tables = {name: torch.tensor(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     # Before the first bar line, a bar is complete.
     tables["left_position"][begins], tables["left_limit"][begins] = _BEATS - 1, _BEATS
@@ -333,9 +343,7 @@ def _sounding_tables(blocks: Sequence[_Blocks]) -> Tables:
     """The tables `earlier_` and `last_`."""
     tables: Tables = {}
     for name, back in (("earlier", 1), ("last", 0)):
-        rows = [
-            [p for p in each.patterns if p.beats == each.beats - back] for each in blocks
-        ]
+        rows = [[p for p in each.patterns if p.beats == each.beats - back] for each in blocks]
         width = max(1, *map(len, rows))
         padded = torch.tensor(
             [

@@ -21,8 +21,8 @@ class MmmGrammar(MidiGrammar):
     """[`MidiGrammar`] of MMM on the base of REMI.
 
     Every track has one program and a note. All tracks have the meters of the first one; only its tempos are decoded.
-    `min_bars` and `max_bars` hold for the first new track, and no other is longer. A track may be silent for long while
-    others play: within 512 base tokens a note comes. What sounds at once is known of a single track only, so
+    `min_bars` and `max_bars` hold for the first new track, and no other is longer. A track may be silent for long
+    while others play: within 512 base tokens a note comes. What sounds at once is known of a single track only, so
     `max_empty_bars` has no effect, and `max_notes` and `voices` hold in each track.
     """
 

@@ -1,4 +1,4 @@
-"""The grammar of REMI with rests. A rest begins where the last note ends, and may pass bar lines without a bar token."""
+"""The grammar of REMI with rests. A rest begins where all notes have ended, and passes bar lines without a token."""
 
 from typing import NamedTuple
 

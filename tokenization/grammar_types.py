@@ -53,7 +53,10 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
     # Its time shift before every note promises a note of any instrument, of which the rules do not know the kind.
     reasons["use_pitchdrum_tokens"] = name == "Structured" and not config.use_pitchdrum_tokens
     if name == "MMM":
-        reasons |= {"base_tokenizer": config.additional_params["base_tokenizer"] != "REMI", "use_rests": config.use_rests}
+        reasons |= {
+            "base_tokenizer": config.additional_params["base_tokenizer"] != "REMI",
+            "use_rests": config.use_rests,
+        }
     if name == "PerTok":
         reasons |= {option: getattr(config, option) for option in _NOT_IN_PERTOK}
         reasons["use_position_toks"] = config.additional_params.get("use_position_toks", False)

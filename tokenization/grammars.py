@@ -13,7 +13,9 @@ from .grammar_rests import RestGrammar
 from .grammar_types import check_supported, name_of
 
 _OF_TOKENIZATION = {
-    name: kind for kind in (MidiGrammar, RestGrammar, MidiLikeGrammar, PerTokGrammar, MmmGrammar, BeatGrammar) for name in kind.tokenizations
+    name: kind
+    for kind in (MidiGrammar, RestGrammar, MidiLikeGrammar, PerTokGrammar, MmmGrammar, BeatGrammar)
+    for name in kind.tokenizations
 }
 
 

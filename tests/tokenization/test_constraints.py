@@ -14,8 +14,8 @@ from miditok import MusicTokenizer
 from torch import Tensor
 
 from midimamba.errors import InputError
-from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.choices import ONE_STREAM
+from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.grammars import make_grammar
 from midimamba.tokenization.processor import MidiProcessor
@@ -193,7 +193,8 @@ def test_what_cannot_be_kept_is_refused_by_name(wanted: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    ("name", "constraint"), [(name, each) for name, kept in NOT_KEPT.items() for each in kept if len(kept) == len(TIMED)]
+    ("name", "constraint"),
+    [(name, each) for name, kept in NOT_KEPT.items() for each in kept if len(kept) == len(TIMED)],
 )
 def test_what_a_tokenization_cannot_keep_is_refused_by_name(name: str, constraint: str) -> None:
     wanted = {"polyphony": 2, "grid": "1/4", "notes_per_bar": "1-"}[constraint]
