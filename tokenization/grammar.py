@@ -195,7 +195,9 @@ class MidiGrammar(LogitsProcessor):
         if constraints is None or not constraints.timed:
             return None
         if (name := name_of(tokenizer)) not in TIMED:
-            raise ConflictError(f"{constraints.timed[0]} needs {', '.join(TIMED)} or BEAT, not {name}: leave it out")
+            wanted = constraints.timed[0]
+            others = "REMI" if wanted == "notes_per_bar" else "REMI, TSD, Structured or BEAT"
+            raise ConflictError(f"{wanted} needs {others}, not {name}: leave it out")
         check_plain(tokenizer, constraints.timed[0])
         has_bars = bool(tokenizer.token_ids_of_type("Bar"))
         constraints.check_timing(has_bars, name, tokenizer.config.max_num_pos_per_beat)

@@ -17,10 +17,10 @@ SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok", "MMM", "BEAT")
 RESTS = "REMI with rests"
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
-# MidiTok's names for the start of a note in MIDILike, and the names of the same in the others. BEAT has a silence that
-# MidiTok calls a rest.
-_SAME_KIND = {"NoteOn": "Pitch", "DrumOn": "PitchDrum", "Rest_None": "Silence"}
-_SAME_KIND |= {"Track_Start": "TrackStart", "Track_End": "TrackEnd"}
+# MidiTok's names for the start of a note in MIDILike, and the names of the same in the others.
+_SAME_KIND = {"NoteOn": "Pitch", "DrumOn": "PitchDrum"}
+# Tokens of another type than their names say: those of MMM, and the silence of BEAT, which MidiTok calls a rest.
+_KINDS = {"Track_Start": "TrackStart", "Track_End": "TrackEnd", "Rest_None": "Silence"}
 _CORE = frozenset(
     {"Bar", "TimeSig", "Position", "TimeShift", "Tempo", "Program", "Pitch", "PitchDrum", "Velocity", "Duration"}
 )
@@ -102,7 +102,7 @@ def kind_of(token: str) -> str:
     kind = token.split("_")[0]
     if kind == "Pattern":
         return "Pattern" if 1 in pattern_digits(token) else "Hold"
-    return _SAME_KIND.get(token, _SAME_KIND.get(kind, kind))
+    return _KINDS.get(token) or _SAME_KIND.get(kind, kind)
 
 
 def pattern_digits(token: str) -> tuple[int, ...]:

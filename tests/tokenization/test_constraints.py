@@ -104,7 +104,7 @@ CONSTRAINTS = st.fixed_dictionaries(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ONE_STREAM, "REMI with rests", "TSD with rests"])
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     model=st.sampled_from(["untrained", "BPE", "Unigram"]),
     wanted=CONSTRAINTS,
