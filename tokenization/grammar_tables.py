@@ -138,12 +138,15 @@ def playable(tokenizer: MusicTokenizer, constraints: Constraints | None) -> Tens
 
 
 def pitches_of(tokenizer: MusicTokenizer, drums: bool) -> list[int]:
-    """The pitches for which a tokenizer has tokens: of drums, which may be those of all instruments, or of others."""
+    """The pitches that a tokenizer writes: of drums, which may be those of all instruments, or of others."""
     found: dict[str, list[int]] = {"Pitch": [], "PitchDrum": []}
     for token in tokenizer.vocab:
         if (kind := kind_of(token)) in found:
             found[kind].append(int(token.partition("_")[2]))
-    return (found["PitchDrum"] if drums else []) or found["Pitch"]
+    config = tokenizer.config
+    low, high = config.drums_pitch_range if drums and found["PitchDrum"] else config.pitch_range
+    # BEAT has tokens for all pitches, because they also tell distances.
+    return [pitch for pitch in (found["PitchDrum"] if drums else []) or found["Pitch"] if low <= pitch <= high]
 
 
 def grammar_tables(tokenizer: MusicTokenizer, pitches: Tensor, max_notes: int, voices: int) -> Tables:
