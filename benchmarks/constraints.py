@@ -1,10 +1,10 @@
 """Does sampling under constraints keep to them? Every note of random models is read again, by other code.
 
-A random generator for each of REMI, TSD and Structured, with byte-pair encoding and without, samples under each
-constraint and under random combinations of them. Combinations that cannot be kept together are refused before anything
-is sampled, and others are drawn instead. The last line is JSON: `broken` counts notes, onsets and bars that break a
-constraint, `unfinished` pieces that end with fewer bars than asked for (a piece that runs out of tokens apart), and
-`silent` pieces without a note. All must be 0.
+A random generator for each tokenization, with byte-pair encoding and without, samples without constraints, under each
+one that its tokenization can keep, and under random combinations of them. Combinations that cannot be kept together
+are refused before anything is sampled, and others are drawn instead. The last line is JSON: `broken` counts notes,
+onsets and bars that break a constraint or are there twice, `unfinished` pieces that end with fewer bars than asked for
+(a piece that runs out of tokens apart), and `silent` pieces without a note. All must be 0.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from symusic import Note, Score, Track
 from measure import finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
 from midimamba.errors import InputError
-from midimamba.tokenization.constraints import Constraints
+from midimamba.tokenization.choices import ONE_STREAM
+from midimamba.tokenization.constraints import ConflictError, Constraints
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from midimamba.tokenization.voices import most_voices
 
 SINGLE: dict[str, dict[str, Any]] = {
+    "none": {},
     "scale": {"scale": "D-dorian"},
     "pitch classes": {"scale": "C,E,G"},
     "pitch range": {"pitch_range": ["48-72"]},
@@ -45,7 +47,8 @@ PARTS: dict[str, list[Any]] = {
     "notes_per_bar": ["2-4", "4-", "0-6", "8-16", "1-1"],
 }
 PROGRAMS = [-1, 0, 40, 73]
-NAMES = [("REMI", False), ("REMI", True), ("TSD", False), ("TSD", True), ("Structured", False), ("Structured", True)]
+RESTS = "REMI with rests"
+NAMES = [(name, merged) for name in (*ONE_STREAM, RESTS) for merged in (False, True)]
 
 
 def make_music(seed: int, bars: int = 8) -> Score:
@@ -65,8 +68,9 @@ def make_music(seed: int, bars: int = 8) -> Score:
 
 def make_pair(name: str, merged: bool) -> tuple[MidiMambaForCausalLM, MidiProcessor]:
     """A random generator and its processor."""
-    options: dict[str, Any] = {} if name == "Structured" else {"num_velocities": 4, "num_tempos": 4}
-    tokenizer = build_tokenizer(name, **options)
+    options: dict[str, Any] = {} if name in ("Structured", "PerTok") else {"num_velocities": 4, "num_tempos": 4}
+    options = options | {"use_rests": name == RESTS}
+    tokenizer = build_tokenizer(name.split()[0], **options)
     if merged:
         train_tokenizer(tokenizer, [make_music(seed) for seed in range(8)], len(tokenizer.vocab) + 200)
     torch.manual_seed(0)
@@ -78,11 +82,21 @@ def make_pair(name: str, merged: bool) -> tuple[MidiMambaForCausalLM, MidiProces
     return model, MidiProcessor(tokenizer, programs=PROGRAMS)
 
 
-def combinations(rng: random.Random, has_bars: bool) -> Iterator[dict[str, Any]]:
-    """Two to five constraints at a time, without end."""
-    names = [name for name in PARTS if has_bars or name != "notes_per_bar"]
+def keeps(processor: MidiProcessor, wanted: dict[str, Any]) -> bool:
+    """Whether a tokenization can keep constraints."""
+    try:
+        processor.grammar(constraints=wanted)
+    except ConflictError:
+        return False
+    return True
+
+
+def combinations(rng: random.Random, processor: MidiProcessor) -> Iterator[dict[str, Any]]:
+    """Two to five constraints at a time, of those that can be kept, without end."""
+    easy = {"polyphony": 4, "grid": "1/4", "notes_per_bar": "1-"}
+    names = [name for name in PARTS if name not in easy or keeps(processor, {name: easy[name]})]
     while True:
-        chosen = rng.sample(names, rng.randint(2, 5))
+        chosen = rng.sample(names, rng.randint(2, min(5, len(names))))
         yield {name: rng.choice(PARTS[name]) for name in chosen}
 
 
@@ -92,6 +106,7 @@ def count(
     """What was sampled under constraints, and how much of it breaks one. Raises InputError if they are refused."""
     model, processor = pair
     constraints = Constraints(**wanted)
+    bars_are_told = "Bar_None" in processor.midi_tokenizer.vocab
     found: Counter[str] = Counter()
     for start in range(0, num, args.batch):
         rows = min(args.batch, num - start)
@@ -116,7 +131,7 @@ def count(
             found["broken"] += len(wrong) + (sounding > (constraints.polyphony or sounding))
             found["silent"] += not notes
             found["ended"] += ended
-            found["unfinished"] += ended and bool(bars) and bars != args.bars
+            found["unfinished"] += ended and bars_are_told and bars != args.bars
     return found
 
 
@@ -137,18 +152,16 @@ def main() -> None:
     pairs = {f"{name}{' with BPE' if merged else ''}": make_pair(name, merged) for name, merged in NAMES}
     for title, wanted in SINGLE.items():
         rows[title] = {}
-        for name, pair in pairs.items():
-            if title == "density" and not name.startswith("REMI"):
-                continue
-            share = -(-args.num // (2 if title == "density" else len(pairs)))
-            found = count(pair, wanted, share, args)
+        able = [pair for pair in pairs.values() if keeps(pair[1], wanted)]
+        for pair in able:
+            found = count(pair, wanted, -(-args.num // len(able)), args)
             rows[title] = dict(Counter(rows[title]) + found)
             total += found
         print(title, rows[title], flush=True)
     drawn: Counter[str] = Counter()
     while drawn["combinations"] < args.combinations:
         name = list(pairs)[drawn["combinations"] % len(pairs)]
-        wanted = next(combinations(rng, name.startswith("REMI")))
+        wanted = next(combinations(rng, pairs[name][1]))
         try:
             found = count(pairs[name], wanted, args.each, args)
         except InputError as error:

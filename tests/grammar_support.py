@@ -168,7 +168,8 @@ def prefer(tokenizer: MusicTokenizer, kind: str) -> torch.Tensor:
 
 def assert_allowed(tokenizer: MusicTokenizer, score: ScoreTick) -> None:
     """The grammar lets a model write `score`, id by id, and end there, with no more voices than `score` has."""
-    notes = Counter(n.time for track in score.tracks if not track.is_drum for n in track.notes)
+    written = MidiProcessor(tokenizer).decode(base_ids(tokenizer, score))
+    notes = Counter(n.time for track in written.tracks if not track.is_drum for n in track.notes)
     ids = [BOS, *merge_ids(tokenizer, base_ids(tokenizer, score)), EOS]
     prefixes = torch.zeros(len(ids) - 1, len(ids) - 1, dtype=torch.long)
     for length in range(1, len(ids)):
@@ -188,11 +189,12 @@ def starts_of(score: ScoreTick) -> list[tuple[int, float, int]]:
 
 
 def assert_music(processor: MidiProcessor, row: Sequence[int], programs: Collection[int]) -> None:
-    """A sample is music: notes of `programs`, none twice, and encoding what it stands for gives the same notes."""
+    """A sample is music: notes of `programs`, none twice in a track; encoding what it means gives the same notes."""
     score = processor.decode(row)
     starts = starts_of(score)
     assert starts
-    assert len(set(starts)) == len(starts)
+    for track in score.tracks:
+        assert len({(note.time, note.pitch) for note in track.notes}) == len(track.notes)
     assert min(time for _, time, _ in starts) >= 0
     assert {program for program, _, _ in starts} <= set(programs)
     # Tracks without notes come from pedals, bends and control changes.

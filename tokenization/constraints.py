@@ -154,6 +154,11 @@ class Constraints:
             )
         return least, most
 
+    @property
+    def timed(self) -> list[str]:
+        """The names of the constraints that depend on time."""
+        return [name for name in ("polyphony", "grid", "notes_per_bar") if getattr(self, name) is not None]
+
     @cached_property
     def programs(self) -> list[int] | None:
         """The General MIDI programs of `instruments`, -1 for drums; `None` if they are not given."""

@@ -32,7 +32,7 @@ from .grammar_tables import (
     playable,
 )
 from .grammar_torch import Limits, TorchRules
-from .grammar_types import EFFECTS, check_plain, check_supported, kind_of
+from .grammar_types import EFFECTS, check_plain, check_supported, kind_of, name_of
 from .timed_rules import Now, TimedRules
 from .tokenizer import EOS
 
@@ -93,6 +93,8 @@ class MidiGrammar(LogitsProcessor):
     """
 
     tokenizations: tuple[str, ...] = ("REMI", "TSD", "Structured")
+    # After the first note, the next one comes within this many base tokens.
+    _longest_silence = MAX_SILENT_TOKENS
     # Whether the next note may come later than in time where nothing else can be sampled.
     _may_take_longer = False
 
@@ -110,7 +112,7 @@ class MidiGrammar(LogitsProcessor):
         constraints: Constraints | Mapping[str, Any] | None = None,
     ) -> None:
         check_supported(tokenizer)
-        if (name := type(tokenizer).__name__) not in self.tokenizations:
+        if (name := name_of(tokenizer)) not in self.tokenizations:
             raise InputError(f"{type(self).__name__} is for {', '.join(self.tokenizations)}, not {name}")
         self.constraints = Constraints.of(constraints)
         if meters is not None:
@@ -129,16 +131,19 @@ class MidiGrammar(LogitsProcessor):
         self.voices = min(number for number in (max_notes, voices, polyphony) if number is not None)
         self.prompt_length = prompt_length
         self.eos_token_id: int = tokenizer.vocab[EOS]
+        self._closing_id = self._last_id(tokenizer)
         self.fills = meters is not None
         has_effects = bool(EFFECTS & {kind_of(token) for token in tokenizer.vocab})
-        self._patience = MAX_SILENT_EFFECTS if has_effects else MAX_SILENT_TOKENS
+        self._patience = max(self._longest_silence, MAX_SILENT_EFFECTS if has_effects else 0)
         pitches = playable(tokenizer, self.constraints)
         asked = type(self), pitches.numpy().tobytes(), max_notes, self.voices
         self._tables = keep_tables(tokenizer, "rules", asked, lambda: self._make_tables(tokenizer, pitches)) | {
             "programs": self._check_programs(tokenizer, pitches, programs),
             "meters": torch.tensor([number_of(meter) for meter in meters or ()]),
+            "own": self._own(tokenizer),
         }
         self._rules = self._make_rules(tokenizer, meters or ())
+        self._limits = self._make_limits()
         self._common = self._make_common()
         # What the last call saw: its ids, in a buffer that grows, and the state after them.
         self._ids = torch.empty(0, 0, dtype=torch.long)
@@ -148,12 +153,23 @@ class MidiGrammar(LogitsProcessor):
     def _make_tables(self, tokenizer: MusicTokenizer, pitches: Tensor) -> dict[str, Tensor]:
         return grammar_tables(tokenizer, pitches, self.max_notes, self.voices)
 
-    def _make_common(self) -> "TorchRules | NumbaRules":
-        """The rules that all tokenizations share, as one kernel where that is possible."""
-        limits = Limits(
+    def _last_id(self, tokenizer: MusicTokenizer) -> int:
+        """The id that ends the last bar."""
+        return tokenizer.vocab[EOS]
+
+    def _own(self, tokenizer: MusicTokenizer) -> Tensor:
+        """What a tokenization remembers of a sequence besides, at its start, of shape (columns,)."""
+        return torch.zeros(0, dtype=torch.long)
+
+    def _make_limits(self) -> Limits:
+        return Limits(
             *(self.eos_token_id, self.min_bars, self.max_empty_bars),
             *(self._patience, MAX_SILENT_TOKENS, self.max_notes, self.voices),
         )
+
+    def _make_common(self) -> "TorchRules | NumbaRules":
+        """The rules that all tokenizations share, as one kernel where that is possible."""
+        limits = self._limits
         if self._tables["lead"].device.type != "cpu" or find_spec("numba") is None:
             return TorchRules(self._tables, limits)
         from .grammar_numba import NumbaRules
@@ -176,12 +192,13 @@ class MidiGrammar(LogitsProcessor):
     def _make_rules(self, tokenizer: MusicTokenizer, meters: Sequence[str]) -> TimedRules | None:
         """The rules of the constraints that depend on time, if there are any."""
         constraints = self.constraints
-        if constraints is None or {constraints.polyphony, constraints.grid, constraints.notes_per_bar} == {None}:
+        if constraints is None or not constraints.timed:
             return None
-        name = type(tokenizer).__name__
-        if name not in TIMED:
-            raise ConflictError(f"polyphony, grid and notes_per_bar need {', '.join(TIMED)}, not {name}")
-        check_plain(tokenizer, "each of polyphony, grid and notes_per_bar")
+        if (name := name_of(tokenizer)) not in TIMED:
+            wanted = constraints.timed[0]
+            others = "REMI" if wanted == "notes_per_bar" else "REMI, TSD, Structured or BEAT"
+            raise ConflictError(f"{wanted} needs {others}, not {name}: leave it out")
+        check_plain(tokenizer, constraints.timed[0])
         has_bars = bool(tokenizer.token_ids_of_type("Bar"))
         constraints.check_timing(has_bars, name, tokenizer.config.max_num_pos_per_beat)
         rules = TimedRules(tokenizer, constraints, meters)
@@ -256,7 +273,7 @@ class MidiGrammar(LogitsProcessor):
         """The scores with -inf for ids that may not follow now."""
         state, beyond = self._state, None
         if self.max_bars is not None:
-            beyond = self._tables["bars"] + state.values[:, At.BARS, None] > self.max_bars
+            beyond = self._opened(state) + state.values[:, At.BARS, None] > self.max_bars
         allowed = self._allowed(state, beyond)
         music = scores[:, : allowed.shape[1]]
         if beyond is not None and bool((beyond := beyond & allowed).any()):
@@ -269,11 +286,15 @@ class MidiGrammar(LogitsProcessor):
         result[:, : music.shape[1]] = music
         return result
 
+    def _opened(self, state: State) -> Tensor:
+        """How many bars each id opens, of shape (vocab,) or (batch, vocab)."""
+        return self._tables["bars"]
+
     def _end_instead(self, scores: Tensor, beyond: Tensor) -> Tensor:
-        """Add the probability of the ids `beyond` the last bar to end-of-sequence; shapes (batch, vocab)."""
+        """Add the probability of the ids `beyond` the last bar to that which ends it; shapes (batch, vocab)."""
         further = scores.masked_fill(~beyond, float("-inf")).logsumexp(dim=1)
         scores = scores.clone()
-        scores[:, self.eos_token_id] = torch.logaddexp(scores[:, self.eos_token_id], further)
+        scores[:, self._closing_id] = torch.logaddexp(scores[:, self._closing_id], further)
         return scores
 
     # ---- what may follow ----
@@ -285,8 +306,8 @@ class MidiGrammar(LogitsProcessor):
             state (`State`): where the music stands.
             beyond (`BoolTensor` of shape (batch, vocab), *optional*): ids that open a bar too many.
         """
-        table, values = self._tables, state.values
-        programs = torch.where(values[:, At.PROMPTED, None] > 0, state.played, table["programs"])
+        values = state.values
+        programs = self._playing(state)
         structure, has_room, in_time, sayable = self._narrow(state, *self._common.judge(state, programs))
         if self.fills:
             structure = self._in_meter(structure, values)
@@ -296,6 +317,10 @@ class MidiGrammar(LogitsProcessor):
             return self._constrained(state, programs, (structure, timely, sayable), beyond)
         # Only a prompt can leave nothing that is sayable, such as one that breaks off before a pitch.
         return _first_choice(sayable & timely, sayable & allowed & self._may_take_longer, timely)
+
+    def _playing(self, state: State) -> Tensor:
+        """The programs that may play, of shape (batch, programs)."""
+        return torch.where(state.values[:, At.PROMPTED, None] > 0, state.played, self._tables["programs"])
 
     def _narrow(
         self, state: State, structure: Tensor, has_room: Tensor, in_time: Tensor, sayable: Tensor
@@ -377,7 +402,8 @@ class MidiGrammar(LogitsProcessor):
         used = begin.new_zeros(rows, PROGRAMS + 1)
         played = torch.zeros(rows, PROGRAMS, dtype=torch.bool, device=begin.device)
         clock = torch.zeros(rows, 0, device=begin.device) if self._rules is None else self._rules.begin(rows)
-        return State(values, begin.new_zeros(rows, NOTES + PITCHES), used, played, clock)
+        stamps = begin.new_zeros(rows, NOTES + PITCHES)
+        return State(values, stamps, used, played, clock, self._tables["own"].repeat(rows, 1))
 
     def _follow(self, input_ids: Tensor) -> State:
         """The state after `input_ids` of shape (batch, time). Remembers both."""

@@ -26,6 +26,7 @@ class State:
         used (`LongTensor` of shape (batch, programs + 1)): notes that begin at this onset; the last column is unused.
         played (`BoolTensor` of shape (batch, programs)): programs of the prompt, and of the controls before it.
         clock (`DoubleTensor` of shape (batch, columns)): where the music stands in time, if constraints depend on it.
+        own (`LongTensor` of shape (batch, columns)): what the grammar of one tokenization remembers besides.
     """
 
     values: Tensor
@@ -33,6 +34,7 @@ class State:
     used: Tensor
     played: Tensor
     clock: Tensor
+    own: Tensor
 
     @property
     def last(self) -> Tensor:

@@ -54,6 +54,7 @@ class _Meaning:
     bars: int = 0  # bars opened
     has_note: bool = False  # whether it completes a note
     begins: bool = False  # whether it is begin-of-sequence
+    rested: bool = False  # whether it holds a rest of REMI
 
     # Its notes as (program, pitch), onset by onset: the first onset is the one before it, until time moves.
     onsets: list[list[tuple[int, int]]] = field(default_factory=lambda: [[]])
@@ -137,12 +138,15 @@ def playable(tokenizer: MusicTokenizer, constraints: Constraints | None) -> Tens
 
 
 def pitches_of(tokenizer: MusicTokenizer, drums: bool) -> list[int]:
-    """The pitches for which a tokenizer has tokens: of drums, which may be those of all instruments, or of others."""
+    """The pitches that a tokenizer writes: of drums, which may be those of all instruments, or of others."""
     found: dict[str, list[int]] = {"Pitch": [], "PitchDrum": []}
     for token in tokenizer.vocab:
         if (kind := kind_of(token)) in found:
             found[kind].append(int(token.partition("_")[2]))
-    return (found["PitchDrum"] if drums else []) or found["Pitch"]
+    config = tokenizer.config
+    low, high = config.drums_pitch_range if drums and found["PitchDrum"] else config.pitch_range
+    # BEAT has tokens for all pitches, because they also tell distances.
+    return [pitch for pitch in (found["PitchDrum"] if drums else []) or found["Pitch"] if low <= pitch <= high]
 
 
 def grammar_tables(tokenizer: MusicTokenizer, pitches: Tensor, max_notes: int, voices: int) -> Tables:
@@ -236,7 +240,7 @@ def _note_tables(meanings: list[_Meaning], pitches: Tensor, voices: int) -> dict
         [[*meaning.onsets[-1], *[(PROGRAMS, 0)] * (longest - len(meaning.onsets[-1]))] for meaning in meanings]
     )
     leads = torch.tensor(
-        [(index, *note) for index, meaning in enumerate(meanings) for note in meaning.onsets[0]]
+        [(index, *note) for index, meaning in enumerate(meanings) for note in meaning.onsets[0]], dtype=torch.long
     ).reshape(-1, 3)
     clashes = torch.zeros(PROGRAMS, size, dtype=torch.bool)
     programs = torch.zeros(PROGRAMS, size)
@@ -321,8 +325,13 @@ def _meaning(tokens: list[str], graph: TypeGraph, positions_per_beat: int) -> _M
     for token, kind in zip(tokens, kinds, strict=True):
         if kind == "TimeSig" and "Bar" not in types:
             _read_bar_line(meaning)
-        _read(meaning, kind, token.split("_")[1], positions_per_beat)
-        _read_note(meaning, kind, token.split("_")[1], "PitchDrum" in types)
+        if kind == "Rest" and "Position" in types:
+            _read_rest(meaning)
+        else:
+            _read(meaning, kind, token.split("_")[1], positions_per_beat)
+        _read_note(meaning, kind, "PitchDrum" in types)
+        if kind in graph.onsets:
+            meaning.onsets[-1].append((meaning.program, int(token.split("_")[1])))
     if kinds[-1] in ("Program", PROGRAM_TIMING) and graph.ends == graph.note_ends:  # elsewhere one may also end
         meaning.announces = meaning.program
     elif tokens[-1] == f"TimeShift_{NO_SHIFT}":
@@ -339,7 +348,7 @@ _PROGRAM_OF_CONTROL = {
 
 def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> None:
     """Take in one base token: what it changes, and what it requires of those before it."""
-    if kind in ("Bar", "Position", "Rest") or (kind == "TimeShift" and value != NO_SHIFT):
+    if kind in ("Bar", "Position", "Rest", "TrackStart") or (kind == "TimeShift" and value != NO_SHIFT):
         meaning.onsets.append([])
     if kind == "Bar":
         meaning.position = -1
@@ -361,12 +370,18 @@ def _read(meaning: _Meaning, kind: str, value: str, positions_per_beat: int) -> 
         meaning.programs.add(int(value) - DRUMS)
     elif kind == "Position":
         position = int(value)
-        if meaning.position == UNSET:
+        if meaning.position == UNSET and not meaning.rested:
             meaning.first_position = position
         if meaning.limit == UNSET:
             meaning.last_position = position
         meaning.fits &= position > meaning.position and (meaning.limit == UNSET or position < meaning.limit)
         meaning.position = position
+
+
+def _read_rest(meaning: _Meaning) -> None:
+    """Take in a rest of REMI. Where it leads depends on the notes before it; grammar_rests.py follows them."""
+    meaning.onsets.append([])
+    meaning.position, meaning.rested = UNSET, True
 
 
 def _read_bar_line(meaning: _Meaning) -> None:
@@ -378,7 +393,7 @@ def _read_bar_line(meaning: _Meaning) -> None:
     meaning.position = 0
 
 
-def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) -> None:
+def _read_note(meaning: _Meaning, kind: str, drums_are_apart: bool) -> None:
     """Take in one base token of an instrument."""
     if kind in ("Pitch", "PitchDrum", "NoteOff", "DrumOff", "PitchBend", "ControlChange"):
         meaning.inherits |= meaning.program == UNSET
@@ -389,8 +404,6 @@ def _read_note(meaning: _Meaning, kind: str, value: str, drums_are_apart: bool) 
         meaning.fits &= drums == (
             meaning.pitch_kind if meaning.program == UNSET else int(meaning.program == DRUMS_ROW)
         )
-    if kind in ("Pitch", "PitchDrum"):
-        meaning.onsets[-1].append((meaning.program, int(value)))
 
 
 def _count(meaning: _Meaning, kinds: list[str], graph: TypeGraph) -> None:

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from miditok import MIDILike, MusicTokenizer, PerTok
+from miditok import BEAT, MMM, MIDILike, MusicTokenizer, PerTok
 
 from .errors import InputError
 
-# MMM has tracks, and BEAT has beats, that must fit each other.
-SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok")
+SUPPORTED = ("REMI", "TSD", "Structured", "MIDILike", "PerTok", "MMM", "BEAT")
+RESTS = "REMI with rests"
 # What else happens at an onset, without a note.
 EFFECTS = frozenset({"Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord"})
 # MidiTok's names for the start of a note in MIDILike, and the names of the same in the others.
 _SAME_KIND = {"NoteOn": "Pitch", "DrumOn": "PitchDrum"}
+# Tokens of another type than their names say: those of MMM, and the silence of BEAT, which MidiTok calls a rest.
+_KINDS = {"Track_Start": "TrackStart", "Track_End": "TrackEnd", "Rest_None": "Silence"}
 _CORE = frozenset(
     {"Bar", "TimeSig", "Position", "TimeShift", "Tempo", "Program", "Pitch", "PitchDrum", "Velocity", "Duration"}
 )
@@ -38,20 +40,34 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         raise InputError(f"the grammar supports {', '.join(SUPPORTED)}, not {name}")
     reasons = {
         "use_pitch_intervals": config.use_pitch_intervals,
-        # The position after a rest depends on how long the notes before it last, and a rest may pass bar lines.
-        "use_rests": config.use_rests and name == "REMI",
+        # A rest begins where notes end. MidiTok reads another end than it wrote if none is told.
+        "use_rests": name_of(tokenizer) == RESTS and not config.using_note_duration_tokens,
         # Its durations cannot be told from those of notes.
         "sustain_pedal_duration": config.use_sustain_pedals and config.sustain_pedal_duration,
         # Whether a note is complete without a duration would depend on its program.
         "use_note_duration_programs": uses_some_durations(tokenizer) and name != "MIDILike",
     }
+    # Its rests and positions would not meet.
+    per_beat = config.max_num_pos_per_beat
+    reasons["beat_res"] = name_of(tokenizer) == RESTS and any(per_beat % each for each in config.beat_res.values())
     # Its time shift before every note promises a note of any instrument, of which the rules do not know the kind.
     reasons["use_pitchdrum_tokens"] = name == "Structured" and not config.use_pitchdrum_tokens
+    if name == "MMM":
+        reasons |= {
+            "base_tokenizer": config.additional_params["base_tokenizer"] != "REMI",
+            "use_rests": config.use_rests,
+        }
     if name == "PerTok":
         reasons |= {option: getattr(config, option) for option in _NOT_IN_PERTOK}
         reasons["use_position_toks"] = config.additional_params.get("use_position_toks", False)
     if wrong := [option for option, is_wrong in reasons.items() if is_wrong]:
         raise InputError(f"the grammar does not support this value of the tokenizer option {wrong[0]!r} for {name}")
+
+
+def name_of(tokenizer: MusicTokenizer) -> str:
+    """What the grammars are told apart by: the tokenization, and whether REMI has rests."""
+    name = type(tokenizer).__name__
+    return RESTS if name == "REMI" and tokenizer.config.use_rests else name
 
 
 def check_plain(tokenizer: MusicTokenizer, use: str) -> None:
@@ -84,7 +100,15 @@ def uses_some_durations(tokenizer: MusicTokenizer) -> bool:
 def kind_of(token: str) -> str:
     """The type of a base token. The start of a note is a pitch in every tokenization."""
     kind = token.split("_")[0]
-    return _SAME_KIND.get(kind, kind)
+    if kind == "Pattern":
+        return "Pattern" if 1 in pattern_digits(token) else "Hold"
+    return _KINDS.get(token) or _SAME_KIND.get(kind, kind)
+
+
+def pattern_digits(token: str) -> tuple[int, ...]:
+    """The digits of a pattern of BEAT, for each quarter of a beat: 0 is silence, 1 a note that begins, 2 goes on."""
+    value = int(token.partition("_")[2])
+    return tuple(value // part % 3 for part in (27, 9, 3, 1))
 
 
 def kinds_of(tokens: Sequence[str]) -> list[str]:
@@ -107,12 +131,14 @@ class TypeGraph:
         note_ends (`frozenset[str]`): the types that complete a note that begins.
         ends (`frozenset[str]`): these, and those that end a note long after it began.
         idle (`frozenset[str]`): the types after which the onset may have all the notes that it may have.
+        onsets (`frozenset[str]`): the types that begin a note at the onset.
     """
 
     followers: dict[str, set[str]]
     note_ends: frozenset[str]
     ends: frozenset[str]
     idle: frozenset[str]
+    onsets: frozenset[str] = frozenset({"Pitch", "PitchDrum"})
 
     @property
     def types(self) -> list[str]:
@@ -154,6 +180,8 @@ class TypeGraph:
 def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     """The graph of a tokenizer that [`check_supported`] accepts."""
     kinds = {kind_of(token) for token in tokenizer.vocab}
+    if isinstance(tokenizer, BEAT):
+        return _beats(kinds)
     note = [{"Pitch", "PitchDrum"} & kinds, *({kind} & kinds for kind in ("MicroTiming", "Velocity", "Duration"))]
     steps = [step for step in note if step]
     note_ends = steps[-1]
@@ -169,14 +197,35 @@ def type_graph(tokenizer: MusicTokenizer) -> TypeGraph:
     else:
         time = "Bar" if "Bar" in graph else "TimeShift"
         graph["BOS"] = {time}
+        if "Rest" in graph and not {"TimeSig", "Tempo"} & kinds:  # a piece begins with either at its first bar line
+            graph["BOS"].add("Rest")
         if time in graph[time]:  # TSD shifts only where time passes, Structured before every note
             graph["BOS"] |= graph[time] | ({"Rest"} & kinds)
     for kind in note_ends | idle | (_OFF | {"KeySig"}) & kinds:
         graph[kind].add("EOS")
+    if isinstance(tokenizer, MMM):
+        _put_in_tracks(graph)
     # Rows of a batch that are finished still need a token to choose; `generate` replaces it by padding.
     graph["EOS"] = {"EOS"}
     graph["PAD"] = set()
     return TypeGraph(graph, frozenset(note_ends), frozenset(note_ends | (_OFF & kinds)), frozenset(idle))
+
+
+def _beats(kinds: set[str]) -> TypeGraph:
+    """BEAT: bars of beats, in which every program has pitches, each with its pattern."""
+    pitches = {"Pitch", "PitchDrum"} & kinds
+    after_block = {"Beat", "Bar", "Program", "EOS"}
+    after_note = after_block | pitches
+    graph = {kind: {"Pattern", "Hold"} for kind in pitches}
+    graph |= {kind: {"Velocity"} if "Velocity" in kinds else after_note for kind in ("Pattern", "Hold")}
+    graph |= {"Beat": {"Silence", "Program"}, "Program": {"Silence", *pitches}, "Silence": after_block}
+    at_bar = [kind for kind in ("Bar", "TimeSig", "Tempo", "KeySig") if kind in kinds]
+    graph |= {kind: {"Beat", *at_bar[place + 1 :]} for place, kind in enumerate(at_bar)}
+    graph |= {"BOS": {"Bar"}, "EOS": {"EOS"}, "PAD": set()}
+    if "Velocity" in kinds:
+        graph["Velocity"] = after_note
+    # Whether a note begins is decided by the pattern, and where by the rules of grammar_beat.py.
+    return TypeGraph(graph, frozenset({"Pattern"}), frozenset({"Pattern"}), frozenset(), frozenset())
 
 
 def _narrowed(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
@@ -199,6 +248,17 @@ def _starts(tokenizer: MusicTokenizer, kinds: set[str], of_notes: set[str]) -> s
     """What may come where something of an instrument may: all of `of_notes`, or a program if each needs one."""
     found = of_notes if tokenizer.config.program_changes else set()
     return ({"Program"} | found) & kinds
+
+
+def _put_in_tracks(graph: dict[str, set[str]]) -> None:
+    """MMM: tracks of one program each. Changes of tempo and meter come after their last notes, too."""
+    for kind, after in graph.items():
+        after.discard("Program")
+        if "EOS" in after or kind in ("Tempo", "TimeSig"):
+            after.discard("EOS")
+            after.add("TrackEnd")
+    graph["Program"] = graph["BOS"]
+    graph |= {"BOS": {"TrackStart"}, "TrackStart": {"Program"}, "TrackEnd": {"TrackStart", "EOS"}}
 
 
 def _notes(steps: list[set[str]]) -> dict[str, set[str]]:
@@ -254,7 +314,17 @@ def _add_effects(tokenizer: MusicTokenizer, kinds: set[str], graph: dict[str, se
         for kind in (at_onset | announces_key) & graph.keys():
             graph[kind].add("KeySig")
     if "Rest" in kinds:
-        for kind, after in graph.items():
-            if "TimeShift" in after and kind != "TimeShift":
-                after.add("Rest")
-        graph["Rest"] = graph["TimeShift"] | {"Rest"}
+        _add_rests(graph, ends | effects | ({"Tempo", "KeySig", "TimeSig"} & kinds))
+
+
+def _add_rests(graph: dict[str, set[str]], complete: set[str]) -> None:
+    """Rests after what is complete, and where time may be shifted."""
+    if "Position" in graph:  # in REMI, they only tell that nothing sounds, and a position follows nevertheless
+        for kind in complete:
+            graph[kind].add("Rest")
+        graph["Rest"] = {"Rest", "Bar", "Position"} | ({"TimeSig"} & graph.keys())
+        return
+    for kind, after in graph.items():
+        if "TimeShift" in after and kind != "TimeShift":
+            after.add("Rest")
+    graph["Rest"] = graph["TimeShift"] | {"Rest"}

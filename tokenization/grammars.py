@@ -5,12 +5,17 @@ from typing import Any
 from miditok import MusicTokenizer
 
 from .grammar import MidiGrammar
+from .grammar_beat import BeatGrammar
 from .grammar_midilike import MidiLikeGrammar
+from .grammar_mmm import MmmGrammar
 from .grammar_pertok import PerTokGrammar
-from .grammar_types import check_supported
+from .grammar_rests import RestGrammar
+from .grammar_types import check_supported, name_of
 
 _OF_TOKENIZATION = {
-    name: kind for kind in (MidiGrammar, MidiLikeGrammar, PerTokGrammar) for name in kind.tokenizations
+    name: kind
+    for kind in (MidiGrammar, RestGrammar, MidiLikeGrammar, PerTokGrammar, MmmGrammar, BeatGrammar)
+    for name in kind.tokenizations
 }
 
 
@@ -27,4 +32,4 @@ def make_grammar(tokenizer: MusicTokenizer, **options: Any) -> MidiGrammar:
         InputError: if there are no rules for the tokenization, or for one of its options.
     """
     check_supported(tokenizer)
-    return _OF_TOKENIZATION[type(tokenizer).__name__](tokenizer, **options)
+    return _OF_TOKENIZATION[name_of(tokenizer)](tokenizer, **options)

@@ -119,7 +119,7 @@ def test_what_the_owner_has_stays(processor: MidiProcessor, folder: Path) -> Non
 
 
 def test_nothing_is_added_that_could_not_work(tmp_path: Path) -> None:
-    processor = MidiProcessor(build_tokenizer("BEAT"))  # no grammar
+    processor = MidiProcessor(build_tokenizer("PerTok", use_chords=True))  # no grammar
     make_generator(vocab_size=processor.vocab_size).save_pretrained(tmp_path)
     add_remote_code(tmp_path, processor)
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()

@@ -14,8 +14,10 @@ from miditok import MusicTokenizer
 from torch import Tensor
 
 from midimamba.errors import InputError
+from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.constraints import Constraints
 from midimamba.tokenization.grammar import MidiGrammar
+from midimamba.tokenization.grammars import make_grammar
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from midimamba.tokenization.voices import most_voices
@@ -37,14 +39,19 @@ KINDS = [
     "Pitch",
     "PitchDrum",
     "Duration",
+    "Rest",
+    "Beat",
+    "Pattern",
+    "Track",
     "EOS",
 ]
 
 
 @cache
 def tokenizer_of(name: str, model: str) -> MusicTokenizer:
-    options: dict[str, Any] = {} if name == "Structured" else SMALL
-    tokenizer = build_tokenizer(name, **options)
+    options: dict[str, Any] = {} if name in ("Structured", "PerTok") else SMALL
+    options = options | {"use_rests": name.endswith("with rests")}
+    tokenizer = build_tokenizer(name.split()[0], **options)
     if model != "untrained":
         train_tokenizer(tokenizer, [make_score(seed) for seed in range(12)], len(tokenizer.vocab) + 150, model)
     return tokenizer
@@ -75,6 +82,12 @@ def sample(
     return [[index for index in row if index != PAD] for row in ids.tolist()]
 
 
+TIMED = ("polyphony", "grid", "notes_per_bar")
+# What a tokenization cannot keep, and refuses.
+NOT_KEPT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("MIDILike", "PerTok", "MMM", "REMI with rests", "TSD with rests"), TIMED),
+    **dict.fromkeys(("TSD", "Structured", "BEAT"), ("notes_per_bar",)),
+}
 LONG = st.sampled_from([0.0, 30.0])
 CONSTRAINTS = st.fixed_dictionaries(
     {},
@@ -90,8 +103,8 @@ CONSTRAINTS = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["REMI", "TSD", "Structured"])
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("name", [*ONE_STREAM, "REMI with rests", "TSD with rests"])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     model=st.sampled_from(["untrained", "BPE", "Unigram"]),
     wanted=CONSTRAINTS,
@@ -103,12 +116,13 @@ CONSTRAINTS = st.fixed_dictionaries(
 def test_no_note_breaks_constraints_and_no_row_is_stuck(
     name: str, model: str, wanted: dict[str, Any], kind: str, long: float, bars: int | None, seed: int
 ) -> None:
-    if name != "REMI":
-        wanted, bars = {key: value for key, value in wanted.items() if key != "notes_per_bar"}, None
+    wanted = {key: value for key, value in wanted.items() if key not in NOT_KEPT.get(name, ())}
+    if "Bar_None" not in tokenizer_of(name, model).vocab or name == "PerTok":
+        bars = None
     tokenizer, constraints = tokenizer_of(name, model), Constraints(**wanted)
     limits: dict[str, Any] = {} if bars is None else {"max_bars": bars, "min_bars": bars}
     try:
-        grammar = MidiGrammar(tokenizer, programs=[-1, 0, 40], constraints=wanted, **limits)
+        grammar = make_grammar(tokenizer, programs=[-1, 0, 40], constraints=wanted, **limits)
     except InputError:
         return  # refused beforehand
     preference = prefer(tokenizer, kind)
@@ -176,6 +190,18 @@ def test_what_cannot_be_kept_is_refused_by_name(wanted: dict[str, Any], message:
     with pytest.raises(InputError, match=message) as caught:
         MidiGrammar(tokenizer_of("REMI", "untrained"), constraints=wanted)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "constraint"),
+    [(name, each) for name, kept in NOT_KEPT.items() for each in kept if len(kept) == len(TIMED)],
+)
+def test_what_a_tokenization_cannot_keep_is_refused_by_name(name: str, constraint: str) -> None:
+    wanted = {"polyphony": 2, "grid": "1/4", "notes_per_bar": "1-"}[constraint]
+    with pytest.raises(InputError, match=f"{constraint} needs .*not {name}|{constraint} needs a tokenizer without"):
+        make_grammar(tokenizer_of(name, "untrained"), constraints={constraint: wanted})
+    with pytest.raises(InputError, match="notes_per_bar needs REMI, not BEAT"):
+        make_grammar(tokenizer_of("BEAT", "untrained"), constraints={"notes_per_bar": "1-"})
 
 
 @pytest.mark.parametrize("name", ["TSD", "Structured"])

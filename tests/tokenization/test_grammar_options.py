@@ -33,10 +33,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two programs": {"programs": [-1, 40], "use_time_signatures": False, "use_tempos": False},
     "several resolutions": {"beat_res": {(0, 1): 24, (1, 4): 12, (4, 8): 2}},
 }
+MISSING_IN_MMM = {"program_changes", "use_control_changes", "control_change_numbers"}
+RESTS: dict[str, dict[str, Any]] = {
+    "rests": {"use_rests": True},
+    "rests without meters": {"use_rests": True, "use_time_signatures": False, "use_tempos": False},
+    "rests and effects": {"use_rests": True, **EFFECTS},
+    "merges over bar lines": {"use_rests": True, "encode_ids_split": "no"},
+}
+OF_BEAT: dict[str, dict[str, Any]] = {
+    "no velocities": {"use_velocities": False, "use_tempos": False},
+    "keys": {"use_key_signatures": True, "encode_ids_split": "no"},
+}
 CASES = [
     *((name, case) for name in ("REMI", "TSD") for case in OPTIONS),
     ("Structured", "no durations"),
-    ("TSD", "rests"),
+    *(("MMM", case) for case in OPTIONS),
+    *((name, case) for name in ("REMI", "TSD") for case in RESTS),
+    ("BEAT", "drums as pitches"),
+    ("BEAT", "no velocities"),
+    ("BEAT", "keys"),
 ]
 
 
@@ -60,7 +75,11 @@ def _rich(seed: int) -> ScoreTick:
 
 
 def _build(name: str, case: str, trained: bool, scores: list[ScoreTick]) -> MusicTokenizer:
-    options = OPTIONS.get(case, {"use_rests": True})
+    options = (OPTIONS | RESTS | OF_BEAT)[case]
+    if name == "TSD":  # it has no bars to split at
+        options = {key: value for key, value in options.items() if key != "encode_ids_split"}
+    if name == "MMM":
+        options = {key: value for key, value in options.items() if key not in MISSING_IN_MMM}
     if name == "Structured":
         options = {key: value for key, value in options.items() if key != "program_changes"}
     tokenizer = build_tokenizer(name, **options)
@@ -75,9 +94,8 @@ def test_samples_are_music(name: str, case: str, trained: bool, rich: list[Score
     tokenizer = _build(name, case, trained, rich)
     processor = MidiProcessor(tokenizer, programs=sorted(PROGRAMS), voices=2)
     preferred = ["none", "Bar", "TimeShift", "Program", "Pitch", "EOS"]
-    preferred += (
-        ["Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord", "KeySig"] if case in OPTIONS else ["Rest"]
-    )
+    preferred += ["Pedal", "PedalOff", "PitchBend", "ControlChange", "Chord", "KeySig"] if case in OPTIONS else []
+    preferred += ["Rest"] if case in RESTS else ["Track", "Beat"]
     for seed, kind in enumerate(preferred):
         grammar = processor.grammar()
         for row in sample(tokenizer, grammar, prefer(tokenizer, kind), rows=1, steps=30, seed=seed):
@@ -145,7 +163,10 @@ def test_without_bar_tokens_meters_change_at_bar_lines(trained: bool, rich: list
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("REMI", {"use_rests": True}, "use_rests"),
+        ("REMI", {"use_rests": True, "use_note_duration_programs": []}, "use_rests"),
+        ("REMI", {"use_rests": True, "beat_res": {(0, 4): 12, (4, 12): 5}}, "beat_res"),
+        ("MMM", {"base_tokenizer": "TSD"}, "base_tokenizer"),
+        ("MMM", {"use_rests": True}, "use_rests"),
         ("TSD", {"use_sustain_pedals": True, "sustain_pedal_duration": True}, "sustain_pedal_duration"),
         ("TSD", {"use_note_duration_programs": [0]}, "use_note_duration_programs"),
         ("Structured", {"use_pitchdrum_tokens": False}, "use_pitchdrum_tokens"),
