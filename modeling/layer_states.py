@@ -376,12 +376,19 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._floats = torch.empty(0)
 
     def like(self, state: Tensor) -> Tensor:
         """Memory of the shape of `state` `(batch, …)`. The shape of one sequence must always be the same."""
         if self._memory is None or len(self._memory) < len(state):
             self._memory = torch.empty_like(state, memory_format=torch.contiguous_format)
         return self._memory[: len(state)]
+
+    def floats(self, count: int) -> Tensor:
+        """Memory for `count` numbers in float32 on the processor, or more."""
+        if len(self._floats) < count:
+            self._floats = torch.empty(count, dtype=torch.float32)
+        return self._floats
 
 
 def _extend(memory: Tensor, new: Tensor, past: int) -> Tensor:

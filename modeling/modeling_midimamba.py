@@ -22,6 +22,7 @@ from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 from .attention import MidiMambaAttention, frame_attention
 from .configuration_midimamba import MidiMambaConfig
+from .decoding import decode_step
 from .feed_forward import SwiGLU, SwitchExperts
 from .frame import Frame
 from .layer_states import CacheMismatchError, LayerState
@@ -208,11 +209,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
             if seq_idx.shape != (batch, time):
                 raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the input {(batch, time)}")
             begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        if self.look_back is not None:
-            if input_ids is None:
-                raise ValueError("a model that looks back needs input_ids, not inputs_embeds")
-            memory, past = (None, 0) if cache is None else (cache.look_back, cache.seen_tokens)
-            hidden_states = hidden_states + self.look_back(input_ids, self.embeddings, begins, memory, past)
+        hidden_states = self.add_look_back(hidden_states, input_ids, begins, cache)
         frame = Frame(mask=mask, begins=begins)
         states: Sequence[LayerState | None] = [None] * len(self.layers)
         if cache is not None:
@@ -238,6 +235,24 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
             **_state(cache if use_cache else None),
         )
 
+    def add_look_back(
+        self, hidden_states: Tensor, input_ids: Tensor | None, begins: Tensor | None, cache: RecurrentCache | None
+    ) -> Tensor:
+        """
+        Add to the embeddings of tokens what a model that looks back shows beside them, and keep the tokens.
+
+        Args:
+            hidden_states (`Tensor` of shape `(batch, time, hidden)`): the embeddings.
+            input_ids, begins, cache: as in the forward pass; see [`~midimamba.modeling.look_back.LookBack.forward`].
+        """
+        if self.look_back is None:
+            return hidden_states
+        if input_ids is None:
+            raise ValueError("a model that looks back needs input_ids, not inputs_embeds")
+        memory, past = (None, 0) if cache is None else (cache.look_back, cache.seen_tokens)
+        shown: Tensor = self.look_back(input_ids, self.embeddings, begins, memory, past)
+        return hidden_states + shown
+
     def _prepare_cache(
         self, cache: RecurrentCache | None, use_cache: bool, hidden_states: Tensor
     ) -> RecurrentCache | None:
@@ -259,6 +274,10 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
                 "leave past_key_values out, or call gradient_checkpointing_disable()"
             )
         return cache
+
+
+# What a kernel stands in for, where it can.
+_DECODED = (MidiMambaModel, MidiMambaBlock)
 
 
 def _always() -> bool:
@@ -342,13 +361,25 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             ValueError: if the input is ambiguous, `seq_idx` has another shape, or gradient checkpointing is on and
                 there is a cache.
         """
+        past_key_values = past_key_values if cache is None else cache
+        use_cache, output_hidden_states = kwargs.pop("use_cache", None), kwargs.pop("output_hidden_states", None)
+        special = attention_mask, inputs_embeds, labels, seq_idx
+        if past_key_values is not None and all(argument is None for argument in special):
+            wants_more = (
+                output_hidden_states or self.config.output_hidden_states or not isinstance(logits_to_keep, int)
+            )
+            decoded = None if wants_more else decode_step(self, input_ids, past_key_values, _DECODED)
+            if decoded is not None:
+                return MidiMambaOutput(
+                    logits=decoded[:, None], **_state(None if use_cache is False else past_key_values)
+                )
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values if cache is None else cache,
-            use_cache=kwargs.pop("use_cache", None),
-            output_hidden_states=kwargs.pop("output_hidden_states", None),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
             seq_idx=seq_idx,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -381,7 +412,10 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         Returns:
             `Tensor` of shape `(n, vocab)`: logits of what follows the last of the tokens, in float32 or wider.
         """
-        logits: Tensor = self(input_ids=tokens, past_key_values=state, logits_to_keep=1).logits[:, -1]
+        # Asked here as well, because a `ModelOutput` takes as long as a tenth of a step.
+        logits = decode_step(self, tokens, state, _DECODED)
+        if logits is None:
+            logits = self(input_ids=tokens, past_key_values=state, logits_to_keep=1).logits[:, -1]
         return logits
 
     def forget(self, state: RecurrentCache) -> None:

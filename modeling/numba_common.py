@@ -20,6 +20,7 @@ try:  # transformers reads the imports of published code, and requires all that 
     from llvmlite import ir
     from numba import njit, types
     from numba.extending import intrinsic
+    from numba.np.numpy_support import carray
 except ImportError as error:
     raise ImportError("the numba backend of selective_scan needs Numba: pip install numba") from error
 
@@ -46,6 +47,22 @@ def _power_of_two(_: Any, exponent: Any) -> Any:
         return builder.bitcast(builder.shl(biased, ir.Constant(ir.IntType(32), 23)), ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def pointer(_: Any, address: Any) -> Any:
+    """The pointer to a float32 at an address."""
+
+    def generate(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@kernel
+def floats(address: Any, shape: Any) -> Any:
+    """The array of float32 that lies at an address, of this shape."""
+    return carray(pointer(address), shape)  # type: ignore[call-arg]  # Numba passes the first argument itself
 
 
 @_inline
@@ -89,21 +106,37 @@ os.register_at_fork(after_in_child=_threads.cache_clear)
 def in_parallel(
     function: Callable[..., None], tensors: tuple[Tensor, ...], tasks: int, tasks_per_thread: int = 1
 ) -> None:
-    """Call `function(*arrays, first, last)` so that all of `tasks` are done, by as many threads as torch uses.
+    """Call `function(*arrays, first, last)` with the arrays of tensors, see [`share`]."""
+    share(function, tuple([tensor.detach().numpy() for tensor in tensors]), tasks, tasks_per_thread)
+
+
+def share(function: Callable[..., None], arguments: tuple[Any, ...], tasks: int, tasks_per_thread: int = 1) -> None:
+    """Call `function(*arguments, first, last)` so that all of `tasks` are done, by as many threads as torch uses.
 
     A thread gets at least `tasks_per_thread` tasks. What a task computes must not depend on the thread that does it:
     then results are the same for any number of threads.
     """
-    arrays = [tensor.detach().numpy() for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), tasks // tasks_per_thread))
     cuts = [tasks * index // threads for index in range(threads + 1)]
     others = []
     if threads > 1:
         pool = _threads(torch.get_num_threads() - 1)
-        others = [pool.submit(function, *arrays, cuts[i], cuts[i + 1]) for i in range(1, threads)]
-    function(*arrays, cuts[0], cuts[1])
+        others = [pool.submit(function, *arguments, cuts[i], cuts[i + 1]) for i in range(1, threads)]
+    function(*arguments, cuts[0], cuts[1])
     for other in others:
         other.result()
 
 
-__all__ = ["LOG2_E", "exp2", "in_parallel", "kernel", "silu", "softplus"]
+__all__ = [
+    "LOG2_E",
+    "exp2",
+    "floats",
+    "in_parallel",
+    "intrinsic",
+    "ir",
+    "kernel",
+    "share",
+    "silu",
+    "softplus",
+    "types",
+]

@@ -130,6 +130,11 @@ class RecurrentCache:
         """Memory of all states, in bytes. For Mamba layers it does not depend on the number of tokens read."""
         return sum(state.nbytes for state in self._states)
 
+    @cached_property
+    def layout(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The kind and the sizes of every state: the same for all caches of a model."""
+        return [(state.kind, state.sizes) for state in self._states if state is not self.documents]
+
     @property
     def seen_tokens(self) -> int:
         """Tokens read so far, padding included. A cache and the views of its rows have one number."""
@@ -183,10 +188,10 @@ class RecurrentCache:
             CacheMismatchError: if it is not, or this is a view of some rows of a cache with attention layers and the
                 other rows have read another number of tokens.
         """
-        if other._layout != self._layout or other.batch_size != self.batch_size:
+        if other.layout != self.layout or other.batch_size != self.batch_size:
             raise CacheMismatchError(
-                f"cannot copy the state of {other.batch_size} sequences of {_describe(other._layout)} "
-                f"onto {self.batch_size} of {_describe(self._layout)}"
+                f"cannot copy the state of {other.batch_size} sequences of {_describe(other.layout)} "
+                f"onto {self.batch_size} of {_describe(self.layout)}"
             )
         seen, is_part = other.seen_tokens, self._is_part
         in_lockstep = self.look_back is not None or any(state.keeps_tokens for state in self.layers)
@@ -213,10 +218,10 @@ class RecurrentCache:
         """
         if self.documents.is_view:
             raise CacheMismatchError("cannot append to a view of rows; append to the cache that it is a part of")
-        if other._layout != self._layout or other._dtypes != self._dtypes:
+        if other.layout != self.layout or other._dtypes != self._dtypes:
             raise CacheMismatchError(
-                f"cannot append sequences of {_describe(other._layout)} in {' and '.join(other._dtypes)} "
-                f"to {_describe(self._layout)} in {' and '.join(self._dtypes)}"
+                f"cannot append sequences of {_describe(other.layout)} in {' and '.join(other._dtypes)} "
+                f"to {_describe(self.layout)} in {' and '.join(self._dtypes)}"
             )
         is_first, seen = self.batch_size == 0, other.seen_tokens
         if not is_first and seen != self.seen_tokens:
@@ -245,9 +250,9 @@ class RecurrentCache:
         expected = [sizes[mixer] for mixer in mixers]
         if config.lookback_bars:
             expected.append((LookBackState.kind, LookBackState.sizes_of(config)))
-        if self._layout != expected:
+        if self.layout != expected:
             raise CacheMismatchError(
-                f"the cache is of another model: it has {_describe(self._layout)}, this model {_describe(expected)}; "
+                f"the cache is of another model: it has {_describe(self.layout)}, this model {_describe(expected)}; "
                 "make it with RecurrentCache.for_model(model, batch_size)"
             )
         if self.batch_size != batch_size:
@@ -293,10 +298,6 @@ class RecurrentCache:
     def _is_part(self) -> bool:
         return self._shared.rows > self.batch_size
 
-    @cached_property
-    def _layout(self) -> list[tuple[str, tuple[int, ...]]]:
-        return [(state.kind, state.sizes) for state in self._states if state is not self.documents]
-
     @property
     def _dtypes(self) -> list[str]:
         return sorted({str(tensor.dtype) for state in self.layers for tensor in state.tensors})
@@ -307,7 +308,7 @@ class RecurrentCache:
         assert isinstance(documents, DocumentState)
         assert isinstance(look_back, LookBackState | None)
         mapped = RecurrentCache(layers, documents, look_back, self.seen_tokens, self.plain)
-        mapped._layout = self._layout  # asked for at every forward pass
+        mapped.layout = self.layout  # asked for at every forward pass
         return mapped
 
 

@@ -14,10 +14,13 @@ from .numba_common import LOG2_E, exp2, in_parallel, kernel, silu, softplus
 
 # 64 sequences take 110 µs on one thread (512 channels, state 16), and handing half of them over takes 50 to 100 µs.
 _ROWS_PER_THREAD = 64
+GAP = 16
+"""Numbers between rows that are written side by side, which would else compete for the same lines of the cache."""
 
 
 @kernel
-def _convolve(projected: Any, past: Any, weight: Any, bias: Any, output: Any, first: int, last: int) -> None:
+def convolve(projected: Any, past: Any, weight: Any, bias: Any, output: Any, first: int, last: int) -> None:
+    """See [`convolve_step_`]; `weight` is `(kernel, channels)`, and only sequences `first … last - 1` move on."""
     taps, channels = past.shape[1], past.shape[2]
     for b in range(first, last):
         for c in range(channels):
@@ -31,6 +34,21 @@ def _convolve(projected: Any, past: Any, weight: Any, bias: Any, output: Any, fi
         for c in range(channels):
             past[b, taps - 1, c] = projected[b, c]
             output[b, c] = silu(output[b, c])
+
+
+@kernel
+def decay_rates(A_log: Any) -> Any:
+    """`A` times the binary logarithm of e, transposed: from `(channels, state)` to `(state, at least channels)`."""
+    width, size = A_log.shape
+    natural = np.empty((width, size), np.float32)  # in two passes, because the first one then vectorises
+    flat, logarithms = natural.reshape(-1), A_log.reshape(-1)
+    for place in range(len(flat)):
+        flat[place] = -LOG2_E * exp2(LOG2_E * logarithms[place])
+    rates = np.empty((size, width + GAP), np.float32)
+    for c in range(width):
+        for n in range(size):
+            rates[n, c] = natural[c, n]
+    return rates
 
 
 @kernel
@@ -48,25 +66,42 @@ def _scan(
     last: int,
 ) -> None:
     width, size = A_log.shape
-    A = np.empty((size, width), np.float32)
-    for c in range(width):
-        for n in range(size):
-            A[n, c] = -LOG2_E * exp2(LOG2_E * A_log[c, n])
-    entering_at, reading_at = selected.shape[1] - 2 * size, selected.shape[1] - size
-    dt, entering = np.empty(width, np.float32), np.empty(width, np.float32)
+    rates = decay_rates(A_log)
     for b in range(first, last):
+        scan(
+            *(channels[b], steps[b], bias, rates, selected[b, -2 * size : -size], selected[b, -size:]),
+            *(D, projected[b, width:], state[b], output[b]),
+        )
+
+
+@kernel
+def scan(
+    channels: Any,
+    steps: Any,
+    bias: Any,
+    rates: Any,
+    enters: Any,
+    reads: Any,
+    D: Any,
+    gate: Any,
+    state: Any,
+    output: Any,
+) -> None:
+    """[`scan_step_`] of one sequence."""
+    size, width = state.shape
+    dt, entering = np.empty(width, np.float32), np.empty(width, np.float32)
+    for c in range(width):
+        dt[c] = softplus(steps[c] + bias[c])
+        entering[c] = dt[c] * channels[c]
+        output[c] = D[c] * channels[c]
+    for n in range(size):
+        enters_here, reads_here = enters[n], reads[n]
         for c in range(width):
-            dt[c] = softplus(steps[b, c] + bias[c])
-            entering[c] = dt[c] * channels[b, c]
-            output[b, c] = D[c] * channels[b, c]
-        for n in range(size):
-            enters, reads = selected[b, entering_at + n], selected[b, reading_at + n]
-            for c in range(width):
-                value = exp2(dt[c] * A[n, c]) * state[b, n, c] + entering[c] * enters
-                state[b, n, c] = value
-                output[b, c] += value * reads
-        for c in range(width):
-            output[b, c] *= silu(projected[b, width + c])
+            value = exp2(dt[c] * rates[n, c]) * state[n, c] + entering[c] * enters_here
+            state[n, c] = value
+            output[c] += value * reads_here
+    for c in range(width):
+        output[c] *= silu(gate[c])
 
 
 def convolve_step_(past: Tensor, projected: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,7 +119,7 @@ def convolve_step_(past: Tensor, projected: Tensor, weight: Tensor, bias: Tensor
     output = projected.new_empty(len(projected), past.shape[2])
     bias = torch.zeros(past.shape[2]) if bias is None else bias
     in_parallel(
-        _convolve, (projected, past, weight[:, 0].T.contiguous(), bias, output), len(projected), _ROWS_PER_THREAD
+        convolve, (projected, past, weight[:, 0].T.contiguous(), bias, output), len(projected), _ROWS_PER_THREAD
     )
     return output
 
@@ -120,4 +155,4 @@ def scan_step_(
     return output
 
 
-__all__ = ["convolve_step_", "scan_step_"]
+__all__ = ["GAP", "convolve", "convolve_step_", "decay_rates", "scan", "scan_step_"]
