@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling import decoding
-from midimamba.modeling.layer_states import CacheMismatchError
+from midimamba.modeling.layer_states import CacheMismatchError, MambaState
 from midimamba.modeling.numba_products import lanes_for, multiply
 from midimamba.modeling.sampling import inference, sample
 from support import make_generator
@@ -143,13 +143,17 @@ def change_by_loading(model: MidiMambaForCausalLM) -> None:
     model.load_state_dict({name: 1.1 * weight for name, weight in model.state_dict().items()})
 
 
+def mixer_of(model: MidiMambaForCausalLM, layer: int) -> Any:
+    return model.backbone.layers[layer].mixer
+
+
 def change_parameter(model: MidiMambaForCausalLM) -> None:
-    mixer = model.backbone.layers[1].mixer
+    mixer = mixer_of(model, 1)
     mixer.D = nn.Parameter(mixer.D + 1)
 
 
 def change_module(model: MidiMambaForCausalLM) -> None:
-    mixer = model.backbone.layers[1].mixer
+    mixer = mixer_of(model, 1)
     mixer.out_proj = nn.Linear(mixer.out_proj.in_features, mixer.out_proj.out_features, bias=True)
 
 
@@ -191,7 +195,7 @@ def hook(model: MidiMambaForCausalLM) -> None:
 
 
 def hook_before(model: MidiMambaForCausalLM) -> None:
-    model.backbone.layers[1].mixer.out_proj.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2,))
+    mixer_of(model, 1).out_proj.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2,))
 
 
 def adapt(model: MidiMambaForCausalLM) -> None:
@@ -209,7 +213,7 @@ def replace_forward(model: MidiMambaForCausalLM) -> None:
 
 
 def parametrize(model: MidiMambaForCausalLM) -> None:
-    nn.utils.parametrizations.weight_norm(model.backbone.layers[0].mixer.in_proj)
+    nn.utils.parametrizations.weight_norm(mixer_of(model, 0).in_proj)
 
 
 def widen(model: MidiMambaForCausalLM) -> None:
@@ -303,7 +307,9 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_threads(batch: int) -> N
 def test_what_is_not_a_number_stays_that(batch: int) -> None:
     model = make_generator()
     cache = model.make_state(batch)
-    cache.layers[0].scan[0, 1, 2] = torch.nan
+    state = cache.layers[0]
+    assert isinstance(state, MambaState)
+    state.scan[0, 1, 2] = torch.nan
     logits = read(model, tokens(model, batch, 2), cache)
     assert logits[0].isnan().all()
     assert logits[1:].isfinite().all()
