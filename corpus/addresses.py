@@ -96,6 +96,11 @@ class Folder:
             if self._fs.exists(path):
                 self._fs.rm(path, recursive=True)
 
+    def dissolve(self, last: str) -> None:
+        """Remove all of it, one file after all others: by that file, what an interruption leaves is known."""
+        self.remove(*({name.partition("/")[0] for name in self.names()} - {last}))
+        self.remove()
+
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}"
 

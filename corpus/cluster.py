@@ -105,7 +105,7 @@ def tokenize_on_cluster(
             return None
         report = _object_in(target, REPORT)
         if state is not None:
-            work.remove()
+            work.dissolve(STATE)
             tqdm.write(_found_in(state).describe(report), file=sys.stderr)
         return report
 
@@ -193,9 +193,9 @@ def _list(
         if state != earlier:
             if earlier is not None:
                 tqdm.write("the source is not as it was: the run starts again", file=sys.stderr)
-                work.remove()
-                if target.local is None:
+                if target.local is None:  # first: by the state in the work folder, it is known to be ours
                     target.remove()
+                work.dissolve(STATE)
             for name in names:
                 work.put(parts / name, name)
             work.write(STATE, json.dumps(state))

@@ -56,6 +56,8 @@ def check_supported(tokenizer: MusicTokenizer) -> None:
         reasons |= {
             "base_tokenizer": config.additional_params["base_tokenizer"] != "REMI",
             "use_rests": config.use_rests,
+            # What else happens at an onset is written in another order than in REMI.
+            **{option: getattr(config, option) for option in ("use_chords", "use_pitch_bends", "use_sustain_pedals")},
         }
     if name == "PerTok":
         reasons |= {option: getattr(config, option) for option in _NOT_IN_PERTOK}
