@@ -300,17 +300,17 @@ def test_every_tokenization_generates_from_files_to_files(
 
 
 def test_what_is_never_music_ends_in_one_line_and_is_counted_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    processor = MidiProcessor(build_tokenizer("BEAT"))
+    processor = MidiProcessor(build_tokenizer("MMM", base_tokenizer="TSD"))  # which has no grammar
     model = make_generator(vocab_size=processor.vocab_size)
     drawn = []
 
     def broken(self: MidiProcessor, ids: Any) -> ScoreTick:
         drawn.append(ids)
-        raise ValueError("BEAT cannot decode these ids")
+        raise ValueError("MMM cannot decode these ids")
 
     monkeypatch.setattr(MidiProcessor, "decode", broken)
     options = SamplingOptions(num=3, max_new_tokens=16)
-    with pytest.raises(InputError, match="3 of 3 pieces are not music after 8 draws \\(BEAT cannot decode"):
+    with pytest.raises(InputError, match="3 of 3 pieces are not music after 8 draws \\(MMM cannot decode"):
         generate_scores(model, processor, options)
     assert len(drawn) == 3 * 8
     samples = generate_samples(model, processor, options)

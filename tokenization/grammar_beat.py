@@ -5,6 +5,7 @@ on. So how many notes begin and sound at each quarter is known without looking a
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from miditok import MusicTokenizer
@@ -25,6 +26,7 @@ _PREVIOUS, _ORDER, _METER = range(3)
 _PITCHED, _DRUMS, _SOUNDS = (slice(3 + STEPS * part, 3 + STEPS * (part + 1)) for part in range(3))
 _COLUMNS = 3 + 3 * STEPS
 _NO_LIMIT = 1 << 20
+_COARSEST = Fraction(1, 2)  # grid
 
 
 class BeatGrammar(MidiGrammar):
@@ -76,6 +78,8 @@ class BeatGrammar(MidiGrammar):
             raise ConflictError("notes_per_bar needs REMI, not BEAT: leave it out")
         constraints.check_timing(True, "BEAT", STEPS)
         if constraints.step is not None:
+            if constraints.step > _COARSEST:  # the beats in between use up what may pass before the first note
+                raise ConflictError(f"grid {constraints.grid} is too coarse for BEAT: choose {_COARSEST} or finer")
             grid = grid_table(tokenizer, constraints.step)
             last = [[max(b for b in range(beat + 1) if row[b].any()) for beat in range(len(row))] for row in grid]
             self._tables = self._tables | {"grid": grid, "last_beat": torch.tensor(last)}

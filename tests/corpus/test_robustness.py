@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from midimamba import files
 from midimamba.cli import main
-from midimamba.corpus import build, upkeep
+from midimamba.corpus import assembly, build, upkeep
 from midimamba.corpus.store import PieceStore
 from midimamba.tokenization.processor import MidiProcessor
 from support import make_score
@@ -160,10 +160,10 @@ KILLS = [
     kill_at(PieceStore, "digest", 1),
     # training the tokenizer
     kill_at(PieceStore, "control_values", 1),
-    kill_at(build, "build_tokenizer", 2),
-    kill_at(build, "train_on_ids", 1),
+    kill_at(assembly, "build_tokenizer", 1),
+    kill_at(assembly, "train_on_ids", 1),
     # encoding and writing
-    *(kill_at(build, "_with_ends", count) for count in (1, 3, 6)),
+    *(kill_at(assembly, "_with_ends", count) for count in (1, 3, 6)),
     kill_at(DatasetDict, "save_to_disk", 1),
     kill_at(MidiProcessor, "save_pretrained", 1),
     kill_at(PieceStore, "copy_to", 1),
@@ -180,7 +180,7 @@ UPDATE_KILLS = [
     kill_at(shutil, "copyfile", 1),
     kill_at(Path, "replace", 1),
     kill_at(build, "carry_over", 1),
-    kill_at(upkeep, "_link", 2),
+    kill_at(upkeep, "link", 2),
     kill_at(Path, "rename", 2),  # between the two renames
 ]
 

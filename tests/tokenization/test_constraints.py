@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midimamba.errors import InputError
 from midimamba.tokenization.choices import ONE_STREAM
-from midimamba.tokenization.constraints import Constraints
+from midimamba.tokenization.constraints import ConflictError, Constraints
 from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.grammars import make_grammar
 from midimamba.tokenization.processor import MidiProcessor
@@ -202,6 +202,12 @@ def test_what_a_tokenization_cannot_keep_is_refused_by_name(name: str, constrain
         make_grammar(tokenizer_of(name, "untrained"), constraints={constraint: wanted})
     with pytest.raises(InputError, match="notes_per_bar needs REMI, not BEAT"):
         make_grammar(tokenizer_of("BEAT", "untrained"), constraints={"notes_per_bar": "1-"})
+
+
+def test_a_grid_that_is_too_coarse_for_beat_is_refused_by_name() -> None:
+    with pytest.raises(ConflictError, match=r"grid 1/1 is too coarse for BEAT: choose 1/2 or finer"):
+        make_grammar(tokenizer_of("BEAT", "untrained"), constraints={"grid": "1/1"})
+    make_grammar(tokenizer_of("BEAT", "untrained"), constraints={"grid": "1/2"})
 
 
 @pytest.mark.parametrize("name", ["TSD", "Structured"])
