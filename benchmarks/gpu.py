@@ -12,7 +12,6 @@ The last line is JSON. `ratio` is the time of the stock `generate` over that of 
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from measure import finish, make_parser
+from measure import finish, make_parser, median_seconds
 from memory import TINY, make_trainer
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.modeling.sampling import inference, sample
@@ -42,14 +41,9 @@ def synchronize() -> None:
 
 def seconds_of(run: Callable[[], object], repeats: int) -> float:
     """Median wall time of `run` after a first call, which compiles."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    run()
+    synchronize()
+    return median_seconds(run, repeats)
 
 
 class RecordedStep:
@@ -63,23 +57,22 @@ class RecordedStep:
 
     def __init__(self, model: MidiMambaForCausalLM, batch: int):
         self.tokens = torch.full((batch, 1), 3, device="cuda")
-        state = model.make_state(batch)
+        self.state = model.make_state(batch)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled and memory is reserved before anything is recorded
             for _ in range(3):
-                model.next_logits(self.tokens, state)
+                model.next_logits(self.tokens, self.state)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = model.next_logits(self.tokens, state)
+            self.logits = model.next_logits(self.tokens, self.state)
 
-        def forget() -> None:
-            for layer in state.layers:
-                for tensor in layer.tensors:
-                    tensor.zero_()
-
-        self.forget = forget
+    def forget(self) -> None:
+        """Go back to the state before the first token."""
+        for layer in self.state.layers:
+            for tensor in layer.tensors:
+                tensor.zero_()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self.tokens.copy_(tokens)
@@ -140,7 +133,7 @@ def decoding(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _generate(model: MambaForCausalLM, prompts: Tensor, tokens: int) -> None:
-    """Sample exactly so many tokens with transformers."""
+    """Sample with transformers, with no end before the last token."""
     mask = torch.ones_like(prompts)
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "eos_token_id": None, "top_k": 0}
     model.generate(prompts, attention_mask=mask, do_sample=True, **options)
