@@ -14,7 +14,9 @@ from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.evaluation import comparison_page
+from midimamba.evaluation.two_sample import FOLDS
 from midimamba.hub_cards.evaluation import read_evaluation
+from midimamba.result_options import FEWEST_SAMPLES
 from support import make_generator, make_score
 
 # Its figures are tested in tests/evaluation.
@@ -134,7 +136,7 @@ def evaluate(
         ("songs", ("--reference", "nowhere"), "not a tokenized corpus"),
         ("songs", ("--split", "validation"), "the validation split holds"),
         ("songs", ("--out", "report.txt"), "ends in .json"),
-        ("generator", ("--num", "0"), "num is 0: give at least 1"),
+        ("generator", ("--num", "4"), "num is 4: give at least 5"),
         ("generator", ("--temperature", "0"), "temperature is 0.0: give a number from 0.001 to 1000"),
         ("songs", ("--bars", "0"), "bars is 0: give at least 1"),
         ("songs", ("--length", "3"), "length is 3: give at least 4"),
@@ -176,3 +178,7 @@ def test_a_failure_while_writing_leaves_nothing(
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "--help") == 0
     assert "example: midimamba evaluate" in capsys.readouterr().out
+
+
+def test_every_fold_of_a_classifier_gets_a_sample() -> None:
+    assert FEWEST_SAMPLES == FOLDS

@@ -172,6 +172,7 @@ def _tune(
     from midimamba.training.adversarial_trainer import AdversarialTrainer
     from midimamba.training.checkpoint import DISCRIMINATOR_FILE
     from midimamba.training.lora import lora_config
+    from midimamba.training.progress import show_lines
     from midimamba.training.publishing import take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
     from midimamba.training.scripts import load_blocks, load_discriminator, load_generator, load_openings
@@ -212,6 +213,7 @@ def _tune(
     except ValueError as error:
         raise InputError(str(error)) from error
     trainer.recipe = recipe
+    show_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     generator = trainer.generator_for_saving
     if trainer.is_world_process_zero():

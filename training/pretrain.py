@@ -213,6 +213,7 @@ def _train(
     from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
     from midimamba.training.deadline import endings
     from midimamba.training.lora import add_adapters, lora_config, merged
+    from midimamba.training.progress import show_lines
     from midimamba.training.publishing import publish_run, take_over_push
     from midimamba.training.resume import check_recipe, check_resumes, find_resume_point, recipe_of
     from midimamba.training.scripts import announce, load_generator, load_training_blocks
@@ -249,6 +250,7 @@ def _train(
         shards=script_args.shard,
     )
     trainer.recipe = recipe
+    show_lines(trainer)
     if trainer.is_world_process_zero():
         announce(f"{model.num_parameters():,} parameters, {len(blocks):,} blocks of {length} tokens")
     trainer.train(resume_from_checkpoint=resume)

@@ -29,7 +29,7 @@ from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import ClusterOptions, CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
-from midimamba.result_options import EvaluateOptions, ListenOptions, PublishOptions
+from midimamba.result_options import FEWEST_SAMPLES, EvaluateOptions, ListenOptions, PublishOptions
 from midimamba.serving.options import ServeOptions
 from midimamba.text import printable, show
 from midimamba.tokenization.sampling_limits import BEST_OF, PICKS
@@ -51,6 +51,9 @@ def tokenize(files: TokenizeFiles, options: CorpusOptions, cluster: ClusterOptio
     for split, counts in report["splits"].items():
         print(f"{split:>10}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
     print(f"{report['vocab_size']:,} tokens in the vocabulary, {report['duplicates']:,} duplicates dropped")
+    held_out = report["splits"]["test"]["pieces"]
+    if held_out < 2 * FEWEST_SAMPLES:
+        print(f"`midimamba evaluate` needs {2 * FEWEST_SAMPLES} pieces in the test split, which has {held_out}")
     if report["refused"]:
         show(f"{report['refused']:,} files refused: {files.out.rstrip('/')}/quarantine.jsonl says why")
 

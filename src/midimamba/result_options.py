@@ -8,6 +8,9 @@ from midimamba.command_options import SOUNDFONT, SamplingOptions
 from midimamba.errors import InputError
 from midimamba.tokenization.sampling_limits import MAX_NUMPY_SEED, MAX_SIZE, check_sampling, check_whole
 
+FEWEST_SAMPLES = 5
+"""Samples that an evaluation needs, one for each fold of its classifiers. It needs twice as many real pieces."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -62,6 +65,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         check_whole("seed", self.seed, 0, MAX_NUMPY_SEED)
         check_whole("length", self.length, 4, MAX_SIZE)  # distinct-4 counts sequences of four
+        check_whole("num", self.num, FEWEST_SAMPLES, MAX_SIZE)
         _ = self.sampling  # checks the rest
 
     @property

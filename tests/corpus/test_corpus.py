@@ -456,3 +456,17 @@ def test_chorales_without_music21_name_the_extra(
     assert command(monkeypatch, "tokenize", "chorales", "--out", tmp_path / "out") == 2
     assert 'pip install "midimamba[demo]"' in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("count", "tells"), [(12, True), (40, False)])
+def test_too_few_test_pieces_for_an_evaluation_are_told_at_once(
+    count: int,
+    tells: bool,
+    midi_folder: MidiFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--out", tmp_path / "out", "--vocab-size", "none", "--test-fraction", 0.5)
+    assert command(monkeypatch, "tokenize", midi_folder(count), *options) == 0
+    assert ("`midimamba evaluate` needs 10 pieces in the test split" in capsys.readouterr().out) == tells
