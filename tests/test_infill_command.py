@@ -122,7 +122,7 @@ def test_files_that_are_not_music_and_models_that_never_learned_it_are_refused(
     rest = ("--bars", "1-2", "--out", tmp_path / "out")
     for file, message in (
         (song, "has not learned to fill gaps: train one with"),
-        (tmp_path / "text.mid", "cannot be used"),
+        (tmp_path / "text.mid", "text.mid cannot be used: not a well-formed MIDI file"),
     ):
         assert command(monkeypatch, "infill", tmp_path / "model", file, *rest) == 2
         error = capsys.readouterr().err

@@ -128,7 +128,7 @@ def generate(options: GenerateOptions, sampling: SamplingOptions, wanted: Constr
     try:
         chosen = _sample(model, processor, options, sampling, request)
     except MidiRefusedError as error:
-        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
+        raise InputError(f"{options.prompt} cannot be continued: {error.reason}") from error
     write(out, {f"sample-{index:02d}": score for index, score in enumerate(chosen.scores)})
     if options.keep_unused is not None:
         write(
@@ -163,7 +163,7 @@ def infill(options: InfillOptions, drawing: DrawingOptions, wanted: GapConstrain
         drawing = replace(drawing, constraints=wanted.constraints)
         scores = infill_scores(model, processor, song, options.span, tracks, drawing, controls)
     except MidiRefusedError as error:
-        raise InputError(f"{options.song} cannot be used: {error}") from error
+        raise InputError(f"{options.song} cannot be used: {error.reason}") from error
     write(out, {f"{options.song.stem}-{index:02d}": score for index, score in enumerate(scores)})
     show(f"{len(scores)} pieces in {out}")
 
@@ -303,7 +303,7 @@ def play(options: PlayOptions) -> None:
     try:
         notes = stream(model, processor, options.prompt, sampling, controls=controls, endless=options.bars is None)
     except MidiRefusedError as error:
-        raise InputError(f"{options.prompt} cannot be continued: {error}") from error
+        raise InputError(f"{options.prompt} cannot be continued: {error.reason}") from error
     with playing.open_port(name) as port, playing.Ahead(notes) as ahead, playing.stopped_by_signals():
         show(f"playing to {name}, seed {seed}: Ctrl-C stops")
         playing.Player(port).play(ahead)

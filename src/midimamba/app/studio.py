@@ -62,7 +62,7 @@ class Studio:
         try:
             content = read_content(file)
         except MidiRefusedError as error:
-            raise InputError(f"the file cannot be used: {error}") from error
+            raise InputError(f"the file cannot be used: {error.reason}") from error
         return asyncio.run(self._reader.read(Upload(content, span, tracks)))
 
     def compose(self, wish: Wish, session: str) -> Iterator[Picture]:
