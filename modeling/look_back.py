@@ -116,7 +116,8 @@ class LookBack(nn.Module):
         if ids.device.type == "cpu" and _has_numba():
             return self._find_by_kernel(ids, begins, state, past)
         latest = state.places[:, past - 1 : past].long() if past else ids.new_full((len(ids), 1), _PLACES)
-        numbered = self.number(ids, begins, latest, state.request.long())
+        filled = state.ids[:, past - 1 : past] == self.fill if past else torch.zeros_like(begins[:, :1])
+        numbered = self.number(ids, begins, latest, filled, state.request.long())
         state.extend(ids, numbered.places, past)
         state.request.copy_(torch.stack([column[:, -1] for column in numbered[1:]], dim=1))
         return self.align(ids, numbered, state.ids, state.places)
@@ -159,7 +160,7 @@ class LookBack(nn.Module):
         state.places[:, kept:] = LATER
         return kept
 
-    def number(self, ids: Tensor, begins: Tensor, latest: Tensor, request: Tensor) -> "Numbered":
+    def number(self, ids: Tensor, begins: Tensor, latest: Tensor, filled: Tensor, request: Tensor) -> "Numbered":
         """
         The places of tokens.
 
@@ -171,6 +172,7 @@ class LookBack(nn.Module):
             ids (`LongTensor` of shape `(batch, time)`): the tokens.
             begins (`BoolTensor` of shape `(batch, time)`): see `forward`.
             latest (`LongTensor` of shape `(batch, 1)`): the place of the token before these.
+            filled (`BoolTensor` of shape `(batch, 1)`): whether that is a fill token.
             request (`LongTensor` of shape `(batch, 3)`): what was asked for before these; see [`LookBackState`].
         """
         is_gap, starts = ids == self.gap, begins | (ids == self.bos)
@@ -185,7 +187,7 @@ class LookBack(nn.Module):
         firsts = (opens_bar & ~was_open & (bars == before + 1)).cumsum(1)
         number = bar // 2 + bars + self.apart * (documents + firsts)
         following = number + 1 + self.apart * (~is_open).long()  # the number of the next bar
-        asked = self._asked(ids, starts, following, request)
+        asked = self._asked(ids, starts, following, filled, request)
 
         marks = opens_bar | is_begin | (position >= 0)
         steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -196,14 +198,21 @@ class LookBack(nn.Module):
         place = (2 * number + (~is_open).long()) * _PLACES + value * _PER_POSITION
         return Numbered(place + counted.clamp(max=_PER_POSITION - 1), *asked)
 
-    def _asked(self, ids: Tensor, starts: Tensor, following: Tensor, request: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _asked(
+        self, ids: Tensor, starts: Tensor, following: Tensor, filled: Tensor, request: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The columns of [`LookBackState.request`] at every token, each `(batch, time)`."""
         is_gap, is_fill = ids == self.gap, ids == self.fill
         total = is_gap.cumsum(1)
         before = ((total - is_gap.long()) * starts).cummax(1).values
         gaps = total - before + request[:, :1] * (starts.cumsum(1) == 0)
         after = _latest(following, is_gap & (gaps == 1), request[:, 1:2])
-        jump = torch.where(is_fill & (gaps > 2), following - after + gaps - 2, 0)
+        # Each fill token after the first of several stands for a bar between them and the gap.
+        is_next = is_fill & torch.cat([filled, is_fill[:, :-1]], dim=1)
+        base = _latest(following - after + gaps - 2, is_fill & ~is_next, request[:, 2:])
+        steps = is_next.cumsum(1)
+        more = steps - _latest(steps, is_fill & ~is_next, torch.zeros_like(request[:, 2:]))
+        jump = torch.where(is_fill & (gaps > 2), base + more, 0)
         return gaps, after, _latest(jump, is_fill | is_gap | starts, request[:, 2:])
 
     def align(

@@ -71,13 +71,14 @@ def align_(
                 within = (position[token] + 1) * per_position
             if token in (gap, fill):
                 following = number // 2 + 1 + number % 2 * apart
-                jump = 0
+                before = all_ids[b, past + t - 1] if past + t else bos
+                jump = jump + 1 if token == fill and before == fill else following - after + gaps - 2
                 if token == gap:
                     gaps += 1
                     if gaps == 1:
                         after = following
-                elif gaps > 2:
-                    jump = following - after + gaps - 2
+                if token == gap or gaps <= 2:
+                    jump = 0
             now = past + t
             place = number * places + within
             all_ids[b, now], all_places[b, now] = token, place

@@ -1,20 +1,25 @@
 """Infilling: a piece arranged so that what is wanted comes last, after everything that stays.
 
-A causal model reads the bars after the gap, what is wanted, the bars before it, then what other instruments play in
-it, and writes:
+A causal model reads the bars after the gap, what is wanted, and the bars before it, and goes on writing:
 
-    BOS controls GAP after GAP programs (TimeSig GAP) … before [FILL FILL others] FILL | span EOS
+    BOS controls GAP after GAP programs (TimeSig GAP) … FILL FILL … before | span EOS
 
-`programs` are those that may play in the span, and then each wanted bar is a meter and a GAP. `others` are the bars of
-the gap with what stays in them, where only some tracks are wanted. A GAP right after BOS and the controls tells an
-arranged piece from one that is written from its beginning to its end.
+`programs` are those that may play in the span, and then each wanted bar is a meter and a GAP. There is a FILL for each
+bar that is shown before the gap, and one more. A GAP right after BOS and the controls tells an arranged piece from one
+that is written from its beginning to its end.
 
-The bars before the gap come last because that leaves them right before what continues them, with a single FILL
-between: the order is suffix, prefix, middle of Bavarian et al. (2022), "Efficient Training of Language Models to Fill
-in the Middle", https://arxiv.org/abs/2207.14255. It also keeps the look-back of a model aligned: 4 bars ago is 4 bars
-before in the piece, down to the first bar that is shown; it does not reach the bars after the gap. Where `others` come
-between, the same bar of the other instruments is as many bars ago as bars are wanted, and everything before the gap
-that much further.
+Nothing stands between the bars before the gap and the span, so a model fills a gap as it continues a piece, and learns
+both from either. The order is suffix, prefix, middle of Bavarian et al. (2022), "Efficient Training of Language Models
+to Fill in the Middle", https://arxiv.org/abs/2207.14255. It also keeps the look-back of a model aligned: 4 bars ago is
+4 bars before in the piece, down to the first bar that is shown. From the number of FILLs, a model that looks ahead
+knows how far the bars after the gap are.
+
+Where only some tracks are wanted, the gap with what stays in it comes last:
+
+    … FILL FILL … before FILL others FILL | span EOS
+
+There the same bar of the other instruments is as many bars ago as bars are wanted, and everything before the gap that
+much further. With no bar before the gap, its FILL is left out.
 
 That tracks are wanted as well as bars is as in MMM (Ens and Pasquier, 2020, https://arxiv.org/abs/2008.06048).
 """
@@ -117,12 +122,20 @@ class Asked(NamedTuple):
     What a prompt asks for.
 
     Args:
-        meters (`list[str]`): the time signature of each wanted bar, such as `"3/4"`.
+        meters (`list[str]`): the time signature of each bar after the last FILL, such as `"3/4"`: of those that the
+            prompt shows, then of the wanted ones.
         programs (`list[int]`): the programs that may play in them.
     """
 
     meters: list[str]
     programs: list[int]
+
+
+class _Start(NamedTuple):
+    """The place in ids from which a span is written, and how many bars of the piece stand between it and the span."""
+
+    place: int
+    before: int
 
 
 class Arranger:
@@ -308,17 +321,20 @@ class Arranger:
         Returns:
             `tuple[list[int], list[int]]`: the prompt, without BOS and controls, and the span, without EOS.
         """
+        start = max(span.first - before, 0)
         right = self.write(piece, span.last, min(span.last + after, piece.num_bars))
-        left = self.write(piece, max(span.first - before, 0), span.first)
-        others = self.write(piece, span.first, span.last, ~span.wanted) if span.beside else []
         prompt = [self.gap_id, *self._merge(right), self.gap_id]
         prompt += [self._ids[_PROGRAM][program] for program in sorted(span.programs)]
         for meter in piece.meters[span.first : span.last].tolist():
             prompt += [self.gap_id] if meter < 0 else [meter, self.gap_id]
-        prompt += self._merge(left)
-        if span.beside:
-            prompt += [self.fill_id, self.fill_id, *self._merge(others)]
-        prompt.append(self.fill_id)
+        shown = span.first - start
+        if not span.beside:
+            left, music = self.continued(piece, span.first, span.last, before)
+            return [*prompt, *[self.fill_id] * (shown + 1), *left], music
+        if shown:
+            prompt += [*[self.fill_id] * (shown + 1), *self._merge(self.write(piece, start, span.first))]
+        others = self.write(piece, span.first, span.last, ~span.wanted)
+        prompt += [self.fill_id, *self._merge(others), self.fill_id]
         return prompt, self._merge(self.write(piece, span.first, span.last, span.wanted, with_tempos=False))
 
     def continued(
@@ -337,22 +353,37 @@ class Arranger:
         return merge_ids(self.tokenizer, ids) if ids else []
 
     def asked(self, prompt: Sequence[int]) -> Asked | None:
-        """What a prompt asks for. `None` if it does not end with a request."""
-        if not len(prompt) or int(prompt[-1]) != self.fill_id:
-            return None
+        """What a prompt asks for. `None` if it does not ask to fill a gap."""
         ids = self.expand(prompt)
+        start = self._start(ids)
         gaps = np.flatnonzero(ids == self.gap_id)[1:]  # the first is that before the bars after
+        if not len(gaps) or start is None:
+            return None
         header = ids[gaps[0] : gaps[-1]]
         has_meters = bool(self.tokenizer.config.use_time_signatures)
-        meters = [self._meter(int(ids[place - 1]) if has_meters else -1) for place in gaps[1:]]
-        return Asked(meters, self._value[header[self._kind[header] == _PROGRAM]].tolist())
+        wanted = [int(ids[place - 1]) if has_meters else -1 for place in gaps[1:]]
+        meters = [*self.take_apart(ids[start.place :]).meters[: start.before].tolist(), *wanted]
+        programs = self._value[header[self._kind[header] == _PROGRAM]].tolist()
+        return Asked([self._meter(meter) for meter in meters], programs)
 
     def filling(self, ids: Sequence[int]) -> list[int]:
-        """What a model wrote after a prompt: the ids after the last FILL."""
-        found = np.flatnonzero(np.asarray(ids) == self.fill_id)
-        if not len(found):
+        """What a model wrote after a prompt, as base ids."""
+        base = self.expand(ids)
+        start = self._start(base)
+        if start is None:
             raise ValueError("the ids hold no request to fill a gap: give the prompt of `infill` with what follows it")
-        return list(ids[int(found[-1]) + 1 :])
+        if not start.before:
+            return base[start.place :].tolist()
+        piece = self.take_apart(base[start.place :])
+        return self.write(piece, start.before, piece.num_bars, with_tempos=False)
+
+    def _start(self, ids: Ints) -> "_Start | None":
+        """Where the music begins that the span continues, in base ids with a request; `None` without one."""
+        fills = np.flatnonzero(ids == self.fill_id)
+        if not len(fills):
+            return None
+        run = len(fills) - np.searchsorted(fills - np.arange(len(fills)), fills[-1] - len(fills) + 1)
+        return _Start(int(fills[-1]) + 1, int(run) - 1)
 
     def bar_lines(self, piece: Piece) -> NDArray[np.float64]:
         """Where bars begin, in quarter notes, shape (bars + 1,); the last is the end of the piece."""

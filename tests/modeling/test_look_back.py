@@ -127,7 +127,8 @@ AHEAD: dict[str, Any] = {**LOOK_BACK, "lookahead_bars": [1, 2, 4], "gap_token_id
 def asked(batch: int, seed: int = 1) -> list[list[int]]:
     """Rows of requests to fill a gap, each with its filling: the bars after the gap, those before it, the wanted ones.
 
-    In some rows other parts of the wanted bars stand before them.
+    A fill token stands for each bar before the gap, and one more. In some rows other parts of the wanted bars stand
+    before them.
     """
     draw = random.Random(seed)
 
@@ -143,10 +144,13 @@ def asked(batch: int, seed: int = 1) -> list[list[int]]:
     rows = []
     for _ in range(batch):
         wanted = draw.randrange(1, 6)
-        row = [BOS, 2, GAP, *bars(draw.randrange(7)), GAP, *[2, GAP] * wanted, *bars(draw.randrange(7))]
-        if draw.random() < 0.4:
-            row += [FILL, FILL, *bars(wanted)]
-        rows.append([*row, FILL, *bars(wanted)])
+        before, is_beside = draw.randrange(7), draw.random() < 0.4
+        row = [BOS, 2, GAP, *bars(draw.randrange(7)), GAP, *[2, GAP] * wanted]
+        if before or not is_beside:
+            row += [*[FILL] * (before + 1), *bars(before)]
+        if is_beside:
+            row += [FILL, *bars(wanted), FILL]
+        rows.append([*row, *bars(wanted)])
     return rows
 
 
@@ -155,6 +159,7 @@ def look_ahead_slowly(row: list[int], lag: int) -> list[tuple[int, bool, bool]]:
     positions: dict[int, int] = dict(PAIRS)
     gaps = [t for t, token in enumerate(row) if token == GAP]
     wanted, last = len(gaps) - 2, len(row) - 1 - row[::-1].index(FILL)
+    before_gap = next(count for count in range(last) if row[last - count - 1] != FILL)
     after, filling, bars, place = list[list[int]](), list[list[int]](), list[list[int]](), dict[int, tuple[int, int]]()
     for t, token in enumerate(row):
         if t in (gaps[0], gaps[1], last):
@@ -162,13 +167,13 @@ def look_ahead_slowly(row: list[int], lag: int) -> list[tuple[int, bool, bool]]:
         if token in BARS:
             bars.append([])
         is_mark = token in BARS or token in positions or token == GAP
-        before = place.get(t - 1, (-1, -1))
-        place[t] = (positions.get(token, -1), 0) if is_mark else (before[0], before[1] + 1)
+        earlier_place = place.get(t - 1, (-1, -1))
+        place[t] = (positions.get(token, -1), 0) if is_mark else (earlier_place[0], earlier_place[1] + 1)
         if bars:
             bars[-1].append(t)
     found = [(0, False, False)] * len(row)
     for number, tokens in enumerate(filling):
-        target = number + lag - wanted
+        target = number - before_gap + lag - wanted
         for t in tokens if 0 <= target < len(after) else []:
             if earlier := [u for u in after[target] if place[u] <= place[t]]:
                 at = earlier[-1]
