@@ -58,17 +58,22 @@ def put_back(processor: MidiProcessor, document: np.ndarray) -> list[Bar]:
     ids = arranger.expand(document.tolist())
     names = processor.midi_tokenizer._ids_to_tokens(ids.tolist())
     first, second, *wanted = np.flatnonzero(ids == arranger.gap_id).tolist()
-    *others, last = np.flatnonzero(ids == arranger.fill_id).tolist()
-    assert others in ([], [*others[:1], others[0] + 1] if others else [])
-    after, before, beside, filling = (
-        bars_of(arranger.take_apart(part))
-        for part in (
-            ids[first + 1 : second],
-            ids[wanted[-1] + 1 : others[0] if others else last],
-            ids[others[1] + 1 : last] if others else ids[:0],
-            ids[last + 1 :],
+    fills = np.flatnonzero(ids == arranger.fill_id)
+    runs = [run.tolist() for run in np.split(fills, np.flatnonzero(np.diff(fills) > 1) + 1)]
+    after, text = (bars_of(arranger.take_apart(part)) for part in (ids[first + 1 : second], ids[fills[-1] + 1 :]))
+    if len(runs) == 1:
+        assert runs[0][0] == wanted[-1] + 1
+        shown = len(runs[0]) - 1
+        before, beside, filling = text[:shown], list[Bar](), text[shown:]
+    else:  # with no bar before the gap, there is nothing but what stays in it
+        *earlier, [start], [stop] = runs
+        assert (earlier[0] if earlier else [start])[0] == wanted[-1] + 1
+        before, beside = (
+            bars_of(arranger.take_apart(part))
+            for part in (ids[earlier[0][-1] + 1 : start] if earlier else ids[:0], ids[start + 1 : stop])
         )
-    )
+        assert len(before) == (len(earlier[0]) - 1 if earlier else 0)
+        filling = text
     assert [names[place - 1].split("_")[1] for place in wanted] == [
         names[int(np.flatnonzero(ids == meter)[0])].split("_")[1]
         for bar in filling
