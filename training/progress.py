@@ -22,7 +22,7 @@ def progress(parts: Sequence[Part], description: str, args: TrainingArguments) -
 
 
 class ProgressLines(ProgressCallback):
-    """The bars of [`Trainer`], with figures as lines of text. By default they are dictionaries of strings."""
+    """The bars of `Trainer`, with figures as lines of text. By default they are dictionaries of strings."""
 
     def on_log(
         self,
