@@ -215,8 +215,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may ha
 print("reading", flush=True)
 sys.stdout.write("\r 50%|x| 1/2 [00:01<00:01, 1.0it/s]\r")
 sys.stdout.write("\r100%|x| 1/1 [00:01<00:00, 1.0it/s]\r")
-print("\x1b[A{'loss': '3.5', 'grad_norm': '1', 'epoch': '1'}")
-print("{'eval_loss': '4.5', 'eval_runtime': '1'}", flush=True)
+print("\x1b[Astep 30  loss 3.5  grad_norm 1  epoch 1")
+print("step 30  eval_loss 4.5  eval_runtime 1", flush=True)
 print("saving", flush=True)
 if "--wait" in sys.argv: time.sleep(60)
 """

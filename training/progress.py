@@ -37,7 +37,7 @@ class ProgressLines(ProgressCallback):
 
 
 def line_of_figures(step: int, figures: Mapping[str, Any]) -> str:
-    """Figures of a step in a line: names and values, floats with four digits."""
+    """Figures of a step in a line: names and values, floats with four digits. The app reads these lines."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in figures.items()}
     shown.pop("total_flos", None)
     return "  ".join(f"{name} {value}" for name, value in {"step": step, **shown}.items())

@@ -1,6 +1,5 @@
 """A training run that the page has started: `midimamba train` in a process of its own, and what it has said so far."""
 
-import ast
 import os
 import re
 import shutil
@@ -19,7 +18,8 @@ from midimamba.files import check_can_be_made, whole_folder
 _NAME = re.compile(r"\w[\w -]{0,39}")
 _LINE_ENDS = re.compile(r"[\r\n]+")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_LOG = re.compile(r"\{'(?:eval_)?loss'.*\}")
+# As [`midimamba.training.progress.line_of_figures`] writes them.
+_FIGURES = re.compile(r"step \d+  (\w+ .*)")
 # That of the training steps has no name in front.
 _BAR = re.compile(r"(?:(\w[\w -]*): +)?(?:\d+%\|.*\| *)?(\d+)(?:/(\d+))?[a-z]* \[.*\]")
 _END_SECONDS = 30.0
@@ -159,19 +159,19 @@ class TrainingRun:
     def _take(self, line: str) -> None:
         minutes = (time.monotonic() - self._started) / 60
         with self._lock:
-            if found := _LOG.search(line):
-                self._take_losses(found[0], minutes)
+            if found := _FIGURES.search(line):
+                self._take_losses(found[1], minutes)
             elif found := _BAR.fullmatch(line):
                 name, done, total = found.groups()
                 if name:
                     self._line = f"{name} {done} of {total}" if total else f"{name} {done}"
                 elif ("it/s" in line or "s/it" in line) and int(total) >= self._steps:  # not that of an evaluation
                     self._steps, self._progress = int(total), f"{done}/{total}"
-            elif line and not line.startswith("{'"):
+            elif line:
                 self._line = line
 
     def _take_losses(self, text: str, minutes: float) -> None:
-        values = ast.literal_eval(text)
+        values = {name: value for name, _, value in (figure.rpartition(" ") for figure in text.split("  "))}
         for name, points in (("loss", self._training), ("eval_loss", self._held_out)):
             if name in values:
                 points.append(Point(minutes, float(values[name])))
