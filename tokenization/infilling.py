@@ -354,6 +354,8 @@ class Arranger:
 
     def asked(self, prompt: Sequence[int]) -> Asked | None:
         """What a prompt asks for. `None` if it does not ask to fill a gap."""
+        if self.fill_id not in prompt:  # nothing is merged with it
+            return None
         ids = self.expand(prompt)
         start = self._start(ids)
         gaps = np.flatnonzero(ids == self.gap_id)[1:]  # the first is that before the bars after
