@@ -111,7 +111,7 @@ def test_a_model_without_any_is_sampled_as_before(processor: MidiProcessor, aske
 def test_an_evaluation_measures_the_models_own_distribution(
     model: MidiMambaForCausalLM, processor: MidiProcessor, asked: list[dict[str, Any]]
 ) -> None:
-    options = EvaluateOptions("model", "corpus", Path("report.json"), bars=1, num=1, max_new_tokens=30)
+    options = EvaluateOptions("model", "corpus", Path("report.json"), bars=1, num=5, max_new_tokens=30)
     generate_samples(model, processor, options.sampling)
     assert asked == [{"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 30}]
 
