@@ -8,9 +8,10 @@ Four bars of every held-out piece are then valued in nats per note in four ways,
 - `after`: asked for in the same way, but nothing before them is shown;
 - `continued`: as the continuation of what comes before.
 
-`continuation` is the likelihood of whole pieces, which is what a generator without infilling is trained for. The last
-line is JSON: `ratio` is `continued` over `both_sides` with the largest share; `cost_percent` is how much
-worse `continuation` becomes. Intervals are over pieces, those of the first seed.
+`continuation` is the likelihood of whole pieces, which is what a generator without infilling is trained for. What is
+sampled is compared with the true bars (`alike`): fillings, continuations of what comes before, and copies of the bar
+before. The last line is JSON: `ratio` is `continued` over `both_sides` with the largest share; `cost_percent` is how
+much worse `continuation` becomes. Intervals are over pieces, those of the first seed.
 """
 
 import argparse
@@ -22,15 +23,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from gap_likeness import LIKENESSES, Gap, compare, draw
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from measure import finish, make_parser
 from midimamba import MidiMambaForCausalLM, MidiProcessor
+from midimamba.command_options import DrawingOptions
 from midimamba.corpus.augmentation import Augmentation, EpochBlocks
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator
-from midimamba.evaluation.estimates import ratio_estimate
+from midimamba.evaluation.estimates import mean_estimate, ratio_estimate
+from midimamba.evaluation.features import Piece
+from midimamba.evaluation.rendering import import_demo, save_figure
 from midimamba.evaluation.report_music import likelihood
 from midimamba.modeling.sampling import inference
 from midimamba.tokenization.infilling import CONTEXT_BARS, Span
@@ -42,6 +47,8 @@ from resumable import Row, make_runs, mean_and_deviation, rows_done
 
 WANTED = 4  # bars
 WAYS = ("both_sides", "before", "after", "continued")
+DRAWING = DrawingOptions(num=4, temperature=0.7, top_p=1.0)
+EXAMPLES = 3  # in the picture
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,32 @@ def run(arm: str, seed: int, training: Training) -> Row:
     if share:
         valued = [_value_piece(model, processor, ids) for ids in rows["input_ids"][: training.pieces]]
         row["spans"] = [one for one in valued if one is not None]
+        row |= _sampled(model, processor, rows["input_ids"][: training.pieces])
     return row
+
+
+def _sampled(model: MidiMambaForCausalLM, processor: MidiProcessor, pieces: Sequence[Sequence[int]]) -> Row:
+    """How alike sampled and true bars are, piece by piece, and a few examples."""
+    row: Row = {"alike": [], "examples": []}
+    for ids in pieces:
+        gap, score = _gap(processor, ids), processor.decode(ids)
+        compared = None if gap is None else compare(model, processor, score, gap, DRAWING)
+        if gap is None or compared is None:
+            continue
+        row["alike"].append(compared.likeness)
+        if len(row["examples"]) < EXAMPLES:
+            start, end = (float(Piece(score).starts[bar]) for bar in gap)
+            row["examples"].append({"rolls": compared.rolls, "start": start, "end": end})
+    return row
+
+
+def _gap(processor: MidiProcessor, ids: Sequence[int]) -> Gap | None:
+    """The middle bars of a piece; `None` if it is too short or they are silent."""
+    arranger = processor.arranger
+    piece = arranger.take_apart(arranger.expand(ids))
+    first = (piece.num_bars - WANTED) // 2
+    gap = Gap(first, first + WANTED)
+    return gap if first >= 1 and ((piece.bar >= gap.first) & (piece.bar < gap.last)).any() else None
 
 
 def _trained(blocks: EpochBlocks, processor: MidiProcessor, training: Training, seed: int) -> MidiMambaForCausalLM:
@@ -102,13 +134,12 @@ def _trained(blocks: EpochBlocks, processor: MidiProcessor, training: Training, 
 
 def _value_piece(model: MidiMambaForCausalLM, processor: MidiProcessor, ids: Sequence[int]) -> dict[str, float] | None:
     """Nats of the middle bars of a piece in each of [`WAYS`], and their notes; `None` if the piece is too short."""
-    arranger = processor.arranger
-    piece = arranger.take_apart(arranger.expand(ids))
-    first = (piece.num_bars - WANTED) // 2
-    last = first + WANTED
-    wanted = (piece.bar >= first) & (piece.bar < last)
-    if first < 1 or not wanted.any():
+    gap = _gap(processor, ids)
+    if gap is None:
         return None
+    arranger, (first, last) = processor.arranger, gap
+    piece = arranger.take_apart(arranger.expand(ids))
+    wanted = (piece.bar >= first) & (piece.bar < last)
     span = Span(first, last, wanted, np.unique(piece.program).tolist(), beside=False)
     bos = [processor.bos_token_id]
     arranged = {
@@ -140,7 +171,27 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         gain = ratio_estimate([s["continued"] - s["both_sides"] for s in spans], [s["notes"] for s in spans])
         found["gain_per_note"] = {name: round(value, 4) for name, value in asdict(gain).items()}
         found["pieces"] = len(spans)
+        found["alike"] = _alike(rows[0]["alike"])
     return found
+
+
+def _alike(pieces: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Means over pieces, and what fillings have more than continuations and copies."""
+    found: dict[str, Any] = {}
+    for name in LIKENESSES:
+        values = {way: np.array([piece[way][name] for piece in pieces]) for way in ("filled", "continued", "copied")}
+        found[name] = {way: round(float(np.nanmean(each)), 4) for way, each in values.items()}
+        for other in ("continued", "copied"):
+            more = asdict(mean_estimate(values["filled"] - values[other]))
+            found[name][f"filled_minus_{other}"] = {bound: round(value, 4) for bound, value in more.items()}
+    return found
+
+
+def plot(examples: Sequence[dict[str, Any]], path: Path) -> None:
+    """Piano rolls of a few fillings, beside the true bars and continuations."""
+    figure = import_demo("matplotlib.figure").Figure(figsize=(12, 2.2 * len(examples)), dpi=100, layout="constrained")
+    draw(examples, figure.subplots(len(examples), 3, sharex="row", sharey="row", squeeze=False))
+    save_figure(figure, path)
 
 
 def parse() -> argparse.Namespace:
@@ -159,6 +210,7 @@ def parse() -> argparse.Namespace:
     add("--split", choices=("validation", "test"), default=own.split, help="that they are from (default: %(default)s)")
     add("--workers", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--rows", type=Path, required=True, help="file with one line per run, from which a second start continues")
+    add("--plot", type=Path, help="draw a few fillings into this file")
     return parser.parse_args()
 
 
@@ -187,6 +239,8 @@ def main() -> None:
         },
         args.out,
     )
+    if args.plot and filled:
+        plot(done[arms[-1], 0]["examples"], args.plot)
 
 
 if __name__ == "__main__":
