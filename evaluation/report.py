@@ -20,7 +20,15 @@ from midimamba.errors import InputError, exit_on_input_error
 from midimamba.evaluation.judges import Ensemble, auc, load_judges
 from midimamba.evaluation.metrics import distinct_n, self_bleu
 from midimamba.evaluation.report_curves import draw_curves
-from midimamba.evaluation.report_music import BARS, draw_real, likelihood, music_figures, openings, sampled_pieces
+from midimamba.evaluation.report_music import (
+    BARS,
+    chosen_pieces,
+    draw_real,
+    likelihood,
+    music_figures,
+    openings,
+    sampled_pieces,
+)
 from midimamba.evaluation.report_page import (
     BOTH_DISCRIMINATORS,
     MUSICAL_DISCRIMINATOR,
@@ -65,8 +73,9 @@ def write_report(
             the music is like.
 
     Returns:
-        `dict`: `before`, `after` and `real` with their measures, those of the music under `music`; `settings` of the
-        measurement, and the options of `training`.
+        `dict`: `before`, `after` and `real` with their measures, those of the music under `music`; `chosen`, the same
+        for the music that the run's discriminators choose among samples; `settings` of the measurement, and the
+        options of `training`.
 
     Raises:
         InputError: if a part of the run is missing, or its test split is too short.
@@ -141,26 +150,32 @@ def _measure_music(run: Path, report: Report, num_pieces: int, seed: int) -> Non
     report["settings"] |= {"sampled_pieces": num_pieces, "real_pieces": len(real), "bars_per_piece": BARS}
     some = np.random.default_rng(seed).permutation(len(splits["train"]))[: len(real)]
     known = openings(processor, splits["train"].select(some.tolist()))
-    _measure_discriminators(run, report, processor, {**sampled, "real": real, "known": known})
+    judges = _judges(run, processor)
+    _measure_discriminators(judges, report, processor, {**sampled, "real": real, "known": known})
+    together = list(judges.values())[-1]
+    report["chosen"] = {"music": music_figures(chosen_pieces(model, processor, together, num_pieces, seed))}
     if samples := len(list((run / "samples").glob("*.png"))):
         draw_real(real, run / "real", samples, seed)
 
 
+def _judges(run: Path, processor: MidiProcessor) -> dict[str, Judge]:
+    """The run's discriminators, by their kind, and last, if there are two, both together."""
+    kinds = [kind for kind in ("discriminator", MUSICAL_DISCRIMINATOR) if (run / f"generator-{kind}").exists()]
+    found: list[Judge] = [*load_judges([run / f"generator-{kind}" for kind in kinds], processor)]
+    judges = dict(zip(kinds, found, strict=True))
+    return judges if len(found) == 1 else judges | {BOTH_DISCRIMINATORS: Ensemble(found)}
+
+
 def _measure_discriminators(
-    run: Path, report: Report, processor: MidiProcessor, pieces: Mapping[str, Sequence[ScoreTick]]
+    judges: Mapping[str, Judge], report: Report, processor: MidiProcessor, pieces: Mapping[str, Sequence[ScoreTick]]
 ) -> None:
     """Add how well the run's discriminators tell samples from real music, each and both together.
 
     Args:
-        run (`Path`), report (`Report`), processor (`MidiProcessor`): of the run.
+        judges (`Mapping[str, Judge]`), report (`Report`), processor (`MidiProcessor`): of the run.
         pieces (`Mapping[str, Sequence[symusic.Score]]`): samples `before` and `after` tuning, `real` music that they
             have not seen, and music that is `known` from their training.
     """
-    kinds = [kind for kind in ("discriminator", MUSICAL_DISCRIMINATOR) if (run / f"generator-{kind}").exists()]
-    found: list[Judge] = [*load_judges([run / f"generator-{kind}" for kind in kinds], processor)]
-    judges = dict(zip(kinds, found, strict=True))
-    if len(found) > 1:
-        judges[BOTH_DISCRIMINATORS] = Ensemble(found)
     length = report["settings"]["tokens_per_sequence"]
     tokens = {name: [processor.encode(score)[:length] for score in scores] for name, scores in pieces.items()}
     for kind, judge in judges.items():
@@ -170,6 +185,7 @@ def _measure_discriminators(
             report[phase] |= figures if kind == "discriminator" else {kind: figures}
         # The last one is all of them together.
         report["real"]["judged_real_in_training"] = float((log_odds["known"] > 0).double().mean())
+        report["real"]["auc_in_training"] = auc(log_odds["known"], log_odds["after"])
 
 
 def _right(real: Tensor, fake: Tensor) -> dict[str, float]:

@@ -15,9 +15,12 @@ from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.rendering import draw_piano_roll
 from midimamba.evaluation.report_page import MUSIC
 from midimamba.evaluation.samples import decode_all
+from midimamba.modeling.judging import Judge, music_of
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.resampling import choose
 from midimamba.tokenization.composing import seeded
 from midimamba.tokenization.processor import MidiProcessor
+from midimamba.tokenization.sampling_limits import BEST_OF
 from midimamba.tokenization.voices import most_voices
 
 BARS = 16
@@ -43,13 +46,30 @@ def sampled_pieces(model: MidiMambaForCausalLM, processor: MidiProcessor, num: i
         num (`int`): pieces to sample. Those that are not music are left out.
         seed (`int`): the same seed gives the same pieces; the global random state is left as it was.
     """
+    return decode_all(processor, _draws(model, processor, num, seed)).scores
+
+
+def chosen_pieces(
+    model: MidiMambaForCausalLM, processor: MidiProcessor, judge: Judge, num: int, seed: int
+) -> list[ScoreTick]:
+    """As [`sampled_pieces`], but a judge chooses each among [`~midimamba.tokenization.sampling_limits.BEST_OF`] draws,
+    as `midimamba generate --discriminator` does."""
+    draws = _draws(model, processor, BEST_OF * num, seed)
+    ends = processor.pad_token_id, processor.eos_token_id
+    log_odds = judge.log_odds([music_of(ids, *ends) for ids in draws]).view(num, BEST_OF)
+    places = choose(log_odds, seed=seed).tolist()
+    return decode_all(processor, [draws[BEST_OF * group + place] for group, place in enumerate(places)]).scores
+
+
+def _draws(model: MidiMambaForCausalLM, processor: MidiProcessor, num: int, seed: int) -> list[list[int]]:
+    """Ids of pieces, not all of which need be music."""
     inputs = {name: value.to(model.device) for name, value in processor(None, return_tensors="pt").items()}
     ids: list[list[int]] = []
     with seeded(seed, model.device):
         for start in tqdm(range(0, num, _SAMPLED_AT_ONCE), desc="pieces", leave=False, disable=None):
             count = min(_SAMPLED_AT_ONCE, num - start)
             ids += processor.compose(model, inputs, bars=BARS, redraw=False, num=count).ids.tolist()
-    return decode_all(processor, ids).scores
+    return ids
 
 
 def music_figures(scores: Sequence[ScoreTick]) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from midimamba.files import read_json
 from midimamba.text import as_code, for_link, for_markdown
+from midimamba.tokenization.sampling_limits import BEST_OF
 
 Report = dict[str, Any]
 
@@ -88,7 +89,8 @@ def evaluation_table(report: Report) -> str:
     if "judged_real_in_training" in real:
         rows.append(
             "What is judged are pieces as `midimamba generate` draws them, and beginnings of real ones. Of as many "
-            f"pieces of the training split, {real['judged_real_in_training']:.0%} are judged to be real."
+            f"pieces of the training split, {real['judged_real_in_training']:.0%} are judged to be real"
+            + (f" (AUC {real['auc_in_training']:.2f})." if "auc_in_training" in real else ".")
         )
     return "\n".join(rows)
 
@@ -105,18 +107,20 @@ def _judged_rows(name: str, before: Mapping[str, Any], after: Mapping[str, Any])
 
 
 def music_table(report: Report) -> str:
-    """What the music of a report is like, as a Markdown table with the columns before, after and real music."""
-    columns = [report[column] for column in ("before", "after", "real")]
-    rows = ["| | before tuning | after tuning | real music |", "|---|---:|---:|---:|"]
+    """What the music of a report is like, as a Markdown table with a column for each model or choice."""
+    columns = [report[column] for column in ("before", "after", "chosen", "real")]
+    rows = ["| | before tuning | after tuning | chosen | real music |", "|---|---:|---:|---:|---:|"]
     nats = " | ".join(f"{column['held_out_nll_per_note']:.3f}" for column in columns[:2])
-    rows.append(f"| held-out NLL, nats per note ↓ | {nats} | |")
+    rows.append(f"| held-out NLL, nats per note ↓ | {nats} | | |")
     for name, label in MUSIC.items():
         values = (column["music"][name] for column in columns)
         rows.append(f"| {label} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |")
     rows.append(
         "\nSamples are {sampled_pieces} pieces of {bars_per_piece} bars of each model, drawn as `midimamba generate` "
-        "draws them. Real music is the first {bars_per_piece} bars of the {real_pieces} pieces of the test split. "
-        "Each figure is a mean over pieces: the closer to real music, the better.".format(**report["settings"])
+        "draws them. `chosen`: the tuned model, with its discriminators choosing among "
+        "{draws} draws; they may hear some of these features themselves. Real music is the first {bars_per_piece} "
+        "bars of the {real_pieces} pieces of the test split. Each figure is a mean over pieces: the closer to real "
+        "music, the better.".format(draws=BEST_OF, **report["settings"])
     )
     return "\n".join(rows)
 

@@ -26,7 +26,10 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def script(name: str, arguments: list[str], started: float) -> int:
         lines.append([name, *arguments])
-        leave(Path(arguments[arguments.index("--output_dir") + 1]) / "config.json")
+        out = Path(arguments[arguments.index("--output_dir") + 1])
+        kinds = ("", "-discriminator", "-musical-discriminator") if name == "adversarial" else ("",)
+        for kind in kinds:
+            leave(out.with_name(out.name + kind) / "config.json")
         return 0
 
     def tokenize(given: TokenizeFiles, options: CorpusOptions) -> None:
@@ -34,7 +37,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         leave(Path(given.out) / "corpus.json")
 
     def generate(options: GenerateOptions, sampling: SamplingOptions, wanted: ConstraintOptions) -> None:
-        lines.append(["generate", options.model, str(sampling.num), str(options.render)])
+        lines.append(["generate", options.model, str(sampling.num), str(options.render), *options.discriminator])
         assert options.out is not None
         leave(options.out)
 
@@ -61,7 +64,9 @@ def test_a_demo_goes_through_all_stages_with_packaged_recipes(begun: list[list[s
         for name in {"model", "data", "output_dir"} & read.keys():
             given = Path(line[line.index(f"--{name}") + 1])
             assert given.relative_to(tmp_path / "run") == Path(read[name]).relative_to("runs/demo")
-    assert begun[3] == ["generate", str(tmp_path / "run" / "generator"), "8", "True"]
+    generator = str(tmp_path / "run" / "generator")
+    judges = [f"{generator}-discriminator", f"{generator}-musical-discriminator"]
+    assert begun[3] == ["generate", generator, "8", "True", *judges]
 
 
 @pytest.mark.parametrize("done", range(len(MADE) + 1))

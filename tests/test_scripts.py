@@ -18,6 +18,7 @@ from midimamba.cli import main
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
+from midimamba.launching import distilling
 from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS
 from support import make_discriminator, make_generator, make_score
 
@@ -59,7 +60,7 @@ def tiny(recipe: str, **options: object) -> list[object]:
 
 def adversarial(model: Path, data: Path, out: Path, **options: object) -> list[object]:
     small = {"num_rollouts": 2, "rollout_positions": 3, "d_warmup_steps": 1, "num_eval_samples": 4}
-    return tiny("chorales-cpu-adversarial.yaml", model=model, data=data, output_dir=out, **small, **options)
+    return tiny("paper-adversarial.yaml", model=model, data=data, output_dir=out, **small, **options)
 
 
 def test_pretraining_writes_a_whole_generator_without_pickles(corpus: Path, run: Run, tmp_path: Path) -> None:
@@ -169,12 +170,12 @@ def test_filters_that_do_not_fit_are_left_out_with_a_warning(
     corpus: Path, pretrained: Path, run: Run, tmp_path: Path
 ) -> None:
     options = {"data": corpus, "model": pretrained, "output_dir": tmp_path / "tuned", "sequence_length": 12}
-    code, errors = run("adversarial.py", *tiny("chorales-cpu-adversarial.yaml", **options))
+    code, errors = run("adversarial.py", *tiny("paper-adversarial.yaml", **options))
     assert code == 0, errors
-    assert "warning: filters of width 16 do not fit 12 tokens and are left out" in errors
+    assert "warning: filters of width 15, 20 do not fit 12 tokens and are left out" in errors
     config = json.loads((tmp_path / "tuned-discriminator" / "config.json").read_text())
-    assert config["filter_sizes"] == [1, 2, 3, 4, 6, 8, 12]
-    assert len(config["num_filters"]) == 7
+    assert config["filter_sizes"] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert len(config["num_filters"]) == 10
 
 
 @pytest.mark.slow
@@ -218,7 +219,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, object], str]] = {
     "sequences too long": ("adversarial.py", {"sequence_length": 999_999}, "fewer than one block of 999999"),
     "estimator without values": ("adversarial.py", {"estimator": "dense"}, "needs a discriminator of kind 'mamba'"),
     "no roll-outs": ("adversarial.py", {"num_rollouts": 0}, "num_rollouts is 0, but must be at least 1"),
-    "uneven filters": ("adversarial.py", {"d_num_filters": 3}, "8 filter_sizes need as many num_filters, not 1"),
+    "uneven filters": ("adversarial.py", {"d_num_filters": 3}, "12 filter_sizes need as many num_filters, not 1"),
     "unknown discriminator": (
         "adversarial.py",
         {"discriminator": "forest"},
@@ -269,7 +270,7 @@ def test_bad_input_is_one_clear_line(case: str, corpus: Path, pretrained: Path, 
     if script == "pretrain.py":
         arguments = tiny("chorales-cpu.yaml", **usual | options)
     else:
-        arguments = tiny("chorales-cpu-adversarial.yaml", **usual | {"model": pretrained} | options)
+        arguments = tiny("paper-adversarial.yaml", **usual | {"model": pretrained} | options)
     code, errors = run(script, *arguments)
     assert code == 2
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -283,7 +284,7 @@ def without_bars(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A corpus and a generator of a tokenization that knows no bars."""
     folder = tmp_path_factory.mktemp("tsd")
     (folder / "midi").mkdir()
-    for seed in range(6):
+    for seed in range(9):
         make_score(seed).dump_midi(folder / "midi" / f"{seed}.mid")
     options = CorpusOptions(tokenization="TSD", vocab_size=None, num_workers=1)
     tokenize_corpus(str(folder / "midi"), folder / "data", options)
@@ -304,13 +305,25 @@ def test_bars_that_a_tokenization_lacks_are_refused(
     without_bars: tuple[Path, Path], run: Run, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     data, model = without_bars
-    arguments = tiny("chorales-cpu-adversarial.yaml", data=data, model=model, output_dir=tmp_path / "out", **options)
+    arguments = tiny("paper-adversarial.yaml", data=data, model=model, output_dir=tmp_path / "out", **options)
     code, errors = run("adversarial.py", *arguments)
     assert code == 2
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_distillation_does_without_bars(without_bars: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    data, model = without_bars
+    out = tmp_path / "tuned"
+    sizes = {"per_device_train_batch_size": 96, "mini_batch_size": 8, "max_steps": 1, "num_eval_samples": 4}
+    arguments = tiny("distill-adversarial.yaml", data=data, model=model, output_dir=out, sequence_length=64, **sizes)
+    code, errors = run("adversarial.py", *arguments[:2], *distilling(str(model)), *arguments[2:])
+    assert code == 0, errors
+    for kind in ("", "-discriminator", "-musical-discriminator"):
+        assert (tmp_path / f"tuned{kind}" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["discriminator", "musical-discriminator"])

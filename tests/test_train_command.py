@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,23 @@ def test_flags_have_their_names_in_trl_and_unknown_ones_are_passed_on(
     script, arguments = launched[0]
     assert script == "adversarial"
     assert arguments[arguments.index("--config") + 1].endswith("paper-adversarial.yaml")
+
+
+def test_tuning_distils_at_the_temperature_of_the_model(
+    launched: list[tuple[str, list[str]]],
+    corpus: Path,
+    pretrained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(pretrained, tmp_path / "model")
+    defaults = tmp_path / "model" / "generation_config.json"
+    defaults.write_text(json.dumps(json.loads(defaults.read_text()) | {"temperature": 0.75}))
+    assert command(monkeypatch, "tune", tmp_path / "model", "--data", corpus, "--out", tmp_path / "tuned") == 0
+    arguments = launched[0][1]
+    assert arguments[arguments.index("--config") + 1].endswith("distill-adversarial.yaml")
+    assert arguments[arguments.index("--temperature") + 1] == "0.75"
+    assert "--bars" not in arguments  # the recipe's own: REMI has them
 
 
 def test_a_command_without_music_or_with_an_impossible_time_is_refused(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from midimamba.training.lora import LoraArguments
 
 EXAMPLE = """example:
-  accelerate launch training/adversarial.py --config training/recipes/chorales-cpu-adversarial.yaml
+  accelerate launch training/adversarial.py --config training/recipes/distill-adversarial.yaml
       --model model --data data --output_dir tuned
 """
 

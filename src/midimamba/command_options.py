@@ -150,10 +150,11 @@ class TuneOptions:
         metadata={"aliases": ("--output_dir",), "help": "folder to make; the discriminator goes to OUT-discriminator"}
     )
     recipe: str = field(
-        default="stable",
+        default="distill",
         metadata={
-            "choices": ("stable", "distill", "paper"),
-            "help": "stable keeps what was learned, distill uses discriminators that hear form, paper is SeqGAN alone",
+            "choices": ("distill", "stable", "paper"),
+            "help": "distill uses discriminators that hear form, stable is a policy gradient that keeps what was "
+            "learned, paper is SeqGAN alone",
         },
     )
     passed: Sequence[str] = ()

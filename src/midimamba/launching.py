@@ -51,7 +51,7 @@ def tune(options: TuneOptions) -> None:
         arguments = [] if "--config" in options.passed else ["--config", str(path)]
         arguments += ["--model", options.model, "--data", data, "--output_dir", str(options.out)]
         if options.recipe == "distill":
-            arguments += ["--temperature", str(_temperature_of(options.model))]
+            arguments += distilling(options.model)
         else:
             arguments += ["--sequence_length", str(_length_of(options.model))]
         code = run_script("adversarial", [*arguments, *RESUME, *options.passed], started)
@@ -131,11 +131,17 @@ def _length_of(model: str) -> int:
     return min(length, _LONGEST_TUNED) if isinstance(length, int) else _LONGEST_TUNED // 2
 
 
-def _temperature_of(model: str) -> float:
-    """The temperature at which a model is sampled: that of its folder, else 1."""
+def distilling(model: str) -> list[str]:
+    """What the recipe `distill` has to know of a model: the temperature at which it is sampled, and whether its
+    tokenization has bars."""
+    from midimamba.loading import load_processor
+    from midimamba.tokenization.tokenizer import time_ids
+
     config = Path(model) / "generation_config.json"
     temperature = read_json(config).get("temperature") if config.is_file() else None
-    return float(temperature) if isinstance(temperature, int | float) else 1.0
+    arguments = ["--temperature", str(temperature if isinstance(temperature, int | float) else 1.0)]
+    has_bars = bool(time_ids(load_processor(model).midi_tokenizer)[0])
+    return arguments + ([] if has_bars else ["--bars", "none", "--d_lookback_bars", "none"])
 
 
 def run_script(script: str, arguments: Sequence[str], started: float) -> int:

@@ -98,7 +98,7 @@ def test_music_is_measured_as_the_features_measure_it(finished_run: Path, report
     for name in ("polyphony", "notes_per_bar", "scale_consistency"):
         assert report["real"]["music"][name] == pytest.approx(features[name].mean())
     assert report["real"]["music"]["most_voices"] == 1
-    for phase in ("before", "after"):
+    for phase in ("before", "after", "chosen"):
         assert report[phase]["music"].keys() == MUSIC.keys()
         assert report[phase]["music"]["notes_per_bar"] > 0
     assert report["settings"]["sampled_pieces"] == 2
@@ -205,7 +205,8 @@ def test_discriminators_judge_whole_pieces_and_two_of_them_together(finished_run
             assert 0 <= report[phase]["auc"] <= 1
     page = (run / "report.md").read_text()
     assert "| two together: AUC |" in page
-    assert f"of the training split, {known:.0%} are judged to be real" in page
+    heard = together["real"]["auc_in_training"]
+    assert f"of the training split, {known:.0%} are judged to be real (AUC {heard:.2f})." in page
     # The card of the musical one says what is measured of it, and one whose figures are missing is refused.
     evaluation = read_evaluation(run / "report.json")
     assert evaluation.of_discriminators["musical-discriminator"] == together["after"]["musical-discriminator"]

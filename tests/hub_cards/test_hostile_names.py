@@ -217,6 +217,7 @@ def test_a_run_with_hostile_samples_makes_a_page_of_text(tmp_path: Path) -> None
     settings = {"fresh_samples": 9, "tokens_per_sequence": 77, "sampled_pieces": 5, "real_pieces": 4}
     settings |= {"bars_per_piece": 16}
     report = {"before": measures, "after": measures, "real": diversity, "settings": settings | {LABEL: LABEL}}
+    report["chosen"] = diversity
     check_page(report_page(run, report | {"training": {"estimator": LABEL}}))
     check_page(gallery(run, "you/bach") + "\n\n" + bullet_list({name: name for name in NAMES}))
     (run / "report.json").write_text(json.dumps(report))
