@@ -213,9 +213,13 @@ def test_tuning_distils_at_the_temperature_of_the_model(
     corpus: Path,
     pretrained: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     shutil.copytree(pretrained, tmp_path / "model")
+    judges = [tmp_path / f"tuned-{kind}" for kind in ("discriminator", "musical-discriminator")]
+    for judge in judges:
+        judge.mkdir()  # as the script leaves them
     defaults = tmp_path / "model" / "generation_config.json"
     defaults.write_text(json.dumps(json.loads(defaults.read_text()) | {"temperature": 0.75}))
     assert command(monkeypatch, "tune", tmp_path / "model", "--data", corpus, "--out", tmp_path / "tuned") == 0
@@ -223,6 +227,7 @@ def test_tuning_distils_at_the_temperature_of_the_model(
     assert arguments[arguments.index("--config") + 1].endswith("distill-adversarial.yaml")
     assert arguments[arguments.index("--temperature") + 1] == "0.75"
     assert "--bars" not in arguments  # the recipe's own: REMI has them
+    assert f"--discriminator {judges[0]} {judges[1]} --render" in capsys.readouterr().err
 
 
 def test_a_command_without_music_or_with_an_impossible_time_is_refused(

@@ -50,6 +50,9 @@ def advice(curve: Sequence[float], loss: float, epochs: float) -> str:
     return "try a larger --size with more time, or add music: the held-out loss has levelled off"
 
 
-def listening(folder: Path) -> str:
-    """The command that makes music with a model."""
-    return f"midimamba generate {shlex.quote(str(folder))} --render --out {shlex.quote(f'{folder}-samples')}"
+def listening(folder: Path, discriminators: Sequence[Path] = ()) -> str:
+    """The command that makes music with a model, and lets discriminators choose if there are any."""
+    names = [shlex.quote(str(each)) for each in discriminators]
+    choice = " ".join([" --discriminator", *names]) if names else ""
+    out = shlex.quote(f"{folder}-samples")
+    return f"midimamba generate {shlex.quote(str(folder))}{choice} --render --out {out}"

@@ -13,7 +13,6 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.sources import CHORALES
 from midimamba.files import check_can_be_made
 from midimamba.text import show
-from midimamba.training.adversarial import discriminator_folder, musical_folder
 
 VOCAB_SIZE = 800
 PIECES = 8
@@ -73,9 +72,7 @@ def _train(script: str, recipe: str, data: Path, out: Path, model: Path | None =
 def _sample(generator: Path, samples: Path) -> None:
     from midimamba.commands import generate
 
-    judges = [
-        str(folder) for folder in (discriminator_folder(generator), musical_folder(generator)) if folder.exists()
-    ]
+    judges = [str(folder) for folder in launching.discriminators_of(generator)]
     options = GenerateOptions(str(generator), samples, discriminator=judges, render=True)
     generate(options, SamplingOptions(PIECES), ConstraintOptions())
 

@@ -14,6 +14,7 @@ from midimamba.corpus.options import INFILL_SHARE, CorpusOptions
 from midimamba.errors import InputError, check_hub, reaching_hub
 from midimamba.files import check_can_be_made, read_json
 from midimamba.text import show
+from midimamba.training.adversarial import discriminator_folder, musical_folder
 from midimamba.training.advice import listening
 from midimamba.training.process import on_signals
 
@@ -56,7 +57,7 @@ def tune(options: TuneOptions) -> None:
             arguments += ["--sequence_length", str(_length_of(options.model))]
         code = run_script("adversarial", [*arguments, *RESUME, *options.passed], started)
     if code == 0:
-        show(f"listen: {listening(options.out)}", file=sys.stderr)
+        show(f"listen: {listening(options.out, discriminators_of(options.out))}", file=sys.stderr)
     leave_with(code)
 
 
@@ -73,8 +74,13 @@ def _is_finished(out: Path, data: str) -> bool:
         if trained_on not in (Path(data).name, _own_corpus(out).name):
             raise InputError(f"{out} is a generator that was trained on {trained_on}: choose another --out")
     show(f"{out} is already there; for another run, choose another --out or delete it", file=sys.stderr)
-    show(f"listen: {listening(out)}", file=sys.stderr)
+    show(f"listen: {listening(out, discriminators_of(out))}", file=sys.stderr)
     return True
+
+
+def discriminators_of(generator: Path) -> list[Path]:
+    """The discriminators that tuning has left beside a generator."""
+    return [folder for folder in (discriminator_folder(generator), musical_folder(generator)) if folder.exists()]
 
 
 def _own_corpus(out: Path) -> Path:
