@@ -317,7 +317,7 @@ _FIGURES = {
 }
 
 
-def _music(result: Result) -> str:
+def _monte_carlo(result: Result) -> str:
     arms = result["arms"]
     rows = []
     for figure, label in _FIGURES.items():
@@ -332,19 +332,19 @@ def _music(result: Result) -> str:
     return markdown(("", *(f"`{arm}`" for arm in arms), "real music"), rows)
 
 
-@table("music-nottingham")
-def music_nottingham(result: Result) -> str:
-    return _music(result)
+@table("monte-carlo-nottingham")
+def monte_carlo_nottingham(result: Result) -> str:
+    return _monte_carlo(result)
 
 
-@table("music-chorales")
-def music_chorales(result: Result) -> str:
-    return _music(result)
+@table("monte-carlo-chorales")
+def monte_carlo_chorales(result: Result) -> str:
+    return _monte_carlo(result)
 
 
-@table("music-pop909")
-def music_pop909(result: Result) -> str:
-    return _music(result)
+@table("monte-carlo-pop909")
+def monte_carlo_pop909(result: Result) -> str:
+    return _monte_carlo(result)
 
 
 @table("recipe")
