@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ from midimamba.app.workshop import Workshop
 from midimamba.cli import COMMANDS, build_parser
 from midimamba.command_options import SamplingOptions, TrainOptions
 from midimamba.errors import InputError
-from midimamba.generation import generate_scores, infill_scores
+from midimamba.evaluation.judges import Ensemble, load_judges
+from midimamba.generation import choose_scores, generate_scores, infill_scores
 from midimamba.options import read_options, split_flags
 from midimamba.tokenization.constraints import Constraints
-from support import command, make_score
+from support import command, make_discriminator, make_score
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,22 @@ def test_a_piece_grows_and_is_what_the_command_writes(studio: Studio, song: Path
     assert last.score == expected
     assert last.new_notes == expected.note_num() - make_score(3, bars=4).note_num() > 0
     assert last.marks.given == 4  # although a note sounds into the fifth
+
+
+@pytest.mark.slow
+def test_discriminators_that_lie_beside_a_generator_choose(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "tuned")
+    _, processor = make_pair()
+    discriminator = make_discriminator(vocab_size=processor.vocab_size)
+    discriminator.save_pretrained(tmp_path / "tuned-discriminator")
+    with closing(Studio(str(folder))) as studio:
+        assert studio.information.discriminators == [str(tmp_path / "tuned-discriminator")]
+        *early, last = pictures(studio, choose=True)
+        alone = pictures(studio)[-1]
+    assert all(picture.new_notes == 0 for picture in early)
+    options = SamplingOptions(num=1, bars=2, temperature=1.0, seed=5, max_new_tokens=240)
+    judge = Ensemble(load_judges([tmp_path / "tuned-discriminator"], processor))
+    assert last.score == choose_scores(*make_pair(), judge, options).scores[0] != alone.score
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from midimamba.text import for_markdown
 from midimamba.tokenization.constraints import MODES
 from midimamba.tokenization.controls import DRUMS, INSTRUMENTS
 from midimamba.tokenization.ingest import MUSIC_SUFFIXES
+from midimamba.tokenization.sampling_limits import BEST_OF
 
 CONTINUE, INFILL = "Continue it", "Write some bars again"
 _TONICS = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
@@ -102,6 +103,13 @@ class ComposeTab:
                 info="lower is safer, higher is wilder",
                 elem_id="compose-temperature",
             )
+            self._asked["choose"] = gr.Checkbox(
+                True,
+                label=f"Draw {BEST_OF} pieces and let the discriminators choose",
+                info="they were trained with this generator",
+                visible=bool(self._studio.information.discriminators),
+                elem_id="compose-choose",
+            )
             with gr.Row():
                 self._asked["seed"] = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="compose-seed")
                 self._asked["other_seed"] = gr.Checkbox(True, label="Another seed every time", min_width=140)
@@ -168,7 +176,8 @@ class ComposeTab:
         asked = self._asked
         for component in [*asked.values(), *self._controls.values()]:
             component.interactive = True  # Gradio would take what events also change for results, and lock them
-        shown = [self._about_file, self._gap, asked["tracks"], asked["bars"], asked["instruments"]]
+        shown = [self._about_file, self._gap]
+        shown += [asked[name] for name in ("tracks", "bars", "instruments", "choose")]
         places = [asked["first"], asked["last"]]
         bars = {asked["file"], asked["mode"], *places}
         asked["file"].change(
@@ -194,8 +203,9 @@ class ComposeTab:
         """Show what there is to ask for."""
         has_file = values[self._asked["file"]] is not None
         fills = has_file and self._fills(values)
-        can_infill = self._studio.information.can_infill
-        visible = (has_file and can_infill, fills, fills, not fills, not fills)
+        about = self._studio.information
+        chooses = bool(about.discriminators) and not fills
+        visible = (has_file and about.can_infill, fills, fills, not fills, not fills, chooses)
         return [gr.update(visible=one) for one in visible]
 
     def _fills(self, values: Values) -> bool:
@@ -259,7 +269,7 @@ class ComposeTab:
         for picture in self._studio.compose(wish, session):
             yield {
                 self._roll: draw_roll(picture.score, picture.marks),
-                self._status: _PLAYING if picture.is_whole else f"Composing … {picture.new_notes} notes",
+                self._status: _PLAYING if picture.is_whole else _composing(picture),
             }
         assert picture is not None
         assert picture.score is not None
@@ -290,6 +300,7 @@ class ComposeTab:
             tracks=given("tracks") or None,
             bars=int(given("bars")),
             temperature=float(given("temperature")),
+            choose=bool(self._studio.information.discriminators and given("choose")),
             seed=secrets.randbelow(_MAX_SEED) if given("other_seed") else int(given("seed") or 0),
             controls=controls,
             constraints=_constraints({name: given(name) for name in _CONSTRAINTS}, fills),
@@ -297,6 +308,10 @@ class ComposeTab:
 
     def _stop(self, request: gr.Request) -> None:
         self._studio.cancel(str(request.session_hash))
+
+
+def _composing(picture: Picture) -> str:
+    return f"Composing … {picture.new_notes} notes" if picture.new_notes else "Composing …"
 
 
 _CONSTRAINTS = ("scale", "low", "high", "polyphony", "grid", "instruments")

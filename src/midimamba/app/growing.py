@@ -41,6 +41,7 @@ class Wish:
         tracks (`Sequence[int]`, *optional*): the tracks to write again, counted from 1.
         bars (`int`): how many new bars, if the file is continued or there is none.
         temperature (`float`), seed (`int`): as for `midimamba generate`.
+        choose (`bool`): whether the generator's discriminators choose one of several draws.
         controls (`Mapping[str, str | Sequence[str]]`): what the music should be like.
         constraints (`Mapping[str, Any]`): what no new note may break.
     """
@@ -51,6 +52,7 @@ class Wish:
     bars: int = 8
     temperature: float | None = None
     seed: int = 0
+    choose: bool = False
     controls: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     constraints: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,7 +108,7 @@ class Growing(ABC):
 
 
 class Continuing(Growing):
-    """New music, or the continuation of a song, note by note."""
+    """New music, or the continuation of a song, note by note; if it is chosen, all at once."""
 
     def __init__(self, service: Service, wish: Wish, song: Song | None, options: SamplingOptions):
         self._service, self._wish, self._options = service, wish, options
@@ -114,12 +116,13 @@ class Continuing(Growing):
         self._notes: list[Note] = []
         given = 0 if self._prompt is None else _bars_of(self._prompt)
         self._marks = Marks(given=given, least=given + wish.bars)
+        self._judge = service.judge if wish.choose else None
         # Where notes do not come in the order of time, only the whole piece is seen.
-        streams = service.information.always_music
+        streams = service.information.always_music and self._judge is None
         self._streamer = NoteStreamer(service.processor, self._prompt, timeout=0.001) if streams else None
 
     def _sample(self) -> ScoreTick:
-        request: dict[str, Any] = {"prompt": self._prompt, "controls": self._wish.controls}
+        request: dict[str, Any] = {"prompt": self._prompt, "controls": self._wish.controls, "judge": self._judge}
         return generate_scores(self._service.model, self._service.processor, self._options, **request)[0]
 
     def picture(self) -> Picture:

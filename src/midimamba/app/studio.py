@@ -9,7 +9,9 @@ from midimamba.app.growing import Continuing, Filling, Picture, Wish
 from midimamba.app.roll import Span
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
+from midimamba.evaluation.judges import Ensemble, load_judges
 from midimamba.generation import load_pair
+from midimamba.launching import discriminators_of
 from midimamba.serving.options import ServeOptions
 from midimamba.serving.service import Service
 from midimamba.serving.uploads import Song, Upload, UploadReader
@@ -22,7 +24,8 @@ _MAX_SECONDS = 1800.0
 
 class Studio:
     """
-    A generator that composes for the page, one piece at a time.
+    A generator that composes for the page, one piece at a time. Discriminators that tuning has left beside its folder
+    can choose among draws.
 
     Args:
         name (`str`): of the generator, a folder or a repository on the Hub.
@@ -33,12 +36,14 @@ class Studio:
 
     def __init__(self, name: str):
         self.name = name
-        limits = ServeOptions(name, max_bars=MAX_BARS, max_seconds=_MAX_SECONDS)
+        judges = [str(folder) for folder in discriminators_of(Path(name))]
+        limits = ServeOptions(name, max_bars=MAX_BARS, max_seconds=_MAX_SECONDS, discriminator=judges)
         self._reader = UploadReader(name, limits.max_prompt_tokens)
         try:
             model, processor = load_pair(name)
             self._reader.wait_until_ready()
-            self._service = Service(model, processor, limits, self._reader)
+            judge = Ensemble(load_judges(judges, processor)) if judges else None
+            self._service = Service(model, processor, limits, self._reader, judge)
         except BaseException:
             self._reader.close()
             raise

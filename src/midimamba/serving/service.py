@@ -58,7 +58,7 @@ class Service:
         self.model, self.processor, self.limits = model, processor, limits
         self.sampler = Sampler(limits.max_waiting, limits.max_seconds)
         self.information = self._describe()
-        self._reader, self._judge = reader, judge
+        self._reader, self.judge = reader, judge
 
     def close(self) -> None:
         """End all requests, and the thread."""
@@ -69,7 +69,7 @@ class Service:
         """New pieces, or continuations of an upload."""
         options = self._checked(asked, asked.options.bars)
         request: dict[str, Any] = {"prompt": await self._prompt(midi), "controls": asked.controls}
-        judge = self._judge
+        judge = self.judge
         if judge is None or options.best_of is None:
             return lambda: generate_scores(self.model, self.processor, options, **request)
         return lambda: choose_scores(self.model, self.processor, judge, options, **request).scores
@@ -96,7 +96,7 @@ class Service:
         """The options of a request that this server fulfils, with a bound of new tokens."""
         options = asked.options
         best_of = getattr(options, "best_of", None)
-        if self._judge is None and (best_of is not None or getattr(options, "pick", PICKS[0]) != PICKS[0]):
+        if self.judge is None and (best_of is not None or getattr(options, "pick", PICKS[0]) != PICKS[0]):
             raise HTTPException(422, "best_of and pick choose by a discriminator, and this server has none")
         limits = self.limits
         several = "num times best_of" if best_of is not None else "num"
