@@ -150,7 +150,8 @@ def photograph_trained(model: Path, folder: Path) -> None:
     """Compose 16 bars with a trained generator, fill some again, and write pictures of them."""
     os.environ["MIDIMAMBA_SCREENSHOTS"] = str(folder)
     with TemporaryDirectory() as scratch:
-        (Path(scratch) / "bach").symlink_to(model.resolve())
+        for kind in ("", "-discriminator", "-musical-discriminator"):
+            (Path(scratch) / f"bach{kind}").symlink_to(model.with_name(f"{model.name}{kind}").resolve())
         with started(Path(scratch), "bach") as address, visit(address) as visited:
             visited.page.fill("#compose-bars input[type=number]", "16")
             visited.page.get_by_label("Another seed every time").uncheck()
