@@ -445,7 +445,7 @@ def _render(template: str, data: ModelCardData, folder: Path, **fields: Any) -> 
         template_str=(files("midimamba.hub_cards") / template).read_text(encoding="utf-8"),
         parameters=_count_parameters(folder),
         training=bullet_list(training),
-        adversarial="estimator" in training,
+        estimator=training.get("estimator"),
         sequence_length=training.get("sequence_length"),
         **fields,
     )

@@ -75,6 +75,8 @@ def test_tuning_pushes_both_discriminators(
         assert json.loads(files["training_args.json"])["musical_discriminator"] is True
     card = online.repositories["you/tuned"]["README.md"].decode()
     assert f"midimamba generate you/tuned --discriminator {' '.join(names)} --best-of 8" in card
+    assert "it learned from samples of its own" in card
+    assert "SeqGAN" not in card
 
 
 def test_a_push_that_cannot_work_is_refused_before_training(online: FakeHub, tmp_path: Path) -> None:
