@@ -5,6 +5,7 @@ from typing import Any
 
 from midimamba.errors import InputError
 from midimamba.evaluation.rendering import FAINT, INK, new_figure, quiet, save_figure
+from midimamba.evaluation.report_page import training_settings
 from midimamba.files import read_json
 
 Log = list[dict[str, float]]
@@ -16,6 +17,7 @@ DISCRIMINATOR = {
     "eval_d_accuracy_fake": "accuracy, samples",
 }
 REWARD = {"reward": "mean over a batch"}
+REWARDS = {"discriminator": "Reward: probability of being real", "log-odds": "Reward: log-odds of being real"}
 DIVERSITY = {f"eval_distinct_{n}": f"distinct-{n}" for n in (1, 2, 3, 4)} | {"eval_self_bleu_4": "self-BLEU-4"}
 
 
@@ -36,11 +38,13 @@ def draw_curves(pretrained: Path, generator: Path, path: Path) -> None:
     (likelihood, discriminator), (reward, diversity) = figure.subplots(2, 2)
     _draw_likelihood(likelihood, first, second)
     _draw_lines(discriminator, second, DISCRIMINATOR, "Discriminator")
-    _draw_lines(reward, second, REWARD, "Reward: probability of being real")
+    rewarded = training_settings(generator).get("reward", "discriminator")
+    _draw_lines(reward, second, REWARD, REWARDS.get(rewarded, f"Reward: {rewarded}"))
     _draw_lines(diversity, second, DIVERSITY, "Diversity of samples")
     discriminator.set_ylim(0, max(1.03, discriminator.get_ylim()[1]))  # a loss may exceed 1
-    for axes in (reward, diversity):
-        axes.set_ylim(0, 1.03)
+    diversity.set_ylim(0, 1.03)
+    if rewarded == "discriminator":
+        reward.set_ylim(0, 1.03)
     for axes in figure.axes:
         axes.grid(axis="y", color=FAINT)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, labelcolor=INK)
