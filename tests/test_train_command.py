@@ -228,6 +228,19 @@ def test_tuning_distils_at_the_temperature_of_the_model(
     assert arguments[arguments.index("--temperature") + 1] == "0.75"
     assert "--bars" not in arguments  # the recipe's own: REMI has them
     assert f"--discriminator {judges[0]} {judges[1]} --render" in capsys.readouterr().err
+    (tmp_path / "own.yaml").write_text("temperature: 0.9\n")
+    line = (
+        "tune",
+        tmp_path / "model",
+        "--data",
+        corpus,
+        "--out",
+        tmp_path / "other",
+        "--config",
+        tmp_path / "own.yaml",
+    )
+    assert command(monkeypatch, *line) == 0
+    assert not {"--temperature", "--sequence_length"} & set(launched[1][1])  # a recipe of the user's own decides
 
 
 def test_a_command_without_music_or_with_an_impossible_time_is_refused(

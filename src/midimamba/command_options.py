@@ -147,7 +147,11 @@ class TuneOptions:
         }
     )
     out: Path = field(
-        metadata={"aliases": ("--output_dir",), "help": "folder to make; the discriminator goes to OUT-discriminator"}
+        metadata={
+            "aliases": ("--output_dir",),
+            "help": "folder to make; discriminators go to OUT-discriminator and, if there are two, "
+            "OUT-musical-discriminator",
+        }
     )
     recipe: str = field(
         default="distill",

@@ -49,12 +49,13 @@ def tune(options: TuneOptions) -> None:
     data = _corpus_of(options.data, options.out, CorpusOptions(tokenizer=options.model))
     recipe = files("midimamba.training.recipes") / f"{options.recipe}-adversarial.yaml"
     with as_file(recipe) as path:
-        arguments = [] if "--config" in options.passed else ["--config", str(path)]
-        arguments += ["--model", options.model, "--data", data, "--output_dir", str(options.out)]
-        if options.recipe == "distill":
-            arguments += distilling(options.model)
-        else:
-            arguments += ["--sequence_length", str(_length_of(options.model))]
+        arguments = ["--model", options.model, "--data", data, "--output_dir", str(options.out)]
+        if "--config" not in options.passed:
+            arguments += ["--config", str(path)]
+            if options.recipe == "distill":
+                arguments += distilling(options.model)
+            else:
+                arguments += ["--sequence_length", str(_length_of(options.model))]
         code = run_script("adversarial", [*arguments, *RESUME, *options.passed], started)
     if code == 0:
         show(f"listen: {listening(options.out, discriminators_of(options.out))}", file=sys.stderr)
