@@ -67,7 +67,9 @@ def _on(corpus: str, script: str) -> str:
 def _music(name: str, data: str, needs: tuple[str, ...] = (), options: str = "") -> Step:
     """What discriminators teach, on a corpus in the folder of intermediate files."""
     command = f"benchmarks/music.py --data {{work}}/{data} --split test --rows {{work}}/music-{name}.jsonl {options}"
+    command += f" --plot benchmarks/results/music-{name}.png"
     quick = "--seeds 1 --num 24 --bars 4 --steps 5 --draws 64 --temperatures 1.0 --runs chosen distilled"
+    quick += f" --plot {{work}}/music-{name}.png"
     return Step(f"music-{name}", command, quick, needs)
 
 

@@ -306,6 +306,48 @@ def form(result: Result) -> str:
     return markdown(("", "KL(real ‖ generator) ↓", "of the gap closed ↑", "tunes with a form"), rows)
 
 
+_TAUGHT = {
+    "mle": "maximum likelihood, at its best temperature",
+    "more": "… for longer",
+    "best of 8": "**best of 8**",
+    "best of 8, tokens": "… by the discriminator of tokens alone",
+    "best of 8, music": "… by that of musical features alone",
+    "best of 8, shuffled": "… by shuffled odds",
+    "best of 8, likelihood": "… the likeliest",
+    "distilled": "**distilled**",
+    "distilled, constant": "… a constant reward",
+    "distilled, shuffled": "… shuffled odds",
+    "policy gradient": "**policy gradient**",
+    "policy gradient, random": "… a random reward",
+    "policy gradient, shuffled": "… shuffled odds",
+    "paper": "SeqGAN as in the paper",
+}
+
+
+@table("music-nottingham")
+def taught(result: Result) -> str:
+    arms = result["arms"]
+    rows = []
+    for name in (name for name in _TAUGHT if name in arms):
+        arm = arms[name]
+        differences = arm.get("minus_mle", {})
+        rows.append(
+            (
+                _TAUGHT[name],
+                number(arm["seeds"], 0),
+                number(arm["classifier"][0], 3),
+                interval(differences.get("classifier")),
+                number(arm["token_classifier"][0], 3),
+                interval(differences.get("token_classifier")),
+                number(arm["overlap"][0], 3),
+                number(arm["held_out_nll_per_token"][0], 3),
+            )
+        )
+    change = "minus maximum likelihood"
+    header = ("", "seeds", "feature classifier ↓", change, "token classifier ↓", change, "overlap ↑", "NLL per token ↓")
+    return markdown(header, rows)
+
+
 _FIGURES = {
     "classifier_features": "fresh classifier on features ↓",
     "classifier_tokens": "fresh classifier on tokens ↓",

@@ -20,7 +20,7 @@ TREE = ROOT / "build" / "docs"
 # Pictures and sound of the pages that stand elsewhere in the repository.
 PICTURES = (
     *("hub_cards/sample.png", "hub_cards/sample.mp3"),
-    *("benchmarks/results/oracle.png", "benchmarks/results/stable-nottingham.png"),
+    *(f"benchmarks/results/{name}.png" for name in ("music-nottingham", "oracle", "stable-nottingham")),
 )
 _RESULTS = re.compile(r"<!-- results: ([\w-]+) -->")
 
