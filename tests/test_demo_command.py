@@ -46,6 +46,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         leave(run / "report.md")
 
     monkeypatch.setattr(launching, "run_script", script)
+    monkeypatch.setattr(
+        launching, "distilling", lambda model: ["--temperature", "0.8"]
+    )  # what it trained is not there
     monkeypatch.setattr("midimamba.commands.tokenize", tokenize)
     monkeypatch.setattr("midimamba.commands.generate", generate)
     monkeypatch.setattr("midimamba.evaluation.report.write_report", report)
@@ -61,9 +64,12 @@ def test_a_demo_goes_through_all_stages_with_packaged_recipes(begun: list[list[s
         assert recipe.parent == Path(str(files("midimamba.training.recipes")))
         read = yaml.safe_load(recipe.read_text())
         # The recipe is for `runs/demo`; its folders are replaced by those of the user.
-        for name in {"model", "data", "output_dir"} & read.keys():
+        for name in {"model", "data"} & read.keys():
             given = Path(line[line.index(f"--{name}") + 1])
             assert given.relative_to(tmp_path / "run") == Path(read[name]).relative_to("runs/demo")
+        out = line[line.index("--output_dir") + 1]
+        assert out == str(tmp_path / "run" / ("pretrained" if line[0] == "pretrain" else "generator"))
+    assert begun[2][begun[2].index("--temperature") + 1] == "0.8"
     generator = str(tmp_path / "run" / "generator")
     judges = [f"{generator}-discriminator", f"{generator}-musical-discriminator"]
     assert begun[3] == ["generate", generator, "8", "True", *judges]

@@ -344,7 +344,16 @@ def taught(result: Result) -> str:
             )
         )
     change = "minus maximum likelihood"
-    header = ("", "seeds", "feature classifier ↓", change, "token classifier ↓", change, "overlap ↑", "NLL per token ↓")
+    header = (
+        "",
+        "seeds",
+        "feature classifier ↓",
+        change,
+        "token classifier ↓",
+        change,
+        "overlap ↑",
+        "NLL per token ↓",
+    )
     return markdown(header, rows)
 
 
