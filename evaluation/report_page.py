@@ -129,6 +129,11 @@ def interpretation(report: Report) -> str:
     """What the figures of a report say, and what they cannot say, in one paragraph."""
     before, after, real = (report[column] for column in ("before", "after", "real"))
     change = after["held_out_nll"] / before["held_out_nll"] - 1
+    who, judged = "The discriminator of this run judges", (before, after)
+    if BOTH_DISCRIMINATORS in after:
+        who = "The discriminators of this run together judge"
+        judged = before[BOTH_DISCRIMINATORS], after[BOTH_DISCRIMINATORS]
+    taken = [f"{1 - column['accuracy_fake']:.0%}" for column in judged]
     closer = abs(after["distinct_4"] - real["distinct_4"]) < abs(before["distinct_4"] - real["distinct_4"])
     return " ".join(
         [
@@ -136,9 +141,8 @@ def interpretation(report: Report) -> str:
             f"{before['held_out_nll']:.3f} to {after['held_out_nll']:.3f} nats per token (lower is better).",
             f"Distinct-4 of the samples went from {before['distinct_4']:.3f} to {after['distinct_4']:.3f}, "
             f"{'closer to' if closer else 'no closer to'} the {real['distinct_4']:.3f} of real music.",
-            f"The discriminator of this run judges {1 - before['accuracy_fake']:.0%} of the samples to be real before "
-            f"tuning and {1 - after['accuracy_fake']:.0%} after it. It was trained against this very generator, so "
-            "that share is not an independent judgement.",
+            f"{who} {taken[0]} of the samples to be real before tuning and {taken[1]} after it. That is not an "
+            "independent judgement, because the training was against this very generator.",
             ONE_RUN,
         ]
     )

@@ -205,6 +205,9 @@ def test_discriminators_judge_whole_pieces_and_two_of_them_together(finished_run
             assert 0 <= report[phase]["auc"] <= 1
     page = (run / "report.md").read_text()
     assert "| two together: AUC |" in page
+    share = 1 - together["after"]["both-discriminators"]["accuracy_fake"]
+    assert f"of this run together judge {1 - together['before']['both-discriminators']['accuracy_fake']:.0%}" in page
+    assert f" and {share:.0%} after it" in page
     heard = together["real"]["auc_in_training"]
     assert f"of the training split, {known:.0%} are judged to be real (AUC {heard:.2f})." in page
     # The card of the musical one says what is measured of it, and one whose figures are missing is refused.
