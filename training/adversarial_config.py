@@ -60,8 +60,9 @@ class AdversarialConfig(TrainingArguments):
     Configuration of the [`AdversarialTrainer`]: SeqGAN (Yu et al., arXiv 1609.05473) on top of
     [`~transformers.TrainingArguments`].
 
-    The defaults are the recommended recipe, `training/recipes/stable-adversarial.yaml`: SeqGAN with everything on that
-    keeps what pre-training has learned. `training/recipes/paper-adversarial.yaml` is Algorithm 1 with nothing added.
+    The defaults are the recipe `training/recipes/stable-adversarial.yaml`: SeqGAN with everything on that keeps what
+    pre-training has learned. `distill-adversarial.yaml` there is the default of `midimamba tune`, and
+    `paper-adversarial.yaml` is Algorithm 1 with nothing added.
 
     One training step is one round: the discriminator's steps, then one generator step. The batch of the data loader
     gives the prompts, and the music of the interleaved maximum-likelihood term. All terms of the generator's loss are
