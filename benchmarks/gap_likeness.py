@@ -118,7 +118,8 @@ def compare(
     """Fill a gap, continue what comes before it for as many bars, and copy the bar before it into each of its bars;
     `None` where the gap or the bar before it is silent."""
     real = cells_of(piece)
-    if not len(within(real, gap)) or not len(copied(real, gap)):
+    copy = copied(real, gap)
+    if not len(within(real, gap)) or not len(copy):
         return None
     start = round(Piece(piece).starts[gap.first] * piece.ticks_per_quarter)
     sampling = SamplingOptions(
@@ -137,7 +138,7 @@ def compare(
     }
     firsts = {"real": piece, **{name: some[0] for name, some in scores.items()}}
     return Comparison(
-        {**alike, "copied": likeness(real, copied(real, gap), gap)},
+        {**alike, "copied": likeness(real, copy, gap)},
         {name: _around(score, gap) for name, score in firsts.items()},
     )
 

@@ -98,9 +98,12 @@ def _sampled(model: MidiMambaForCausalLM, processor: MidiProcessor, pieces: Sequ
     """How alike sampled and true bars are, piece by piece, and a few examples."""
     row: Row = {"alike": [], "examples": []}
     for ids in pieces:
-        gap, score = _gap(processor, ids), processor.decode(ids)
-        compared = None if gap is None else compare(model, processor, score, gap, DRAWING)
-        if gap is None or compared is None:
+        gap = _gap(processor, ids)
+        if gap is None:
+            continue
+        score = processor.decode(ids)
+        compared = compare(model, processor, score, gap, DRAWING)
+        if compared is None:
             continue
         row["alike"].append(compared.likeness)
         if len(row["examples"]) < EXAMPLES:

@@ -300,7 +300,7 @@ class ComposeTab:
             tracks=given("tracks") or None,
             bars=int(given("bars")),
             temperature=float(given("temperature")),
-            choose=bool(self._studio.information.discriminators and given("choose")),
+            choose=bool(given("choose")),
             seed=secrets.randbelow(_MAX_SEED) if given("other_seed") else int(given("seed") or 0),
             controls=controls,
             constraints=_constraints({name: given(name) for name in _CONSTRAINTS}, fills),

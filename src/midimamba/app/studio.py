@@ -9,10 +9,10 @@ from midimamba.app.growing import Continuing, Filling, Picture, Wish
 from midimamba.app.roll import Span
 from midimamba.command_options import SamplingOptions
 from midimamba.errors import InputError
-from midimamba.evaluation.judges import Ensemble, load_judges
 from midimamba.generation import load_pair
 from midimamba.launching import discriminators_of
 from midimamba.serving.options import ServeOptions
+from midimamba.serving.server import load_judge
 from midimamba.serving.service import Service
 from midimamba.serving.uploads import Song, Upload, UploadReader
 from midimamba.tokenization.constraints import Constraints
@@ -42,8 +42,7 @@ class Studio:
         try:
             model, processor = load_pair(name)
             self._reader.wait_until_ready()
-            judge = Ensemble(load_judges(judges, processor)) if judges else None
-            self._service = Service(model, processor, limits, self._reader, judge)
+            self._service = Service(model, processor, limits, self._reader, load_judge(judges, processor))
         except BaseException:
             self._reader.close()
             raise

@@ -47,7 +47,7 @@ def serve(options: ServeOptions) -> None:
     """
     with silent_about_limits(), listen(options.host, options.port) as listener, _reader(options) as reader:
         model, processor = load_pair(options.model)
-        judge = _load_judge(options.discriminator, processor)
+        judge = load_judge(options.discriminator, processor)
         reader.wait_until_ready()
         service = Service(model, processor, options, reader, judge)
         config = uvicorn.Config(
@@ -67,7 +67,8 @@ def silent_about_limits() -> AbstractContextManager[None]:
     return silenced("midimamba.tokenization.composing")
 
 
-def _load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judge | None:
+def load_judge(discriminators: Sequence[str], processor: MidiProcessor) -> Judge | None:
+    """What discriminators say together; `None` without any."""
     if not discriminators:
         return None
     from midimamba.evaluation.judges import load_judges
