@@ -43,6 +43,13 @@ ONE_RUN = (
     "rewards also sharpen a policy, so such a claim needs both as controls, several seeds, and likelihood and "
     "diversity side by side."
 )
+CONTROLS_OF_DISTILLATION = (
+    "The benchmark `music.py` of midimamba made such a comparison for distillation, with six generators of Nottingham "
+    "tunes. A fresh classifier, which is right half of the time if it hears no difference, told their samples from "
+    "real music in 69.9 % of the cases before and 66.3 % after it, but in 70.6 % after distillation with a constant "
+    "reward and in 70.8 % with shuffled odds."
+)
+"""The figures are those of benchmarks/results/music-nottingham.json."""
 
 
 def check_report(report: Report) -> None:
@@ -117,10 +124,10 @@ def music_table(report: Report) -> str:
         rows.append(f"| {label} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |")
     rows.append(
         "\nSamples are {sampled_pieces} pieces of {bars_per_piece} bars of each model, drawn as `midimamba generate` "
-        "draws them. `chosen`: the tuned model, with its discriminators choosing among "
-        "{draws} draws; they may hear some of these features themselves. Real music is the first {bars_per_piece} "
-        "bars of the {real_pieces} pieces of the test split. Each figure is a mean over pieces: the closer to real "
-        "music, the better.".format(draws=BEST_OF, **report["settings"])
+        "draws them. `chosen`: the tuned model, with its discriminators choosing among {draws} draws; they may hear "
+        "some of these features themselves. A random choice would give the figures after tuning. Real music is the "
+        "first {bars_per_piece} bars of the {real_pieces} pieces of the test split. Each figure is a mean: the "
+        "closer to real music, the better.".format(draws=BEST_OF, **report["settings"])
     )
     return "\n".join(rows)
 
@@ -144,6 +151,7 @@ def interpretation(report: Report) -> str:
             f"{who} {taken[0]} of the samples to be real before tuning and {taken[1]} after it. That is not an "
             "independent judgement, because the training was against this very generator.",
             ONE_RUN,
+            *([CONTROLS_OF_DISTILLATION] if report.get("training", {}).get("estimator") == "distill" else []),
         ]
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,11 +20,13 @@ from midimamba.errors import InputError
 from midimamba.evaluation.features import measure, opening
 from midimamba.evaluation.judges import Ensemble, fit_musical, load_judges
 from midimamba.evaluation.report import main, write_report
-from midimamba.evaluation.report_page import MUSIC, Report
+from midimamba.evaluation.report_page import CONTROLS_OF_DISTILLATION, MUSIC, Report, interpretation
 from midimamba.hub_cards.evaluation import read_evaluation
 from midimamba.training.adversarial_config import AdversarialConfig
 from support import make_discriminator, make_generator, make_score
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+NUMBERS = {6: "six", 8: "eight"}
 LENGTH = 24
 SMALL = {"num_samples": 8, "num_pieces": 2}
 
@@ -158,6 +161,16 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
     assert "(samples/sample-01.png)<br>[sound](samples/sample-01.mp3) |" in page
     assert "- `estimator`: monte-carlo" in page
     assert imread(finished_run / "curves.png").shape[:2] == (800, 1400)
+
+
+def test_a_distilled_run_is_read_beside_the_controls_of_the_benchmark(report: Report) -> None:
+    assert CONTROLS_OF_DISTILLATION not in interpretation(report)
+    assert CONTROLS_OF_DISTILLATION in interpretation(report | {"training": {"estimator": "distill"}})
+    arms = json.loads((RESULTS / "music-nottingham.json").read_text())["arms"]
+    compared = ("mle", "distilled", "distilled, constant", "distilled, shuffled")
+    figures = [f"{arms[arm]['classifier'][0]:.1%}".replace("%", " %") for arm in compared]
+    assert re.findall(r"[\d.]+ %", CONTROLS_OF_DISTILLATION) == figures
+    assert f"{NUMBERS[arms['mle']['seeds']]} generators" in CONTROLS_OF_DISTILLATION
 
 
 def test_an_unfinished_run_is_refused_and_the_missing_part_named(
