@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import finish, make_parser
-from resumable import Row, make_runs, mean_and_deviation, rows_done
+from resumable import Row, complete, mean_and_deviation
 from tuning import CONSTANT, RANDOM, forget, read_recipe, train
 
 # What such a reward does by itself, without anything else that moves the policy.
@@ -98,6 +98,10 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     return result
 
 
+def described(row: Row) -> str:
+    return str({name: value for name, value in row.items() if name != "settings"})
+
+
 def main() -> None:
     example = "--model runs/demo/pretrained --data runs/demo/data --arms stable constant random --rows ablation.jsonl"
     parser = make_parser(__doc__, f"ablation.py {example}")
@@ -119,13 +123,10 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in ("model", "data", "recipe", "length", "steps", "learning_rate")}
     # Seed by seed, so that an interrupted benchmark has all arms for some of the seeds.
     wanted = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
-    done = rows_done(args.rows, settings)
     folder = args.rows.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     make = functools.partial(run, settings=settings, folder=folder, keep=args.keep)
-    for row in make_runs([job for job in wanted if job not in done], make, args.rows, args.workers):
-        print({name: value for name, value in row.items() if name != "settings"}, flush=True)
-    done = rows_done(args.rows, settings)
+    done = complete(wanted, make, settings, args.rows, args.workers, described)
     arms = {arm: summary([done[arm, seed] for seed in range(args.seeds)]) for arm in args.arms}
     for arm, result in arms.items():
         print(f"{arm:30s} {result}")

@@ -35,7 +35,7 @@ from midimamba.modeling.sampling import inference
 from midimamba.training.plan import LAGS
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks
-from resumable import Row, difference, make_runs, rows_done
+from resumable import Job, Row, complete, difference
 
 LAYOUTS = ("mamba", "mamba-mlp", "moe-mamba", "transformer", "transformer-moe", "hybrid", "mamba, look-back")
 BASE = "mamba"
@@ -237,22 +237,23 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def described(row: Row) -> str:
+    return f"{row['arm']} {row['seed']} {row['curve'][-1]}"
+
+
 def main() -> None:
     args = parse()
     names = ("data", "size", "steps", "length", "batch_size", "evaluations")
     training = Training(**{name: getattr(args, name) for name in names})
     make = functools.partial(run, training=training)
 
-    def complete(jobs: list[tuple[str, int]]) -> dict[tuple[str, int], Row]:
-        missing = [job for job in jobs if job not in rows_done(args.rows, asdict(training))]
-        for row in make_runs(missing, make, args.rows, args.workers):
-            print(row["arm"], row["seed"], row["curve"][-1], flush=True)
-        return rows_done(args.rows, asdict(training))
+    def made(jobs: list[Job]) -> dict[Job, Row]:
+        return complete(jobs, make, asdict(training), args.rows, args.workers, described)
 
-    rows = complete([(f"{layout} at {rate}", TRIAL_SEED) for layout in args.layouts for rate in args.rates])
+    rows = made([(f"{layout} at {rate}", TRIAL_SEED) for layout in args.layouts for rate in args.rates])
     chosen = best_rates(rows, args.layouts)
     seeds = range(args.seeds)
-    rows = complete([(arm, seed) for seed in seeds for arm in chosen.values()])
+    rows = made([(arm, seed) for seed in seeds for arm in chosen.values()])
     if args.plot:
         plot(rows, chosen, seeds, args.plot)
     finish(report(rows, chosen, seeds) | {"settings": asdict(training)}, args.out)

@@ -43,7 +43,7 @@ from midimamba.training.plan import LAGS, TRANSPOSE
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks
 from repetition_runs import Learner
-from resumable import Row, make_runs, mean_and_deviation, rows_done
+from resumable import Row, complete, mean_and_deviation
 
 WANTED = 4  # bars
 WAYS = ("both_sides", "before", "after", "continued")
@@ -217,6 +217,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def described(row: Row) -> str:
+    return f"{row['arm']} {row['seed']} {row['continuation']:.4f} nats per note"
+
+
 def main() -> None:
     args = parse()
     disable_progress_bar()
@@ -224,10 +228,8 @@ def main() -> None:
     training = Training(**{name: getattr(args, name) for name in names})
     arms = [f"{share:g}" for share in sorted({0.0, *args.shares})]
     jobs = [(arm, seed) for seed in range(args.seeds) for arm in arms]
-    jobs = [job for job in jobs if job not in rows_done(args.rows, asdict(training))]
-    for row in make_runs(jobs, functools.partial(run, training=training), args.rows, args.workers):
-        print(row["arm"], row["seed"], f"{row['continuation']:.4f} nats per note", flush=True)
-    done = rows_done(args.rows, asdict(training))
+    make = functools.partial(run, training=training)
+    done = complete(jobs, make, asdict(training), args.rows, args.workers, described)
     results = {arm: summary([done[arm, seed] for seed in range(args.seeds)]) for arm in arms}
     plain, ours = results[arms[0]], results[arms[-1]]
     filled = "both_sides" in ours

@@ -32,7 +32,7 @@ from music_judging import halve
 from measure import add_temperatures, finish, make_parser
 from midimamba.evaluation.rendering import import_demo, save_figure
 from music_runs import CHOSEN, MLE, TRAINED, Settings, run
-from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
+from resumable import Job, Row, complete, difference, mean_and_deviation
 from tuning import option
 
 JUDGES = ("classifier", "token_classifier")
@@ -155,6 +155,11 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def described(row: Row) -> str:
+    """Without a figure: a test is read when all its seeds are there."""
+    return f"{row['arm']}, seed {row['seed']}: {row['cpu_seconds']:.0f} s of processor time"
+
+
 def main() -> None:
     args = parse()
     names = ("data", "split", "num", "bars", "temperatures", "steps", "draws")
@@ -169,12 +174,9 @@ def main() -> None:
     folder = args.rows.with_suffix("")
     halve(args.data, 0, folder / "half")  # before several runs would make it at once
     jobs = [(arm, seed) for seed in seeds for arm in runs]
-    jobs = [job for job in jobs if job not in rows_done(args.rows, asdict(settings))]
     make = functools.partial(run, settings=settings, folder=folder)
     for phase in ([job for job in jobs if job[0] == CHOSEN], [job for job in jobs if job[0] != CHOSEN]):
-        for row in make_runs(phase, make, args.rows, args.workers):
-            print(row["arm"], row["seed"], json.dumps(row.get("figures", {}).get("classifier")), flush=True)
-    done = rows_done(args.rows, asdict(settings))
+        done = complete(phase, make, asdict(settings), args.rows, args.workers, described)
     kept = {job: row for job, row in done.items() if job[0] in (CHOSEN, trial, *(() if trial else RUNS))}
     arms = figures_by_arm(list(kept.values()))
     if trial:

@@ -25,7 +25,7 @@ from midimamba.training.deadline import Deadline
 from midimamba.training.plan import LAGS, TRANSPOSE
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks
-from resumable import Row, make_runs, rows_done
+from resumable import Row, complete
 from tuning import timed_arguments
 
 # What arms change, one at a time.
@@ -143,6 +143,11 @@ class _Job:
         return run(arm, seed, self.data, self.seconds)
 
 
+def described(row: Row) -> str:
+    data, nats = row["settings"]["data"], row["nll_per_note"]
+    return f"{data}: {row['arm']}: {nats} nats per note, {row['epochs']} epochs"
+
+
 def main() -> None:
     parser = make_parser(__doc__, "recipe.py --data data --seconds 60 --rows recipe.jsonl")
     parser.add_argument("--data", nargs="+", required=True, help="corpora made by `midimamba tokenize`")
@@ -157,9 +162,8 @@ def main() -> None:
     corpora: dict[str, dict[str, Row]] = {}
     for data in args.data:
         settings = {"data": data, "seconds": args.seconds}
-        jobs = [(arm, args.seed) for arm in args.arms if (arm, args.seed) not in rows_done(args.rows, settings)]
-        for row in make_runs(jobs, _Job(data, args.seconds), args.rows, workers=1):
-            print(f"{data}: {row['arm']}: {row['nll_per_note']} nats per note, {row['epochs']} epochs", flush=True)
+        jobs = [(arm, args.seed) for arm in args.arms]
+        complete(jobs, _Job(data, args.seconds), settings, args.rows, 1, described)
     kept = [json.loads(line) for line in args.rows.read_text().splitlines()]
     for row in kept:
         name = f"{Path(row['settings']['data']).name}, {row['settings']['seconds']:g} s"

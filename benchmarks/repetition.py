@@ -25,7 +25,7 @@ import torch
 
 from measure import add_temperatures, finish, make_parser
 from repetition_runs import ARMS, Training, costs, run
-from resumable import Row, difference, make_runs, mean_and_deviation, rows_done
+from resumable import Row, complete, difference, mean_and_deviation
 
 MEASURES = (
     *("held_out_nll_per_token", "held_out_nll_per_note", "bar_self_similarity_4", "bar_self_similarity_8"),
@@ -81,6 +81,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def described(row: Row) -> str:
+    measured = {name: row["test"][name] for name in MEASURES}
+    return f"{row['arm']} {row['seed']} {measured}"
+
+
 def main() -> None:
     args = parse()
     names = ("data", "size", "length", "batch_size", "learning_rate", "seconds", "num", "bars", "temperatures")
@@ -88,13 +93,10 @@ def main() -> None:
     cost = measured_costs(training, args.rows.with_suffix(".costs.json"))
     arms = ["mamba", *(arm for arm in args.arms if arm != "mamba")]
     jobs = [(arm, seed) for seed in range(args.seeds) for arm in arms]
-    jobs = [job for job in jobs if job not in rows_done(args.rows, asdict(training))]
     steps = {arm: max(1, round(args.seconds / cost[arm]["step_seconds"])) for arm in ARMS}
     folder = args.rows.with_suffix("")
     make = functools.partial(run, training=training, steps=steps, folder=folder)
-    for row in make_runs(jobs, make, args.rows, args.workers):
-        print(row["arm"], row["seed"], {name: row["test"][name] for name in MEASURES}, flush=True)
-    done = rows_done(args.rows, asdict(training))
+    done = complete(jobs, make, asdict(training), args.rows, args.workers, described)
     by_arm = {arm: [done[arm, seed] for seed in range(args.seeds)] for arm in arms}
     plain = {row["seed"]: row for row in by_arm["mamba"]}
     results = {arm: cost[arm] | summary(rows, plain) for arm, rows in by_arm.items()}

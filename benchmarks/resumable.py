@@ -30,6 +30,25 @@ def rows_done(rows: Path, settings: dict[str, Any]) -> dict[Job, Row]:
     return {(row["arm"], row["seed"]): row for row in kept}
 
 
+def complete(
+    jobs: Sequence[Job],
+    run: Callable[[str, int], Row],
+    settings: dict[str, Any],
+    rows: Path,
+    workers: int,
+    describe: Callable[[Row], str],
+) -> dict[Job, Row]:
+    """Make those runs that the file does not have yet, see [`make_runs`], and print a line about each that ends.
+
+    Returns:
+        `dict`: all kept runs with these settings, by arm and seed.
+    """
+    done = rows_done(rows, settings)
+    for row in make_runs([job for job in jobs if job not in done], run, rows, workers):
+        print(describe(row), flush=True)
+    return rows_done(rows, settings)
+
+
 def make_runs(jobs: Sequence[Job], run: Callable[[str, int], Row], rows: Path, workers: int) -> Iterator[Row]:
     """Make runs and yield their rows as they finish.
 
