@@ -3,8 +3,9 @@
 Every seed has a generator of its own, pre-trained with look-back, and a temperature that was best on the validation
 split; all arms of the seed share both. `mle` is that generator. `best of 8` takes one of eight draws of it, in
 proportion to the odds of two discriminators. `distilled` and `policy gradient` train it with them. `more` is as much
-more maximum likelihood, `paper` Algorithm 1 with a few roll-outs. Controls choose or train by log-odds that were
-shuffled among the draws, by random weightings of the same spread, by likelihood, by a constant or a random reward.
+more maximum likelihood, `paper` Algorithm 1 with a few roll-outs. `distilled, best of 8` takes one of eight draws of
+`distilled`. Controls choose or train by log-odds that were shuffled among the draws, by random weightings of the same
+spread, by likelihood, by a constant or a random reward.
 
 Discriminators learn from half of the training pieces. The judges that measure learn from the other half and from half
 of an arm's samples, and are tested on the other half and on held-out music. An arm is compared with another one seed
@@ -31,14 +32,14 @@ from music_judging import halve
 
 from measure import add_temperatures, finish, make_parser
 from midimamba.evaluation.rendering import import_demo, save_figure
-from music_runs import CHOSEN, MLE, TRAINED, Settings, run
+from music_runs import CHOSEN, DISTILLED_AND_CHOSEN, MLE, TRAINED, Settings, run
 from resumable import Job, Row, complete, difference, mean_and_deviation
 from tuning import option
 
 JUDGES = ("classifier", "token_classifier")
 """The primary and the co-primary figure."""
-RUNS = (CHOSEN, "more", *TRAINED, "paper")
-OURS = ("best of 8", "distilled", "policy gradient")
+RUNS = (CHOSEN, "more", *TRAINED, "paper", DISTILLED_AND_CHOSEN)
+OURS = ("best of 8", "distilled", "policy gradient", DISTILLED_AND_CHOSEN)
 """Arms that a discriminator teaches; the others are parts of them or controls."""
 Figures = dict[str, dict[int, dict[str, float]]]
 """By arm, seed and name."""
@@ -192,6 +193,7 @@ def report(rows: Mapping[Job, Row], arms: Figures) -> dict[str, Any]:
         "best of 8": [name for name in arms if name.startswith("best of 8, ") and name not in USED],
         "distilled": ["distilled, constant", "distilled, shuffled", "more"],
         "policy gradient": ["policy gradient, random", "policy gradient, shuffled", "more"],
+        DISTILLED_AND_CHOSEN: ["best of 8", "distilled"],
     }
     results = summary(arms)
     cpu_seconds: dict[str, list[float]] = {}

@@ -87,6 +87,8 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 CHOSEN = "chosen"
 """The run of all arms that choose among draws of the generator itself."""
+DISTILLED_AND_CHOSEN = "distilled, best of 8"
+"""The draws of `distilled`, among which the discriminators that have taught it choose."""
 MLE = "mle"
 
 
@@ -94,8 +96,8 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     """Make a run: its cost, and figures on `settings.split`.
 
     Args:
-        arm (`str`): one of `TRAINED`, `more`, `paper`, `"trial "` followed by options as JSON, or `CHOSEN`, whose row
-            has the figures of many arms.
+        arm (`str`): one of `TRAINED`, `more`, `paper`, [`DISTILLED_AND_CHOSEN`], `"trial "` followed by options as
+            JSON, or `CHOSEN`, whose row has the figures of many arms.
         seed (`int`): for generators, discriminators, samples and judges.
         settings (`Settings`): the settings of all runs.
         folder (`Path`): networks and pieces are kept here.
@@ -105,6 +107,8 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "temperature": origin.temperature}
     if arm == CHOSEN:
         return row | origin.chosen() | {"cpu_seconds": round(time.process_time() - start)}
+    if arm == DISTILLED_AND_CHOSEN:
+        return row | {"figures": origin.distilled_and_chosen(), "cpu_seconds": round(time.process_time() - start)}
     generator, seconds = origin.trained(arm)
     samples = origin.draw(generator, settings.num)[1]
     return row | {"figures": origin.measure(generator, samples), "cpu_seconds": round(seconds)}
@@ -212,11 +216,23 @@ class Seed:
         output, _ = self.trained("distilled")
         return [Path(f"{output}-{kind}") for kind in ("discriminator", "musical-discriminator")]
 
+    def draw_groups(self, generator: Path) -> tuple[list[list[int]], list[Piece]]:
+        """As `draw`, in whole groups of `DRAWS`."""
+        sequences, pieces = self.draw(generator, DRAWS * self.settings.num)
+        kept = len(pieces) // DRAWS * DRAWS
+        return sequences[:kept], pieces[:kept]
+
+    def distilled_and_chosen(self) -> dict[str, float]:
+        """The figures of [`DISTILLED_AND_CHOSEN`]."""
+        generator, _ = self.trained("distilled")
+        sequences, pieces = self.draw_groups(generator)
+        log_odds = Ensemble(load_judges(self.judges(), load_pair(str(generator))[1])).log_odds(sequences)
+        return self.measure(generator, taken(pieces, choose(log_odds.view(-1, DRAWS), "resample", self.seed)))
+
     def chosen(self) -> dict[str, Any]:
         """One of every `DRAWS` draws, by discriminators and by controls."""
-        sequences, pieces = self.draw(self.base, DRAWS * self.settings.num)
+        sequences, pieces = self.draw_groups(self.base)
         count = len(pieces) // DRAWS
-        sequences, pieces = sequences[: count * DRAWS], pieces[: count * DRAWS]
         model, processor = load_pair(str(self.base))
         judges = load_judges(self.judges(), processor)
         musical = judges[1]
@@ -240,8 +256,7 @@ class Seed:
         picks["best of 8, likelihood"] = likely.view(count, DRAWS).argmax(1)
         found = {}
         for name, places in picks.items():
-            samples = [pieces[group * DRAWS + place] for group, place in enumerate(places.tolist())]
-            found[name] = self.measure(self.base, samples)
+            found[name] = self.measure(self.base, taken(pieces, places))
         held_out = Ensemble(judges).log_odds(
             [[processor.bos_token_id, *p.ids] for p in self.real(self.settings.split).held_out]
         )
@@ -251,6 +266,11 @@ class Seed:
             "auc": auc(held_out, both),
             "likelihood_gain": likelihood_gain(held_out, both),
         }
+
+
+def taken(pieces: list[Piece], places: Tensor) -> list[Piece]:
+    """Of every group of `DRAWS` pieces the one at its place."""
+    return [pieces[group * DRAWS + place] for group, place in enumerate(places.tolist())]
 
 
 def _random_weighting(judge: MusicalJudge, pieces: list[Piece], like: Tensor, seed: int) -> Tensor:

@@ -315,6 +315,7 @@ _TAUGHT = {
     "best of 8, shuffled": "… by shuffled odds",
     "best of 8, likelihood": "… the likeliest",
     "distilled": "**distilled**",
+    "distilled, best of 8": "… and then best of 8",
     "distilled, constant": "… a constant reward",
     "distilled, shuffled": "… shuffled odds",
     "policy gradient": "**policy gradient**",

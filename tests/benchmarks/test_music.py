@@ -143,6 +143,9 @@ def test_all_arms_are_measured_and_a_second_start_continues(
     assert [script for script, _ in made] == ["pretrain", "adversarial"]  # whose discriminators choose as well
     assert made[1][1]["data"] != str(corpus)  # half of the music
     before = len(made)
+    both = main("--runs", "distilled", "distilled, best of 8")
+    assert len(made) == before  # generator and discriminators are there
+    assert set(both["against_controls"]["distilled, best of 8"]) == {"best of 8", "distilled"}
     trial = main("--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl")
     assert made[before:] == [("adversarial", {**made[1][1], "ppo_epochs": 3})]
     assert 'trial {"ppo_epochs": 3}' in trial["arms"]
