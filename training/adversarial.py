@@ -215,6 +215,7 @@ def _tune(
     trainer.recipe = recipe
     show_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
+    trainer.fit_to_result()
     generator = trainer.generator_for_saving
     if trainer.is_world_process_zero():
         save(trainer, generator, processor, arguments, push)

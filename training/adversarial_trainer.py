@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 256
 """Held-out sequences on which the discriminator is watched and calibrated."""
+CALIBRATED_ON = 512
+"""Samples of every process on which the discriminators are calibrated at the end of a run."""
 
 
 class AdversarialTrainer(GuardedTrainer):
@@ -120,6 +122,22 @@ class AdversarialTrainer(GuardedTrainer):
         for _ in range(self.args.d_steps):
             self._train_discriminator()
         return self._train_generator(model, real)
+
+    def fit_to_result(self) -> None:
+        """Fit the discriminators to the generator as the run leaves it, where their log-odds are calibrated.
+
+        They have learned from samples of an earlier generator, which the last update has taught what they heard. If
+        they chose among the draws of this one, they would ask for the same once more.
+        """
+        if not self.args.calibrates:
+            return
+        torch.manual_seed(self.args.seed + self.args.process_index)
+        with self.standing_in(self.model if self.averaged_policy is None else self.averaged_policy):
+            for _ in range(self.args.d_steps):
+                self._train_discriminator()
+            ids = self.sample(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
+        self.judges.calibrate(Sequences(ids, self.ending.mask(ids, self.args.prompt_length)))
+        self.metrics.clear()
 
     def _train_generator(self, model: nn.Module, real: Tensor) -> Tensor:
         """Sample Y ~ G, value each action by Q, and ascend the gradient of log G weighted by the advantages."""

@@ -1,5 +1,6 @@
 """The judges of a round: what they say is what rewards, and a judge that knows nothing rewards nothing."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from midimamba.errors import InputError
 from midimamba.evaluation.judges import Ensemble, auc
 from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.training.action_values import ActionValues
+from midimamba.training.adversarial_trainer import CALIBRATED_ON
 from midimamba.training.discriminator_update import DiscriminatorUpdate
 from midimamba.training.judging import Judges, chance_deviation
 from midimamba.training.rewards import Reward
@@ -181,11 +183,52 @@ def test_calibration_is_forgotten_before_the_discriminator_learns_and_fitted_bef
     assert all(scale >= 0 for _, scale, _ in seen)
 
 
+def test_discriminators_are_fitted_to_the_generator_that_a_run_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, estimator="distill", reward="log-odds", per_device_train_batch_size=16)
+    trainer.train()
+    drawn: list[Tensor] = []
+    learned: list[Tensor] = []
+    calibrated: list[Tensor] = []
+    sample, learn, calibrate = trainer.sample, DiscriminatorUpdate.__call__, Judges.calibrate
+
+    def watched_sample(prompts: Tensor) -> Tensor:
+        drawn.append(sample(prompts))
+        return drawn[-1]
+
+    def watched_learn(self: DiscriminatorUpdate, real: Tensor, fake: Tensor) -> Any:
+        learned.append(fake)
+        return learn(self, real, fake)
+
+    def watched_calibrate(self: Judges, fake: Sequences) -> Any:
+        calibrated.append(fake.ids)
+        return calibrate(self, fake)
+
+    monkeypatch.setattr(trainer, "sample", watched_sample)
+    monkeypatch.setattr(DiscriminatorUpdate, "__call__", watched_learn)
+    monkeypatch.setattr(Judges, "calibrate", watched_calibrate)
+    discriminator = trainer.judges.token.discriminator
+    before = copy.deepcopy(discriminator.state_dict())
+    generator = copy.deepcopy(trainer.generator.state_dict())
+    trainer.fit_to_result()
+    assert len(learned) == trainer.args.d_steps
+    assert len(calibrated) == 1
+    assert all(one is other for one, other in zip(drawn, [*learned, *calibrated], strict=True))
+    assert len(calibrated[0]) == CALIBRATED_ON
+    assert all(torch.equal(value, generator[name]) for name, value in trainer.generator.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in discriminator.state_dict().items())
+    # What a resumed run would draw.
+    trainer.fit_to_result()
+    assert torch.equal(drawn[0], drawn[len(drawn) // 2])
+
+
 @pytest.mark.parametrize("options", [{"estimator": "dense", "reward": "log-odds"}, {"reward": "constant"}])
 def test_nothing_is_calibrated_where_log_odds_do_not_reward(tmp_path: Path, options: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, "mamba", **options)
     trainer.train()
     calibration = trainer.judges.token.discriminator.calibration
+    trainer.fit_to_result()
     assert (calibration.scale.item(), calibration.offset.item()) == (1, 0)
     assert "d_auc" not in trainer.state.log_history[0]
 
@@ -282,7 +325,7 @@ def test_a_round_in_which_nothing_is_music_is_refused_and_does_not_end_the_run(
     assert measures["d_refused"] == 1.0
     what = "samples" if silent == "samples" else "pieces of real music"
     assert capsys.readouterr().err.splitlines() == [
-        f"nothing is learned in this round: none of 12 {what} is music, so there is nothing to compare"
+        f"the discriminators are not believed: none of 12 {what} is music, so there is nothing to compare"
     ]
     assert judges.musical is not None
     for judge in judges.all:
