@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from music_judging import Real, embedding_distance, embeddings, feature_accuracy, figures, first_openings, halve
+from safetensors.torch import load_file
 from torch import Tensor
 
-from midimamba import MidiMambaForCausalLM
+from midimamba import MidiDiscriminator, MidiMambaForCausalLM
 from midimamba.command_options import SamplingOptions
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.packing import BlockCollator
@@ -26,6 +27,8 @@ from midimamba.evaluation.report_music import likelihood
 from midimamba.evaluation.samples import decode_all
 from midimamba.generation import draw_sequences, load_pair
 from midimamba.modeling.resampling import choose, effective_sample_size
+from midimamba.training.checkpoint import DISCRIMINATOR_FILE
+from midimamba.training.judging import MUSICAL_FOLDER
 from resumable import Row
 from tuning import read_recipe, train
 
@@ -88,7 +91,9 @@ TRAINED: dict[str, dict[str, Any]] = {
 CHOSEN = "chosen"
 """The run of all arms that choose among draws of the generator itself."""
 DISTILLED_AND_CHOSEN = "distilled, best of 8"
-"""The draws of `distilled`, among which the discriminators that have taught it choose."""
+"""Draws of `distilled`, among which its discriminators choose: those that were fitted to it after its round."""
+NOT_REFITTED = "distilled, best of 8, not refitted"
+"""The same draws, among which those choose that have taught it."""
 MLE = "mle"
 
 
@@ -96,8 +101,8 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     """Make a run: its cost, and figures on `settings.split`.
 
     Args:
-        arm (`str`): one of `TRAINED`, `more`, `paper`, [`DISTILLED_AND_CHOSEN`], `"trial "` followed by options as
-            JSON, or `CHOSEN`, whose row has the figures of many arms.
+        arm (`str`): one of `TRAINED`, `more`, `paper`, [`DISTILLED_AND_CHOSEN`], [`NOT_REFITTED`], `"trial "` followed
+            by options as JSON, or `CHOSEN`, whose row has the figures of many arms.
         seed (`int`): for generators, discriminators, samples and judges.
         settings (`Settings`): the settings of all runs.
         folder (`Path`): networks and pieces are kept here.
@@ -107,8 +112,9 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "temperature": origin.temperature}
     if arm == CHOSEN:
         return row | origin.chosen() | {"cpu_seconds": round(time.process_time() - start)}
-    if arm == DISTILLED_AND_CHOSEN:
-        return row | {"figures": origin.distilled_and_chosen(), "cpu_seconds": round(time.process_time() - start)}
+    if arm in (DISTILLED_AND_CHOSEN, NOT_REFITTED):
+        found = origin.distilled_and_chosen(is_refitted=arm == DISTILLED_AND_CHOSEN)
+        return row | {"figures": found, "cpu_seconds": round(time.process_time() - start)}
     generator, seconds = origin.trained(arm)
     samples = origin.draw(generator, settings.num)[1]
     return row | {"figures": origin.measure(generator, samples), "cpu_seconds": round(seconds)}
@@ -212,9 +218,15 @@ class Seed:
     # ---- arms that choose ----
 
     def judges(self) -> list[Path]:
-        """Discriminators of the generator itself: those of the only round of `distilled`."""
+        """Discriminators of the generator itself: those of the only round of `distilled`, from its checkpoint."""
         output, _ = self.trained("distilled")
-        return [Path(f"{output}-{kind}") for kind in ("discriminator", "musical-discriminator")]
+        (checkpoint,) = output.glob("checkpoint-*")
+        tokens = Path(f"{output}-round-discriminator")
+        if not (tokens / "config.json").exists():
+            discriminator = MidiDiscriminator.from_pretrained(f"{output}-discriminator")
+            discriminator.load_state_dict(load_file(checkpoint / DISCRIMINATOR_FILE))
+            discriminator.save_pretrained(tokens)
+        return [tokens, checkpoint / MUSICAL_FOLDER]
 
     def draw_groups(self, generator: Path) -> tuple[list[list[int]], list[Piece]]:
         """As `draw`, in whole groups of `DRAWS`."""
@@ -222,11 +234,13 @@ class Seed:
         kept = len(pieces) // DRAWS * DRAWS
         return sequences[:kept], pieces[:kept]
 
-    def distilled_and_chosen(self) -> dict[str, float]:
-        """The figures of [`DISTILLED_AND_CHOSEN`]."""
+    def distilled_and_chosen(self, is_refitted: bool) -> dict[str, float]:
+        """The figures of [`DISTILLED_AND_CHOSEN`] or of [`NOT_REFITTED`]."""
         generator, _ = self.trained("distilled")
+        refitted = [Path(f"{generator}-{kind}") for kind in ("discriminator", "musical-discriminator")]
         sequences, pieces = self.draw_groups(generator)
-        log_odds = Ensemble(load_judges(self.judges(), load_pair(str(generator))[1])).log_odds(sequences)
+        judges = load_judges(refitted if is_refitted else self.judges(), load_pair(str(generator))[1])
+        log_odds = Ensemble(judges).log_odds(sequences)
         return self.measure(generator, taken(pieces, choose(log_odds.view(-1, DRAWS), "resample", self.seed)))
 
     def chosen(self) -> dict[str, Any]:

@@ -316,6 +316,7 @@ _TAUGHT = {
     "best of 8, likelihood": "… the likeliest",
     "distilled": "**distilled**",
     "distilled, best of 8": "… and then best of 8",
+    "distilled, best of 8, not refitted": "… and then best of 8, by the same discriminators",
     "distilled, constant": "… a constant reward",
     "distilled, shuffled": "… shuffled odds",
     "policy gradient": "**policy gradient**",

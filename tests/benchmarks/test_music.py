@@ -10,7 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
+from midimamba import MidiDiscriminator
 from midimamba.corpus.build import tokenize_corpus
 from midimamba.corpus.load import load_corpus
 from midimamba.corpus.options import CorpusOptions
@@ -117,10 +119,14 @@ def test_all_arms_are_measured_and_a_second_start_continues(
         made.append((script, options))
         shutil.copytree(model, output)
         processor = load_corpus(corpus)[1]
-        judges = Path(f"{output}-discriminator"), Path(f"{output}-musical-discriminator")
-        make_discriminator("mamba", vocab_size=processor.vocab_size).save_pretrained(judges[0])
         real, fake = ([make_score(seed, bars=4) for seed in range(start, start + 12)] for start in (0, 100))
-        fit_musical(real, fake).save_pretrained(judges[1])
+        tokens, musical = make_discriminator("mamba", vocab_size=processor.vocab_size), fit_musical(real, fake)
+        (output / "checkpoint-1").mkdir()
+        save_file(tokens.state_dict(), output / "checkpoint-1" / "discriminator.safetensors")
+        musical.save_pretrained(output / "checkpoint-1" / "musical_discriminator")
+        tokens.calibration.set(2.0, 0.0)  # as if fitted to what the generator became
+        tokens.save_pretrained(f"{output}-discriminator")
+        musical.save_pretrained(f"{output}-musical-discriminator")
         return 2.0
 
     monkeypatch.setattr(runs.Seed, "_run", make)
@@ -143,9 +149,14 @@ def test_all_arms_are_measured_and_a_second_start_continues(
     assert [script for script, _ in made] == ["pretrain", "adversarial"]  # whose discriminators choose as well
     assert made[1][1]["data"] != str(corpus)  # half of the music
     before = len(made)
-    both = main("--runs", "distilled", "distilled, best of 8")
+    both = main("--runs", "distilled", "distilled, best of 8", "distilled, best of 8, not refitted")
     assert len(made) == before  # generator and discriminators are there
-    assert set(both["against_controls"]["distilled, best of 8"]) == {"best of 8", "distilled"}
+    for arm in ("distilled, best of 8", "distilled, best of 8, not refitted"):
+        assert set(both["against_controls"][arm]) == {"best of 8", "distilled"}
+    (kept,) = (tmp_path / "rows").glob("seed-0/*-round-discriminator")
+    fitted = kept.with_name(kept.name.replace("-round", ""))
+    scales = [MidiDiscriminator.from_pretrained(folder).calibration.scale.item() for folder in (kept, fitted)]
+    assert scales == [1.0, 2.0]  # as the round had it, and fitted to the distilled generator
     trial = main("--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl")
     assert made[before:] == [("adversarial", {**made[1][1], "ppo_epochs": 3})]
     assert 'trial {"ppo_epochs": 3}' in trial["arms"]
