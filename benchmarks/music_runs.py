@@ -26,7 +26,9 @@ from midimamba.evaluation.metrics import piece_nlls
 from midimamba.evaluation.report_music import likelihood
 from midimamba.evaluation.samples import decode_all
 from midimamba.generation import draw_sequences, load_pair
+from midimamba.launching import discriminators_of
 from midimamba.modeling.resampling import choose, effective_sample_size
+from midimamba.training.adversarial import discriminator_folder
 from midimamba.training.checkpoint import DISCRIMINATOR_FILE
 from midimamba.training.judging import MUSICAL_FOLDER
 from resumable import Row
@@ -223,7 +225,7 @@ class Seed:
         (checkpoint,) = output.glob("checkpoint-*")
         tokens = Path(f"{output}-round-discriminator")
         if not (tokens / "config.json").exists():
-            discriminator = MidiDiscriminator.from_pretrained(f"{output}-discriminator")
+            discriminator = MidiDiscriminator.from_pretrained(discriminator_folder(output))
             discriminator.load_state_dict(load_file(checkpoint / DISCRIMINATOR_FILE))
             discriminator.save_pretrained(tokens)
         return [tokens, checkpoint / MUSICAL_FOLDER]
@@ -237,9 +239,10 @@ class Seed:
     def distilled_and_chosen(self, is_refitted: bool) -> dict[str, float]:
         """The figures of [`DISTILLED_AND_CHOSEN`] or of [`NOT_REFITTED`]."""
         generator, _ = self.trained("distilled")
-        refitted = [Path(f"{generator}-{kind}") for kind in ("discriminator", "musical-discriminator")]
         sequences, pieces = self.draw_groups(generator)
-        judges = load_judges(refitted if is_refitted else self.judges(), load_pair(str(generator))[1])
+        judges = load_judges(
+            discriminators_of(generator) if is_refitted else self.judges(), load_pair(str(generator))[1]
+        )
         log_odds = Ensemble(judges).log_odds(sequences)
         return self.measure(generator, taken(pieces, choose(log_odds.view(-1, DRAWS), "resample", self.seed)))
 

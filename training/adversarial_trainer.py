@@ -132,18 +132,22 @@ class AdversarialTrainer(GuardedTrainer):
         if not self.args.calibrates:
             return
         torch.manual_seed(self.args.seed + self.args.process_index)
-        with self.standing_in(self.model if self.averaged_policy is None else self.averaged_policy):
+        with self.standing_in(self.evaluated_model):
             for _ in range(self.args.d_steps):
                 self._train_discriminator()
-            ids = self.sample(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
-        self.judges.calibrate(Sequences(ids, self.ending.mask(ids, self.args.prompt_length)))
+            fake = self._sample_to_ends(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
+        self.judges.calibrate(fake)
         self.metrics.clear()
+
+    def _sample_to_ends(self, prompts: Tensor) -> Sequences:
+        """Sequences that the generator draws after prompts, and where they end."""
+        ids = self.sample(prompts)
+        return Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
 
     def _train_generator(self, model: nn.Module, real: Tensor) -> Tensor:
         """Sample Y ~ G, value each action by Q, and ascend the gradient of log G weighted by the advantages."""
         prompts = real[:: self.args.group_size or 1, : self.args.prompt_length]
-        ids = self.sample(prompts.repeat_interleave(self.args.group_size or 1, 0))
-        fake = Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
+        fake = self._sample_to_ends(prompts.repeat_interleave(self.args.group_size or 1, 0))
         if self.args.calibrates:
             self.metrics.add(self.judges.calibrate(fake))
         values = self.action_values(fake)

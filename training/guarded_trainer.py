@@ -112,6 +112,11 @@ class GuardedTrainer(WholeCheckpointTrainer):
         return without_wrapper(self.accelerator.unwrap_model(self.model))
 
     @property
+    def evaluated_model(self) -> nn.Module:
+        """The averaged weights if there are any, else the generator with its wrappers."""
+        return self.model if self.averaged_policy is None else self.averaged_policy
+
+    @property
     def generator_for_saving(self) -> PreTrainedModel:
         """What is evaluated and should be published: the averaged weights if there are any, adapters merged in. Where
         the generator is sharded, all processes ask together, and the main one gets it."""
@@ -260,9 +265,8 @@ class GuardedTrainer(WholeCheckpointTrainer):
         Inside a run, the guard checks the figures."""
         # The same random numbers at every evaluation, and none taken from training: curves are comparable, and one
         # evaluation more or less does not change a run.
-        evaluated = self.model if self.averaged_policy is None else self.averaged_policy
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.standing_in(evaluated), torch.random.fork_rng(devices):
+        with self.standing_in(self.evaluated_model), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             samples = self._evaluate_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
