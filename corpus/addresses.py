@@ -8,7 +8,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from midimamba.errors import InputError
-from midimamba.files import is_taken, whole_file
+from midimamba.files import is_taken, is_unfinished, whole_file
 
 
 def is_address(name: str) -> bool:
@@ -50,11 +50,11 @@ class Folder:
         return is_taken(self.local) if self.local is not None else bool(self.names())
 
     def names(self) -> list[str]:
-        """The files in it and in its subfolders, relative to it, by name."""
+        """The files in it and in its subfolders, relative to it, by name, without what a killed run left."""
         if not self._fs.isdir(self._path):
             return []
-        found = self._fs.find(self._path)
-        return sorted(str(path).removeprefix(self._path).lstrip("/") for path in found)
+        found = (str(path).removeprefix(self._path).lstrip("/") for path in self._fs.find(self._path))
+        return sorted(name for name in found if not is_unfinished(name))
 
     def get(self, name: str, scratch: Path) -> Path:
         """A file as one that is on this machine, if need be as a copy in the folder `scratch`."""

@@ -45,7 +45,7 @@ TASKS = 8
 # In the work folder: what this run is, which job of Slurm is the last, and the notes of datatrove.
 STATE, _SUBMITTED, _LOGS = "run.json", "submitted.txt", "logs"
 # What a call leaves there that is killed before it has listed all files.
-OURS = (f"{LISTED}/", OTHERS, ".unfinished-")
+OURS = (f"{LISTED}/", OTHERS)
 _SLURM_TIME = "24:00:00"
 _POLL_SECONDS = 1.0
 

@@ -177,7 +177,7 @@ class FinishCorpus(_Step):
         report = report_of(tallies, merged["counts"], job.found, tokenizer, merged["arguments"], written)
         product.write(REPORT, for_json(report, indent=2) + "\n")
         if product.local is not None:
-            _put_in_place(product.local, Path(job.out))
+            _put_in_place(product, Path(job.out))
         self.work.remove(LISTED, OTHERS, _READ, _PIECES)  # what is large
 
 
@@ -216,18 +216,19 @@ def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield group
 
 
-def _put_in_place(made: Path, out: Path) -> None:
-    """Make `out` of links to the files of a folder, which stays: an interrupted task starts again.
+def _put_in_place(product: Folder, out: Path) -> None:
+    """Make `out` of links to the files of a local folder, which stays: an interrupted task starts again.
 
     Raises:
         InputError: if something else is there by now.
     """
+    made = Path(product.address)
     if (out / REPORT).is_file() and (out / REPORT).read_bytes() == (made / REPORT).read_bytes():
         return
     if is_taken(out):
         raise InputError(f"{out} was made by somebody else meanwhile: move it away, then run the same command again")
     with whole_folder(out) as folder:
-        for path in sorted(path for path in made.rglob("*") if path.is_file()):
-            target = folder / path.relative_to(made)
+        for name in product.names():
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            link(path, target)
+            link(made / name, target)

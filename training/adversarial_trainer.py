@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from midimamba.corpus.packing import BlockCollator
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.sampling import Ending, Sequences
+from midimamba.modeling.sampling import Ending
 from midimamba.training.action_values import ActionValues
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import Credit
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 256
 """Held-out sequences on which the discriminator is watched and calibrated."""
-CALIBRATED_ON = 512
-"""Samples of every process on which the discriminators are calibrated at the end of a run."""
 
 
 class AdversarialTrainer(GuardedTrainer):
@@ -120,34 +118,22 @@ class AdversarialTrainer(GuardedTrainer):
             self._pretrain_discriminator()
         follow(self.rollout_policy, self.generator, self.args.rollout_momentum)  # beta <- theta
         for _ in range(self.args.d_steps):
-            self._train_discriminator()
+            self.train_discriminator()
         return self._train_generator(model, real)
 
-    def fit_to_result(self) -> None:
-        """Fit the discriminators to the generator as the run leaves it, where their log-odds are calibrated.
-
-        They have learned from samples of an earlier generator, which the last update has taught what they heard. If
-        they chose among the draws of this one, they would ask for the same once more.
-        """
-        if not self.args.calibrates:
-            return
-        torch.manual_seed(self.args.seed + self.args.process_index)
-        with self.standing_in(self.evaluated_model):
-            for _ in range(self.args.d_steps):
-                self._train_discriminator()
-            fake = self._sample_to_ends(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
-        self.judges.calibrate(fake)
-        self.metrics.clear()
-
-    def _sample_to_ends(self, prompts: Tensor) -> Sequences:
-        """Sequences that the generator draws after prompts, and where they end."""
-        ids = self.sample(prompts)
-        return Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
+    def train_discriminator(self) -> None:
+        """Train D on real blocks against fresh samples that start alike, by cross-entropy."""
+        real = self.draw_blocks(self.args.per_device_train_batch_size)
+        fresh = len(real) - self.discriminator_update.num_replayed(len(real))
+        fake = self.sample(real[:fresh, : self.args.prompt_length])
+        self.judges.forget_calibration()
+        self.metrics.add(self.discriminator_update(real, fake))
+        self.judges.seen = real, fake
 
     def _train_generator(self, model: nn.Module, real: Tensor) -> Tensor:
         """Sample Y ~ G, value each action by Q, and ascend the gradient of log G weighted by the advantages."""
         prompts = real[:: self.args.group_size or 1, : self.args.prompt_length]
-        fake = self._sample_to_ends(prompts.repeat_interleave(self.args.group_size or 1, 0))
+        fake = self.sample_to_ends(prompts.repeat_interleave(self.args.group_size or 1, 0))
         if self.args.calibrates:
             self.metrics.add(self.judges.calibrate(fake))
         values = self.action_values(fake)
@@ -157,16 +143,7 @@ class AdversarialTrainer(GuardedTrainer):
         self.divergence = learned.get("kl")
         return loss
 
-    def _train_discriminator(self) -> None:
-        """Train D on real blocks against fresh samples that start alike, by cross-entropy."""
-        real = self.draw_blocks(self.args.per_device_train_batch_size)
-        fresh = len(real) - self.discriminator_update.num_replayed(len(real))
-        fake = self.sample(real[:fresh, : self.args.prompt_length])
-        self.judges.forget_calibration()
-        self.metrics.add(self.discriminator_update(real, fake))
-        self.judges.seen = real, fake
-
     def _pretrain_discriminator(self) -> None:
         hidden = self.args.disable_tqdm or not self.is_local_process_zero()
         for _ in tqdm(range(self.args.d_warmup_steps), desc="discriminator warm-up", disable=hidden):
-            self._train_discriminator()
+            self.train_discriminator()

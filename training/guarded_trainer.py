@@ -19,7 +19,7 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.errors import InputError
 from midimamba.modeling.feed_forward import SwitchExperts
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.sampling import Ending, sample
+from midimamba.modeling.sampling import Ending, Sequences, sample
 from midimamba.text import show
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.checkpoint import (
@@ -54,6 +54,8 @@ from midimamba.training.whole_checkpoints import (
 
 SAMPLED_AT_ONCE = 512
 """Sequences: more gain no speed, and cost memory."""
+CALIBRATED_ON = 512
+"""Samples of every process on which the discriminators are calibrated at the end of a run."""
 
 
 class GuardedTrainer(WholeCheckpointTrainer):
@@ -141,6 +143,11 @@ class GuardedTrainer(WholeCheckpointTrainer):
         bar = progress(parts, "samples", self.args)
         return torch.cat([sample(policy, part, length, self.ending, temperature) for part in bar])
 
+    def sample_to_ends(self, prompts: Tensor) -> Sequences:
+        """Sequences as [`sample`] draws them, and where each ends."""
+        ids = self.sample(prompts)
+        return Sequences(ids, self.ending.mask(ids, self.args.prompt_length))
+
     def draw_blocks(self, count: int) -> Tensor:
         """`count` blocks of the training music at random, `(count, time)`."""
         rows = torch.randint(len(self.train_dataset), (count,))
@@ -155,6 +162,28 @@ class GuardedTrainer(WholeCheckpointTrainer):
     def num_drawn(self) -> int:
         """Tokens that sampling and roll-outs have drawn in this process so far."""
         return self._num_sampled + self.rollouts.num_drawn
+
+    # ---- the discriminators of the generator that a run leaves ----
+
+    def train_discriminator(self) -> None:
+        """Train the discriminator once, on music and fresh samples."""
+        raise NotImplementedError
+
+    def fit_to_result(self) -> None:
+        """Fit the discriminators to the generator as the run leaves it, where their log-odds are calibrated.
+
+        They have learned from samples of an earlier generator, which the last update has taught what they heard. If
+        they chose among the draws of this one, they would ask for the same once more.
+        """
+        if not self.args.calibrates:
+            return
+        torch.manual_seed(self.args.seed + self.args.process_index)
+        with self.standing_in(self.evaluated_model):
+            for _ in range(self.args.d_steps):
+                self.train_discriminator()
+            fake = self.sample_to_ends(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
+        self.judges.calibrate(fake)
+        self.metrics.clear()
 
     # ---- going back when the run goes wrong ----
 

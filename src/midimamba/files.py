@@ -22,6 +22,7 @@ from midimamba.errors import InputError
 
 # Of the hidden siblings of a target: scratch folders, locks, the journal of a store.
 _LONGEST_SUFFIX = 32
+_UNFINISHED = ".unfinished-"
 _WRITING_SECONDS = 1.0  # the longest that the owner of a lock takes to write its name
 
 # Locks of this process, so that what runs under a lock may take it again.
@@ -200,7 +201,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     No reader ever sees half a file, and two writers never collide: the last one to finish wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".unfinished-{target.name}-"
+    prefix = f"{_UNFINISHED}{target.name}-"
     _remove_abandoned(target.parent, prefix)
     handle, name = tempfile.mkstemp(prefix=prefix, dir=target.parent)
     scratch = Path(name)
@@ -213,6 +214,11 @@ def whole_file(target: Path) -> Iterator[Path]:
         _flush(scratch)
         scratch.replace(target)
         _flush(target.parent)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name, or relative path, is one that a [`whole_file`] is being written to, or was."""
+    return name.rpartition("/")[2].startswith(_UNFINISHED)
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:

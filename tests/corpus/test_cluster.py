@@ -192,6 +192,22 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_same_files(music: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "music", "out"]
 
 
+def test_what_a_killed_run_was_writing_is_no_part_of_the_corpus(
+    music: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (str(music), str(tmp_path / "out"), ALONE, LOCAL)
+    with monkeypatch.context() as patch:
+        broken(cluster_steps.FinishCorpus, patch)
+        with pytest.raises(InputError, match="the disk is full"):
+            tokenize_on_cluster(*arguments)
+    half = tmp_path / ".out.work" / "corpus"
+    (half / ".unfinished-corpus.json-a1").touch()
+    (half / "data" / ".unfinished-train-a1").touch()
+    tokenize_on_cluster(*arguments)
+    tokenize_on_cluster(str(music), str(tmp_path / "calm"), ALONE, LOCAL)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "calm")
+
+
 def broken(step: type[Any], monkeypatch: pytest.MonkeyPatch, task: int = 0) -> None:
     """Let a task fail as if the disk were full."""
     original = step.run

@@ -33,14 +33,23 @@ def test_many_tracks_take_linear_time_and_have_miditoks_ids(name: str) -> None:
     assert base_ids(tokenizer, score) == plain.encode(normalize_score(plain, score), encode_ids=False).ids
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["MIDILike", "MMM"])
-def test_the_most_notes_on_the_most_tracks_take_seconds(name: str) -> None:
+def seconds(name: str, score: ScoreTick) -> float:
+    """The shorter of two runs: another process on the machine makes some slower."""
     tokenizer = build_tokenizer(name)
+    took = []
+    for _ in range(2):
+        start = time.process_time()
+        base_ids(tokenizer, score)
+        took.append(time.process_time() - start)
+    return min(took)
+
+
+@pytest.mark.slow
+def test_the_most_notes_on_the_most_tracks_take_no_longer_than_where_nothing_is_inserted() -> None:
+    """MIDILike and MMM take 1.2 to 1.5 times as long as TSD, and 5.6 to 6.7 times as MidiTok does it."""
     score = long_score(MAX_TRACKS, MAX_NOTES // MAX_TRACKS)
-    start = time.process_time()
-    base_ids(tokenizer, score)
-    assert time.process_time() - start < 5  # 1 to 2 seconds; 17 to 50 as MidiTok does it
+    least = seconds("TSD", score)
+    assert {name: seconds(name, score) / least < 3 for name in ("MIDILike", "MMM")} == {"MIDILike": True, "MMM": True}
 
 
 def test_mmm_refuses_what_it_would_repeat_in_too_many_tracks() -> None:

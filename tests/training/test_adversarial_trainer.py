@@ -211,12 +211,12 @@ def test_the_discriminator_is_pretrained_and_learns_first_in_every_round(
 
         monkeypatch.setattr(owner, name, called)
 
-    watch(trainer, "_train_discriminator")
+    watch(trainer, "train_discriminator")
     watch(trainer, "_train_generator")
     watch(adversarial_trainer, "follow")
     trainer.train()
-    a_round = ["follow", "_train_discriminator", "_train_discriminator", "_train_generator"]
-    assert calls == ["_train_discriminator"] * 3 + a_round * 2
+    a_round = ["follow", "train_discriminator", "train_discriminator", "_train_generator"]
+    assert calls == ["train_discriminator"] * 3 + a_round * 2
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_only_as_many_negatives_are_sampled_as_are_not_replayed(
     monkeypatch.setattr(DiscriminatorUpdate, "__call__", watched)
     trainer = make_trainer(tmp_path, replay_fraction=0.5)
     for _ in range(3):
-        trainer._train_discriminator()
+        trainer.train_discriminator()
     assert counts == [4, 2, 2]
 
 

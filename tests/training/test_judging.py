@@ -16,8 +16,8 @@ from midimamba.errors import InputError
 from midimamba.evaluation.judges import Ensemble, auc
 from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.training.action_values import ActionValues
-from midimamba.training.adversarial_trainer import CALIBRATED_ON
 from midimamba.training.discriminator_update import DiscriminatorUpdate
+from midimamba.training.guarded_trainer import CALIBRATED_ON
 from midimamba.training.judging import Judges, chance_deviation
 from midimamba.training.rewards import Reward
 from support import make_discriminator, make_generator, make_score

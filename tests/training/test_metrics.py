@@ -86,7 +86,7 @@ def test_figures_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         torch.manual_seed(0)
-        trainer._train_discriminator()
+        trainer.train_discriminator()
         trainer._train_generator(trainer.model, blocks)
         averages.append(trainer.metrics.averages())
     assert averages[0].keys() == averages[1].keys()
