@@ -445,7 +445,8 @@ def _render(template: str, data: ModelCardData, folder: Path, **fields: Any) -> 
         template_str=(files("midimamba.hub_cards") / template).read_text(encoding="utf-8"),
         parameters=_count_parameters(folder),
         training=bullet_list(training),
-        estimator=training.get("estimator"),
+        # In a run without rounds, only discriminators have learned.
+        estimator=training.get("estimator") if training.get("max_steps") != 0 else None,
         sequence_length=training.get("sequence_length"),
         **fields,
     )

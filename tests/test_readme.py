@@ -58,7 +58,7 @@ def shortened(line: str) -> str:
     if command == "train":
         return line + " --steps 1 --sequence_length 32 --hidden_size 16 --num_hidden_layers 1 --temperatures 1.0"
     if command == "tune":
-        return f"{line} {SHORT} {SHORTER}"
+        return f"{line} {SHORT} {SHORTER}" + (" --max_steps 0" if "--max_steps 0" in line else "")
     if command == "evaluate":
         return line + " --max-new-tokens 128 --num 8 --length 32 --bars 8"
     return line + " --max-new-tokens 64" if command in ("generate", "infill") else line

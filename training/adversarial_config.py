@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from midimamba.training.option_checks import TRAINER_RULES, Rule, check_numbers
 
 _RULES = (
+    Rule("-1, for any, or at least 0", lambda value: value == -1 or value >= 0, ("max_steps",)),
     Rule(
         "at least 1",
         lambda value: value >= 1,
@@ -273,7 +274,7 @@ class AdversarialConfig(TrainingArguments):
     # > Parameters of Trainer with other defaults
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the generator."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the generator's rate."})
-    max_steps: int = field(default=40, metadata={"help": "Rounds."})
+    max_steps: int = field(default=40, metadata={"help": "Rounds; 0: fit the discriminators alone."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences per round and device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Held-out sequences per pass and device."})
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
@@ -360,6 +361,11 @@ class AdversarialConfig(TrainingArguments):
                 self.reward == "shuffled" and self.estimator in ("monte-carlo", "dense"),
                 f"reward 'shuffled' deals out the log-odds of whole sequences, and estimator {self.estimator!r} has "
                 "others as well: set estimator to terminal or distill",
+            ),
+            (
+                self.max_steps == 0 and not self.calibrates,
+                "max_steps 0 fits discriminators that can choose among samples: set reward to log-odds, and estimator "
+                "to distill or terminal",
             ),
             (
                 self.replay_fraction > 0 and int(self.replay_fraction * batch) < 1,

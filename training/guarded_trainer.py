@@ -178,8 +178,9 @@ class GuardedTrainer(WholeCheckpointTrainer):
         if not self.args.calibrates:
             return
         torch.manual_seed(self.args.seed + self.args.process_index)
+        updates = self.args.d_steps + (0 if self.state.global_step else self.args.d_warmup_steps)
         with self.standing_in(self.evaluated_model):
-            for _ in range(self.args.d_steps):
+            for _ in range(updates):
                 self.train_discriminator()
             fake = self.sample_to_ends(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
         self.judges.calibrate(fake)
@@ -193,12 +194,14 @@ class GuardedTrainer(WholeCheckpointTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As `Trainer.train`. A run that [`Guard`] finds to go wrong goes back to its last checkpoint, with half the
-        learning rates of both networks; after three times it ends there.
+        """As `Trainer.train`; of 0 steps, nothing is trained. A run that [`Guard`] finds to go wrong goes back to its
+        last checkpoint, with half the learning rates of both networks; after three times it ends there.
 
         Raises:
             InputError: if a run goes wrong that has no checkpoint yet.
         """
+        if self.args.max_steps == 0:  # Trainer would train for epochs
+            return TrainOutput(0, 0.0, {})
         checkpoint: str | bool | None = resume_from_checkpoint
         if checkpoint is True:
             chosen = choose_checkpoint(output_folder(self.args)).checkpoint

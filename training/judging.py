@@ -148,7 +148,7 @@ class Judges:
             for judge in self.all:
                 judge.discriminator.calibration.set(0.0, 0.0)
             if self.accelerator.is_main_process:
-                show(f"the discriminators are not believed: {refusal}", file=sys.stderr)
+                show(f"the discriminators are ignored: {refusal}", file=sys.stderr)
         return {**measures, "d_refused": float(bool(refusal))}
 
     def log_odds(self, sequences: Sequences) -> Tensor:

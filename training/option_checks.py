@@ -43,9 +43,11 @@ TRAINER_RULES = (
         ("logging_steps", "eval_steps", "save_steps"),
     ),
     Rule("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
-    Rule("-1, for any, or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
     Rule("in [0, 4294967295]", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
 )
+
+# Of likelihood. Trainer would take 0 for any.
+STEPS = Rule("-1, for any, or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",))
 
 
 def check_numbers(options: Any, rules: Iterable[Rule]) -> None:

@@ -33,7 +33,8 @@ from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.sampling_limits import give_sampling_defaults
 from midimamba.tokenization.tokenizer import time_ids
-from midimamba.training.option_checks import TRAINER_RULES, check_numbers
+from midimamba.training.adversarial_config import AdversarialConfig
+from midimamba.training.option_checks import STEPS, TRAINER_RULES, check_numbers
 from midimamba.training.run_record import RECORD_FILE, run_record, without_folders
 from midimamba.training.whole_checkpoints import LITTER, TRAINER_STATE_FILE, writing
 
@@ -140,8 +141,10 @@ class RecipeParser(TrlParser):
 
 
 def _check_trainer_options(options: TrainingArguments) -> None:
+    # Adversarial runs of no step are possible.
+    rules = TRAINER_RULES if isinstance(options, AdversarialConfig) else (*TRAINER_RULES, STEPS)
     try:
-        check_numbers(options, TRAINER_RULES)
+        check_numbers(options, rules)
     except ValueError as error:
         raise InputError(str(error)) from error
     if options.save_only_model and options.save_strategy != "no":

@@ -57,6 +57,7 @@ def test_the_defaults_are_possible_together(tmp_path: Path) -> None:
         {"estimator": "distill", "reward": "constant"},
         {"estimator": "terminal", "reward": "shuffled", "mini_batch_size": 2, "ppo_clip": 0.2},
         {"mini_batch_size": 4},
+        {"max_steps": 0, "estimator": "distill", "reward": "log-odds"},
     ],
 )
 def test_what_is_possible_is_allowed(tmp_path: Path, overrides: dict[str, Any]) -> None:
@@ -103,6 +104,8 @@ def test_a_target_without_a_weight_is_left_out(tmp_path: Path) -> None:
         ({"estimator": "distill"}, "'distill' weighs samples by log-odds: set reward to log-odds, or to a control"),
         ({"reward": "shuffled"}, "set estimator to terminal or distill"),
         ({"reward": "shuffled", "estimator": "dense"}, "set estimator to terminal or distill"),
+        ({"max_steps": -2}, "max_steps is -2, but must be -1, for any, or at least 0"),
+        ({"max_steps": 0}, "max_steps 0 fits discriminators that can choose among samples: set reward to log-odds"),
         ({"mini_batch_size": 0}, "mini_batch_size is 0, but must be at least 1"),
         ({"mini_batch_size": 2}, "mini_batch_size 2 is below per_device_train_batch_size 4, which needs ppo_clip"),
         ({"temperature": 0.0}, "temperature is 0.0, but must be greater than 0"),

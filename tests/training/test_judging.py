@@ -223,6 +223,28 @@ def test_discriminators_are_fitted_to_the_generator_that_a_run_ends_with(
     assert torch.equal(drawn[0], drawn[len(drawn) // 2])
 
 
+def test_without_a_round_only_discriminators_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"estimator": "distill", "reward": "log-odds", "max_steps": 0}
+    trainer = make_trainer(tmp_path, d_warmup_steps=2, d_steps=3, per_device_train_batch_size=16, **options)
+    learned = 0
+    learn = DiscriminatorUpdate.__call__
+
+    def watched_learn(self: DiscriminatorUpdate, real: Tensor, fake: Tensor) -> Any:
+        nonlocal learned
+        learned += 1
+        return learn(self, real, fake)
+
+    monkeypatch.setattr(DiscriminatorUpdate, "__call__", watched_learn)
+    generator = copy.deepcopy(trainer.generator.state_dict())
+    trainer.train()
+    assert learned == 0
+    trainer.fit_to_result()
+    assert learned == 2 + 3
+    assert all(torch.equal(value, generator[name]) for name, value in trainer.generator.state_dict().items())
+    calibration = trainer.judges.token.discriminator.calibration
+    assert (calibration.scale.item(), calibration.offset.item()) != (1, 0)
+
+
 @pytest.mark.parametrize("options", [{"estimator": "dense", "reward": "log-odds"}, {"reward": "constant"}])
 def test_nothing_is_calibrated_where_log_odds_do_not_reward(tmp_path: Path, options: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, "mamba", **options)
@@ -325,7 +347,7 @@ def test_a_round_in_which_nothing_is_music_is_refused_and_does_not_end_the_run(
     assert measures["d_refused"] == 1.0
     what = "samples" if silent == "samples" else "pieces of real music"
     assert capsys.readouterr().err.splitlines() == [
-        f"the discriminators are not believed: none of 12 {what} is music, so there is nothing to compare"
+        f"the discriminators are ignored: none of 12 {what} is music, so there is nothing to compare"
     ]
     assert judges.musical is not None
     for judge in judges.all:
