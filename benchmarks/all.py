@@ -33,8 +33,8 @@ class Step:
 
     Args:
         name (`str`): the name of its results.
-        command (`str`): the command after `python`. `{work}` stands for the folder of intermediate files and
-            `{corpora}` for the folder of corpora.
+        command (`str`): the command after `python`. `{work}` stands for the folder of intermediate files, `{corpora}`
+            for the folder of corpora, and `{music21}` for that of the corpora that music21 brings.
         quick (`str`, *optional*): options to add to make it small; they override those of the command.
         needs (`tuple[str, ...]`, *optional*): the files of the folder of corpora that it needs.
         makes (`str`, *optional*): a file of the folder of intermediate files. If it exists, the step is done.
@@ -209,6 +209,14 @@ STEPS = (
     *_tuned("nottingham", _NOTTINGHAM),
     _music("nottingham", "nottingham-notes", _NOTTINGHAM),
     Step(
+        "mammoth corpus",
+        "-m midimamba.cli tokenize {music21}/ryansMammoth --vocab-size 800 "
+        "--tokenizer-config benchmarks/no-velocities.yaml --seed 1 --out {work}/mammoth-notes",
+        _FEW_PIECES,
+        makes="mammoth-notes/corpus.json",
+    ),
+    _music("mammoth", "mammoth-notes", options='--seeds 5 --runs distilled "distilled, constant"'),
+    Step(
         "nottingham corpus for infilling",
         "-m midimamba.cli tokenize {corpora}/nottingham.tar.gz --vocab-size 800 "
         "--tokenizer-config benchmarks/no-velocities.yaml --infill --out {work}/nottingham-infill",
@@ -255,7 +263,9 @@ STEPS = (
 def command_of(step: Step, quick: bool, work: Path, corpora: Path | None, results: Path) -> list[str]:
     """The command line of a step, to be run in the root of the repository."""
     text = f"{step.command} {step.quick}" if quick else step.command
-    line = [sys.executable, *shlex.split(text.format(work=work, corpora=corpora or ""))]
+    found = importlib.util.find_spec("music21")
+    music21 = Path(found.origin).with_name("corpus") if found and found.origin else ""
+    line = [sys.executable, *shlex.split(text.format(work=work, corpora=corpora or "", music21=music21))]
     return [*line, "--out", str(results / f"{step.name}.json")] if _is_script(step) else line
 
 
