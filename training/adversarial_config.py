@@ -14,7 +14,7 @@ _RULES = (
         lambda value: value >= 1,
         (
             *("prompt_length", "micro_batch_size", "num_rollouts", "ppo_epochs"),
-            *("d_epochs", "num_eval_samples", "mini_batch_size", "bars"),
+            *("d_epochs", "num_eval_samples", "mini_batch_size", "bars", "draws_per_sample"),
         ),
     ),
     Rule("at least 2", lambda value: value >= 2, ("group_size",)),
@@ -43,7 +43,7 @@ OPTION_GROUPS = {
     "action values": (
         *("estimator", "reward", "num_rollouts", "rollout_positions", "rollout_memory_mb", "rollout_momentum"),
     ),
-    "credit": ("baseline", "group_size", "normalize_advantages", "advantage_clip"),
+    "credit": ("baseline", "group_size", "draws_per_sample", "normalize_advantages", "advantage_clip"),
     "the generator's step": (
         *("ppo_epochs", "ppo_clip", "kl_coef", "kl_target", "entropy_coef", "mle_weight", "ema_decay"),
     ),
@@ -119,6 +119,9 @@ class AdversarialConfig(TrainingArguments):
         group_size (`int`, *optional*): draw this many samples of every prompt, and let the leave-one-out baseline
             compare those alone (arXiv 2402.03300). A batch then has that many times fewer prompts. Unset: every
             sequence has its own prompt, and the whole batch is compared.
+        draws_per_sample (`int`, *optional*, defaults to 1): for `distill`, draw this many times as many samples as are
+            learned from. They are drawn again from these, in proportion to their weights: with more draws, fewer of
+            them are the same. Needs a `mini_batch_size` below the batch.
         normalize_advantages (`bool`, *optional*, defaults to `True`): scale advantages to unit standard deviation
             over the batch.
         advantage_clip (`float`, *optional*, defaults to 3): largest absolute advantage, after the normalisation;
@@ -218,6 +221,9 @@ class AdversarialConfig(TrainingArguments):
     group_size: int | None = field(
         default=None,
         metadata={"help": "Samples of every prompt, which the baseline compares; unset: the whole batch."},
+    )
+    draws_per_sample: int = field(
+        default=1, metadata={"help": "For distill: draw so many times as many samples as are learned from."}
     )
     normalize_advantages: bool = field(
         default=True, metadata={"help": "Scale advantages to unit standard deviation over the batch."}
@@ -352,6 +358,12 @@ class AdversarialConfig(TrainingArguments):
                 self.mini_batch_size is not None and self.mini_batch_size < batch and not self._may_step_often,
                 f"mini_batch_size {self.mini_batch_size} is below per_device_train_batch_size {batch}, which needs "
                 "ppo_clip or estimator 'distill': after the first step the samples are those of another policy",
+            ),
+            (
+                self.draws_per_sample > 1
+                and not (self.estimator == "distill" and (self.mini_batch_size or batch) < batch),
+                f"draws_per_sample is {self.draws_per_sample}, but only estimator 'distill' with a mini_batch_size "
+                "below per_device_train_batch_size draws from more samples than it learns from",
             ),
             (
                 self.estimator == "distill" and self.reward == "discriminator",

@@ -133,9 +133,10 @@ class AdversarialTrainer(GuardedTrainer):
     def _train_generator(self, model: nn.Module, real: Tensor) -> Tensor:
         """Sample Y ~ G, value each action by Q, and ascend the gradient of log G weighted by the advantages."""
         prompts = real[:: self.args.group_size or 1, : self.args.prompt_length]
-        fake = self.sample_to_ends(prompts.repeat_interleave(self.args.group_size or 1, 0))
+        draws = (self.args.group_size or 1) * self.args.draws_per_sample
+        fake = self.sample_to_ends(prompts.repeat_interleave(draws, 0))
         if self.args.calibrates:
-            self.metrics.add(self.judges.calibrate(fake))
+            self.metrics.add(self.judges.calibrate(fake.rows(slice(None, None, self.args.draws_per_sample))))
         values = self.action_values(fake)
         advantages, credited = self.credit(values, fake.mask[:, self.args.prompt_length :].bool())
         loss, learned = self.generator_update(model, self.optimizer, Batch(fake, real, advantages))

@@ -130,20 +130,22 @@ def importance_weights(log_odds: Tensor, least: float) -> Tensor:
     return weights(high).to(log_odds.dtype)
 
 
-def systematic_resampling(weights: Tensor) -> Tensor:
+def systematic_resampling(weights: Tensor, count: int) -> Tensor:
     """
-    Draw as many samples as there are, each as often as its weight says, up to rounding that is right on average.
+    Draw some of the samples, each as often as its weight says, up to rounding that is right on average.
 
-    A single random number decides about all (Kitagawa 1996), so that equal weights draw every sample exactly once.
+    A single random number decides about all (Kitagawa 1996), so that as many as there are, of equal weights, are every
+    sample exactly once.
 
     Args:
         weights (`Tensor` of shape `(n,)`): at least 0, and not all 0.
+        count (`int`): how many are drawn.
 
     Returns:
-        `LongTensor` of shape `(n,)`: indices of samples, in order.
+        `LongTensor` of shape `(count,)`: indices of samples, in order.
     """
-    borders = weights.double().cumsum(0) * (len(weights) / weights.double().sum())
-    places = torch.arange(len(weights), device=weights.device) + torch.rand(1, dtype=borders.dtype).to(weights.device)
+    borders = weights.double().cumsum(0) * (count / weights.double().sum())
+    places = torch.arange(count, device=weights.device) + torch.rand(1, dtype=borders.dtype).to(weights.device)
     return torch.searchsorted(borders, places, right=True).clamp(max=len(weights) - 1)
 
 

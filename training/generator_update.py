@@ -28,7 +28,8 @@ class Batch(NamedTuple):
     What the generator learns from in a step.
 
     Args:
-        fake (`Sequences` of shape `(batch, time)`): what the generator sampled.
+        fake (`Sequences` of shape `(batch, time)`): what the generator sampled. Before [`~Batch.resampled`] there may
+            be more of them than there is music.
         real (`LongTensor` of shape `(batch, time)`): blocks of music, which may be longer or shorter than the samples.
         advantages (`Tensor` of shape `(batch, actions)`): of the sampled actions, the last tokens of `fake`; 0 on
             padding.
@@ -61,9 +62,10 @@ class Batch(NamedTuple):
         return Batch(fake, self.real, self.advantages[:, :actions], old)
 
     def resampled(self) -> "Batch":
-        """As many samples, drawn in proportion to the weights that are their advantages, each with the mean weight."""
+        """As many samples as there is music, drawn in proportion to the weights that are their advantages, each with
+        the mean weight."""
         weights = self.advantages.amax(1)
-        rows = systematic_resampling(weights)
+        rows = systematic_resampling(weights, len(self.real))
         return Batch(self.fake.rows(rows), self.real, weights.mean() * self.valid[rows])
 
     def split(self, rows: int) -> list["Batch"]:

@@ -83,11 +83,21 @@ def test_rounds_bring_the_generator_to_itself_times_the_odds(tmp_path: Path, tem
 
 
 @pytest.mark.slow
-def test_one_round_with_fixed_log_odds_goes_there_too(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, reward="constant", per_device_train_batch_size=1536, ppo_epochs=5, max_steps=1)
-    before = log_policy(trainer)
-    trainer.action_values.reward.control = lambda ids: known_log_odds(ids).float()
+@pytest.mark.parametrize("draws", [1, 4])
+def test_one_round_with_fixed_log_odds_goes_there_too(tmp_path: Path, draws: int) -> None:
+    """In as many steps, whether all draws are learned from in every pass or a part that is drawn from them."""
+    options: dict[str, Any] = {"per_device_train_batch_size": 1536 // draws, "ppo_epochs": 5 * draws}
+    trainer = make_trainer(tmp_path, reward="constant", max_steps=1, draws_per_sample=draws, **options)
+    before, read = log_policy(trainer), 0
+
+    def reward(ids: Tensor) -> Tensor:
+        nonlocal read
+        read += len(ids)
+        return known_log_odds(ids).float()
+
+    trainer.action_values.reward.control = reward
     trainer.train()
+    assert read == 1536
     target = tilted(before)
     assert divergence(target, log_policy(trainer)) < 0.2 * divergence(target, before)
 

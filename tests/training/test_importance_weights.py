@@ -99,19 +99,22 @@ def test_one_sample_does_not_take_all_the_weight(tmp_path: Path) -> None:
     assert float(measures["effective_samples"]) == pytest.approx(40 * MIN_EFFECTIVE_SHARE, rel=1e-3)
 
 
-@given(log_odds_of_samples, st.integers(0, 2**31))
-def test_resampling_draws_each_sample_as_often_as_its_weight_says(log_odds: torch.Tensor, seed: int) -> None:
+@given(log_odds_of_samples, st.integers(1, 100), st.integers(0, 2**31))
+def test_resampling_draws_each_sample_as_often_as_its_weight_says(
+    log_odds: torch.Tensor, count: int, seed: int
+) -> None:
     weights = importance_weights(log_odds, 0.1).double()
     torch.manual_seed(seed)
-    counts = systematic_resampling(weights).bincount(minlength=len(weights))
-    assert counts.sum() == len(weights)
-    assert ((counts - weights).abs() < 1 + 1e-4).all()  # the weights have mean 1
+    counts = systematic_resampling(weights, count).bincount(minlength=len(weights))
+    assert counts.sum() == count
+    assert ((counts - weights * (count / len(weights))).abs() < 1 + 1e-4).all()  # the weights have mean 1
 
 
 def test_resampling_is_right_on_average_and_draws_equal_samples_once() -> None:
     torch.manual_seed(0)
     weights = torch.tensor([0.2, 0.0, 3.1, 0.7])
-    drawn = torch.stack([systematic_resampling(weights).bincount(minlength=4) for _ in range(4000)]).double().mean(0)
+    drawn = torch.stack([systematic_resampling(weights, 4).bincount(minlength=4) for _ in range(4000)])
+    drawn = drawn.double().mean(0)
     torch.testing.assert_close(drawn, weights.double(), atol=0.03, rtol=0)
     assert drawn[1] == 0
-    assert systematic_resampling(torch.ones(5000)).tolist() == list(range(5000))
+    assert systematic_resampling(torch.ones(5000), 5000).tolist() == list(range(5000))

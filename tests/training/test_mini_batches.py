@@ -418,6 +418,8 @@ def test_what_is_resampled_has_the_mean_weight_on_every_token() -> None:
     assert abs(rows.count(3) - 0.75 * len(rows)) < 1
     torch.testing.assert_close(drawn.advantages, weights.mean() * valid[rows].float())
     assert torch.equal(drawn.real, batch.real)
+    fewer = batch._replace(advantages=weights[:, None] * valid, real=batch.real[:3]).resampled()
+    assert len(fewer.fake.ids) == len(fewer.advantages) == 3
 
 
 def test_a_round_of_many_steps_shows_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
