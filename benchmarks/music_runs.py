@@ -81,11 +81,16 @@ POLICY_GRADIENT: dict[str, Any] = {
     **{"estimator": "terminal", "baseline": "leave-one-out", "ppo_clip": 0.2, "advantage_clip": 3.0},
     **{"learning_rate": 5e-4, "mini_batch_size": 32},
 }
+# Of four times the draws, twice as many are learned from.
+MORE_DRAWS: dict[str, Any] = {"draws_per_sample": 4, "ppo_epochs": 2}
 # The arms that train a generator: how they differ from the recipe `distill-adversarial`.
 TRAINED: dict[str, dict[str, Any]] = {
     "distilled": {},
     "distilled, constant": {"reward": "constant", **KNOWS_NOTHING},
     "distilled, shuffled": {"reward": "shuffled"},
+    "distilled, more draws": MORE_DRAWS,
+    "distilled, more draws, constant": {**MORE_DRAWS, "reward": "constant", **KNOWS_NOTHING},
+    "distilled, more draws, shuffled": {**MORE_DRAWS, "reward": "shuffled"},
     "policy gradient": POLICY_GRADIENT,
     "policy gradient, random": {**POLICY_GRADIENT, "reward": "random", **KNOWS_NOTHING},
     "policy gradient, shuffled": {**POLICY_GRADIENT, "reward": "shuffled"},
