@@ -122,7 +122,7 @@ def test_an_option_is_a_stabiliser_or_not(tmp_path: Path) -> None:
     """A new option has to say here which of the two it is, so that no recipe forgets it."""
     others = {
         *("sequence_length", "prompt_length", "micro_batch_size", "num_eval_samples", "logging_nan_inf_filter"),
-        *("bars", "temperature", "mini_batch_size"),
+        *("bars", "temperature", "mini_batch_size", "draws_per_sample"),
         *("estimator", "num_rollouts", "rollout_positions", "rollout_memory_mb", "reward"),
         *("baseline", "group_size", "normalize_advantages", "ppo_epochs"),
         *("d_steps", "d_epochs", "d_warmup_steps", "d_learning_rate"),

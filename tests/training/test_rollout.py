@@ -435,7 +435,7 @@ def measure(kind, budget, length=128):
     gc.collect()
     before = resident("VmRSS")
     rows = rows_for_budget(policy, length, budget, discriminator)
-    for rollouts in (16, 48):
+    for rollouts in (48, 144):
         value(sequences, [80, 96], rollouts, rows)
         print(resident("VmHWM") - before, flush=True)
 torch.set_num_threads(1)
@@ -456,7 +456,8 @@ def test_memory_keeps_to_the_budget_however_many_rollouts() -> None:
     command = [sys.executable, "-c", MEASURE, str(budget), *kinds]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     grown = torch.tensor(list(map(float, done.stdout.split()))).view(len(kinds), 2)
-    assert ((grown > budget / 2.5) & (grown < 1.6 * budget)).all(), f"{kinds} grew by {grown.tolist()} MB"
+    assert ((grown > budget / 2.5) & (grown < 2 * budget)).all(), f"{kinds} grew by {grown.tolist()} MB"
+    assert (grown[:, 1] < 1.15 * grown[:, 0]).all(), f"{kinds} grew by {grown.tolist()} MB"  # with 3 times as many
 
 
 def test_sampling_and_rollouts_leave_no_graph_and_no_memory_behind(policy: MidiMambaForCausalLM) -> None:
