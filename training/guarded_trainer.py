@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class GuardedTrainer(WholeCheckpointTrainer):
     rollout_policy: PreTrainedModel
     reference_policy: PreTrainedModel | None
     discriminator: nn.Module
+    train_discriminator: Callable[[], None]
     # Narrower than Trainer declares them: `AdversarialTrainer` takes nothing else, and makes the rest before a step.
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     data_collator: BlockCollator
@@ -164,10 +165,6 @@ class GuardedTrainer(WholeCheckpointTrainer):
         return self._num_sampled + self.rollouts.num_drawn
 
     # ---- the discriminators of the generator that a run leaves ----
-
-    def train_discriminator(self) -> None:
-        """Train the discriminator once, on music and fresh samples."""
-        raise NotImplementedError
 
     def fit_to_result(self) -> None:
         """Fit the discriminators to the generator as the run leaves it, where their log-odds are calibrated.

@@ -456,7 +456,7 @@ def test_memory_keeps_to_the_budget_however_many_rollouts() -> None:
     command = [sys.executable, "-c", MEASURE, str(budget), *kinds]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     grown = torch.tensor(list(map(float, done.stdout.split()))).view(len(kinds), 2)
-    assert ((grown > budget / 2.5) & (grown < 2 * budget)).all(), f"{kinds} grew by {grown.tolist()} MB"
+    assert ((grown > budget / 2.5) & (grown < 1.6 * budget)).all(), f"{kinds} grew by {grown.tolist()} MB"
     assert (grown[:, 1] < 1.15 * grown[:, 0]).all(), f"{kinds} grew by {grown.tolist()} MB"  # with 3 times as many
 
 
