@@ -141,6 +141,8 @@ def interpretation(report: Report) -> str:
         who = "The discriminators of this run together judge"
         judged = before[BOTH_DISCRIMINATORS], after[BOTH_DISCRIMINATORS]
     taken = [f"{1 - column['accuracy_fake']:.0%}" for column in judged]
+    settings = report.get("training", {})
+    is_distilled = settings.get("estimator") == "distill" and settings.get("max_steps") != 0
     closer = abs(after["distinct_4"] - real["distinct_4"]) < abs(before["distinct_4"] - real["distinct_4"])
     return " ".join(
         [
@@ -151,7 +153,7 @@ def interpretation(report: Report) -> str:
             f"{who} {taken[0]} of the samples to be real before tuning and {taken[1]} after it. That is not an "
             "independent judgement, because the training was against this very generator.",
             ONE_RUN,
-            *([CONTROLS_OF_DISTILLATION] if report.get("training", {}).get("estimator") == "distill" else []),
+            *([CONTROLS_OF_DISTILLATION] if is_distilled else []),
         ]
     )
 

@@ -95,7 +95,10 @@ def _summary(record: dict[str, Any]) -> str:
         raise TypeError("training_run.json has other values than numbers for seconds and steps, and other versions")
     time = "" if seconds is None else f" in {_duration(seconds)}"
     used = ", ".join(f"{package} {version}" for package, version in versions.items())
-    sentence = f"Trained for {steps:,} steps{time} on {for_markdown(_text(record, 'hardware'))}"
+    done = (
+        f"Trained for {steps:,} steps" if steps else "The generator was not trained; discriminators were fitted to it"
+    )
+    sentence = f"{done}{time} on {for_markdown(_text(record, 'hardware'))}"
     return f"{sentence}, with {for_markdown(used)}." if used else f"{sentence}."
 
 

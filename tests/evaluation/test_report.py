@@ -165,6 +165,8 @@ def test_the_page_shows_what_was_measured(finished_run: Path) -> None:
 def test_a_distilled_run_is_read_beside_the_controls_of_the_benchmark(report: Report) -> None:
     assert CONTROLS_OF_DISTILLATION not in interpretation(report)
     assert CONTROLS_OF_DISTILLATION in interpretation(report | {"training": {"estimator": "distill"}})
+    only_fitted = {"training": {"estimator": "distill", "max_steps": 0}}
+    assert CONTROLS_OF_DISTILLATION not in interpretation(report | only_fitted)
     arms = json.loads((RESULTS / "music-nottingham.json").read_text())["arms"]
     compared = ("mle", "distilled", "distilled, constant", "distilled, shuffled")
     figures = [f"{arms[arm]['classifier'][0]:.1%}".replace("%", " %") for arm in compared]

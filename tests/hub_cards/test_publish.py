@@ -399,6 +399,15 @@ def test_a_card_says_where_the_model_comes_from(online: FakeHub, trained: Path, 
     assert "[MIDI](samples/a.mid)" in card
 
 
+def test_a_card_of_discriminators_alone_claims_no_training(online: FakeHub, trained: Path) -> None:
+    record = json.loads((trained / "training_run.json").read_text())
+    (trained / "training_run.json").write_text(json.dumps(record | {"steps": 0}))
+    publish(trained, "you/bach")
+    card = online.repositories["you/bach"]["README.md"].decode()
+    assert "The generator was not trained; discriminators were fitted to it in 10 minutes on 2 x NVIDIA H100" in card
+    assert "0 steps" not in card
+
+
 def test_music_of_this_machine_is_named_and_not_linked(
     online: FakeHub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
