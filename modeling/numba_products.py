@@ -13,7 +13,7 @@ import numpy as np
 
 from .numba_common import floats, intrinsic, ir, kernel, types
 
-_FLOAT, _INT, _INDEX = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+_FLOAT, _INT, _INDEX, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _VECTOR = ir.VectorType(_FLOAT, 8)  # half a register of AVX-512, and two of NEON
 _BYTES = 4
 
@@ -73,6 +73,10 @@ def _write_tile(builder: Any, arguments: Any, rows: int, vectors: int) -> None:
 
     builder.position_at_end(loop)
     k, sums = builder.phi(_INT), [builder.phi(_VECTOR) for _ in places]
+    # The next tile begins where the last row of this one ends. Reading a few rows at a time, the processor would notice
+    # too late that it needs them.
+    next_tile = builder.add(builder.mul(stride, number(rows)), builder.mul(k, number(rows)))
+    _prefetch(builder, at(weight, next_tile, _BYTE))
     features, after = load(at_vectors(x, k)), []
     for row, start in enumerate(starts):
         value = builder.load(at(start, k, _FLOAT), align=_BYTES)
@@ -92,6 +96,14 @@ def _write_tile(builder: Any, arguments: Any, rows: int, vectors: int) -> None:
     for place, total in zip(places, after, strict=True):
         builder.store(total, place, align=_BYTES)
     builder.ret_void()
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Bring what lies at an address into the cache, as far as there is anything."""
+    kind = ir.FunctionType(ir.VoidType(), [address.type, _INDEX, _INDEX, _INDEX])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+    to_read, to_all_levels, data = (ir.Constant(_INDEX, value) for value in (0, 3, 1))
+    builder.call(function, [address, to_read, to_all_levels, data])
 
 
 _twelve_by_8, _two_by_8, _one_by_8 = _tile(12, 1), _tile(2, 1), _tile(1, 1)
