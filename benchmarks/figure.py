@@ -31,7 +31,7 @@ from midimamba import MidiMambaForCausalLM, MidiProcessor
 from midimamba.corpus.augmentation import Augmentation
 from midimamba.corpus.packing import BlockCollator, some_of
 from midimamba.evaluation.rendering import import_demo, save_figure
-from midimamba.modeling.sampling import inference
+from midimamba.modeling.policy import inference
 from midimamba.training.plan import LAGS
 from midimamba.training.pretrain import PretrainArguments, new_config
 from midimamba.training.scripts import load_blocks

@@ -18,7 +18,8 @@ from midimamba import MidiMambaConfig, MidiMambaForCausalLM
 from midimamba.evaluation.logistic import Matrix, balanced, logistic_regression, with_constant
 from midimamba.modeling.configuration_discriminator import MidiDiscriminatorConfig
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import sample
 
 ROWS = 1024  # sequences drawn or read at once
 HELD_OUT = 8  # one in this many samples calibrates the discriminator, and says when it has learned enough

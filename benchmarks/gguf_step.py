@@ -28,7 +28,8 @@ import torch
 import midimamba
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.modeling.sampling import draw, inference
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import draw
 
 Case = tuple[int, int]  # sequences and threads
 SIDES = ("ours", "llama.cpp")

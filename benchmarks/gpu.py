@@ -26,7 +26,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from measure import finish, make_parser, median_seconds
 from memory import TINY, make_trainer
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import sample
 
 VOCAB = 1000
 # Parameters in millions: layers and width.

@@ -37,7 +37,7 @@ from midimamba.evaluation.estimates import mean_estimate, ratio_estimate
 from midimamba.evaluation.features import Piece
 from midimamba.evaluation.rendering import import_demo, save_figure
 from midimamba.evaluation.report_music import likelihood
-from midimamba.modeling.sampling import inference
+from midimamba.modeling.policy import inference
 from midimamba.tokenization.infilling import CONTEXT_BARS, Span
 from midimamba.training.plan import LAGS, TRANSPOSE
 from midimamba.training.pretrain import PretrainArguments, new_config

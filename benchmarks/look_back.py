@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, MidiProcessor
-from midimamba.modeling.sampling import draw, inference
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import draw
 from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.tokenizer import build_tokenizer, time_ids
 from midimamba.training.plan import LAGS

@@ -19,7 +19,8 @@ import torch
 
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache, export_onnx
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import sample
 from midimamba.modeling.scan_backends import VARIABLE
 
 _CHECKED = 64  # steps

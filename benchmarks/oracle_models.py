@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import sample
 
 START = 0  # also an ordinary token of the vocabulary, as in the original code
 ROWS = 50  # tokens whose logits are in memory at once: 1 MB with the vocabulary of the original

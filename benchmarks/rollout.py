@@ -19,7 +19,8 @@ from torch import Tensor
 
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiDiscriminator, MidiDiscriminatorConfig, MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
-from midimamba.modeling.sampling import NEVER, Sequences, inference, pick
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import NEVER, Sequences, pick
 from midimamba.training import rollout
 from midimamba.training.action_values import bar_positions, monte_carlo_values
 from midimamba.training.rewards import Reward as Rewards

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCau
 
 from measure import add_model_size, finish, make_parser
 from midimamba import MidiMambaConfig, MidiMambaForCausalLM, RecurrentCache
-from midimamba.modeling.sampling import draw, inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import draw, sample
 
 Model = MidiMambaForCausalLM | MambaForCausalLM | LlamaForCausalLM
 

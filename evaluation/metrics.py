@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from midimamba.corpus.packing import IGNORED, BlockCollator
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
+from midimamba.modeling.policy import inference
 from midimamba.modeling.recurrent_cache import RecurrentCache
-from midimamba.modeling.sampling import inference
 from midimamba.modeling.scoring import score
 
 Sequences = Tensor | Sequence[Sequence[int]]

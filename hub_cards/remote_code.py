@@ -20,7 +20,6 @@ PIPELINE_CODE = (
     "pipeline_midi_generation.py",
     "judging.py",
     "scoring.py",
-    "sampling.py",
     "policy.py",
     "resampling.py",
 )

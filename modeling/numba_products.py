@@ -73,8 +73,8 @@ def _write_tile(builder: Any, arguments: Any, rows: int, vectors: int) -> None:
 
     builder.position_at_end(loop)
     k, sums = builder.phi(_INT), [builder.phi(_VECTOR) for _ in places]
-    # The next tile begins where the last row of this one ends. Reading a few rows at a time, the processor would notice
-    # too late that it needs them.
+    # The next tile begins where the last row of this one ends. Of short pieces of a few rows at a time, the processor
+    # would notice too late that it needs them.
     next_tile = builder.add(builder.mul(stride, number(rows)), builder.mul(k, number(rows)))
     _prefetch(builder, at(weight, next_tile, _BYTE))
     features, after = load(at_vectors(x, k)), []

@@ -5,6 +5,8 @@ language model of transformers becomes one through [`as_policy`]; anything else 
 the LSTM of the tests shows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Protocol, Self, cast, runtime_checkable
 
@@ -16,6 +18,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 """What transformers calls a state that is given to a model or returned by it: `cache` since 5.24."""
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without a graph; the former mode comes back afterwards. For a module or a policy."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 class PolicyState(Protocol):
@@ -155,4 +169,4 @@ def as_policy(model: Any) -> Policy:
     return cast(Policy, StockPolicy(model))
 
 
-__all__ = ["Policy", "PolicyState", "StockPolicy", "StockState", "as_policy"]
+__all__ = ["Policy", "PolicyState", "StockPolicy", "StockState", "as_policy", "inference"]

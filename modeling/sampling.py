@@ -1,25 +1,12 @@
 """Drawing sequences from a generator's own distribution, token by token on an in-place state."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from .policy import as_policy
-
-
-@contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without a graph; the former mode comes back afterwards. For a module or a policy."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+from .policy import as_policy, inference
+from .selective_scan import choose_backend
 
 
 def draw(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -31,6 +18,18 @@ def draw(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def pick(logits: Tensor, numbers: Tensor) -> Tensor:
     """The tokens that uniform random numbers `(n, 1)` in [0, 1) stand for: the cumulative distribution, inverted."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32 or choose_backend("cpu") != "numba":
+        return _invert(logits, numbers)
+    from .pick_numba import UNSURE, pick_
+
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    pick_(logits.detach().contiguous().numpy(), numbers[:, 0].contiguous().numpy(), tokens.numpy())
+    if len(unsure := (tokens == UNSURE).nonzero()[:, 0]):  # so that the kernel draws exactly what torch would
+        tokens[unsure] = _invert(logits[unsure], numbers[unsure])
+    return tokens
+
+
+def _invert(logits: Tensor, numbers: Tensor) -> Tensor:
     cumulative = logits.softmax(-1).cumsum(-1)
     # `1 - number` lies in (0, 1], so a token of probability zero before the first possible one is never drawn.
     return torch.searchsorted(cumulative, (1 - numbers) * cumulative[:, -1:]).squeeze(-1)
@@ -171,4 +170,4 @@ def sample(model: Any, prompts: Tensor, length: int, ending: Ending = NEVER, tem
     return sequences
 
 
-__all__ = ["NEVER", "Ending", "Sequences", "draw", "inference", "pick", "sample"]
+__all__ = ["NEVER", "Ending", "Sequences", "draw", "pick", "sample"]

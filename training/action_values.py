@@ -11,7 +11,8 @@ import torch
 from miditok import MusicTokenizer
 from torch import Tensor
 
-from midimamba.modeling.sampling import Sequences, inference
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import Sequences
 from midimamba.tokenization.tokenizations import BAR
 from midimamba.tokenization.tokenizer import expand_ids
 from midimamba.training.rewards import Reward

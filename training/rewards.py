@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
+from midimamba.modeling.policy import inference
 from midimamba.modeling.recurrent_cache import RecurrentCache
-from midimamba.modeling.sampling import Sequences, inference
+from midimamba.modeling.sampling import Sequences
 from midimamba.modeling.scoring import score
 from midimamba.training.rollout import Forks
 

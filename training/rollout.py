@@ -13,8 +13,8 @@ from torch import Tensor
 
 from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.modeling_midimamba import MidiMambaModel
-from midimamba.modeling.policy import Policy, as_policy
-from midimamba.modeling.sampling import Ending, Sequences, draw, inference
+from midimamba.modeling.policy import Policy, as_policy, inference
+from midimamba.modeling.sampling import Ending, Sequences, draw
 from midimamba.modeling.scan_chunked import CHUNK
 
 PIECES = 4

@@ -184,7 +184,7 @@ def test_only_what_users_load_or_read_is_uploaded(hub: FakeHub, run: Path) -> No
         ),
         *("normalization.py", "bar_plan.py", "note_times.py", "open_notes.py", "continuation.py"),
         *("infilling.py", "gaps.py"),
-        *("pipeline_midi_generation.py", "judging.py", "scoring.py", "sampling.py", "policy.py", "resampling.py"),
+        *("pipeline_midi_generation.py", "judging.py", "scoring.py", "policy.py", "resampling.py"),
         "custom_generate/generate.py",
         *("choices.py", "musical_time.py", "ingest.py", "abc_notation.py", "errors.py"),
         *("samples/sample-00.mid", "samples/sample-00.png", "samples/sample-00.wav", "samples/sample-00.mp3"),

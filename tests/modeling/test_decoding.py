@@ -18,7 +18,8 @@ from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling import decoding
 from midimamba.modeling.layer_states import CacheMismatchError, MambaState
 from midimamba.modeling.numba_products import lanes_for, multiply
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import sample
 from support import make_generator
 
 BACH = {"lookback_bars": [1, 2], "bar_token_ids": [3], "position_token_ids": [[4, 0], [5, 2]]}

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.configuration_midimamba import LAYOUTS
-from midimamba.modeling.sampling import inference, sample
+from midimamba.modeling.policy import inference
+from midimamba.modeling.sampling import sample
 from support import gradients_of, make_generator
 
 # Modules that take part by being called. The mixer reads the weights of its convolution and of dt_proj directly.

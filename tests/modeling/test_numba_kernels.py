@@ -11,7 +11,7 @@ from torch import Tensor
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling import numba_common
-from midimamba.modeling.sampling import inference
+from midimamba.modeling.policy import inference
 from midimamba.modeling.step_numba import _ROWS_PER_THREAD
 from support import make_generator
 

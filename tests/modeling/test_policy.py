@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from midimamba.modeling.policy import Policy, StockPolicy, as_policy
-from midimamba.modeling.sampling import Ending, inference, sample
+from midimamba.modeling.policy import Policy, StockPolicy, as_policy, inference
+from midimamba.modeling.sampling import Ending, sample
 from support import make_generator
 
 VOCAB = 11

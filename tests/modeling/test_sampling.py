@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from midimamba import MidiMambaForCausalLM
-from midimamba.modeling.sampling import NEVER, Ending, sample
+from midimamba.modeling import sampling
+from midimamba.modeling.sampling import NEVER, Ending, pick, sample
 from support import make_generator
 
 ENDING = Ending(2, 0)
@@ -29,6 +30,41 @@ def test_the_frequencies_are_those_of_the_tempered_distribution(policy: MidiMamb
         expected = (policy(torch.ones(1, 1, dtype=torch.long)).logits[0, -1] / temperature).softmax(-1)
     frequencies = torch.bincount(drawn, minlength=5) / count
     assert ((frequencies - expected).abs() < 6 * (expected * (1 - expected) / count).sqrt()).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_the_kernel_picks_what_torch_would(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also next to the borders of two tokens, where the last bit decides, and beside tokens that are impossible."""
+    random = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(4_000, 300, generator=random)
+    logits[torch.rand(logits.shape, generator=random) < 0.3] = -torch.inf
+    cumulative = logits.softmax(-1).cumsum(-1)
+    borders = 1 - cumulative.gather(1, torch.randint(0, 300, (4_000, 1), generator=random)) / cumulative[:, -1:]
+    distances = 10.0 ** -torch.randint(4, 9, borders.shape, generator=random)
+    near = borders + distances * torch.randn(borders.shape, generator=random)
+    largest = torch.full_like(borders, 1 - 2**-24)
+    for numbers in (torch.rand(borders.shape, generator=random), near.clamp(0, 1 - 2**-24), 0 * borders, largest):
+        monkeypatch.setenv("MIDIMAMBA_SCAN", "numba")
+        picked = pick(logits, numbers)
+        monkeypatch.setenv("MIDIMAMBA_SCAN", "chunked")
+        assert torch.equal(picked, pick(logits, numbers))
+        assert logits.gather(1, picked[:, None]).isfinite().all()
+
+
+def test_the_kernel_decides_alone_nearly_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, numbers = torch.randn(4_000, 300, generator=random), torch.rand(4_000, 1, generator=random)
+    rows: list[int] = []
+    invert = sampling._invert
+
+    def count(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        rows.append(len(logits))
+        return invert(logits, numbers)
+
+    monkeypatch.setenv("MIDIMAMBA_SCAN", "numba")
+    monkeypatch.setattr(sampling, "_invert", count)
+    pick(logits, numbers)
+    assert 0 < sum(rows) < 40
 
 
 def test_ends_change_nothing_before_them(policy: MidiMambaForCausalLM) -> None:
