@@ -11,7 +11,8 @@ import numpy as np
 from .numba_common import LOG2_E, exp2, kernel
 
 UNSURE = -1
-# torch's sums and ours differ by 3e-7 of the whole at most, from the rounding of softmax and of each sum to float32.
+# torch rounds softmax and each sum to float32. Measured with 300 to 20,000 tokens, its sums and ours differ by up to
+# 1.2e-7 of the whole.
 _MARGIN = 4e-6
 
 
