@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from midimamba.corpus.packing import BlockCollator
@@ -114,8 +112,8 @@ class AdversarialTrainer(GuardedTrainer):
         model.train()
         real = self.fill_up(self._prepare_inputs(inputs)["input_ids"])
         if self.state.global_step == 0:
-            torch.manual_seed(self.args.seed + self.args.process_index)  # every process samples music of its own
-            self._pretrain_discriminator()
+            self.begin_sampling()
+            self.pretrain_discriminator()
         follow(self.rollout_policy, self.generator, self.args.rollout_momentum)  # beta <- theta
         for _ in range(self.args.d_steps):
             self.train_discriminator()
@@ -143,8 +141,3 @@ class AdversarialTrainer(GuardedTrainer):
         self.metrics.add({**credited, **learned})
         self.divergence = learned.get("kl")
         return loss
-
-    def _pretrain_discriminator(self) -> None:
-        hidden = self.args.disable_tqdm or not self.is_local_process_zero()
-        for _ in tqdm(range(self.args.d_warmup_steps), desc="discriminator warm-up", disable=hidden):
-            self.train_discriminator()

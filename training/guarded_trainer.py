@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -135,6 +136,10 @@ class GuardedTrainer(WholeCheckpointTrainer):
         if self.resident_policy is not None:
             follow(self.resident_policy, self.generator, 0.0)
 
+    def begin_sampling(self) -> None:
+        """From here on, every process samples music of its own."""
+        torch.manual_seed(self.args.seed + self.args.process_index)
+
     def sample(self, prompts: Tensor) -> Tensor:
         """Sequences `(n, time)` that the generator draws after prompts `(n, prompt)`."""
         length, temperature = self.args.sequence_length, self.args.temperature
@@ -164,7 +169,13 @@ class GuardedTrainer(WholeCheckpointTrainer):
         """Tokens that sampling and roll-outs have drawn in this process so far."""
         return self._num_sampled + self.rollouts.num_drawn
 
-    # ---- the discriminators of the generator that a run leaves ----
+    # ---- the discriminators before the first round, and those of the generator that a run leaves ----
+
+    def pretrain_discriminator(self) -> None:
+        """Train the discriminator on samples of the generator as the run found it."""
+        hidden = self.args.disable_tqdm or not self.is_local_process_zero()
+        for _ in tqdm(range(self.args.d_warmup_steps), desc="discriminator warm-up", disable=hidden):
+            self.train_discriminator()
 
     def fit_to_result(self) -> None:
         """Fit the discriminators to the generator as the run leaves it, where their log-odds are calibrated.
@@ -174,10 +185,11 @@ class GuardedTrainer(WholeCheckpointTrainer):
         """
         if not self.args.calibrates:
             return
-        torch.manual_seed(self.args.seed + self.args.process_index)
-        updates = self.args.d_steps + (0 if self.state.global_step else self.args.d_warmup_steps)
+        self.begin_sampling()
         with self.standing_in(self.evaluated_model):
-            for _ in range(updates):
+            if self.state.global_step == 0:
+                self.pretrain_discriminator()
+            for _ in range(self.args.d_steps):
                 self.train_discriminator()
             fake = self.sample_to_ends(self.draw_blocks(CALIBRATED_ON)[:, : self.args.prompt_length])
         self.judges.calibrate(fake)

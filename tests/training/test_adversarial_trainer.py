@@ -444,7 +444,7 @@ def test_the_best_average_is_loaded_at_the_end(tmp_path: Path) -> None:
 
 def test_the_warm_up_skips_steps_at_the_accuracy_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, d_warmup_steps=60, d_max_accuracy=0.5, d_learning_rate=1e-2)
-    trainer._pretrain_discriminator()
+    trainer.pretrain_discriminator()
     skipped = trainer.metrics.averages()["d_skipped"]
     assert 0 < skipped < 1
     states = trainer.discriminator_update.optimizer.state_dict()["state"].values()
