@@ -313,9 +313,15 @@ class LearnedReward:
     looks back, and logistic regression on what is [`heard`]. They are calibrated together on validation tunes and on
     samples that neither has seen.
 
+    The odds of being real are p_real / p_generator, and half of that is known: the likelihood of a sample under the
+    generator. It can be calibrated with the discriminators as if it were a third, as in noise-contrastive estimation
+    (Gutmann and Hyvärinen 2010), which leaves them to learn what real tunes are like (Finn et al., arXiv 1611.03852).
+
     Args:
         problem (`Problem`): the tunes.
         settings (`Settings`): the batch.
+        discriminators (`bool`, *optional*, defaults to `True`): whether there are any.
+        likelihood (`bool`, *optional*, defaults to `False`): whether the generator's own likelihood has a say.
         learning_rate (`float`, *optional*): of the discriminator of tokens.
         patience (`int`, *optional*, defaults to 150): steps without a better one after which a round's training ends.
     """
@@ -324,21 +330,27 @@ class LearnedReward:
         self,
         problem: Problem,
         settings: Settings,
+        discriminators: bool = True,
+        likelihood: bool = False,
         learning_rate: float = 5e-3,
         patience: int = 150,
     ):
         self.problem, self.settings, self.patience = problem, settings, patience
+        self.discriminators, self.likelihood = discriminators, likelihood
         self.discriminator = make_discriminator(problem.process)
         self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), learning_rate, weight_decay=0.1)
 
-    def __call__(self, _: nn.Module, fake: Tensor) -> Tensor:
-        """Log-odds `(n,)` of samples, most of which the discriminators learn from."""
+    def __call__(self, model: nn.Module, fake: Tensor) -> Tensor:
+        """Log-odds `(n,)` of samples of `model`, most of which the discriminators learn from."""
         learned, held_out = fake.tensor_split([len(fake) - len(fake) // HELD_OUT])
-        self._train(learned, held_out)
-        musical = self._fit_musical(learned)
+        judges: list[Callable[[Tensor], Matrix]] = []
+        if self.discriminators:
+            self._train(learned, held_out)
+            judges += [lambda tunes: self._logits(tunes).numpy(), self._fit_musical(learned)]
+        if self.likelihood:
+            judges.append(lambda tunes: score(model, tunes).numpy())
         valid, drawn, rewarded = (
-            np.stack([self._logits(tunes).numpy(), musical(tunes)], axis=1)
-            for tunes in (self.problem.valid, held_out, fake)
+            np.stack([judge(tunes) for judge in judges], axis=1) for tunes in (self.problem.valid, held_out, fake)
         )
         weights = _regression(valid, drawn)[0]
         return torch.from_numpy(with_constant(rewarded) @ weights)

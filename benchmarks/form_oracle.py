@@ -10,6 +10,8 @@ same processor time:
   not close the gap that `more` leaves, no discriminator could: distillation itself is at fault.
 - `distilled`: the reward is that of two discriminators which have seen the same few tunes: one of tokens, which looks
   back, and one of how sections repeat and how many pitches there are.
+- `informed`: the likelihood of a sample under the generator itself is calibrated with these two, as if it were a third.
+- `likelihood`: that likelihood alone, without any discriminator.
 - `constant`, `random`, `shuffled`: distillation with weights that know nothing: equal; normal, as wide as the exact
   ones; and the exact ones in another order.
 - `exact-trainer`: the exact reward, and `estimator: distill` of the package's own trainer.
@@ -69,7 +71,13 @@ from midimamba.training.adversarial_trainer import AdversarialTrainer
 from resumable import Job, Row, difference, make_runs, mean_and_deviation, rows_done
 
 CONTROLS = ("constant", "random", "shuffled")
-DISTILLED = ("exact", "distilled", *CONTROLS)
+# Which judges have learned.
+LEARNED: dict[str, dict[str, bool]] = {
+    "distilled": {},
+    "informed": {"likelihood": True},
+    "likelihood": {"discriminators": False, "likelihood": True},
+}
+DISTILLED = ("exact", *LEARNED, *CONTROLS)
 # What the arms of the package's own trainer have in common. Nothing but the reward may move the generator.
 COMMON: dict[str, Any] = {
     **{"prompt_length": 1, "reward": "constant", "temperature": 1.0, "rollout_momentum": 0.0, "max_steps": 10_000},
@@ -102,7 +110,7 @@ def reward_of(arm: str, problem: Problem, settings: Settings) -> Rewarding:
         "random": lambda model, fake: torch.randn(len(fake)) * exact(model, fake).std().item(),
         "shuffled": lambda model, fake: exact(model, fake)[torch.randperm(len(fake))],
     }
-    return LearnedReward(problem, settings) if arm == "distilled" else rewards[arm]
+    return LearnedReward(problem, settings, **LEARNED[arm]) if arm in LEARNED else rewards[arm]
 
 
 class Deadline(TrainerCallback):

@@ -5,7 +5,7 @@ import functools
 import importlib
 import itertools
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +131,33 @@ def test_a_learned_reward_tells_tunes_from_noise_and_is_calibrated(arms: ModuleT
         assert (heard(real)[:, None] > heard(fake)[None]).double().mean().item() > 0.75
     # In calibrated log-odds, exp(L) is a ratio of likelihoods: its mean over the samples is 1.
     assert of_fake.exp().mean().item() == pytest.approx(1, abs=0.3)
+
+
+def test_the_likelihood_of_the_generator_has_as_much_say_as_it_should(
+    arms: ModuleType, process: Any, settings: Any
+) -> None:
+    """Real tunes are as likely as the root of their likelihood under the generator, so the log-odds are minus half."""
+
+    class Table(torch.nn.Module):
+        """The next token depends on the last one alone."""
+
+        def forward(self, ids: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=logits[ids])
+
+    torch.manual_seed(0)
+    logits, generator = torch.randn(process.vocab_size, process.vocab_size) * 2, Table()
+    sequences = every_sequence(process)
+    likelihoods = arms.score(generator, sequences)
+    real, fake = (
+        sequences[(power * likelihoods).softmax(0).multinomial(8000, replacement=True)] for power in (0.5, 1.0)
+    )
+    problem = arms.Problem(process, real[:0], real, real[:0])
+    reward = arms.LearnedReward(problem, settings, discriminators=False, likelihood=True)
+    of_fake = reward(generator, fake)
+    drawn = arms.score(generator, fake)
+    slope = torch.cov(torch.stack([drawn, of_fake]))[0, 1] / drawn.var()
+    assert slope.item() == pytest.approx(-0.5, abs=0.05)
+    assert of_fake.exp().mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_tunes_are_learned_from_in_all_keys(arms: ModuleType, settings: Any) -> None:
