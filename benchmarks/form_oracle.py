@@ -10,7 +10,7 @@ same processor time:
   not close the gap that `more` leaves, no discriminator could: distillation itself is at fault.
 - `distilled`: the reward is that of two discriminators which have seen the same few tunes: one of tokens, which looks
   back, and one of how sections repeat and how many pitches there are.
-- `informed`: the likelihood of a sample under the generator itself is calibrated with these two, as if it were a third.
+- `informed`: the likelihood of a sample under the generator itself is calibrated with these two, as if it were one.
 - `likelihood`: that likelihood alone, without any discriminator.
 - `constant`, `random`, `shuffled`: distillation with weights that know nothing: equal; normal, as wide as the exact
   ones; and the exact ones in another order.
