@@ -286,6 +286,8 @@ _FORMS = {
     "more": "more maximum likelihood",
     "exact": "distilled, exact log-ratio as the reward",
     "distilled": "distilled, two discriminators that saw the same tunes",
+    "informed": "… which also know how likely the generator finds a tune",
+    "likelihood": "… that likelihood alone",
     "constant": "distilled, a constant reward",
     "random": "distilled, a random reward",
     "shuffled": "distilled, the exact log-ratio shuffled",
