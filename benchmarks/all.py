@@ -215,7 +215,12 @@ STEPS = (
         _FEW_PIECES,
         makes="mammoth-notes/corpus.json",
     ),
-    _music("mammoth", "mammoth-notes", options='--seeds 5 --runs distilled "distilled, constant"'),
+    _music(
+        "mammoth",
+        "mammoth-notes",
+        options='--seeds 5 --runs distilled "distilled, constant" '
+        '"distilled, more draws" "distilled, more draws, constant"',
+    ),
     Step(
         "nottingham corpus for infilling",
         "-m midimamba.cli tokenize {corpora}/nottingham.tar.gz --vocab-size 800 "

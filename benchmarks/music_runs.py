@@ -77,17 +77,20 @@ PAPER: dict[str, Any] = {
     **{"max_steps": 30, "d_warmup_steps": 30, "d_steps": 2},
 }
 KNOWS_NOTHING: dict[str, Any] = {"musical_discriminator": False, "d_steps": 0}
+# Every draw is learned from once.
+EACH_ONCE: dict[str, Any] = {"draws_per_sample": 1, "ppo_epochs": 1}
 POLICY_GRADIENT: dict[str, Any] = {
+    **EACH_ONCE,
     **{"estimator": "terminal", "baseline": "leave-one-out", "ppo_clip": 0.2, "advantage_clip": 3.0},
     **{"learning_rate": 5e-4, "mini_batch_size": 32},
 }
-# Of four times the draws, twice as many are learned from.
+# Of four times the draws, twice as many are learned from: what the recipe has by now.
 MORE_DRAWS: dict[str, Any] = {"draws_per_sample": 4, "ppo_epochs": 2}
 # The arms that train a generator: how they differ from the recipe `distill-adversarial`.
 TRAINED: dict[str, dict[str, Any]] = {
-    "distilled": {},
-    "distilled, constant": {"reward": "constant", **KNOWS_NOTHING},
-    "distilled, shuffled": {"reward": "shuffled"},
+    "distilled": EACH_ONCE,
+    "distilled, constant": {**EACH_ONCE, "reward": "constant", **KNOWS_NOTHING},
+    "distilled, shuffled": {**EACH_ONCE, "reward": "shuffled"},
     "distilled, more draws": MORE_DRAWS,
     "distilled, more draws, constant": {**MORE_DRAWS, "reward": "constant", **KNOWS_NOTHING},
     "distilled, more draws, shuffled": {**MORE_DRAWS, "reward": "shuffled"},
