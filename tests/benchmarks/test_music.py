@@ -158,7 +158,8 @@ def test_all_arms_are_measured_and_a_second_start_continues(
     scales = [MidiDiscriminator.from_pretrained(folder).calibration.scale.item() for folder in (kept, fitted)]
     assert scales == [1.0, 2.0]  # as the round had it, and fitted to the distilled generator
     trial = main("--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl")
-    assert made[before:] == [("adversarial", {**made[1][1], "ppo_epochs": 3})]
+    recipe = {"draws_per_sample": 4, "ppo_epochs": 3}  # of the former one, each draw is learned from once
+    assert made[before:] == [("adversarial", {**made[1][1], **recipe})]
     assert 'trial {"ppo_epochs": 3}' in trial["arms"]
     (kept,) = map(json.loads, (tmp_path / "trials.jsonl").read_text().splitlines())
     assert (kept["hypothesis"], kept["change"], kept["split"]) == ("nothing changes", {"ppo_epochs": 3}, "validation")

@@ -168,7 +168,8 @@ def test_a_distilled_run_is_read_beside_the_controls_of_the_benchmark(report: Re
     only_fitted = {"training": {"estimator": "distill", "max_steps": 0}}
     assert CONTROLS_OF_DISTILLATION not in interpretation(report | only_fitted)
     arms = json.loads((RESULTS / "music-nottingham.json").read_text())["arms"]
-    compared = ("mle", "distilled", "distilled, constant", "distilled, shuffled")
+    recipe = "distilled, more draws"
+    compared = ("mle", recipe, f"{recipe}, constant", f"{recipe}, shuffled")
     figures = [f"{arms[arm]['classifier'][0]:.1%}".replace("%", " %") for arm in compared]
     assert re.findall(r"[\d.]+ %", CONTROLS_OF_DISTILLATION) == figures
     assert (arms["mle"]["seeds"], "eight generators" in CONTROLS_OF_DISTILLATION) == (8, True)
