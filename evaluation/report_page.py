@@ -47,7 +47,7 @@ CONTROLS_OF_DISTILLATION = (
     "The benchmark `music.py` of midimamba compared them for distillation, with eight generators of Nottingham tunes. "
     "A fresh classifier, which is right half of the time if it hears no difference, told their samples from "
     "real music in 69.5 % of the cases before and 63.8 % after it, but in 69.7 % after distillation with a constant "
-    "reward and in 69.6 % with shuffled odds."
+    "reward and in 69.5 % with shuffled odds."
 )
 """The figures are those of `distilled, more draws` in benchmarks/results/music-nottingham.json."""
 
