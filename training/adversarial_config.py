@@ -363,7 +363,7 @@ class AdversarialConfig(TrainingArguments):
                 self.draws_per_sample > 1
                 and not (self.estimator == "distill" and (self.mini_batch_size or batch) < batch),
                 f"draws_per_sample is {self.draws_per_sample}, but only estimator 'distill' with a mini_batch_size "
-                "below per_device_train_batch_size draws from more samples than it learns from",
+                "below per_device_train_batch_size draws from more samples than it learns from: set it to 1",
             ),
             (
                 self.estimator == "distill" and self.reward == "discriminator",
