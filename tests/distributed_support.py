@@ -61,6 +61,7 @@ def make_trainer(
     }
     args = AdversarialConfig(**PLAIN | common | options)
     discriminator = make_discriminator(kind, dropout=0.0)
+    discriminator.double()  # Adam divides by what may be tiny, and then the rounding of float32 would show
     generator = make_generator(eos_token_id=2 if ends else None, pad_token_id=0)
     blocks = make_blocks(32, 5), make_blocks(8, 6)
     return AdversarialTrainer(generator, discriminator, args, *blocks, peft_config=peft_config, shards=shards)

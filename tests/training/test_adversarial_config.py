@@ -112,7 +112,8 @@ def test_a_target_without_a_weight_is_left_out(tmp_path: Path) -> None:
         ),
         (
             {"draws_per_sample": 2, "mini_batch_size": 4, "estimator": "distill", "reward": "log-odds"},
-            "below per_device_train_batch_size draws from more samples than it learns from: set it to 1",
+            "with a mini_batch_size below per_device_train_batch_size draws from more samples than it learns from: "
+            "set it to 1",
         ),
         ({"max_steps": -2}, "max_steps is -2, but must be -1, for any, or at least 0"),
         ({"max_steps": 0}, "max_steps 0 fits discriminators that can choose among samples: set reward to log-odds"),
