@@ -219,7 +219,7 @@ STEPS = (
         "mammoth",
         "mammoth-notes",
         options='--seeds 5 --runs distilled "distilled, constant" '
-        '"distilled, more draws" "distilled, more draws, constant"',
+        '"distilled, more draws" "distilled, more draws, constant" "distilled, more draws, best of 8"',
     ),
     Step(
         "nottingham corpus for infilling",

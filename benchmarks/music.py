@@ -3,8 +3,8 @@
 Every seed has a generator of its own, pre-trained with look-back, and a temperature that was best on the validation
 split; all arms of the seed share both. `mle` is that generator. `best of 8` takes one of eight draws of it, in
 proportion to the odds of two discriminators. `distilled` and `policy gradient` train it with them. `more` is as much
-more maximum likelihood, `paper` Algorithm 1 with a few roll-outs. `distilled, best of 8` takes one of eight draws of
-`distilled`, and `distilled, more draws` learns from twice as many pieces out of four times the draws. Controls choose
+more maximum likelihood, `paper` Algorithm 1 with a few roll-outs. `distilled, more draws` learns from twice as many
+pieces out of four times the draws. `distilled, best of 8` takes one of eight draws of `distilled`. Controls choose
 or train by log-odds that were shuffled among the draws, by random weightings of the same spread, by likelihood, by a
 constant or a random reward.
 
@@ -33,14 +33,14 @@ from music_judging import halve
 
 from measure import add_temperatures, finish, make_parser
 from midimamba.evaluation.rendering import import_demo, save_figure
-from music_runs import CHOSEN, DISTILLED_AND_CHOSEN, MLE, NOT_REFITTED, TRAINED, Settings, run
+from music_runs import CHOSEN, MLE, NOT_REFITTED, TAUGHT_AND_CHOSEN, TRAINED, Settings, run
 from resumable import Job, Row, complete, difference, mean_and_deviation
 from tuning import option
 
 JUDGES = ("classifier", "token_classifier")
 """The primary and the co-primary figure."""
-RUNS = (CHOSEN, "more", *TRAINED, "paper", DISTILLED_AND_CHOSEN, NOT_REFITTED)
-OURS = ("best of 8", "distilled", "distilled, more draws", "policy gradient", DISTILLED_AND_CHOSEN)
+RUNS = (CHOSEN, "more", *TRAINED, "paper", *TAUGHT_AND_CHOSEN, NOT_REFITTED)
+OURS = ("best of 8", "distilled", "distilled, more draws", "policy gradient", *TAUGHT_AND_CHOSEN)
 """Arms that a discriminator teaches; the others are parts of them or controls."""
 Figures = dict[str, dict[int, dict[str, float]]]
 """By arm, seed and name."""
@@ -197,7 +197,7 @@ def report(rows: Mapping[Job, Row], arms: Figures) -> dict[str, Any]:
             *("distilled", "distilled, more draws, constant", "distilled, more draws, shuffled", "more"),
         ],
         "policy gradient": ["policy gradient, random", "policy gradient, shuffled", "more"],
-        DISTILLED_AND_CHOSEN: ["best of 8", "distilled"],
+        **{arm: ["best of 8", origin] for arm, origin in TAUGHT_AND_CHOSEN.items()},
         NOT_REFITTED: ["best of 8", "distilled"],
     }
     results = summary(arms)

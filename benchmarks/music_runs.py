@@ -100,10 +100,10 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 CHOSEN = "chosen"
 """The run of all arms that choose among draws of the generator itself."""
-DISTILLED_AND_CHOSEN = "distilled, best of 8"
-"""Draws of `distilled`, among which its discriminators choose: those that were fitted to it after its round."""
+TAUGHT_AND_CHOSEN = {f"{arm}, best of 8": arm for arm in ("distilled", "distilled, more draws")}
+"""Of a trained arm's draws its discriminators choose, those that were fitted to it after its round."""
 NOT_REFITTED = "distilled, best of 8, not refitted"
-"""The same draws, among which those choose that have taught it."""
+"""Of draws of `distilled` those discriminators choose that have taught it."""
 MLE = "mle"
 
 
@@ -111,7 +111,7 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     """Make a run: its cost, and figures on `settings.split`.
 
     Args:
-        arm (`str`): one of `TRAINED`, `more`, `paper`, [`DISTILLED_AND_CHOSEN`], [`NOT_REFITTED`], `"trial "` followed
+        arm (`str`): one of `TRAINED`, `more`, `paper`, `TAUGHT_AND_CHOSEN`, [`NOT_REFITTED`], `"trial "` followed
             by options as JSON, or `CHOSEN`, whose row has the figures of many arms.
         seed (`int`): for generators, discriminators, samples and judges.
         settings (`Settings`): the settings of all runs.
@@ -122,8 +122,8 @@ def run(arm: str, seed: int, settings: Settings, folder: Path) -> Row:
     row: Row = {"arm": arm, "seed": seed, "settings": asdict(settings), "temperature": origin.temperature}
     if arm == CHOSEN:
         return row | origin.chosen() | {"cpu_seconds": round(time.process_time() - start)}
-    if arm in (DISTILLED_AND_CHOSEN, NOT_REFITTED):
-        found = origin.distilled_and_chosen(is_refitted=arm == DISTILLED_AND_CHOSEN)
+    if arm in (*TAUGHT_AND_CHOSEN, NOT_REFITTED):
+        found = origin.taught_and_chosen(arm)
         return row | {"figures": found, "cpu_seconds": round(time.process_time() - start)}
     generator, seconds = origin.trained(arm)
     samples = origin.draw(generator, settings.num)[1]
@@ -244,12 +244,12 @@ class Seed:
         kept = len(pieces) // DRAWS * DRAWS
         return sequences[:kept], pieces[:kept]
 
-    def distilled_and_chosen(self, is_refitted: bool) -> dict[str, float]:
-        """The figures of [`DISTILLED_AND_CHOSEN`] or of [`NOT_REFITTED`]."""
-        generator, _ = self.trained("distilled")
+    def taught_and_chosen(self, arm: str) -> dict[str, float]:
+        """The figures of one of `TAUGHT_AND_CHOSEN` or of [`NOT_REFITTED`]."""
+        generator, _ = self.trained(TAUGHT_AND_CHOSEN.get(arm, "distilled"))
         sequences, pieces = self.draw_groups(generator)
         judges = load_judges(
-            discriminators_of(generator) if is_refitted else self.judges(), load_pair(str(generator))[1]
+            self.judges() if arm == NOT_REFITTED else discriminators_of(generator), load_pair(str(generator))[1]
         )
         log_odds = Ensemble(judges).log_odds(sequences)
         return self.measure(generator, taken(pieces, choose(log_odds.view(-1, DRAWS), "resample", self.seed)))

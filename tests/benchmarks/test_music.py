@@ -157,9 +157,12 @@ def test_all_arms_are_measured_and_a_second_start_continues(
     fitted = kept.with_name(kept.name.replace("-round", ""))
     scales = [MidiDiscriminator.from_pretrained(folder).calibration.scale.item() for folder in (kept, fitted)]
     assert scales == [1.0, 2.0]  # as the round had it, and fitted to the distilled generator
-    trial = main("--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl")
-    recipe = {"draws_per_sample": 4, "ppo_epochs": 3}  # of the former one, each draw is learned from once
+    recipe = {"draws_per_sample": 4, "ppo_epochs": 2}  # of the former one, each draw is learned from once
+    more = main("--runs", "distilled, more draws, best of 8", "distilled, more draws")
     assert made[before:] == [("adversarial", {**made[1][1], **recipe})]
+    assert set(more["against_controls"]["distilled, more draws, best of 8"]) == {"best of 8", "distilled, more draws"}
+    trial = main("--trial", "nothing changes", "--set", "ppo_epochs=3", "--trials", tmp_path / "trials.jsonl")
+    assert made[before + 1 :] == [("adversarial", {**made[1][1], **recipe, "ppo_epochs": 3})]
     assert 'trial {"ppo_epochs": 3}' in trial["arms"]
     (kept,) = map(json.loads, (tmp_path / "trials.jsonl").read_text().splitlines())
     assert (kept["hypothesis"], kept["change"], kept["split"]) == ("nothing changes", {"ppo_epochs": 3}, "validation")
