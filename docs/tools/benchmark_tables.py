@@ -365,7 +365,7 @@ def _taught(result: Result) -> str:
 
 
 @table("music-nottingham")
-def taught_nottingham(result: Result) -> str:
+def taught(result: Result) -> str:
     return _taught(result)
 
 
