@@ -137,7 +137,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, help="corpus made by `midimamba tokenize`")
     add("--split", choices=("validation", "test"), default=own.split, help="to measure on (default: %(default)s)")
-    add("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="runs to make (default: all)")
+    runs = f"runs to make (default: all): {'; '.join(RUNS)}"
+    add("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=runs)
     add("--seeds", type=int, default=8, help="generators (default: %(default)s)")
     add("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
     add("--num", type=int, default=own.num, help="pieces per figure (default: %(default)s)")
