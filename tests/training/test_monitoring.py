@@ -137,11 +137,12 @@ def test_wandb_shows_them_too(musical: AdversarialTrainer, monkeypatch: pytest.M
 
 
 def test_without_matplotlib_one_line_says_that_there_are_no_pictures(
-    musical: AdversarialTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    musical: AdversarialTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
+    monkeypatch.chdir(tmp_path)  # before training begins, transformers logs into the folder that it runs in
     monkeypatch.setattr(rendering, "import_module", missing)
     musical.evaluate()
     musical.evaluate()
