@@ -86,6 +86,7 @@ PUBLISHED = (
         "numba_common.py",
         "numba_products.py",
         "scan_numba.py",
+        "mixer_numba.py",
         "scan_triton.py",
         "step_numba.py",
     ),

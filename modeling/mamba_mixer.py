@@ -34,19 +34,26 @@ class MidiMambaMixer(MambaMixer):
         channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         if mask is not None:  # here, because the projection's bias would enter the convolution
             channels = channels * mask
-        channels = self.act(self._convolve(channels, state, begins))
+        by_kernels = self._fits_kernels(channels)
+        convolved = self._convolve(channels, None if state is None else state.conv, begins, by_kernels)
+        if state is not None:
+            _move_on(state.conv, channels, begins)
         if mask is not None:
-            channels = channels * mask
-        inputs, dt, A, B, C = self._discretize(channels)
+            convolved = convolved * mask
+        inputs, dt, A, B, C = self._discretize(convolved, by_kernels)
         outputs = self._scan(inputs, dt, A, B, C, state, begins)
-        outputs = torch.addcmul(outputs, inputs, self.D.to(inputs.dtype)) * self.act(gate)
-        return self.out_proj(outputs.to(hidden_states.dtype))
+        return self.out_proj(self._gate(outputs, inputs, gate, by_kernels).to(hidden_states.dtype))
+
+    def _fits_kernels(self, tensor: Tensor) -> bool:
+        """Whether the kernels can compute a mixer whose projection is this tensor."""
+        in_float32 = tensor.dtype == self.A_log.dtype == torch.float32
+        fits = in_float32 and self.config.hidden_act == "silu" and tensor.numel() > 0
+        return fits and choose_backend(tensor.device) == "numba"
 
     def _step(self, hidden_states: Tensor, state: MambaState, scratch: Scratch) -> Tensor:
         """One token `(batch, hidden)` onto the state, in place and without a graph: what `forward` computes."""
         projected = self.in_proj(hidden_states)
-        fits_kernels = projected.dtype == self.A_log.dtype == torch.float32 and self.config.hidden_act == "silu"
-        if fits_kernels and choose_backend(projected.device) == "numba":
+        if self._fits_kernels(projected):
             return self._step_by_kernels(projected, state)
         channels, gate = projected.chunk(2, dim=-1)
         past, weight = state.conv, self.conv1d.weight[:, 0].T.contiguous()
@@ -72,15 +79,20 @@ class MidiMambaMixer(MambaMixer):
         outputs = scan_step_(state.scan, channels, steps, self.dt_proj.bias, self.A_log, selected, self.D, projected)
         return self.out_proj(outputs)
 
-    def _discretize(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _discretize(self, channels: Tensor, by_kernels: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the scan needs: the convolved channels `(…, channels)` themselves, dt, A, B and C, in float32 or wider.
 
         The recurrence runs in that type, whatever the model's own: its products decay towards zero.
         """
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = torch.split(self.x_proj(channels), sizes, dim=-1)
-        wide = torch.promote_types(channels.dtype, torch.float32)
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        wide, projected = torch.promote_types(channels.dtype, torch.float32), F.linear(dt, self.dt_proj.weight)
+        if by_kernels:
+            from .mixer_numba import to_steps
+
+            dt = to_steps(projected, self.dt_proj.bias)
+        else:
+            dt = F.softplus(projected.to(wide) + self.dt_proj.bias.to(wide))
         return channels.to(wide), dt, -torch.exp(self.A_log.to(wide)), B.to(wide), C.to(wide)
 
     def _scan(
@@ -100,20 +112,27 @@ class MidiMambaMixer(MambaMixer):
         state.scan.copy_(last.detach())
         return outputs
 
-    def _convolve(self, channels: Tensor, state: MambaState | None, begins: Tensor | None) -> Tensor:
-        """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length."""
+    def _gate(self, outputs: Tensor, inputs: Tensor, gate: Tensor, by_kernels: bool) -> Tensor:
+        """What the scan puts out and skips, times the activated gate."""
+        if by_kernels:
+            from .mixer_numba import gate_outputs
+
+            return gate_outputs(outputs, inputs, self.D, gate)
+        return torch.addcmul(outputs, inputs, self.D.to(inputs.dtype)) * self.act(gate)
+
+    def _convolve(self, channels: Tensor, past: Tensor | None, begins: Tensor | None, by_kernels: bool) -> Tensor:
+        """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length. Then
+        the activation."""
+        if by_kernels:
+            from .mixer_numba import convolve
+
+            return convolve(channels, self.conv1d.weight, self.conv1d.bias, begins, past)
         time, kernel = channels.shape[1], self.conv_kernel_size
-        document = None
-        if begins is not None:  # numbers over the whole window; what lies before this call belongs to the first, 0
-            document = F.pad(begins.cumsum(1)[..., None], (0, 0, kernel - 1, 0))
-        if state is None:
+        document = None if begins is None else _documents(begins, kernel - 1)
+        if past is None:
             window = F.pad(channels, (0, 0, kernel - 1, 0))
         else:
-            past = state.conv
             window = torch.cat([past.to(channels.dtype), channels], dim=1)
-            past.copy_(window[:, time:].detach())
-            if document is not None:
-                past.masked_fill_(document[:, time:] != document[:, -1:], 0)
         weight = self.conv1d.weight[:, 0].to(channels.dtype)
         outputs = channels * weight[:, -1]
         for tap in range(kernel - 1):
@@ -124,7 +143,23 @@ class MidiMambaMixer(MambaMixer):
                 # The product is masked, not the factor: autograd then keeps the window once, not once per tap.
                 other = document[:, tap : tap + time] != document[:, kernel - 1 :]
                 outputs = outputs + (earlier * weight[:, tap]).masked_fill(other, 0)
-        return outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype)
+        return self.act(outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype))
+
+
+def _documents(begins: Tensor, before: int) -> Tensor:
+    """The number of the document of every step, `(batch, before + time, 1)`: steps before these belong to the first,
+    0."""
+    return F.pad(begins.cumsum(1)[..., None], (0, 0, before, 0))
+
+
+def _move_on(past: Tensor, channels: Tensor, begins: Tensor | None) -> None:
+    """Put the latest steps in place of those before them; zeros in place of those of another document."""
+    kept, time = past.shape[1], channels.shape[1]
+    latest = torch.cat([past.to(channels.dtype), channels[:, max(0, time - kept) :].detach()], dim=1)
+    past.copy_(latest[:, latest.shape[1] - kept :])
+    if begins is not None:
+        document = _documents(begins, kept)
+        past.masked_fill_(document[:, time:] != document[:, -1:], 0)
 
 
 __all__ = ["MidiMambaMixer"]

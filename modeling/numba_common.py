@@ -27,7 +27,7 @@ except ImportError as error:
 # Sums may be reordered and products contracted. But a NaN stays a NaN: guards against divergence look for it.
 _MATHEMATICS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 kernel = njit(nogil=True, cache=True, **_MATHEMATICS)
-_inline = njit(inline="always", **_MATHEMATICS)
+inline = njit(inline="always", **_MATHEMATICS)
 
 # 2**f for |f| <= 1/2, to 3e-9.
 _SERIES = Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=Polynomial).coef
@@ -59,13 +59,28 @@ def pointer(_: Any, address: Any) -> Any:
     return types.CPointer(types.float32)(types.int64), generate
 
 
+@intrinsic
+def use_wide_vectors(_: Any) -> Any:
+    """Vectors of 512 bits for the kernel that this is called in, where the processor has them.
+
+    LLVM takes 256 of them by default, because some processors have a lower clock with more.
+    """
+
+    def generate(context: Any, builder: Any, __: Any, ___: Any) -> Any:
+        # llvmlite knows only attributes without a value, and would refuse this one.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 @kernel
 def floats(address: Any, shape: Any) -> Any:
     """The array of float32 that lies at an address, of this shape."""
     return carray(pointer(address), shape)  # type: ignore[call-arg]  # Numba passes the first argument itself
 
 
-@_inline
+@inline
 def exp2(z: Any) -> Any:
     """2**z of a float32, to 1e-7 of its value; z is cut to the exponents of normal numbers, -126 … 127."""
     z = min(max(z, _LOWEST), _HIGHEST)
@@ -75,13 +90,13 @@ def exp2(z: Any) -> Any:
     return power * _power_of_two(np.int32(whole))  # type: ignore[call-arg]  # Numba passes the first argument itself
 
 
-@_inline
+@inline
 def silu(z: Any) -> Any:
     """z sigmoid(z) of a float32, to (1 + |z|) 1e-7 of its value."""
     return z / (_ONE + exp2(-z * LOG2_E))
 
 
-@_inline
+@inline
 def softplus(z: Any) -> Any:
     """log(1 + exp(z)) of a float32, to (1 + |z|) 1e-7 of its value, also where that is tiny.
 
@@ -104,10 +119,11 @@ os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def in_parallel(
-    function: Callable[..., None], tensors: tuple[Tensor, ...], tasks: int, tasks_per_thread: int = 1
+    function: Callable[..., None], arguments: tuple[Tensor | int, ...], tasks: int, tasks_per_thread: int = 1
 ) -> None:
-    """Call `function(*arrays, first, last)` with the arrays of tensors, see [`share`]."""
-    share(function, tuple([tensor.detach().numpy() for tensor in tensors]), tasks, tasks_per_thread)
+    """Call `function(*arguments, first, last)` with arrays in place of tensors, see [`share`]."""
+    arrays = [each.detach().numpy() if isinstance(each, Tensor) else each for each in arguments]
+    share(function, tuple(arrays), tasks, tasks_per_thread)
 
 
 def share(function: Callable[..., None], arguments: tuple[Any, ...], tasks: int, tasks_per_thread: int = 1) -> None:
@@ -132,6 +148,7 @@ __all__ = [
     "exp2",
     "floats",
     "in_parallel",
+    "inline",
     "intrinsic",
     "ir",
     "kernel",
@@ -139,4 +156,5 @@ __all__ = [
     "silu",
     "softplus",
     "types",
+    "use_wide_vectors",
 ]

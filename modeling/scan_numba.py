@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_common import LOG2_E, exp2, in_parallel, kernel
+from .numba_common import LOG2_E, exp2, in_parallel, kernel, use_wide_vectors
 from .scan_common import first_derivative_only
 
 # Steps between two stored states, and channels of a task. The scratch memory of the backward pass, 2 x CHUNK states of
@@ -39,6 +39,7 @@ def _forward(
     x: Any, dt: Any, A: Any, B: Any, C: Any, reset: Any, state: Any, output: Any, starts: Any, first: int, last: int
 ) -> None:
     """Tasks `first … last - 1`. `A`, `(state, channels)`, is in powers of two; `state` goes from initial to final."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     time, channels, size = x.shape[1], x.shape[2], A.shape[0]
     blocks = (channels + WIDTH - 1) // WIDTH
     h, a = np.empty((size, WIDTH), np.float32), np.empty((size, WIDTH), np.float32)
@@ -98,6 +99,7 @@ def _backward(
     `grad_A` has a row per sequence, `grad_B` and `grad_C` have a slice per block of channels. `A` and `grad_A` are in
     natural units.
     """
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     time, channels, size = x.shape[1], x.shape[2], A.shape[0]
     blocks = (channels + WIDTH - 1) // WIDTH
     states, decay = np.empty((CHUNK + 1, size, WIDTH), np.float32), np.empty((CHUNK, size, WIDTH), np.float32)

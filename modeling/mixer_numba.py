@@ -1,0 +1,350 @@
+"""What surrounds the scan in a Mamba mixer, as kernels for the processor, compiled by Numba.
+
+Each is one pass over a sequence, forward and backward, where torch's operations take many. Little is kept for the
+backward pass: what can be computed again from the inputs is. [`~midimamba.modeling.mamba_mixer.MidiMambaMixer`]
+defines what the kernels compute. They take float32 on the processor, and any slice of the last dimension in place of a
+copy.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .numba_common import LOG2_E, exp2, in_parallel, inline, kernel, silu, softplus, use_wide_vectors
+from .scan_common import first_derivative_only
+
+WIDTH = 256
+"""Channels of a task, all of one sequence."""
+_ONE = np.float32(1)
+
+
+def convolve(
+    channels: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None, past: Tensor | None = None
+) -> Tensor:
+    """
+    The causal depthwise convolution over time, and SiLU of it.
+
+    Args:
+        channels (`Tensor` of shape `(batch, time, channels)`): what is convolved.
+        weight (`Tensor` of shape `(channels, 1, taps)`): as `torch.nn.Conv1d` has it, for the newest step last.
+        bias (`Tensor` of shape `(channels,)`, *optional*): that of the convolution.
+        begins (`BoolTensor` of shape `(batch, time)`, *optional*): where a document begins. Nothing earlier enters.
+        past (`Tensor` of shape `(batch, taps - 1, channels)`, *optional*): the steps before these, which belong to the
+            first document. No gradient goes there. By default there are none.
+
+    Returns:
+        `Tensor` of shape `(batch, time, channels)`.
+    """
+    result: Tensor = _Convolve.apply(channels, weight, bias, begins, past)
+    return result
+
+
+def to_steps(projected: Tensor, bias: Tensor) -> Tensor:
+    """`softplus(projected + bias)` of `(batch, time, channels)` and `(channels,)`."""
+    result: Tensor = _ToSteps.apply(projected, bias)
+    return result
+
+
+def gate_outputs(outputs: Tensor, inputs: Tensor, D: Tensor, gate: Tensor) -> Tensor:
+    """`(outputs + inputs * D) * silu(gate)` of `(batch, time, channels)`, where `D` is `(channels,)`."""
+    result: Tensor = _GateOutputs.apply(outputs, inputs, D, gate)
+    return result
+
+
+@inline
+def _sigmoid(z: Any) -> Any:
+    return _ONE / (_ONE + exp2(-z * LOG2_E))
+
+
+@inline
+def _silu_slope(z: Any) -> Any:
+    """The derivative of SiLU."""
+    s = _sigmoid(z)
+    return s * (_ONE + z * (_ONE - s))
+
+
+@kernel
+def _place(task: int, shape: Any) -> tuple[int, int, int]:
+    """The sequence of a task, its first channel, and the number of its channels."""
+    blocks = (shape[2] + WIDTH - 1) // WIDTH
+    c0 = task % blocks * WIDTH
+    return task // blocks, c0, min(WIDTH, shape[2] - c0)
+
+
+@kernel
+def _reach(reach: int, begins: bool, past: Any) -> int:
+    """How many steps before it enter the convolution at a step, of which there were `reach` at the step before."""
+    return 0 if begins else min(reach + 1, past.shape[1])
+
+
+@kernel
+def _row(x: Any, stride: int, past: Any, time: int, b: int, t: int, c0: int, width: int) -> Any:
+    """Channels of a step, which is one of the past if `t` is negative."""
+    if t < 0:
+        return past[b, past.shape[1] + t, c0 : c0 + width]
+    at = (b * time + t) * stride + c0
+    return x[at : at + width]
+
+
+@kernel
+def _mix(
+    x: Any, stride: int, past: Any, weight: Any, bias: Any, time: int, b: int, t: int, c0: int, reach: int, z: Any
+) -> None:
+    """The convolution at a step, of that step and of `reach` steps before it."""
+    width = len(bias)
+    row, w = _row(x, stride, past, time, b, t, c0, width), weight[len(weight) - 1]
+    for c in range(width):
+        z[c] = bias[c] + w[c] * row[c]
+    for back in range(1, reach + 1):
+        row, w = _row(x, stride, past, time, b, t - back, c0, width), weight[len(weight) - 1 - back]
+        for c in range(width):
+            z[c] += w[c] * row[c]
+
+
+@kernel
+def _convolve(
+    x: Any,
+    stride: int,
+    past: Any,
+    before: int,
+    weight: Any,
+    bias: Any,
+    begins: Any,
+    output: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Tasks `first … last - 1`. `x` is flat, with rows `stride` apart, `weight` is `(taps, channels)`, and of the past
+    there are the last `before` steps."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
+    time, z = output.shape[1], np.empty(WIDTH, np.float32)
+    for task in range(first, last):
+        b, c0, width = _place(task, output.shape)
+        w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], before - 1
+        for t in range(time):
+            reach = _reach(reach, begins[b, t], past)
+            _mix(x, stride, past, w, offset, time, b, t, c0, reach, z)
+            row = output[b, t, c0 : c0 + width]
+            for c in range(width):
+                row[c] = silu(z[c])
+
+
+@kernel
+def _convolve_backward(
+    x: Any,
+    stride: int,
+    past: Any,
+    before: int,
+    weight: Any,
+    bias: Any,
+    begins: Any,
+    grad_output: Any,
+    grad_x: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Tasks `first … last - 1`. `grad_weight` and `grad_bias` have a slice for every sequence."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
+    time, newest, z = grad_x.shape[1], len(weight) - 1, np.empty(WIDTH, np.float32)
+    for task in range(first, last):
+        b, c0, width = _place(task, grad_x.shape)
+        w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], before - 1
+        of_w, of_bias = np.zeros_like(w), grad_bias[b, c0 : c0 + width]
+        of_bias[:] = 0
+        for t in range(time):
+            reach = _reach(reach, begins[b, t], past)
+            _mix(x, stride, past, w, offset, time, b, t, c0, reach, z)
+            g, of_row = grad_output[b, t, c0 : c0 + width], grad_x[b, t, c0 : c0 + width]
+            row, tap, of_tap = _row(x, stride, past, time, b, t, c0, width), w[newest], of_w[newest]
+            for c in range(width):
+                value = g[c] * _silu_slope(z[c])
+                z[c] = value
+                of_bias[c] += value
+                of_tap[c] += value * row[c]
+                of_row[c] = value * tap[c]
+            for back in range(1, reach + 1):
+                row, of_tap = _row(x, stride, past, time, b, t - back, c0, width), of_w[newest - back]
+                for c in range(width):
+                    of_tap[c] += z[c] * row[c]
+                if back <= t:
+                    of_row, tap = grad_x[b, t - back, c0 : c0 + width], w[newest - back]
+                    for c in range(width):
+                        of_row[c] += z[c] * tap[c]
+        for tap in range(newest + 1):
+            grad_weight[b, tap, c0 : c0 + width] = of_w[tap]
+
+
+@kernel
+def _to_steps(projected: Any, bias: Any, output: Any, first: int, last: int) -> None:
+    """Tasks `first … last - 1`."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
+    for task in range(first, last):
+        b, c0, width = _place(task, output.shape)
+        offset = bias[c0 : c0 + width]
+        for t in range(output.shape[1]):
+            row, result = projected[b, t, c0 : c0 + width], output[b, t, c0 : c0 + width]
+            for c in range(width):
+                result[c] = softplus(row[c] + offset[c])
+
+
+@kernel
+def _to_steps_backward(
+    projected: Any, bias: Any, grad_output: Any, grad: Any, grad_bias: Any, first: int, last: int
+) -> None:
+    """Tasks `first … last - 1`. `grad_bias` has a row for every sequence."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
+    for task in range(first, last):
+        b, c0, width = _place(task, grad.shape)
+        offset, of_bias = bias[c0 : c0 + width], grad_bias[b, c0 : c0 + width]
+        of_bias[:] = 0
+        for t in range(grad.shape[1]):
+            row, g = projected[b, t, c0 : c0 + width], grad_output[b, t, c0 : c0 + width]
+            result = grad[b, t, c0 : c0 + width]
+            for c in range(width):
+                value = g[c] * _sigmoid(row[c] + offset[c])
+                result[c] = value
+                of_bias[c] += value
+
+
+@kernel
+def _gate(outputs: Any, inputs: Any, D: Any, gate: Any, stride: int, result: Any, first: int, last: int) -> None:
+    """Tasks `first … last - 1`. `gate` is flat, with rows `stride` apart."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
+    time = result.shape[1]
+    for task in range(first, last):
+        b, c0, width = _place(task, result.shape)
+        skip = D[c0 : c0 + width]
+        for t in range(time):
+            at = (b * time + t) * stride + c0
+            y, x, z = outputs[b, t, c0 : c0 + width], inputs[b, t, c0 : c0 + width], gate[at : at + width]
+            row = result[b, t, c0 : c0 + width]
+            for c in range(width):
+                row[c] = (y[c] + x[c] * skip[c]) * silu(z[c])
+
+
+@kernel
+def _gate_backward(
+    outputs: Any,
+    inputs: Any,
+    D: Any,
+    gate: Any,
+    stride: int,
+    grad_result: Any,
+    grad_outputs: Any,
+    grad_inputs: Any,
+    grad_D: Any,
+    grad_gate: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Tasks `first … last - 1`. `grad_D` has a row for every sequence."""
+    use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
+    time = grad_result.shape[1]
+    for task in range(first, last):
+        b, c0, width = _place(task, grad_result.shape)
+        skip, of_skip = D[c0 : c0 + width], grad_D[b, c0 : c0 + width]
+        of_skip[:] = 0
+        for t in range(time):
+            at = (b * time + t) * stride + c0
+            y, x, z = outputs[b, t, c0 : c0 + width], inputs[b, t, c0 : c0 + width], gate[at : at + width]
+            g, of_z = grad_result[b, t, c0 : c0 + width], grad_gate[b, t, c0 : c0 + width]
+            of_y, of_x = grad_outputs[b, t, c0 : c0 + width], grad_inputs[b, t, c0 : c0 + width]
+            for c in range(width):
+                of_z[c] = g[c] * (y[c] + x[c] * skip[c]) * _silu_slope(z[c])
+                value = g[c] * silu(z[c])
+                of_y[c] = value
+                of_x[c] = value * skip[c]
+                of_skip[c] += value * x[c]
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor `(batch, time, channels)`, or the slice of a wider one, as a flat view of its memory that begins with
+    the first of its rows, and the distance between rows. A copy if rows are not equally far apart."""
+    batch, time, width = tensor.shape
+    tensor = tensor.detach()
+    if tensor.stride(2) != 1 or tensor.stride(0) != time * tensor.stride(1):
+        tensor = tensor.contiguous()
+    stride = tensor.stride(1)
+    return tensor.as_strided(((batch * time - 1) * stride + width,), (1,)), stride
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, channels: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None, past: Tensor | None
+    ) -> Tensor:
+        batch, time, width = channels.shape
+        ctx.has_bias, ctx.before = bias is not None, 0 if past is None else past.shape[1]
+        bias = weight.new_zeros(width) if bias is None else bias
+        begins = torch.zeros(batch, time, dtype=torch.bool) if begins is None else begins.contiguous()
+        if past is None:
+            past = channels.new_zeros(batch, weight.shape[2] - 1, width)
+        else:  # a copy, because the cache moves on before the backward pass
+            past = past.to(channels.dtype, memory_format=torch.contiguous_format, copy=True)
+        ctx.save_for_backward(channels, weight, bias, begins, past)
+        output = channels.new_empty(channels.shape)
+        by_tap = weight[:, 0].T.contiguous()
+        arguments = (*_rows(channels), past, ctx.before, by_tap, bias, begins, output)
+        in_parallel(_convolve, arguments, _tasks(output))
+        return output
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        channels, weight, bias, begins, past = ctx.saved_tensors
+        by_tap, grad = weight[:, 0].T.contiguous(), channels.new_empty(channels.shape)
+        grad_weight, grad_bias = by_tap.new_empty(len(grad), *by_tap.shape), bias.new_empty(len(grad), *bias.shape)
+        given = (*_rows(channels), past, ctx.before, by_tap, bias, begins, grad_output.contiguous())
+        in_parallel(_convolve_backward, (*given, grad, grad_weight, grad_bias), _tasks(grad))
+        return grad, grad_weight.sum(0).T[:, None], grad_bias.sum(0) if ctx.has_bias else None, None, None
+
+
+class _ToSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, bias: Tensor) -> Tensor:
+        projected = projected.contiguous()
+        ctx.save_for_backward(projected, bias)
+        output = torch.empty_like(projected)
+        in_parallel(_to_steps, (projected, bias, output), _tasks(output))
+        return output
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        projected, bias = ctx.saved_tensors
+        grad, grad_bias = torch.empty_like(projected), bias.new_empty(len(projected), *bias.shape)
+        in_parallel(_to_steps_backward, (projected, bias, grad_output.contiguous(), grad, grad_bias), _tasks(grad))
+        return grad, grad_bias.sum(0)
+
+
+class _GateOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, inputs: Tensor, D: Tensor, gate: Tensor) -> Tensor:
+        outputs, inputs = outputs.contiguous(), inputs.contiguous()
+        ctx.save_for_backward(outputs, inputs, D, gate)
+        result = torch.empty_like(outputs)
+        in_parallel(_gate, (outputs, inputs, D, *_rows(gate), result), _tasks(result))
+        return result
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad_result: Tensor) -> tuple[Tensor | None, ...]:
+        outputs, inputs, D, gate = ctx.saved_tensors
+        grads = [torch.empty_like(outputs), torch.empty_like(inputs), D.new_empty(len(outputs), *D.shape)]
+        grads.append(gate.new_empty(gate.shape))
+        incoming = grad_result.contiguous()
+        in_parallel(_gate_backward, (outputs, inputs, D, *_rows(gate), incoming, *grads), _tasks(outputs))
+        grads[2] = grads[2].sum(0)
+        return tuple(grads)
+
+
+def _tasks(output: Tensor) -> int:
+    return len(output) * math.ceil(output.shape[2] / WIDTH)
+
+
+__all__ = ["convolve", "gate_outputs", "to_steps"]
