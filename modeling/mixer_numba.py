@@ -273,6 +273,11 @@ def _rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.as_strided(((batch * time - 1) * stride + width,), (1,)), stride
 
 
+def _copy(parameter: Tensor) -> Tensor:
+    """A copy for a kernel. FSDP frees the memory of a parameter between its uses, and an array of it forbids that."""
+    return parameter.detach().clone(memory_format=torch.contiguous_format)
+
+
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -288,8 +293,7 @@ class _Convolve(torch.autograd.Function):
             past = past.to(channels.dtype, memory_format=torch.contiguous_format, copy=True)
         ctx.save_for_backward(channels, weight, bias, begins, past)
         output = channels.new_empty(channels.shape)
-        by_tap = weight[:, 0].T.contiguous()
-        arguments = (*_rows(channels), past, ctx.before, by_tap, bias, begins, output)
+        arguments = (*_rows(channels), past, ctx.before, _copy(weight[:, 0].T), _copy(bias), begins, output)
         in_parallel(_convolve, arguments, _tasks(output))
         return output
 
@@ -297,9 +301,9 @@ class _Convolve(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         channels, weight, bias, begins, past = ctx.saved_tensors
-        by_tap, grad = weight[:, 0].T.contiguous(), channels.new_empty(channels.shape)
+        by_tap, grad = _copy(weight[:, 0].T), channels.new_empty(channels.shape)
         grad_weight, grad_bias = by_tap.new_empty(len(grad), *by_tap.shape), bias.new_empty(len(grad), *bias.shape)
-        given = (*_rows(channels), past, ctx.before, by_tap, bias, begins, grad_output.contiguous())
+        given = (*_rows(channels), past, ctx.before, by_tap, _copy(bias), begins, grad_output.contiguous())
         in_parallel(_convolve_backward, (*given, grad, grad_weight, grad_bias), _tasks(grad))
         return grad, grad_weight.sum(0).T[:, None], grad_bias.sum(0) if ctx.has_bias else None, None, None
 
@@ -310,7 +314,7 @@ class _ToSteps(torch.autograd.Function):
         projected = projected.contiguous()
         ctx.save_for_backward(projected, bias)
         output = torch.empty_like(projected)
-        in_parallel(_to_steps, (projected, bias, output), _tasks(output))
+        in_parallel(_to_steps, (projected, _copy(bias), output), _tasks(output))
         return output
 
     @staticmethod
@@ -318,7 +322,8 @@ class _ToSteps(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         projected, bias = ctx.saved_tensors
         grad, grad_bias = torch.empty_like(projected), bias.new_empty(len(projected), *bias.shape)
-        in_parallel(_to_steps_backward, (projected, bias, grad_output.contiguous(), grad, grad_bias), _tasks(grad))
+        arguments = (projected, _copy(bias), grad_output.contiguous(), grad, grad_bias)
+        in_parallel(_to_steps_backward, arguments, _tasks(grad))
         return grad, grad_bias.sum(0)
 
 
@@ -328,7 +333,7 @@ class _GateOutputs(torch.autograd.Function):
         outputs, inputs = outputs.contiguous(), inputs.contiguous()
         ctx.save_for_backward(outputs, inputs, D, gate)
         result = torch.empty_like(outputs)
-        in_parallel(_gate, (outputs, inputs, D, *_rows(gate), result), _tasks(result))
+        in_parallel(_gate, (outputs, inputs, _copy(D), *_rows(gate), result), _tasks(result))
         return result
 
     @staticmethod
@@ -338,7 +343,7 @@ class _GateOutputs(torch.autograd.Function):
         grads = [torch.empty_like(outputs), torch.empty_like(inputs), D.new_empty(len(outputs), *D.shape)]
         grads.append(gate.new_empty(gate.shape))
         incoming = grad_result.contiguous()
-        in_parallel(_gate_backward, (outputs, inputs, D, *_rows(gate), incoming, *grads), _tasks(outputs))
+        in_parallel(_gate_backward, (outputs, inputs, _copy(D), *_rows(gate), incoming, *grads), _tasks(outputs))
         grads[2] = grads[2].sum(0)
         return tuple(grads)
 
