@@ -35,9 +35,7 @@ class MidiMambaMixer(MambaMixer):
         if mask is not None:  # here, because the projection's bias would enter the convolution
             channels = channels * mask
         by_kernels = self._fits_kernels(channels)
-        convolved = self._convolve(channels, None if state is None else state.conv, begins, by_kernels)
-        if state is not None:
-            _move_on(state.conv, channels, begins)
+        convolved = self._convolve(channels, state, begins, by_kernels)
         if mask is not None:
             convolved = convolved * mask
         inputs, dt, A, B, C = self._discretize(convolved, by_kernels)
@@ -120,19 +118,25 @@ class MidiMambaMixer(MambaMixer):
             return gate_outputs(outputs, inputs, self.D, gate)
         return torch.addcmul(outputs, inputs, self.D.to(inputs.dtype)) * self.act(gate)
 
-    def _convolve(self, channels: Tensor, past: Tensor | None, begins: Tensor | None, by_kernels: bool) -> Tensor:
+    def _convolve(self, channels: Tensor, state: MambaState | None, begins: Tensor | None, by_kernels: bool) -> Tensor:
         """Causal depthwise convolution over time, as a sum of shifted products: no transposition, any length. Then
         the activation."""
+        time, kernel = channels.shape[1], self.conv_kernel_size
+        document = None
+        if begins is not None:  # numbers over the whole window; what lies before this call belongs to the first, 0
+            document = F.pad(begins.cumsum(1)[..., None], (0, 0, kernel - 1, 0))
+        if state is None:
+            window = F.pad(channels, (0, 0, kernel - 1, 0))
+        else:
+            past = state.conv
+            window = torch.cat([past.to(channels.dtype), channels], dim=1)
+            past.copy_(window[:, time:].detach())
+            if document is not None:
+                past.masked_fill_(document[:, time:] != document[:, -1:], 0)
         if by_kernels:
             from .mixer_numba import convolve
 
-            return convolve(channels, self.conv1d.weight, self.conv1d.bias, begins, past)
-        time, kernel = channels.shape[1], self.conv_kernel_size
-        document = None if begins is None else _documents(begins, kernel - 1)
-        if past is None:
-            window = F.pad(channels, (0, 0, kernel - 1, 0))
-        else:
-            window = torch.cat([past.to(channels.dtype), channels], dim=1)
+            return convolve(window, self.conv1d.weight, self.conv1d.bias, begins)
         weight = self.conv1d.weight[:, 0].to(channels.dtype)
         outputs = channels * weight[:, -1]
         for tap in range(kernel - 1):
@@ -144,22 +148,6 @@ class MidiMambaMixer(MambaMixer):
                 other = document[:, tap : tap + time] != document[:, kernel - 1 :]
                 outputs = outputs + (earlier * weight[:, tap]).masked_fill(other, 0)
         return self.act(outputs if self.conv1d.bias is None else outputs + self.conv1d.bias.to(channels.dtype))
-
-
-def _documents(begins: Tensor, before: int) -> Tensor:
-    """The number of the document of every step, `(batch, before + time, 1)`: steps before these belong to the first,
-    0."""
-    return F.pad(begins.cumsum(1)[..., None], (0, 0, before, 0))
-
-
-def _move_on(past: Tensor, channels: Tensor, begins: Tensor | None) -> None:
-    """Put the latest steps in place of those before them; zeros in place of those of another document."""
-    kept, time = past.shape[1], channels.shape[1]
-    latest = torch.cat([past.to(channels.dtype), channels[:, max(0, time - kept) :].detach()], dim=1)
-    past.copy_(latest[:, latest.shape[1] - kept :])
-    if begins is not None:
-        document = _documents(begins, kept)
-        past.masked_fill_(document[:, time:] != document[:, -1:], 0)
 
 
 __all__ = ["MidiMambaMixer"]

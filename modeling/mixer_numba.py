@@ -2,8 +2,7 @@
 
 Each is one pass over a sequence, forward and backward, where torch's operations take many. Little is kept for the
 backward pass: what can be computed again from the inputs is. [`~midimamba.modeling.mamba_mixer.MidiMambaMixer`]
-defines what the kernels compute. They take float32 on the processor, and any slice of the last dimension in place of a
-copy.
+defines what the kernels compute. They take float32 on the processor.
 """
 
 import math
@@ -21,24 +20,20 @@ WIDTH = 256
 _ONE = np.float32(1)
 
 
-def convolve(
-    channels: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None, past: Tensor | None = None
-) -> Tensor:
+def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None) -> Tensor:
     """
     The causal depthwise convolution over time, and SiLU of it.
 
     Args:
-        channels (`Tensor` of shape `(batch, time, channels)`): what is convolved.
+        window (`Tensor` of shape `(batch, taps - 1 + time, channels)`): what is convolved, after the steps before it.
         weight (`Tensor` of shape `(channels, 1, taps)`): as `torch.nn.Conv1d` has it, for the newest step last.
         bias (`Tensor` of shape `(channels,)`, *optional*): that of the convolution.
         begins (`BoolTensor` of shape `(batch, time)`, *optional*): where a document begins. Nothing earlier enters.
-        past (`Tensor` of shape `(batch, taps - 1, channels)`, *optional*): the steps before these, which belong to the
-            first document. No gradient goes there. By default there are none.
 
     Returns:
         `Tensor` of shape `(batch, time, channels)`.
     """
-    result: Tensor = _Convolve.apply(channels, weight, bias, begins, past)
+    result: Tensor = _Convolve.apply(window, weight, bias, begins)
     return result
 
 
@@ -75,58 +70,29 @@ def _place(task: int, shape: Any) -> tuple[int, int, int]:
 
 
 @kernel
-def _reach(reach: int, begins: bool, past: Any) -> int:
-    """How many steps before it enter the convolution at a step, of which there were `reach` at the step before."""
-    return 0 if begins else min(reach + 1, past.shape[1])
-
-
-@kernel
-def _row(x: Any, stride: int, past: Any, time: int, b: int, t: int, c0: int, width: int) -> Any:
-    """Channels of a step, which is one of the past if `t` is negative."""
-    if t < 0:
-        return past[b, past.shape[1] + t, c0 : c0 + width]
-    at = (b * time + t) * stride + c0
-    return x[at : at + width]
-
-
-@kernel
-def _mix(
-    x: Any, stride: int, past: Any, weight: Any, bias: Any, time: int, b: int, t: int, c0: int, reach: int, z: Any
-) -> None:
-    """The convolution at a step, of that step and of `reach` steps before it."""
-    width = len(bias)
-    row, w = _row(x, stride, past, time, b, t, c0, width), weight[len(weight) - 1]
+def _mix(window: Any, weight: Any, bias: Any, b: int, t: int, c0: int, reach: int, z: Any) -> None:
+    """The convolution at step `t`, of that step and of `reach` before it. `weight` is `(taps, width)`."""
+    newest, width = len(weight) - 1, len(bias)
+    row, w = window[b, t + newest, c0 : c0 + width], weight[newest]
     for c in range(width):
         z[c] = bias[c] + w[c] * row[c]
-    for back in range(1, reach + 1):
-        row, w = _row(x, stride, past, time, b, t - back, c0, width), weight[len(weight) - 1 - back]
+    for tap in range(newest - reach, newest):
+        row, w = window[b, t + tap, c0 : c0 + width], weight[tap]
         for c in range(width):
             z[c] += w[c] * row[c]
 
 
 @kernel
-def _convolve(
-    x: Any,
-    stride: int,
-    past: Any,
-    before: int,
-    weight: Any,
-    bias: Any,
-    begins: Any,
-    output: Any,
-    first: int,
-    last: int,
-) -> None:
-    """Tasks `first … last - 1`. `x` is flat, with rows `stride` apart, `weight` is `(taps, channels)`, and of the past
-    there are the last `before` steps."""
+def _convolve(window: Any, weight: Any, bias: Any, begins: Any, output: Any, first: int, last: int) -> None:
+    """Tasks `first … last - 1`. `weight` is `(taps, channels)`."""
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
-    time, z = output.shape[1], np.empty(WIDTH, np.float32)
+    newest, z = len(weight) - 1, np.empty(WIDTH, np.float32)
     for task in range(first, last):
         b, c0, width = _place(task, output.shape)
-        w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], before - 1
-        for t in range(time):
-            reach = _reach(reach, begins[b, t], past)
-            _mix(x, stride, past, w, offset, time, b, t, c0, reach, z)
+        w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], newest
+        for t in range(output.shape[1]):
+            reach = 0 if begins[b, t] else min(reach + 1, newest)
+            _mix(window, w, offset, b, t, c0, reach, z)
             row = output[b, t, c0 : c0 + width]
             for c in range(width):
                 row[c] = silu(z[c])
@@ -134,15 +100,12 @@ def _convolve(
 
 @kernel
 def _convolve_backward(
-    x: Any,
-    stride: int,
-    past: Any,
-    before: int,
+    window: Any,
     weight: Any,
     bias: Any,
     begins: Any,
     grad_output: Any,
-    grad_x: Any,
+    grad_window: Any,
     grad_weight: Any,
     grad_bias: Any,
     first: int,
@@ -150,33 +113,28 @@ def _convolve_backward(
 ) -> None:
     """Tasks `first … last - 1`. `grad_weight` and `grad_bias` have a slice for every sequence."""
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
-    time, newest, z = grad_x.shape[1], len(weight) - 1, np.empty(WIDTH, np.float32)
+    newest, z = len(weight) - 1, np.empty(WIDTH, np.float32)
     for task in range(first, last):
-        b, c0, width = _place(task, grad_x.shape)
-        w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], before - 1
-        of_w, of_bias = np.zeros_like(w), grad_bias[b, c0 : c0 + width]
+        b, c0, width = _place(task, grad_output.shape)
+        w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], newest
+        grad_weight[b, :, c0 : c0 + width] = 0
+        grad_window[b, :newest, c0 : c0 + width] = 0
+        of_bias = grad_bias[b, c0 : c0 + width]
         of_bias[:] = 0
-        for t in range(time):
-            reach = _reach(reach, begins[b, t], past)
-            _mix(x, stride, past, w, offset, time, b, t, c0, reach, z)
-            g, of_row = grad_output[b, t, c0 : c0 + width], grad_x[b, t, c0 : c0 + width]
-            row, tap, of_tap = _row(x, stride, past, time, b, t, c0, width), w[newest], of_w[newest]
+        for t in range(grad_output.shape[1]):
+            reach = 0 if begins[b, t] else min(reach + 1, newest)
+            _mix(window, w, offset, b, t, c0, reach, z)
+            g = grad_output[b, t, c0 : c0 + width]
             for c in range(width):
-                value = g[c] * _silu_slope(z[c])
-                z[c] = value
-                of_bias[c] += value
-                of_tap[c] += value * row[c]
-                of_row[c] = value * tap[c]
-            for back in range(1, reach + 1):
-                row, of_tap = _row(x, stride, past, time, b, t - back, c0, width), of_w[newest - back]
+                z[c] = g[c] * _silu_slope(z[c])
+                of_bias[c] += z[c]
+            grad_window[b, t + newest, c0 : c0 + width] = 0
+            for tap in range(newest - reach, newest + 1):
+                row, of_row = window[b, t + tap, c0 : c0 + width], grad_window[b, t + tap, c0 : c0 + width]
+                by, of_tap = w[tap], grad_weight[b, tap, c0 : c0 + width]
                 for c in range(width):
                     of_tap[c] += z[c] * row[c]
-                if back <= t:
-                    of_row, tap = grad_x[b, t - back, c0 : c0 + width], w[newest - back]
-                    for c in range(width):
-                        of_row[c] += z[c] * tap[c]
-        for tap in range(newest + 1):
-            grad_weight[b, tap, c0 : c0 + width] = of_w[tap]
+                    of_row[c] += z[c] * by[c]
 
 
 @kernel
@@ -280,32 +238,25 @@ def _copy(parameter: Tensor) -> Tensor:
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, channels: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None, past: Tensor | None
-    ) -> Tensor:
-        batch, time, width = channels.shape
-        ctx.has_bias, ctx.before = bias is not None, 0 if past is None else past.shape[1]
-        bias = weight.new_zeros(width) if bias is None else bias
+    def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None) -> Tensor:
+        batch, time, channels = len(window), window.shape[1] + 1 - weight.shape[2], window.shape[2]
+        window, ctx.has_bias = window.contiguous(), bias is not None
+        bias = weight.new_zeros(channels) if bias is None else bias
         begins = torch.zeros(batch, time, dtype=torch.bool) if begins is None else begins.contiguous()
-        if past is None:
-            past = channels.new_zeros(batch, weight.shape[2] - 1, width)
-        else:  # a copy, because the cache moves on before the backward pass
-            past = past.to(channels.dtype, memory_format=torch.contiguous_format, copy=True)
-        ctx.save_for_backward(channels, weight, bias, begins, past)
-        output = channels.new_empty(channels.shape)
-        arguments = (*_rows(channels), past, ctx.before, _copy(weight[:, 0].T), _copy(bias), begins, output)
-        in_parallel(_convolve, arguments, _tasks(output))
+        ctx.save_for_backward(window, weight, bias, begins)
+        output = window.new_empty(batch, time, channels)
+        in_parallel(_convolve, (window, _copy(weight[:, 0].T), _copy(bias), begins, output), _tasks(output))
         return output
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        channels, weight, bias, begins, past = ctx.saved_tensors
-        by_tap, grad = _copy(weight[:, 0].T), channels.new_empty(channels.shape)
+        window, weight, bias, begins = ctx.saved_tensors
+        by_tap, grad = _copy(weight[:, 0].T), torch.empty_like(window)
         grad_weight, grad_bias = by_tap.new_empty(len(grad), *by_tap.shape), bias.new_empty(len(grad), *bias.shape)
-        given = (*_rows(channels), past, ctx.before, by_tap, _copy(bias), begins, grad_output.contiguous())
-        in_parallel(_convolve_backward, (*given, grad, grad_weight, grad_bias), _tasks(grad))
-        return grad, grad_weight.sum(0).T[:, None], grad_bias.sum(0) if ctx.has_bias else None, None, None
+        given = (window, by_tap, _copy(bias), begins, grad_output.contiguous())
+        in_parallel(_convolve_backward, (*given, grad, grad_weight, grad_bias), _tasks(grad_output))
+        return grad, grad_weight.sum(0).T[:, None], grad_bias.sum(0) if ctx.has_bias else None, None
 
 
 class _ToSteps(torch.autograd.Function):

@@ -16,22 +16,17 @@ CHANNELS = WIDTH + 40
 """More than a task has."""
 
 
-def of_convolution(
-    projected: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None, past: Tensor | None = None
-) -> Tensor:
+def of_convolution(window: Tensor, weight: Tensor, bias: Tensor | None, begins: Tensor | None) -> Tensor:
     """By the definition: every sum over the steps of the same document."""
-    channels, taps = projected[..., CHANNELS:], weight.shape[2]
-    document = torch.zeros(channels.shape[:2]) if begins is None else begins.cumsum(1)
-    before = 0
-    if past is not None:
-        before = past.shape[1]
-        channels, document = torch.cat([past, channels], 1), F.pad(document, (before, 0))
+    before = weight.shape[2] - 1
+    time = window.shape[1] - before
+    document = F.pad(torch.zeros(len(window), time) if begins is None else begins.cumsum(1), (before, 0))
     rows = []
-    for t in range(before, channels.shape[1]):
-        total = torch.zeros_like(channels[:, 0]) if bias is None else bias.expand_as(channels[:, 0])
-        for back in range(min(taps, t + 1)):
+    for t in range(before, before + time):
+        total = torch.zeros_like(window[:, 0]) if bias is None else bias.expand_as(window[:, 0])
+        for back in range(before + 1):
             same = (document[:, t - back] == document[:, t])[:, None]
-            total = total + channels[:, t - back] * weight[:, 0, taps - 1 - back] * same
+            total = total + window[:, t - back] * weight[:, 0, before - back] * same
         rows.append(F.silu(total))
     return torch.stack(rows, 1)
 
@@ -57,38 +52,33 @@ def compare(ours: Callable[..., Tensor], definition: Callable[..., Tensor], *inp
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 9])  # 9 are more than there are steps
 @pytest.mark.parametrize("has_begins", [False, True])
-@pytest.mark.parametrize("has_past", [False, True])
-def test_convolution_is_that_of_its_definition(taps: int, has_begins: bool, has_past: bool) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_convolution_is_that_of_its_definition(taps: int, has_begins: bool, has_bias: bool) -> None:
     torch.manual_seed(0)
-    past = torch.randn(3, taps - 1, CHANNELS) if has_past else None
-    wide_past = None if past is None else past.double()
     begins = torch.rand(3, 7) < 0.3 if has_begins else None
-    projected, weight = torch.randn(3, 7, 2 * CHANNELS), torch.randn(CHANNELS, 1, taps)
-    bias = torch.randn(CHANNELS)
+    given = [
+        torch.randn(3, taps - 1 + 7, CHANNELS),
+        torch.randn(CHANNELS, 1, taps),
+        *[torch.randn(CHANNELS)] * has_bias,
+    ]
 
-    def ours(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return convolve(projected[..., CHANNELS:], weight, bias, begins, past)
+    def of_kernel(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return convolve(window, weight, bias, begins)
 
-    compare(
-        ours,
-        lambda projected, weight, bias: of_convolution(projected, weight, bias, begins, wide_past),
-        *(projected, weight, bias),
-    )
-    compare(
-        lambda projected, weight: convolve(projected[..., CHANNELS:], weight, None, begins, past),
-        lambda projected, weight: of_convolution(projected, weight, None, begins, wide_past),
-        *(projected, weight),
-    )
+    def of_definition(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return of_convolution(window, weight, bias, begins)
+
+    compare(of_kernel, of_definition, *given)
 
 
-def test_rows_may_lie_anywhere() -> None:
-    """Slices of time and batch, and rows whose numbers do not lie side by side, are read as they are or copied."""
+def test_a_gate_may_be_any_slice() -> None:
+    """Rows are read where they lie, or copied if they are not equally far apart or their numbers not side by side."""
     torch.manual_seed(0)
-    weight, bias, whole = torch.randn(CHANNELS, 1, 4), torch.randn(CHANNELS), torch.randn(4, 9, 2 * CHANNELS)
-    across = torch.randn(2, CHANNELS, 5).transpose(1, 2)
-    for part in (whole[1:3, 2:7, :CHANNELS], whole[:1, :, 7 : 7 + CHANNELS], whole[::2, ..., CHANNELS:], across):
-        expected = convolve(part.contiguous(), weight, bias, None)
-        assert torch.equal(convolve(part, weight, bias, None), expected)
+    outputs, inputs, D = torch.randn(2, 5, CHANNELS), torch.randn(2, 5, CHANNELS), torch.randn(CHANNELS)
+    whole, across = torch.randn(4, 9, 2 * CHANNELS), torch.randn(2, CHANNELS, 5).transpose(1, 2)
+    for gate in (whole[1:3, 2:7, :CHANNELS], whole[:2, :5, 7 : 7 + CHANNELS], whole[::2, 4:, CHANNELS:], across):
+        expected = gate_outputs(outputs, inputs, D, gate.contiguous())
+        assert torch.equal(gate_outputs(outputs, inputs, D, gate), expected)
 
 
 def test_steps_and_gate_are_those_of_their_definitions() -> None:
@@ -150,7 +140,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
             projected = torch.randn(2, 33, 2 * CHANNELS, generator=torch.Generator().manual_seed(1)).requires_grad_()
             weight, bias = torch.ones(CHANNELS, 1, 4, requires_grad=True), torch.zeros(CHANNELS, requires_grad=True)
             channels, gate = projected.chunk(2, -1)
-            inputs = convolve(channels, weight, bias, None)
+            inputs = convolve(F.pad(channels, (0, 0, 3, 0)), weight, bias, None)
             gate_outputs(to_steps(inputs, bias), inputs, bias, gate).sum().backward()
             found.append([projected.grad, weight.grad, bias.grad])
     finally:
