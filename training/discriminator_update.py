@@ -14,7 +14,7 @@ from midimamba.modeling.modeling_discriminator import MidiDiscriminator
 from midimamba.modeling.sampling import Ending, Sequences
 from midimamba.modeling.scoring import score
 from midimamba.training.adversarial_config import AdversarialConfig
-from midimamba.training.metrics import Measures, weighted_mean
+from midimamba.training.metrics import Measures, RunningMeans
 from midimamba.training.progress import progress
 from midimamba.training.replay import ReplayBuffer
 
@@ -89,10 +89,10 @@ class DiscriminatorUpdate:
         sequences, labels = self._labelled(real, torch.cat([fake, old]))
         limit = self.args.d_max_accuracy
         before: Measures = {}
-        passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []
+        passes = RunningMeans()
         for epoch in range(self.args.d_epochs):
             logits, measures = self._accumulate(sequences, labels, len(real))
-            passes.append((measures, {}))
+            passes.add(measures)
             if epoch == 0:
                 before = self._measure(*logits.split([len(real), len(fake), len(old)]))
                 if limit is not None:
@@ -100,8 +100,8 @@ class DiscriminatorUpdate:
                     before["d_skipped"] = float(accuracy > limit)
                     if accuracy > limit:
                         break
-            measures["d_grad_norm"] = self._descend()
-        return {**weighted_mean(passes), **before}
+            passes.add({"d_grad_norm": self._descend()})
+        return {**passes.means(), **before}
 
     def _learn_from_parts(self, real: Tensor, fake: Tensor, old: Tensor, size: int) -> Measures:
         """A step for every `size` real sequences and as many samples, in another order for every pass.
@@ -120,7 +120,7 @@ class DiscriminatorUpdate:
         fake = torch.cat([fake[len(unseen) :], old])
         real = real[: len(fake)]
         best = self._held_out_loss(unseen)
-        passes: list[tuple[dict[str, Tensor], dict[str, float]]] = []
+        passes = RunningMeans()
         for _ in range(self.args.d_epochs):
             kept = copy.deepcopy((self.discriminator.state_dict(), self.optimizer.state_dict()))
             self.discriminator.train()
@@ -128,15 +128,14 @@ class DiscriminatorUpdate:
             for some_real, some_fake in progress(list(zip(*orders, strict=True)), "discriminator", self.args):
                 sequences, labels = self._labelled(real[some_real], fake[some_fake])
                 _, measures = self._accumulate(sequences.trimmed(), labels, len(some_real))
-                measures["d_grad_norm"] = self._descend()
-                passes.append((measures, {}))
+                passes.add({**measures, "d_grad_norm": self._descend()})
             loss = self._held_out_loss(unseen)
             if loss > best:
                 self.discriminator.load_state_dict(kept[0])
                 self.optimizer.load_state_dict(kept[1])  # its moments have gone the same way
                 break
             best = loss
-        return {**weighted_mean(passes), **before, "d_loss_held_out": best}
+        return {**passes.means(), **before, "d_loss_held_out": best}
 
     def _held_out_loss(self, unseen: Tensor) -> float:
         """The cross-entropy on held-out music and on samples that are not learned from, in all processes."""

@@ -6,7 +6,7 @@ Notation of SeqGAN (arXiv 1609.05473): the policy gradient is that of equation 6
 import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from midimamba.corpus.packing import IGNORED, BlockCollator
 from midimamba.modeling.sampling import Sequences
 from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.credit import systematic_resampling
-from midimamba.training.metrics import Measures, weighted_mean
+from midimamba.training.metrics import Measures, RunningMeans, weighted_mean
 from midimamba.training.progress import progress
 from midimamba.training.sharding import whole
 
@@ -211,26 +211,29 @@ class GeneratorUpdate:
             The mean loss of the steps, and the measures of the batch.
         """
         size = self.args.mini_batch_size
-        if size is None or size >= len(batch.real):
-            terms = self._learn_from_whole(model, optimizer, batch)
-        else:
-            terms = self._learn_from_parts(model, optimizer, batch, size)
-        measures: Measures = dict(weighted_mean([(part.measures, {}) for part in terms]))
-        if "kl" in terms[0].measures:
+        learn = self._learn_from_whole if size is None or size >= len(batch.real) else self._learn_from_parts
+        first, found = None, RunningMeans()
+        for terms in learn(model, optimizer, batch):
+            first = first or terms
+            found.add({"loss": terms.loss, **terms.measures})
+        assert first is not None  # there is a pass, and music
+        means = found.means()
+        loss, measures = means.pop("loss"), dict[str, Any](means)
+        if "kl" in measures:
             # Of the policy that sampled, and of all processes: they must agree on the next coefficient.
-            measures["kl"] = self.accelerator.reduce(torch.as_tensor(terms[0].measures["kl"]), "mean")
+            measures["kl"] = self.accelerator.reduce(torch.as_tensor(first.measures["kl"]), "mean")
             measures["kl_coef"] = self.loss.kl_coef
-        return torch.stack([part.loss for part in terms]).sum() / len(terms), measures
+        return loss, measures
 
-    def _learn_from_whole(self, model: nn.Module, optimizer: Any, batch: Batch) -> list[LossTerms]:
-        terms = [self._accumulate(model, batch)]
+    def _learn_from_whole(self, model: nn.Module, optimizer: Any, batch: Batch) -> Iterator[LossTerms]:
+        first = self._accumulate(model, batch)
+        yield first
         for _ in range(1, self.args.ppo_epochs):
             self._step(model, optimizer)
-            terms.append(self._accumulate(model, batch._replace(old=terms[0].log_probabilities)))
-        return terms
+            yield self._accumulate(model, batch._replace(old=first.log_probabilities))
 
-    def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch, size: int) -> list[LossTerms]:
-        """A step for every `size` sequences, in an order of their own for every pass. The learning rate falls linearly
+    def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch) -> Iterator[LossTerms]:
+        """A step for every mini-batch, in an order of their own for every pass. The learning rate falls linearly
         during them, so that a round does not end with the noise of its last steps; the schedule sets it again.
 
         Distillation draws them in proportion to their weights, which then are all alike: most samples count too little
@@ -239,19 +242,19 @@ class GeneratorUpdate:
         distills = self.args.estimator == "distill"
         if not distills:
             batch = batch._replace(old=self._log_probabilities(model, batch))
-        terms: list[LossTerms] = []
         rates = [group["lr"] for group in optimizer.param_groups]
-        steps = self.args.ppo_epochs * math.ceil(len(batch.real) / size)
+        size = self.args.mini_batch_size or len(batch.real)
+        done, steps = 0, self.args.ppo_epochs * math.ceil(len(batch.real) / size)
         for _ in range(self.args.ppo_epochs):
             part = batch.resampled() if distills else batch
             order = torch.randperm(len(batch.real), device=batch.real.device).split(size)
             for rows in progress(order, "generator", self.args):
-                if terms:
+                if done:
                     self._step(model, optimizer)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (1 - len(terms) / steps)
-                terms.append(self._accumulate(model, part.rows(rows).trimmed()))
-        return terms
+                    group["lr"] = rate * (1 - done / steps)
+                yield self._accumulate(model, part.rows(rows).trimmed())
+                done += 1
 
     @torch.no_grad()
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:

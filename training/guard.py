@@ -46,7 +46,8 @@ class Guard:
         bounds = (("eval_loss", args.max_nll_drift), ("eval_self_bleu_4", args.max_self_bleu_increase))
         self._bounds = {name: bound for name, bound in bounds if bound is not None}
         self._file = output_folder(args) / ROLLBACKS_FILE
-        self._watched: list[tuple[str, Tensor]] = []
+        self._watched: list[str] = []
+        self._flags = torch.zeros(0)  # one tensor for all of them, see `RunningMeans`
         self.reference: dict[str, float] = {}
         self.rollbacks = 0
         self.last_good: Path | None = None
@@ -68,16 +69,23 @@ class Guard:
 
     def watch(self, what: str, values: Tensor) -> None:
         """Remember that values have to be finite. Nothing waits for the device here; see [`~Guard.flags`]."""
-        self._watched.append((what, (~values.detach().isfinite()).any().float()))
+        self._remember(what, ~values.detach().isfinite().all())
 
     def watch_weights(self, parameters: Iterable[Tensor]) -> None:
         """The same for all weights; of those that are sharded, this process's part."""
         finite = torch.stack([own_part(parameter.detach()).isfinite().all() for parameter in parameters])
-        self._watched.append(("a weight", (~finite.all()).float()))
+        self._remember("a weight", ~finite.all())
+
+    def _remember(self, what: str, is_wrong: Tensor) -> None:
+        if len(self._watched) == len(self._flags):
+            more = torch.zeros(max(64, len(self._flags)), device=is_wrong.device)
+            self._flags = torch.cat([self._flags.to(is_wrong.device), more])
+        self._flags[len(self._watched)] = is_wrong
+        self._watched.append(what)
 
     def flags(self) -> Tensor:
         """For everything that is watched, in how many processes it is not finite; on the device, `(n,)`."""
-        flags: Tensor = self.accelerator.reduce(torch.stack([flag for _, flag in self._watched]), "sum")
+        flags: Tensor = self.accelerator.reduce(self._flags[: len(self._watched)].clone(), "sum")
         return flags
 
     def check_flags(self, flags: Sequence[float]) -> None:
@@ -86,8 +94,7 @@ class Guard:
         Raises:
             DivergedError: if something is infinite or NaN in any process.
         """
-        names = [what for what, _ in self._watched]
-        self._watched.clear()
+        names, self._watched = self._watched, []
         for what, flag in zip(names, flags, strict=True):
             if flag:
                 raise DivergedError(f"{what} is not finite")

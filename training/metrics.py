@@ -1,5 +1,6 @@
 """What a run measures between two logs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -74,6 +75,37 @@ def weighted_mean(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tenso
         name: _combine(name, [(measures[name], counts.get(name, 1)) for measures, counts in parts if name in measures])
         for name in names
     }
+
+
+class RunningMeans:
+    """
+    The means of figures over the steps of an update; of a name in `_max` the largest.
+
+    They are added up in place. A small tensor that stayed behind after every step would lie between the large ones of
+    that step and of the next, which then could not have the same place: memory would grow with the number of steps.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Add those of a step."""
+        for name, value in figures.items():
+            if name not in self._totals:
+                self._totals[name] = value.detach().clone()
+            elif name.endswith("_max"):
+                torch.maximum(self._totals[name], value.detach(), out=self._totals[name])
+            else:
+                self._totals[name] += value.detach()
+            self._counts[name] += 1
+
+    def means(self) -> dict[str, Tensor]:
+        """Each over the steps that had it."""
+        return {
+            name: total if name.endswith("_max") else total / self._counts[name]
+            for name, total in self._totals.items()
+        }
 
 
 def _combine(name: str, figures: list[tuple[Tensor, Tensor | float]]) -> Tensor:

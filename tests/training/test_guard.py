@@ -193,6 +193,18 @@ def test_all_processes_raise_together(tmp_path: Path) -> None:
         guard.check_evaluation({"eval_loss": 1.0})
 
 
+def test_any_number_of_values_can_be_watched(tmp_path: Path) -> None:
+    guard = make_guard(tmp_path, Accelerator(cpu=True))
+    for _ in range(2):
+        for step in range(200):
+            guard.watch(f"step {step}", torch.tensor([torch.nan if step in (130, 140) else 1.0]))
+        flags = guard.flags().tolist()
+        assert [step for step, flag in enumerate(flags) if flag] == [130, 140]
+        assert len(flags) == 200
+        with pytest.raises(DivergedError, match=r"^step 130 is not finite$"):
+            guard.check_flags(flags)
+
+
 def test_the_first_of_what_is_watched_is_reported(tmp_path: Path) -> None:
     guard = make_guard(tmp_path, Accelerator(cpu=True))
     broken = torch.tensor([1.0, torch.nan])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from midimamba.training.guarded_trainer import GuardedTrainer
-from midimamba.training.metrics import Metrics, weighted_mean
+from midimamba.training.metrics import Metrics, RunningMeans, weighted_mean
 from support import make_generator
 from trainer_support import ALL_STABILISERS, LENGTH, make_blocks, make_trainer
 
@@ -43,6 +43,15 @@ def test_each_figure_counts_by_what_it_is_a_mean_over() -> None:
     second = {"a": torch.tensor(5.0), "b": torch.tensor(4.0), "c": torch.tensor(2.0)}, {"a": torch.tensor(2)}
     expected = {"a": torch.tensor(2.0), "b": torch.tensor(4.0), "c": torch.tensor(1.5)}
     assert weighted_mean([first, second]) == expected
+
+
+def test_running_means_are_over_the_steps_that_have_a_figure() -> None:
+    found, first = RunningMeans(), {"a": torch.tensor(1.0), "b_max": torch.tensor(-3.0)}
+    found.add(first)
+    found.add({"a": torch.tensor(4.0, requires_grad=True), "b_max": torch.tensor(-2.0), "c": torch.tensor(5.0)})
+    found.add({"a": torch.tensor(4.0), "b_max": torch.tensor(-4.0)})
+    assert found.means() == {"a": torch.tensor(3.0), "b_max": torch.tensor(-2.0), "c": torch.tensor(5.0)}
+    assert first == {"a": torch.tensor(1.0), "b_max": torch.tensor(-3.0)}  # they are not added up in the caller's
 
 
 def test_all_figures_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Several optimizer steps in a round: against loops written by hand, and what is held out stays unseen."""
 
 import copy
+import gc
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from midimamba.training.adversarial_config import AdversarialConfig
 from midimamba.training.adversarial_trainer import AdversarialTrainer
 from midimamba.training.credit import importance_weights
 from midimamba.training.discriminator_update import DiscriminatorUpdate
-from midimamba.training.generator_update import Batch, GeneratorLoss, LossTerms
+from midimamba.training.generator_update import Batch, GeneratorLoss, GeneratorUpdate, LossTerms
 from support import make_discriminator, make_generator
 from trainer_support import LENGTH, PLAIN, all_valid, make_blocks, make_trainer, moved, parameters
 
@@ -90,6 +91,28 @@ def test_a_pass_in_parts_is_a_loop_of_optimizer_steps(tmp_path: Path, options: d
     assert moved(before, expected) > 1e-3
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["generator", "discriminator"])
+def test_nothing_stays_in_memory_after_a_mini_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """A small tensor that stays lies between the large ones of two steps, and keeps their memory apart."""
+    trainer = make_trainer(
+        tmp_path, estimator="terminal", ppo_clip=0.2, mini_batch_size=1, per_device_train_batch_size=COUNT, max_steps=1
+    )
+    update = {"generator": GeneratorUpdate, "discriminator": DiscriminatorUpdate}[which]
+    tensors: list[int] = []
+    accumulate = update._accumulate
+
+    def count(self: Any, *arguments: Any) -> Any:
+        gc.collect()
+        tensors.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+        return accumulate(self, *arguments)
+
+    monkeypatch.setattr(update, "_accumulate", count)
+    trainer.train()
+    assert tensors[4] == tensors[2]  # of the first pass; after two steps, the optimizer has its moments
 
 
 @pytest.mark.parametrize("size", [COUNT, COUNT + 1])
