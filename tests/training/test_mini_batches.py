@@ -101,7 +101,7 @@ def test_nothing_stays_in_memory_after_a_mini_batch(
     trainer = make_trainer(
         tmp_path, estimator="terminal", ppo_clip=0.2, mini_batch_size=1, per_device_train_batch_size=COUNT, max_steps=1
     )
-    update = {"generator": GeneratorUpdate, "discriminator": DiscriminatorUpdate}[which]
+    update: Any = {"generator": GeneratorUpdate, "discriminator": DiscriminatorUpdate}[which]
     tensors: list[int] = []
     accumulate = update._accumulate
 
