@@ -211,14 +211,18 @@ class GeneratorUpdate:
             The mean loss of the steps, and the measures of the batch.
         """
         size = self.args.mini_batch_size
-        learn = self._learn_from_whole if size is None or size >= len(batch.real) else self._learn_from_parts
+        if size is None or size >= len(batch.real):
+            steps = self._learn_from_whole(model, optimizer, batch)
+        else:
+            steps = self._learn_from_parts(model, optimizer, batch, size)
         first, found = None, RunningMeans()
-        for terms in learn(model, optimizer, batch):
+        for terms in steps:
             first = first or terms
             found.add({"loss": terms.loss, **terms.measures})
         assert first is not None  # there is a pass, and music
         means = found.means()
-        loss, measures = means.pop("loss"), dict[str, Any](means)
+        loss = means.pop("loss")
+        measures: Measures = dict(means)
         if "kl" in measures:
             # Of the policy that sampled, and of all processes: they must agree on the next coefficient.
             measures["kl"] = self.accelerator.reduce(torch.as_tensor(first.measures["kl"]), "mean")
@@ -232,8 +236,8 @@ class GeneratorUpdate:
             self._step(model, optimizer)
             yield self._accumulate(model, batch._replace(old=first.log_probabilities))
 
-    def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch) -> Iterator[LossTerms]:
-        """A step for every mini-batch, in an order of their own for every pass. The learning rate falls linearly
+    def _learn_from_parts(self, model: nn.Module, optimizer: Any, batch: Batch, size: int) -> Iterator[LossTerms]:
+        """A step for every `size` sequences, in an order of their own for every pass. The learning rate falls linearly
         during them, so that a round does not end with the noise of its last steps; the schedule sets it again.
 
         Distillation draws them in proportion to their weights, which then are all alike: most samples count too little
@@ -243,7 +247,6 @@ class GeneratorUpdate:
         if not distills:
             batch = batch._replace(old=self._log_probabilities(model, batch))
         rates = [group["lr"] for group in optimizer.param_groups]
-        size = self.args.mini_batch_size or len(batch.real)
         done, steps = 0, self.args.ppo_epochs * math.ceil(len(batch.real) / size)
         for _ in range(self.args.ppo_epochs):
             part = batch.resampled() if distills else batch

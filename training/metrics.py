@@ -77,6 +77,15 @@ def weighted_mean(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tenso
     }
 
 
+def _combine(name: str, figures: list[tuple[Tensor, Tensor | float]]) -> Tensor:
+    if name.endswith("_max"):
+        return torch.stack([value for value, _ in figures]).max()
+    total = sum(count for _, count in figures)
+    if isinstance(total, Tensor):
+        total = total.clamp(min=1)  # the mean of nothing is 0
+    return torch.stack([value * (count / total) for value, count in figures]).sum()
+
+
 class RunningMeans:
     """
     The means of figures over the steps of an update; of a name in `_max` the largest.
@@ -106,12 +115,3 @@ class RunningMeans:
             name: total if name.endswith("_max") else total / self._counts[name]
             for name, total in self._totals.items()
         }
-
-
-def _combine(name: str, figures: list[tuple[Tensor, Tensor | float]]) -> Tensor:
-    if name.endswith("_max"):
-        return torch.stack([value for value, _ in figures]).max()
-    total = sum(count for _, count in figures)
-    if isinstance(total, Tensor):
-        total = total.clamp(min=1)  # the mean of nothing is 0
-    return torch.stack([value * (count / total) for value, count in figures]).sum()

@@ -332,7 +332,8 @@ _TAUGHT = {
 }
 
 
-def _taught(result: Result) -> str:
+@table("music-nottingham")
+def taught(result: Result) -> str:
     arms = result["arms"]
     rows = []
     for name in (name for name in _TAUGHT if name in arms):
@@ -362,11 +363,6 @@ def _taught(result: Result) -> str:
         "NLL per token ↓",
     )
     return markdown(header, rows)
-
-
-@table("music-nottingham")
-def taught(result: Result) -> str:
-    return _taught(result)
 
 
 _FIGURES = {

@@ -35,7 +35,9 @@ def of_gate(outputs: Tensor, inputs: Tensor, D: Tensor, projected: Tensor) -> Te
     return (outputs + inputs * D) * F.silu(projected[..., CHANNELS:])
 
 
-def compare(ours: Callable[..., Tensor], definition: Callable[..., Tensor], *inputs: Tensor) -> None:
+def assert_same_with_gradients(
+    ours: Callable[..., Tensor], definition: Callable[..., Tensor], *inputs: Tensor
+) -> None:
     """The result and the gradients of all inputs."""
     narrow = [each.detach().clone().requires_grad_() for each in inputs]
     wide = [each.detach().double().requires_grad_() for each in inputs]
@@ -68,7 +70,7 @@ def test_convolution_is_that_of_its_definition(taps: int, has_begins: bool, has_
     def of_definition(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return of_convolution(window, weight, bias, begins)
 
-    compare(of_kernel, of_definition, *given)
+    assert_same_with_gradients(of_kernel, of_definition, *given)
 
 
 def test_a_gate_may_be_any_slice() -> None:
@@ -88,8 +90,10 @@ def test_steps_and_gate_are_those_of_their_definitions() -> None:
         torch.randn(2, 5, CHANNELS),
         torch.randn(2, 5, 2 * CHANNELS),
     )
-    compare(to_steps, lambda rows, bias: F.softplus(rows + bias), 4 * outputs, torch.randn(CHANNELS))
-    compare(
+    assert_same_with_gradients(
+        to_steps, lambda rows, bias: F.softplus(rows + bias), 4 * outputs, torch.randn(CHANNELS)
+    )
+    assert_same_with_gradients(
         lambda outputs, inputs, D, projected: gate_outputs(outputs, inputs, D, projected[..., CHANNELS:]),
         of_gate,
         *(outputs, inputs, torch.randn(CHANNELS), 4 * projected),
