@@ -5,7 +5,6 @@ backward pass: what can be computed again from the inputs is. [`~midimamba.model
 defines what the kernels compute. They take float32 on the processor.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from .numba_common import LOG2_E, exp2, in_parallel, inline, kernel, silu, softplus, use_wide_vectors
 from .scan_common import first_derivative_only
+from .scan_numba import WIDTH, count_tasks, place
 
-WIDTH = 256
-"""Channels of a task, all of one sequence."""
 _ONE = np.float32(1)
 
 
@@ -62,14 +60,6 @@ def _silu_slope(z: Any) -> Any:
 
 
 @kernel
-def _place(task: int, shape: Any) -> tuple[int, int, int]:
-    """The sequence of a task, its first channel, and the number of its channels."""
-    blocks = (shape[2] + WIDTH - 1) // WIDTH
-    c0 = task % blocks * WIDTH
-    return task // blocks, c0, min(WIDTH, shape[2] - c0)
-
-
-@kernel
 def _mix(window: Any, weight: Any, bias: Any, b: int, t: int, c0: int, reach: int, z: Any) -> None:
     """The convolution at step `t`, of that step and of `reach` before it. `weight` is `(taps, width)`."""
     newest, width = len(weight) - 1, len(bias)
@@ -88,7 +78,7 @@ def _convolve(window: Any, weight: Any, bias: Any, begins: Any, output: Any, fir
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     newest, z = len(weight) - 1, np.empty(WIDTH, np.float32)
     for task in range(first, last):
-        b, c0, width = _place(task, output.shape)
+        b, c0, width = place(task, output.shape[2])
         w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], newest
         for t in range(output.shape[1]):
             reach = 0 if begins[b, t] else min(reach + 1, newest)
@@ -115,7 +105,7 @@ def _convolve_backward(
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     newest, z = len(weight) - 1, np.empty(WIDTH, np.float32)
     for task in range(first, last):
-        b, c0, width = _place(task, grad_output.shape)
+        b, c0, width = place(task, grad_output.shape[2])
         w, offset, reach = weight[:, c0 : c0 + width].copy(), bias[c0 : c0 + width], newest
         grad_weight[b, :, c0 : c0 + width] = 0
         grad_window[b, :newest, c0 : c0 + width] = 0
@@ -142,7 +132,7 @@ def _to_steps(projected: Any, bias: Any, output: Any, first: int, last: int) -> 
     """Tasks `first … last - 1`."""
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     for task in range(first, last):
-        b, c0, width = _place(task, output.shape)
+        b, c0, width = place(task, output.shape[2])
         offset = bias[c0 : c0 + width]
         for t in range(output.shape[1]):
             row, result = projected[b, t, c0 : c0 + width], output[b, t, c0 : c0 + width]
@@ -157,7 +147,7 @@ def _to_steps_backward(
     """Tasks `first … last - 1`. `grad_bias` has a row for every sequence."""
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     for task in range(first, last):
-        b, c0, width = _place(task, grad.shape)
+        b, c0, width = place(task, grad.shape[2])
         offset, of_bias = bias[c0 : c0 + width], grad_bias[b, c0 : c0 + width]
         of_bias[:] = 0
         for t in range(grad.shape[1]):
@@ -175,7 +165,7 @@ def _gate(outputs: Any, inputs: Any, D: Any, gate: Any, stride: int, result: Any
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     time = result.shape[1]
     for task in range(first, last):
-        b, c0, width = _place(task, result.shape)
+        b, c0, width = place(task, result.shape[2])
         skip = D[c0 : c0 + width]
         for t in range(time):
             at = (b * time + t) * stride + c0
@@ -204,7 +194,7 @@ def _gate_backward(
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     time = grad_result.shape[1]
     for task in range(first, last):
-        b, c0, width = _place(task, grad_result.shape)
+        b, c0, width = place(task, grad_result.shape[2])
         skip, of_skip = D[c0 : c0 + width], grad_D[b, c0 : c0 + width]
         of_skip[:] = 0
         for t in range(time):
@@ -300,7 +290,7 @@ class _GateOutputs(torch.autograd.Function):
 
 
 def _tasks(output: Tensor) -> int:
-    return len(output) * math.ceil(output.shape[2] / WIDTH)
+    return count_tasks(len(output), output.shape[2])
 
 
 __all__ = ["convolve", "gate_outputs", "to_steps"]

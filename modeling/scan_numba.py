@@ -35,18 +35,29 @@ def scan_numba(
 
 
 @kernel
+def place(task: int, channels: int) -> tuple[int, int, int]:
+    """The sequence of a task, its first channel, and the number of its channels."""
+    blocks = (channels + WIDTH - 1) // WIDTH
+    c0 = task % blocks * WIDTH
+    return task // blocks, c0, min(WIDTH, channels - c0)
+
+
+def count_tasks(batch: int, channels: int) -> int:
+    """One for every `WIDTH` channels of every sequence."""
+    return batch * math.ceil(channels / WIDTH)
+
+
+@kernel
 def _forward(
     x: Any, dt: Any, A: Any, B: Any, C: Any, reset: Any, state: Any, output: Any, starts: Any, first: int, last: int
 ) -> None:
     """Tasks `first … last - 1`. `A`, `(state, channels)`, is in powers of two; `state` goes from initial to final."""
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     time, channels, size = x.shape[1], x.shape[2], A.shape[0]
-    blocks = (channels + WIDTH - 1) // WIDTH
     h, a = np.empty((size, WIDTH), np.float32), np.empty((size, WIDTH), np.float32)
     step, entering, y = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
     for task in range(first, last):
-        b, c0 = task // blocks, task % blocks * WIDTH
-        width = min(WIDTH, channels - c0)
+        b, c0, width = place(task, channels)
         for n in range(size):
             for c in range(width):
                 h[n, c] = state[b, n, c0 + c]
@@ -101,16 +112,14 @@ def _backward(
     """
     use_wide_vectors()  # type: ignore[call-arg]  # Numba passes the first argument itself
     time, channels, size = x.shape[1], x.shape[2], A.shape[0]
-    blocks = (channels + WIDTH - 1) // WIDTH
     states, decay = np.empty((CHUNK + 1, size, WIDTH), np.float32), np.empty((CHUNK, size, WIDTH), np.float32)
     adjoint, of_a = np.empty((size, WIDTH), np.float32), np.empty((size, WIDTH), np.float32)
     a = np.empty((size, WIDTH), np.float32)
     step, entering, g = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
     of_entering, of_step = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
     for task in range(first, last):
-        b, block = task // blocks, task % blocks
-        c0 = block * WIDTH
-        width = min(WIDTH, channels - c0)
+        b, c0, width = place(task, channels)
+        block = c0 // WIDTH
         for n in range(size):
             for c in range(width):
                 a[n, c] = A[n, c0 + c]
@@ -179,8 +188,8 @@ class _NumbaScan(torch.autograd.Function):
         reset = torch.zeros(batch, time, dtype=torch.bool) if reset is None else reset.contiguous()
         state = initial_state.clone(memory_format=torch.contiguous_format)
         output, starts = torch.empty_like(x), x.new_empty(math.ceil(time / CHUNK), *state.shape)
-        tasks = batch * math.ceil(channels / WIDTH)
-        in_parallel(_forward, (x, dt, A * float(LOG2_E), B, C, reset, state, output, starts), tasks)
+        arguments = (x, dt, A * float(LOG2_E), B, C, reset, state, output, starts)
+        in_parallel(_forward, arguments, count_tasks(batch, channels))
         ctx.save_for_backward(x, dt, A, B, C, reset, starts)
         return output.to(ctx.dtypes[0]), state
 
@@ -195,9 +204,9 @@ class _NumbaScan(torch.autograd.Function):
         grad_B, grad_C = B.new_empty(blocks, *B.shape), C.new_empty(blocks, *C.shape)
         incoming = (grad_output.float().contiguous(), grad_state)
         gradients = (grad_x, grad_dt, grad_A, grad_B, grad_C)
-        in_parallel(_backward, (x, dt, A, B, C, reset, starts, *incoming, *gradients), batch * blocks)
+        in_parallel(_backward, (x, dt, A, B, C, reset, starts, *incoming, *gradients), count_tasks(batch, channels))
         results = (grad_x, grad_dt, grad_A.sum(0).T, grad_B.sum(0), grad_C.sum(0), grad_state)
         return *(result.to(dtype) for result, dtype in zip(results, ctx.dtypes, strict=True)), None
 
 
-__all__ = ["scan_numba"]
+__all__ = ["WIDTH", "count_tasks", "place", "scan_numba"]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from midimamba.modeling import mixer_numba
-from midimamba.modeling.mixer_numba import WIDTH, convolve, gate_outputs, to_steps
+from midimamba.modeling.mixer_numba import convolve, gate_outputs, to_steps
+from midimamba.modeling.scan_numba import WIDTH
 from support import gradients_of, make_generator
 
 CHANNELS = WIDTH + 40
