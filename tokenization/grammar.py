@@ -455,6 +455,8 @@ class MidiGrammar(LogitsProcessor):
             values[:, At.BARS] = torch.where(values[:, At.NOTES] > 0, 0, first)
             values[:, At.PROMPTED] = values[:, At.NOTES]
             values[:, At.HELD] = state.used[:, :PROGRAMS].sum(dim=1) > 0
+            if self.fills:  # not those that happen to play in the bars before the gap
+                state.played[:] = self._tables["programs"]
             if self.constraints is not None:
                 self._constrain_prompt(state)
 

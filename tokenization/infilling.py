@@ -122,8 +122,7 @@ class Asked(NamedTuple):
     What a prompt asks for.
 
     Args:
-        meters (`list[str]`): the time signature of each bar after the last FILL, such as `"3/4"`: of those that the
-            prompt shows, then of the wanted ones.
+        meters (`list[str]`): the time signature of each wanted bar, such as `"3/4"`.
         programs (`list[int]`): the programs that may play in them.
     """
 
@@ -357,16 +356,14 @@ class Arranger:
         if self.fill_id not in prompt:  # nothing is merged with it
             return None
         ids = self.expand(prompt)
-        start = self._start(ids)
         gaps = np.flatnonzero(ids == self.gap_id)[1:]  # the first is that before the bars after
-        if not len(gaps) or start is None:
+        if not len(gaps):
             return None
         header = ids[gaps[0] : gaps[-1]]
         has_meters = bool(self.tokenizer.config.use_time_signatures)
         wanted = [int(ids[place - 1]) if has_meters else -1 for place in gaps[1:]]
-        meters = [*self.take_apart(ids[start.place :]).meters[: start.before].tolist(), *wanted]
         programs = self._value[header[self._kind[header] == _PROGRAM]].tolist()
-        return Asked([self._meter(meter) for meter in meters], programs)
+        return Asked([self._meter(meter) for meter in wanted], programs)
 
     def filling(self, ids: Sequence[int]) -> list[int]:
         """What a model wrote after a prompt, as base ids."""

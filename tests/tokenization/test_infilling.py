@@ -154,7 +154,10 @@ def test_a_piece_arranged_and_placed_is_the_piece(
 
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=["plain", "merged"])
-@pytest.mark.parametrize(("tracks", "bars"), [(None, (1, 2)), ([0], (3, 6)), ([1, 3], (6, 6)), (None, (1, 6))])
+@pytest.mark.parametrize(
+    ("tracks", "bars"),
+    [(None, (1, 2)), ([0], (3, 6)), ([1, 3], (6, 6)), (None, (1, 6)), (None, (2, 3)), (None, (4, 6))],
+)
 def test_exactly_the_wanted_bars_of_the_wanted_instruments_are_sampled(
     processor: MidiProcessor, tracks: list[int] | None, bars: tuple[int, int]
 ) -> None:
@@ -166,18 +169,31 @@ def test_exactly_the_wanted_bars_of_the_wanted_instruments_are_sampled(
     with torch.no_grad():
         sampled = processor.compose(model, inputs, num=4, max_new_tokens=2000, seed=1)
     assert sampled.unfinished == 0
-    shown = bars[0] - 1 if tracks is None else 0
-    assert len(asked.meters) == shown + bars[1] - bars[0] + 1
+    assert len(asked.meters) == bars[1] - bars[0] + 1
     for row in sampled.ids.tolist():
         piece = arranger.take_apart(np.array(arranger.filling(row)))
         names = list(processor.midi_tokenizer.vocab)
-        assert [names[meter].split("_")[1] for meter in piece.meters] == asked.meters[shown:]
+        assert [names[meter].split("_")[1] for meter in piece.meters] == asked.meters
         assert len(piece.bar)
         assert set(piece.program.tolist()) <= set(asked.programs)
         found = processor.place(score, row, bars, tracks)
         lines = bar_starts(score)
         onsets = [note.time for track in found.tracks for note in track.notes if note not in list(track.notes)]
         assert all(lines[bars[0] - 1] <= onset < lines[bars[1]] for onset in onsets)
+
+
+@pytest.mark.parametrize("bars", [(3, 4), (2, 3), (4, 4)])
+def test_an_instrument_of_the_gap_may_play_though_it_is_silent_before(bars: tuple[int, int]) -> None:
+    score = Score(480)
+    score.tracks.append(Track("Piano", 0, notes=[Note(480 * beat, 480, 60, 64) for beat in range(16)]))
+    score.tracks.append(Track("Violin", 40, notes=[Note(480 * beat, 480, 72, 64) for beat in range(8, 16)]))
+    ids = PLAIN.infill(score, bars)["input_ids"]
+    vocab = PLAIN.midi_tokenizer.vocab
+    row = torch.tensor([[*ids, vocab["Bar_None"], vocab["TimeSig_4/4"], vocab["Position_0"]]])
+    for constraints in (None, {"scale": "C-major"}):
+        options = {"prompt_length": len(ids), "meters": ["4/4"] * (bars[1] - bars[0] + 1), "programs": [0, 40]}
+        allowed = PLAIN.grammar(constraints=constraints, **options)(row, torch.zeros(1, len(vocab)))[0].isfinite()
+        assert [bool(allowed[vocab[f"Program_{program}"]]) for program in (0, 40, 41)] == [True, True, False]
 
 
 def test_the_last_wanted_bar_may_be_silent() -> None:
@@ -197,7 +213,7 @@ def test_a_gap_at_the_end_and_a_gap_that_is_everything_can_be_filled() -> None:
     for bars in ((4, 6), (6, 6), (1, 6)):
         asked = PLAIN.arranger.asked(PLAIN.infill(score, bars)["input_ids"])
         assert asked is not None
-        assert asked.meters == ["4/4"] * bars[1]  # of those before the gap as well
+        assert asked.meters == ["4/4"] * (bars[1] - bars[0] + 1)
         assert asked.programs == [40]
 
 
