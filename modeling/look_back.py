@@ -64,15 +64,18 @@ class LookBack(nn.Module):
         init.zeros_(self.repeats)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every id, shape `(vocab,)` each: whether it opens a bar, and the last position that it sets or -1. Then
-        the lags.
+        """Of ids, shape `(known,)` each: whether one opens a bar, and the last position that it sets or -1. Then the
+        lags.
 
-        They follow from the configuration, so they are no weights, and are made when they are first needed.
+        The last entry stands for all higher ids, which do neither: a vocabulary may grow. They follow from the
+        configuration, so they are no weights, and are made when they are first needed.
         """
         if self._tables is None or self._tables[0].device != device:
-            opens_bar = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+            marks = [*self.config.bar_token_ids, *(index for index, _ in self.config.position_token_ids)]
+            known = max(marks, default=-1) + 2
+            opens_bar = torch.zeros(known, dtype=torch.bool)
             opens_bar[list(self.config.bar_token_ids)] = True
-            position = torch.full((self.config.vocab_size,), -1)
+            position = torch.full((known,), -1)
             for index, value in self.config.position_token_ids:
                 position[index] = value
             self._tables = opens_bar.to(device), position.to(device), torch.tensor(self.lags, device=device)
@@ -177,7 +180,8 @@ class LookBack(nn.Module):
         """
         is_gap, starts = ids == self.gap, begins | (ids == self.bos)
         is_begin = starts | is_gap
-        opens_bar, position = (table[ids] for table in self.tables(ids.device)[:2])
+        tables = self.tables(ids.device)[:2]
+        opens_bar, position = (table[ids.clamp(max=len(table) - 1)] for table in tables)
         bar, within = latest // _PLACES, latest % _PLACES
         bars, documents = opens_bar.cumsum(1), is_begin.cumsum(1)
         # Bars of this document so far, counting from one that was open before.

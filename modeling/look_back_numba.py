@@ -33,8 +33,8 @@ def align_(
     Args:
         ids (`array` of shape `(batch, time)`): the next tokens.
         begins (`array` of shape `(batch, time)`): 1 where a document begins.
-        opens_bar, position (`array` of shape `(vocab,)`): of every id, whether it opens a bar, and the last position
-            that it sets or -1.
+        opens_bar, position (`array` of shape `(known,)`): of every id, whether it opens a bar, and the last position
+            that it sets or -1. What the last entry says holds for all higher ids.
         lags (`array` of shape `(lags,)`): in bars; negative ones look ahead.
         all_ids, all_places (`array` of shape `(batch, at least past + time)`): of all tokens; those of the next are
             written.
@@ -55,20 +55,21 @@ def align_(
         gaps, after, jump = request[b]
         for t in range(time):
             token = ids[b, t]
+            known = min(token, len(position) - 1)
             starts = begins[b, t] or token == bos
             if starts:
                 gaps = jump = 0
             if starts or token == gap:
                 number = number // 2 * 2 + 2 * apart + 1
                 within = 0
-            elif opens_bar[token] or position[token] >= 0:
+            elif opens_bar[known] or position[known] >= 0:
                 within = 0
             else:
                 within = within // per_position * per_position + min(within % per_position + 1, per_position - 1)
-            if opens_bar[token]:
+            if opens_bar[known]:
                 number = number + 2 if number % 2 == 0 else number // 2 * 2 + 2 * apart + 2
-            if position[token] >= 0:
-                within = (position[token] + 1) * per_position
+            if position[known] >= 0:
+                within = (position[known] + 1) * per_position
             if token in (gap, fill):
                 following = number // 2 + 1 + number % 2 * apart
                 before = all_ids[b, past + t - 1] if past + t else bos

@@ -33,11 +33,11 @@ class MidiMambaMixer(MambaMixer):
             return self._step(hidden_states[:, 0], state, frame.scratch)[:, None]
         channels, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         if mask is not None:  # here, because the projection's bias would enter the convolution
-            channels = channels * mask
+            channels = channels * mask.to(channels.dtype)
         by_kernels = self._fits_kernels(channels)
         convolved = self._convolve(channels, state, begins, by_kernels)
         if mask is not None:
-            convolved = convolved * mask
+            convolved = convolved * mask.to(convolved.dtype)
         inputs, dt, A, B, C = self._discretize(convolved, by_kernels)
         outputs = self._scan(inputs, dt, A, B, C, state, begins)
         return self.out_proj(self._gate(outputs, inputs, gate, by_kernels).to(hidden_states.dtype))
@@ -45,6 +45,7 @@ class MidiMambaMixer(MambaMixer):
     def _fits_kernels(self, tensor: Tensor) -> bool:
         """Whether the kernels can compute a mixer whose projection is this tensor."""
         in_float32 = tensor.dtype == self.A_log.dtype == torch.float32
+        in_float32 &= not torch.is_autocast_enabled(tensor.device.type)
         fits = in_float32 and self.config.hidden_act == "silu" and tensor.numel() > 0
         return fits and choose_backend(tensor.device) == "numba"
 

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import initialization as init
 from transformers.core_model_loading import WeightTransform
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .calibration import Calibration
 from .configuration_discriminator import MidiDiscriminatorConfig
@@ -181,6 +182,7 @@ class MidiDiscriminator(WholeWeights):
             raise ValueError("a discriminator of kind 'cnn' has no state; it reads whole sequences")
         return RecurrentCache.for_model(self.encoder, batch_size)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightTransform
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
+from transformers.utils.generic import can_return_tuple
 
 from .attention import MidiMambaAttention, frame_attention
 from .configuration_midimamba import MidiMambaConfig
@@ -182,6 +183,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -191,6 +193,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         seq_idx: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MidiMambaModelOutput:
         """See [`MidiMambaForCausalLM.forward`]."""
@@ -205,6 +208,8 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
         if attention_mask is not None:  # it may cover the tokens already in the state as well
             mask = attention_mask[:, -time:, None].to(hidden_states.dtype)
         begins = None
+        if seq_idx is None and position_ids is not None:
+            seq_idx = (position_ids == 0).cumsum(1).expand(batch, -1)
         if seq_idx is not None:
             if seq_idx.shape != (batch, time):
                 raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the input {(batch, time)}")
@@ -258,8 +263,9 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
     ) -> RecurrentCache | None:
         """The cache to start from: the given one if it fits, or a new one if one is asked for."""
         batch, device = len(hidden_states), hidden_states.device
+        reads_twice = self.training and self.is_gradient_checkpointing and torch.is_grad_enabled()
         if cache is None:
-            if not use_cache:
+            if not use_cache or reads_twice:  # as stock models do
                 return None
             return RecurrentCache.empty(self.config, batch, hidden_states.dtype, device)
         if not isinstance(cache, RecurrentCache):
@@ -268,7 +274,7 @@ class MidiMambaModel(MidiMambaPreTrainedModel):
                 "make a cache with RecurrentCache.for_model(model, batch_size)"
             )
         cache.check_fits(self.config, batch, device)
-        if self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
+        if reads_twice:
             raise ValueError(
                 "gradient checkpointing would read the tokens onto the cache a second time in the backward pass; "
                 "leave past_key_values out, or call gradient_checkpointing_disable()"
@@ -323,6 +329,7 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -347,9 +354,11 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
                 keep, or which positions; 0 keeps all.
             seq_idx (`LongTensor` of shape `(batch, time)`, *optional*): the number of every token's document. Where it
                 changes, state, convolution, attention and positions start again, so packed documents do not see each
-                other. The first token goes on from `past_key_values`, whatever its number.
+                other. The first token goes on from `past_key_values`, whatever its number. Without it, a document
+                begins wherever `position_ids`, as transformers' collators give them, are 0.
             cache (`RecurrentCache`, *optional*): `past_key_values`, by its name in transformers 5.24.
-            kwargs: `use_cache` (`bool`), to return the state, by default in evaluation mode alone;
+            kwargs: `use_cache` (`bool`), to return the state, by default in evaluation mode alone, and never where
+                gradient checkpointing would read tokens twice;
                 `output_hidden_states` (`bool`); and arguments of the loss.
 
         Returns:
@@ -359,11 +368,12 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         Raises:
             CacheMismatchError: if `past_key_values` belongs to another model, batch or device.
             ValueError: if the input is ambiguous, `seq_idx` has another shape, or gradient checkpointing is on and
-                there is a cache.
+                a cache is given.
         """
         past_key_values = past_key_values if cache is None else cache
         use_cache, output_hidden_states = kwargs.pop("use_cache", None), kwargs.pop("output_hidden_states", None)
-        special = attention_mask, inputs_embeds, labels, seq_idx
+        position_ids = kwargs.pop("position_ids", None)
+        special = attention_mask, inputs_embeds, labels, seq_idx, position_ids
         if past_key_values is not None and all(argument is None for argument in special):
             wants_more = (
                 output_hidden_states or self.config.output_hidden_states or not isinstance(logits_to_keep, int)
@@ -381,6 +391,8 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             seq_idx=seq_idx,
+            position_ids=position_ids,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept].to(self.lm_head.weight.dtype))
@@ -441,7 +453,10 @@ class MidiMambaForCausalLM(MidiMambaPreTrainedModel, GenerationMixin):
         # `Trainer` adds up the losses of the micro-batches of a step, so each is weighted by its share of the tokens.
         return loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        kwargs["inputs_embeds"] = inputs_embeds  # `generate` takes them only if they have a name here
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             # Padding on the left and earlier documents are in the cache already.

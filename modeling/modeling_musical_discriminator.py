@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .calibration import Calibration
 from .configuration_musical_discriminator import MusicalDiscriminatorConfig
@@ -58,6 +59,7 @@ class MusicalDiscriminator(WholeWeights):
             standard = torch.cat([standard, squares], dim=1)
         return standard
 
+    @can_return_tuple
     def forward(self, features: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SequenceClassifierOutput:
         """
         Args:

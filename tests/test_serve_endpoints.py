@@ -25,7 +25,8 @@ from midimamba.serving import responses, service
 from midimamba.serving.connections import MAX_BODY_BYTES
 from midimamba.streaming import stream
 from midimamba.tokenization.constraints import Constraints
-from support import make_score
+from midimamba.tokenization.tokenizer import build_tokenizer
+from support import make_generator, make_score
 
 Pair = tuple[MidiMambaForCausalLM, MidiProcessor]
 SHORT: dict[str, Any] = {"bars": 2, "max_new_tokens": 80, "seed": 5}
@@ -166,6 +167,7 @@ def test_values_are_refused_in_the_words_of_the_command_line(client: TestClient,
         ("/generate", {"controls": {"key": "H"}}, "control 'key' has no value 'H': choose one of C-major"),
         ("/generate", {"controls": 3}, "controls is 3: input should be a valid dictionary"),
         ("/generate", {"constraints": {"scale": "H"}}, "scale is 'H', but 'H' is not a pitch class"),
+        ("/generate", {"constraints": {"instruments": [None]}}, "instruments is None: give text"),
         ("/generate", {"constraints": {"scales": 1}}, "there is no constraint 'scales': choose from scale, "),
         ("/generate", {"constraints": {"scale": "C", "pitch_range": "61-62"}}, "scale C and pitch_range 61-62 leave"),
         ("/generate", [], "the body is not a JSON object"),
@@ -179,6 +181,19 @@ def test_other_refusals_are_one_line_too(client: TestClient, path: str, body: An
     answer = client.post(path, json=body)
     assert 400 <= answer.status_code < 500
     assert answer.json()["detail"].startswith(detail)
+
+
+def test_a_tokenization_whose_notes_come_out_of_order_cannot_stream() -> None:
+    processor = MidiProcessor(build_tokenizer("MMM"))
+    with served((make_generator(vocab_size=processor.vocab_size), processor)) as client:
+        answer = client.post("/generate/stream", json=SHORT)
+        assert (answer.status_code, answer.json()["detail"]) == (
+            422,
+            "streaming needs REMI, TSD, Structured, not MMM: sample whole pieces",
+        )
+        told = client.get("/model").json()
+        assert told["always_music"]
+        assert not told["can_stream"]
 
 
 def test_an_upload_that_cannot_be_used_is_refused_with_the_reason(pair: Pair, midi: bytes) -> None:
@@ -246,6 +261,8 @@ def test_malformed_bodies_are_refused_in_one_line(client: TestClient, path: str,
         ({"Host": "elsewhere.example:8000", "Origin": "http://elsewhere.example:8000"}, 421),
         ({"Host": "127.0.0.1.elsewhere.example"}, 421),
         ({"Host": ""}, 421),
+        ({"Host": "[::1"}, 400),
+        ({"Origin": "http://["}, 400),
     ],
 )
 def test_pages_of_other_sites_are_refused(client: TestClient, headers: dict[str, str], status: int) -> None:
@@ -322,6 +339,7 @@ def test_the_model_describes_itself(client: TestClient, pair: Pair) -> None:
     assert told["controls"] == {"key": ["C-major"]}
     assert told["can_infill"]
     assert told["always_music"]
+    assert told["can_stream"]
     assert told["limits"]["bars"] == 64
     assert told["sampling"] == {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 2048}
 

@@ -90,7 +90,8 @@ class Constraints:
                 raise InputError(f"{name} is {value!r}: give text, or a list of texts")
             _check_text(name, *(value or ()))
         for name in ("scale", "grid", "notes_per_bar"):
-            _check_text(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None:
+                _check_text(name, value)
         if self.polyphony is not None:
             check_whole("polyphony", self.polyphony, 1, MAX_POLYPHONY)
         _ = self.pitch_classes, self.step, self.density
@@ -231,7 +232,7 @@ class Constraints:
 
 def _check_text(name: str, *values: Any) -> None:
     """Raise an [`InputError`] for what is no text, as JSON may hold."""
-    if wrong := [value for value in values if not isinstance(value, str | None)]:
+    if wrong := [value for value in values if not isinstance(value, str)]:
         raise InputError(f"{name} is {wrong[0]!r}: give text")
 
 

@@ -33,6 +33,13 @@ STREAMED = ("REMI", "TSD", "Structured")
 """The tokenizations whose notes come in the order of time, each complete when its last token is read."""
 
 
+def check_streamed(tokenizer: MusicTokenizer) -> None:
+    """Raise an [`InputError`] if notes cannot be told before the piece is there."""
+    if (name := type(tokenizer).__name__) not in STREAMED:
+        raise InputError(f"streaming needs {', '.join(STREAMED)}, not {name}: sample whole pieces")
+    check_plain(tokenizer, "streaming")
+
+
 class Note(NamedTuple):
     """
     A note, complete with its end.
@@ -294,10 +301,7 @@ class NoteDecoder:
         polyphony: int | None = None,
     ):
         tokenizer = processor.midi_tokenizer
-        name = type(tokenizer).__name__
-        if name not in STREAMED:
-            raise InputError(f"streaming needs {', '.join(STREAMED)}, not {name}: sample whole pieces")
-        check_plain(tokenizer, "streaming")
+        check_streamed(tokenizer)
         assert processor.tokenizer is not None
         self._music = range(len(processor.tokenizer.all_special_ids), len(processor.tokenizer))
         self._reader = _Reader(tokenizer)

@@ -137,7 +137,10 @@ def test_gradients_equal_those_of_float64(model: MidiMambaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(layout_in_training: str, use_reentrant: bool) -> None:
+@pytest.mark.parametrize("use_cache", [None, True])
+def test_gradient_checkpointing_changes_no_gradient(
+    layout_in_training: str, use_cache: bool | None, use_reentrant: bool
+) -> None:
     model = make(layout_in_training, capacity_factor=0.5).train()
     results = []
     for checkpointing in (False, True):
@@ -145,7 +148,7 @@ def test_gradient_checkpointing_changes_no_gradient(layout_in_training: str, use
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         model.zero_grad()
-        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss = model(input_ids=tokens(), labels=tokens(), use_cache=use_cache).loss
         loss.backward()
         results.append([loss.detach(), *gradients_of(model)])
     for without, with_checkpointing in zip(*results, strict=True):
@@ -342,16 +345,34 @@ def test_bfloat16_keeps_close_to_float32(model: MidiMambaForCausalLM) -> None:
     assert close.float().mean() > 0.8
 
 
-def test_autocast_trains(model: MidiMambaForCausalLM) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_autocast_trains(model: MidiMambaForCausalLM, padded: bool) -> None:
     model.train()
+    mask = (torch.arange(20) >= 4).long().expand(3, -1) if padded else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(tokens(), labels=tokens()).loss
+        loss = model(tokens(), attention_mask=mask, labels=tokens()).loss
     loss.backward()
     assert loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients_of(model))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         cache = model.eval()(tokens()).past_key_values
         assert model(tokens(3, 2), past_key_values=cache).logits.isfinite().all()
+        generate(model, tokens(), attention_mask=mask)
+
+
+def test_a_model_continues_embeddings(model: MidiMambaForCausalLM) -> None:
+    embedded = model.get_input_embeddings()(tokens())
+    options = {"attention_mask": torch.ones_like(tokens()), "do_sample": False, **GENERATION}
+    expected = model.generate(tokens(), **options)[:, tokens().shape[1] :]
+    generated = model.generate(inputs_embeds=embedded, **options)
+    assert torch.equal(generated, expected)
+
+
+def test_a_tuple_is_returned_on_request(model: MidiMambaForCausalLM) -> None:
+    logits, *_ = model(tokens(), return_dict=False)
+    assert_close(logits.detach(), logits_of(model, tokens()))
+    model.config.return_dict = False
+    assert isinstance(model(tokens()), tuple)
 
 
 @pytest.mark.parametrize("tied", [True, False])

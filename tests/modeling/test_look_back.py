@@ -111,6 +111,21 @@ def test_the_alignment_is_its_definition(find: Find) -> None:
     assert repeated.any()
 
 
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_vocabulary_may_grow(model: MidiMambaForCausalLM, numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midimamba.modeling.look_back._has_numba", lambda: numba)
+    ids = music(2, 60)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(100_000)
+        torch.testing.assert_close(model(ids).logits[..., :11], before)
+        ids[:, 7] = 99_999
+        grown = model(ids).logits
+        fresh = MidiMambaForCausalLM(model.config).eval()
+        fresh.load_state_dict(model.state_dict())
+        torch.testing.assert_close(fresh(ids).logits, grown)
+
+
 def test_a_piece_that_repeats_a_bar_is_told_what_follows(find: Find) -> None:
     bar = [3, 5, 9, 6, 10, 9]
     followers, found, repeated = find(torch.tensor([[BOS, *bar, *bar, *bar]]))

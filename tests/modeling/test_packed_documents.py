@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from midimamba import MidiMambaForCausalLM, RecurrentCache
 from midimamba.modeling.configuration_midimamba import LAYOUTS
@@ -153,6 +154,20 @@ def test_generate_continues_the_last_document(model: MidiMambaForCausalLM) -> No
     generated = model.generate(tokens(), seq_idx=numbers(), **options)
     for row, documents in enumerate(split(tokens())):
         assert torch.equal(generated[row, -8:], model.generate(documents[-1], **options)[0, -8:])
+
+
+def test_documents_may_be_told_by_positions(model: MidiMambaForCausalLM) -> None:
+    rows = [[token for length in row for token in range(length)] for row in LENGTHS]
+    with torch.no_grad():
+        by_positions = model(tokens(), position_ids=torch.tensor(rows)).logits
+        torch.testing.assert_close(by_positions, model(tokens(), seq_idx=numbers()).logits)
+
+
+def test_a_collator_of_transformers_packs_documents(model: MidiMambaForCausalLM) -> None:
+    documents = [{"input_ids": part[0].tolist()} for part in split(tokens())[0]]
+    packed = DataCollatorWithFlattening()(documents)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**packed).logits[0], model(tokens(), seq_idx=numbers()).logits[0])
 
 
 def test_numbers_of_another_shape_are_refused(model: MidiMambaForCausalLM) -> None:

@@ -118,7 +118,7 @@ class Continuing(Growing):
         self._marks = Marks(given=given, least=given + wish.bars)
         self._judge = service.judge if wish.choose else None
         # Where notes do not come in the order of time, only the whole piece is seen.
-        streams = service.information.always_music and self._judge is None
+        streams = service.information.can_stream and self._judge is None
         self._streamer = NoteStreamer(service.processor, self._prompt, timeout=0.001) if streams else None
 
     def _sample(self) -> ScoreTick:

@@ -38,6 +38,7 @@ class ModelInformation(BaseModel):
     tokenization: str = Field(examples=["REMI"])
     vocab_size: int | list[int]
     always_music: bool = Field(description="Whether a grammar makes every sample valid music.")
+    can_stream: bool = Field(description="Whether notes can be sent while a piece is still being sampled.")
     can_infill: bool = Field(description="Whether POST /infill works.")
     controls: dict[str, list[str]] = Field(description="The names of the controls, and the values of each.")
     programs: list[int] | None = Field(description="General MIDI programs of new music, -1 for drums. null: all.")

@@ -65,10 +65,14 @@ class OwnPages:
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._is_local and not is_this_machine(urlsplit(f"//{host}").hostname):
+        try:
+            name, page = urlsplit(f"//{host}").hostname, None if origin is None else urlsplit(origin).netloc
+        except ValueError:
+            return JSONResponse({"detail": "Host or Origin is no address"}, 400)
+        if self._is_local and not is_this_machine(name):
             detail = f"this server is not {host!r}: it can only be reached as 127.0.0.1 or localhost; see --host"
             return JSONResponse({"detail": detail}, 421)
-        if origin is not None and urlsplit(origin).netloc != host:
+        if page is not None and page != host:
             return JSONResponse({"detail": f"pages of {origin!r} may not use this server"}, 403)
         return None
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import UploadFile
+from miditok import MusicTokenizer
 from starlette.exceptions import HTTPException
 from symusic.core import ScoreTick
 
@@ -13,7 +14,7 @@ from midimamba.command_options import DrawingOptions, SamplingOptions
 from midimamba.errors import InputError
 from midimamba.generation import choose_scores, generate_scores, infill_scores
 from midimamba.modeling.judging import Judge
-from midimamba.note_decoding import Note
+from midimamba.note_decoding import Note, check_streamed
 from midimamba.serving.answers import Limits, ModelInformation
 from midimamba.serving.connections import MAX_BODY_BYTES
 from midimamba.serving.options import ServeOptions
@@ -84,8 +85,10 @@ class Service:
     async def stream(self, asked: Asked[SamplingOptions], midi: UploadFile | None = None) -> Notes:
         """The notes of a new piece, or of one continuation of an upload."""
         options = self._checked(asked, asked.options.bars)
-        if not self.information.always_music:
-            raise HTTPException(422, "this model cannot stream: its tokenization is not REMI, TSD or Structured")
+        try:
+            check_streamed(self.processor.midi_tokenizer)
+        except InputError as error:
+            raise HTTPException(422, str(error)) from error
         prompt = await self._prompt(midi)
         return lambda: stream(self.model, self.processor, prompt, options, controls=asked.controls)
 
@@ -118,16 +121,12 @@ class Service:
         processor, limits = self.processor, self.limits
         own = complete_sampling(self.model.generation_config, {"do_sample": True})
         own["max_new_tokens"] = min(own["max_new_tokens"], limits.max_new_tokens)
-        try:
-            check_supported(processor.midi_tokenizer)
-            always_music = True
-        except InputError:
-            always_music = False
         return ModelInformation(
             model=limits.model,
             tokenization=type(processor.midi_tokenizer).__name__,
             vocab_size=processor.vocab_size,
-            always_music=always_music,
+            always_music=_passes(check_supported, processor),
+            can_stream=_passes(check_streamed, processor),
             can_infill=GAP in processor.midi_tokenizer.special_tokens,
             controls=processor.controls,
             programs=processor.programs,
@@ -142,3 +141,11 @@ class Service:
                 body_bytes=MAX_BODY_BYTES,
             ),
         )
+
+
+def _passes(check: Callable[[MusicTokenizer], None], processor: MidiProcessor) -> bool:
+    try:
+        check(processor.midi_tokenizer)
+    except InputError:
+        return False
+    return True
