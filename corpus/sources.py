@@ -79,6 +79,12 @@ def list_source(source: str, columns: Sequence[str] = ()) -> Iterator[Entry | Re
     yield from read_manifests(read_entries(manifests.values()), source, columns)
 
 
+def midi_files(folder: Path) -> list[Path]:
+    """All MIDI files of a folder and its subfolders, linked ones included, by name. Archives are not opened."""
+    files = (item for item in walk(folder) if not isinstance(item, Refusal))
+    return sorted(path for name, path, _ in files if _is_wanted(name) and is_midi(name))
+
+
 def holds_data_set(folder: Path) -> bool:
     """Whether a folder holds files of a data set, and no MIDI file, neither by itself nor in an archive."""
     archives, found = [], False

@@ -17,11 +17,11 @@ import numpy as np
 from symusic.core import ScoreTick
 from tqdm.auto import tqdm
 
+from midimamba.corpus.sources import midi_files
 from midimamba.errors import InputError
 from midimamba.evaluation.estimates import UNDEFINED, Estimate, Vector, bootstrap
 from midimamba.evaluation.features import opening
 from midimamba.evaluation.listening_page import listening_page
-from midimamba.evaluation.samples import midi_files
 from midimamba.evaluation.sound import load_soundfont, render_sounds
 from midimamba.files import read_json, whole_folder
 from midimamba.text import for_json, for_markdown, printable
@@ -255,7 +255,7 @@ def _draw(folder: Path, num: int, bars: int, seed: int) -> Draw:
     if len(draw.pieces) < num:
         raise InputError(
             f"{folder} has {len(draw.pieces)} pieces to listen to in {len(files)} MIDI files, but --num asks for "
-            f"{num}; give a smaller --num or more files"
+            f"{num}; give a smaller --num or more files, and unpack archives"
         )
     return draw
 

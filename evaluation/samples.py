@@ -10,10 +10,11 @@ from symusic.core import ScoreTick
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from midimamba.corpus.sources import midi_files
 from midimamba.errors import InputError
 from midimamba.modeling.modeling_midimamba import MidiMambaForCausalLM
 from midimamba.modeling.sampling import NEVER, Ending, sample
-from midimamba.tokenization.ingest import MUSIC_SUFFIXES, MidiRefusedError, check_score, parse_midi, read_content
+from midimamba.tokenization.ingest import MidiRefusedError, check_score, parse_midi, read_content
 from midimamba.tokenization.processor import MidiProcessor
 
 _BATCH_SIZE = 16
@@ -58,11 +59,6 @@ class Samples:
             self.refused[name] = refusal.reason
 
 
-def midi_files(folder: Path) -> list[Path]:
-    """All MIDI files of a folder and its subfolders, by name."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in MUSIC_SUFFIXES and file.is_file())
-
-
 def read_folder(folder: Path) -> Samples:
     """
     Read all MIDI files of a folder and its subfolders, by name.
@@ -73,7 +69,8 @@ def read_folder(folder: Path) -> Samples:
     files = midi_files(folder)
     if not files:
         raise InputError(
-            f"{folder} holds neither a generator (config.json) nor MIDI files; name a folder that has one of them"
+            f"{folder} holds neither a generator (config.json) nor MIDI files; name a folder that has one of them, "
+            "with its archives unpacked"
         )
     samples = Samples()
     for file in tqdm(files, desc="reading", leave=False, disable=None):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
 from midimamba.launching import distilling
 from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS
+from midimamba.training import adversarial as adversarial_script
 from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]
@@ -326,19 +329,46 @@ def test_distillation_does_without_bars(without_bars: tuple[Path, Path], run: Ru
         assert (tmp_path / f"tuned{kind}" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("resume", [(), ("--resume_from_checkpoint", "true")])  # the commands always resume
 @pytest.mark.parametrize("kind", ["discriminator", "musical-discriminator"])
 def test_the_discriminators_of_another_run_are_not_overwritten(
-    corpus: Path, pretrained: Path, run: Run, tmp_path: Path, kind: str
+    corpus: Path, pretrained: Path, run: Run, tmp_path: Path, kind: str, resume: tuple[str, ...]
 ) -> None:
     other = tmp_path / f"tuned-{kind}"
     other.mkdir()
     (other / "config.json").write_text("{}")
-    code, errors = run("adversarial.py", *adversarial(pretrained, corpus, tmp_path / "tuned"))
+    code, errors = run("adversarial.py", *adversarial(pretrained, corpus, tmp_path / "tuned"), *resume)
     assert code == 2
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert f"tuned-{kind} holds the discriminator of another run" in line
     assert (other / "config.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == [other.name]
+
+
+def test_the_files_of_others_are_not_replaced(corpus: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "train.log").touch()  # as a shell may make it
+    (out / "errors.py").write_text("precious")
+    arguments = tiny("chorales-cpu.yaml", data=corpus, output_dir=out, resume_from_checkpoint=True)
+    code, errors = run("pretrain.py", *arguments)
+    assert code == 2
+    assert errors.splitlines()[-1] == (
+        f"error: {out / 'errors.py'} is of no run that was begun here; choose another --output_dir or delete it"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["errors.py", "train.log"]
+    code, errors = run("pretrain.py", *tiny("chorales-cpu.yaml", data=corpus, output_dir=corpus))
+    assert code == 2
+    assert "corpus.json is of no run that was begun here" in errors.splitlines()[-1]
+
+
+def test_the_generator_is_saved_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved: list[str] = []
+    monkeypatch.setattr("midimamba.training.scripts.save_model", lambda folder, *_, **__: saved.append(folder.name))
+    trainer: Any = MagicMock()
+    trainer.args.output_dir = str(tmp_path / "tuned")
+    adversarial_script.save(trainer, MagicMock(), MagicMock(), (), push=False)
+    assert saved == ["tuned-discriminator", "tuned-musical-discriminator", "tuned"]
 
 
 def test_an_unknown_recipe_key_is_named(corpus: Path, run: Run, tmp_path: Path) -> None:

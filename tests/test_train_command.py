@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -283,8 +284,24 @@ def test_a_run_without_time_to_train_makes_no_model(
     assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_another_run_in_the_folder_is_not_taken_for_this_one(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("was", "tuned", "message"),
+    [
+        ({"data": "jazz"}, None, "trained on jazz"),
+        ({"data": "blues", "model": None}, "model", "trained, not tuned"),
+        ({"data": "blues", "model": "model", "estimator": "distill"}, None, "tuned"),
+        ({"data": "blues", "model": "model", "estimator": "distill"}, "runs/other", "tuned from model"),
+        ({"data": "blues", "model": None}, None, None),
+        ({"data": "blues", "model": "model", "estimator": "distill"}, "runs/model", None),
+    ],
+)
+def test_another_run_in_the_folder_is_not_taken_for_this_one(
+    tmp_path: Path, was: dict[str, Any], tuned: str | None, message: str | None
+) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "training_args.json").write_text(json.dumps({"data": "jazz"}))
-    with pytest.raises(InputError, match="is a generator that was trained on jazz: choose another --out"):
-        launching._is_finished(tmp_path, str(corpus))
+    (tmp_path / "training_args.json").write_text(json.dumps(was))
+    if message is None:
+        assert launching._is_finished(tmp_path, "music/blues", tuned)
+        return
+    with pytest.raises(InputError, match=f"is a generator that was {message}: choose another --out"):
+        launching._is_finished(tmp_path, "music/blues", tuned)

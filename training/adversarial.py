@@ -181,7 +181,7 @@ def _tune(
     resume = find_resume_point(training_args)
     output = output_folder(training_args)
     for folder in (discriminator_folder(output), musical_folder(output)):
-        if training_args.resume_from_checkpoint is None and (folder / "config.json").exists():
+        if resume is None and (folder / "config.json").exists():
             raise InputError(
                 f"{folder} holds the discriminator of another run; choose another --output_dir or delete it"
             )
@@ -234,15 +234,17 @@ def save(
     from midimamba.training.whole_checkpoints import output_folder
 
     output = output_folder(trainer.args)
-    d_output = discriminator_folder(output)
-    save_model(d_output, trainer.accelerator.unwrap_model(trainer.discriminator), arguments=arguments)
-    save_model(output, generator, processor, arguments=arguments, state=trainer.state)
-    announce(f"the generator is in {output}, the discriminator in {d_output}")
-    discriminators = [d_output]
+    networks = {discriminator_folder(output): trainer.accelerator.unwrap_model(trainer.discriminator)}
     if trainer.judges.musical is not None:
-        discriminators.append(musical_folder(output))
-        save_model(discriminators[-1], trainer.judges.musical.discriminator, arguments=arguments)
-        announce(f"the discriminator of musical features is in {discriminators[-1]}")
+        networks[musical_folder(output)] = trainer.judges.musical.discriminator
+    for folder, network in networks.items():
+        save_model(folder, network, arguments=arguments)
+    # Last, because it marks a finished run: one that is killed before goes on from its checkpoint.
+    save_model(output, generator, processor, arguments=arguments, state=trainer.state)
+    discriminators = list(networks)
+    announce(f"the generator is in {output}, the discriminator in {discriminators[0]}")
+    for folder in discriminators[1:]:
+        announce(f"the discriminator of musical features is in {folder}")
     if push:
         publish_run(trainer.args, output, discriminators)
 

@@ -45,6 +45,8 @@ _SHARES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # tried at the end, may change in a run, and so may who keeps which part of the generator.
 _LEFT_OUT = {"data", "model", "plan", "temperatures", "shard", *OPTION_GROUPS["evaluation and the guard"]}
 _COMPARED_BLOCKS = 1024
+_WRITTEN = (".json", ".safetensors", ".py", ".md")
+"""Of the files that a run leaves in the end: weights, configurations, the code of published models."""
 
 
 @contextmanager
@@ -83,14 +85,17 @@ def find_resume_point(args: TrainingArguments) -> str | None:
     newer ones that are not. Without any it starts from the beginning, if no work is lost by that.
 
     Raises:
-        InputError: if the output folder holds an earlier run that was not asked to be resumed, or the checkpoint is
-            missing or not whole.
+        InputError: if the output folder holds an earlier run that was not asked to be resumed, or something else, or
+            the checkpoint is missing or not whole.
     """
     output = output_folder(args)
     if (output / "config.json").exists():
         raise InputError(f"{output} holds a finished run; choose another --output_dir or delete it")
+    found = checkpoints_in(output)
+    if not found and (foreign := _foreign_in(output)):
+        raise InputError(f"{foreign} is of no run that was begun here; choose another --output_dir or delete it")
     if args.resume_from_checkpoint is None:
-        if found := checkpoints_in(output):
+        if found:
             raise InputError(
                 f"{found[-1]} is there from an earlier run; add --resume_from_checkpoint true, or delete {output}"
             )
@@ -105,6 +110,12 @@ def find_resume_point(args: TrainingArguments) -> str | None:
     if fault := fault_of(given):
         raise InputError(f"{given} {fault.reason}: resume from another checkpoint, or start again without")
     return str(given)
+
+
+def _foreign_in(output: Path) -> Path | None:
+    """A file that a finished run could replace, in a folder where none was begun."""
+    files = sorted(output.iterdir()) if output.is_dir() else []
+    return next((file for file in files if file.is_file() and file.suffix in _WRITTEN and file.name[0] != "."), None)
 
 
 def _last_whole(output: Path) -> str | None:

@@ -43,7 +43,7 @@ def train(options: TrainOptions) -> None:
 def tune(options: TuneOptions) -> None:
     """Tokenize if need be, then tune a generator adversarially by a packaged recipe."""
     started = time.time()
-    if _is_finished(options.out, options.data):
+    if _is_finished(options.out, options.data, options.model):
         return
     check_can_be_made(options.out)
     data = _corpus_of(options.data, options.out, CorpusOptions(tokenizer=options.model))
@@ -62,8 +62,13 @@ def tune(options: TuneOptions) -> None:
     leave_with(code)
 
 
-def _is_finished(out: Path, data: str) -> bool:
+def _is_finished(out: Path, data: str, tuned: str | None = None) -> bool:
     """Whether the run was made before. Then the user is told.
+
+    Args:
+        out (`Path`): of the generator.
+        data (`str`): what it learns from.
+        tuned (`str`, *optional*): the generator that it is made of, if it is tuned.
 
     Raises:
         InputError: if another run was.
@@ -71,9 +76,15 @@ def _is_finished(out: Path, data: str) -> bool:
     if not (out / "config.json").is_file():
         return False
     if (out / "training_args.json").is_file():
-        trained_on = Path(str(read_json(out / "training_args.json").get("data"))).name
+        arguments = read_json(out / "training_args.json")
+        trained_on, origin = (Path(str(arguments.get(name))).name for name in ("data", "model"))
+        made = f"{out} is a generator that was"
         if trained_on not in (Path(data).name, _own_corpus(out).name):
-            raise InputError(f"{out} is a generator that was trained on {trained_on}: choose another --out")
+            raise InputError(f"{made} trained on {trained_on}: choose another --out")
+        if (was_tuned := "estimator" in arguments) != (tuned is not None):
+            raise InputError(f"{made} {'tuned' if was_tuned else 'trained, not tuned'}: choose another --out")
+        if tuned is not None and origin != Path(tuned).name:
+            raise InputError(f"{made} tuned from {origin}: choose another --out")
     show(f"{out} is already there; for another run, choose another --out or delete it", file=sys.stderr)
     show(f"listen: {listening(out, discriminators_of(out))}", file=sys.stderr)
     return True

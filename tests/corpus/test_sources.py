@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from midimamba.corpus import archives
 from midimamba.corpus.entries import Entry, Refusal, unique_name
 from midimamba.corpus.manifests import Label
-from midimamba.corpus.sources import list_source, read_entries
+from midimamba.corpus.sources import list_source, midi_files, read_entries
 from midimamba.errors import InputError
 from midimamba.tokenization.ingest import MAX_FILE_BYTES, MidiRefusedError
 
@@ -83,6 +83,18 @@ def test_midi_files_are_found_in_any_case(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "folder.mid").mkdir()
     assert [entry.path.name for entry in entries_of(tmp_path)] == ["a.midi", "b.MID", "c.Kar", "d.mid"]
+
+
+def test_who_reads_files_one_by_one_finds_those_of_a_corpus(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "music", target_is_directory=True)
+    for name in ("b.MID", "a.mid.gz", "._a.mid", "music.zip", "linked/c.mid"):
+        (tmp_path / "music" / name).touch()
+    names = ["a.mid.gz", "b.MID", "linked/c.mid"]
+    assert midi_files(tmp_path / "music") == sorted(tmp_path / "music" / name for name in names)
+    assert sorted(entry.name for entry in entries_of(tmp_path / "music")) == sorted(names)
 
 
 @pytest.mark.parametrize("name", ["music.zip", "music.tar.gz"])

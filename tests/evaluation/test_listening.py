@@ -1,5 +1,6 @@
 """A listening test is blind, its key leads back to its music, and it is scored over pieces."""
 
+import gzip
 import json
 import re
 import wave
@@ -194,6 +195,14 @@ def test_an_existing_folder_is_not_replaced(folder: Path) -> None:
     with pytest.raises(FileExistsError):
         write_listening_test(folder, ARMS)
     assert contents(folder) == before
+
+
+def test_compressed_files_are_drawn(tmp_path: Path) -> None:
+    for arm, seed in (("one", 1), ("two", 2)):
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "a.mid.gz").write_bytes(gzip.compress(make_piece(60 + seed).dumps_midi()))
+    drawn = draw_arms([tmp_path / "one", tmp_path / "two"], 1, 2, 0)
+    assert [len(draw.pieces) for draw in drawn.values()] == [1, 1]
 
 
 def test_only_pieces_with_something_to_play_are_drawn(tmp_path: Path) -> None:

@@ -365,6 +365,7 @@ def test_a_model_continues_embeddings(model: MidiMambaForCausalLM) -> None:
     options = {"attention_mask": torch.ones_like(tokens()), "do_sample": False, **GENERATION}
     expected = model.generate(tokens(), **options)[:, tokens().shape[1] :]
     generated = model.generate(inputs_embeds=embedded, **options)
+    assert isinstance(generated, Tensor)
     assert torch.equal(generated, expected)
 
 
