@@ -55,6 +55,24 @@ def test_missing_and_impossible_values_are_refused(arguments: str, capsys: pytes
         parse(*arguments.split())
 
 
+@pytest.mark.parametrize(
+    ("line", "given"), [("a", "a"), ("--model b", "b"), ("--name b", "b"), ("a --name a", "a"), ("a --model b", None)]
+)
+def test_what_may_be_named_in_two_ways_is_not_named_differently(line: str, given: str | None) -> None:
+    @dataclass(frozen=True)
+    class Named:
+        model: str = field(metadata={"positional": True, "aliases": ("--model", "--name"), "help": "a folder"})
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, Named)
+    assert "--model MODEL, --name MODEL" in parser.format_help()
+    if given is not None:
+        assert read_options(Named, parser.parse_args(line.split())) == Named(given)
+        return
+    with pytest.raises(InputError, match="MODEL is a, and --model is b: give one of them"):
+        read_options(Named, parser.parse_args(line.split()))
+
+
 def test_help_is_grouped_and_says_every_default_once() -> None:
     parser = argparse.ArgumentParser()
     add_options(parser, Example, More)

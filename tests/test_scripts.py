@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from midimamba import MidiProcessor
 from midimamba.cli import main
@@ -23,6 +24,8 @@ from midimamba.corpus.packing import BlockCollator
 from midimamba.launching import distilling
 from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS
 from midimamba.training import adversarial as adversarial_script
+from midimamba.training.pretrain import PretrainArguments
+from midimamba.training.scripts import RecipeParser
 from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]
@@ -381,6 +384,36 @@ def test_an_unknown_recipe_key_is_named(corpus: Path, run: Run, tmp_path: Path) 
     assert run("pretrain.py", "--config", recipe)[0] == 2
     assert run("pretrain.py", "--config", tmp_path / "none.yaml")[0] == 2
     assert run("pretrain.py", "--config")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "message"),
+    [
+        ("pretrain.py", "seed: null", "seed is empty in the recipe: give a value, or leave it out"),
+        ("pretrain.py", "max_steps:", "max_steps is empty in the recipe"),
+        ("pretrain.py", "transpose: [1, 2]", "transpose is [1, 2] in the recipe: give one value"),
+        ("pretrain.py", "learning_rate: {a: 1}", "learning_rate is {'a': 1} in the recipe"),
+        ("pretrain.py", "lookback_bars: much", "invalid literal for int() with base 10: 'much'"),
+        ("pretrain.py", "temperatures: -0.7", "temperature is -0.7"),  # one value is a list of one
+        ("pretrain.py", "temperatures: '-0.7'", "temperature is -0.7"),
+        ("adversarial.py", "bar_s: 3", "the recipe has bar_s, which is no option"),
+    ],
+)
+def test_a_value_that_no_option_can_have_is_refused(
+    run: Run, tmp_path: Path, script: str, text: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: nowhere\nmodel: nothing\noutput_dir: {tmp_path / 'out'}\n{text}\n")
+    code, errors = run(script, f"--config={recipe}")
+    assert code == 2
+    assert errors.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_one_value_may_stand_where_several_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: d\noutput_dir: o\nlookback_bars: 4\ntemperatures: 0.7\nsize: null\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(tmp_path / "recipe.yaml")])
+    found, *_ = RecipeParser((PretrainArguments, TrainingArguments)).parse_recipe()
+    assert (found.lookback_bars, found.temperatures, found.size) == ([4], [0.7], None)
 
 
 def test_a_corpus_of_several_ids_a_step_is_refused(run: Run, tmp_path: Path) -> None:

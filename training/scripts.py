@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from datasets import DatasetDict
@@ -64,7 +65,8 @@ class RecipeParser(TrlParser):
         fields = {kind: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
         # Not by the types of the fields: the parser takes the `None` out of them.
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+        self._forms = {name: _forms_of(hint) for name, hint in hints.items()}
+        optional = {name for name, forms in self._forms.items() if type(None) in forms}
         optional.discard("report_to")  # whose "none" is a value of its own
         for action in self._actions:
             if action.dest in optional and action.type is not None:
@@ -91,8 +93,29 @@ class RecipeParser(TrlParser):
         raise InputError(f"{message}; see --help")
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """As TRL's. A recipe may use an option's other name as well."""
-        return list(super().set_defaults_with_config(**{self._name_of(key): value for key, value in kwargs.items()}))
+        """As TRL's. A recipe may use an option's other name as well, and give one value where several may be.
+
+        Raises:
+            InputError: for a key that is no option, or a value that none can have.
+        """
+        actions = {action.dest: action for action in self._actions}
+        values = {}
+        for key, value in kwargs.items():
+            if (name := self._name_of(key)) not in actions:
+                raise InputError(f"the recipe has {key}, which is no option; see --help")
+            values[name] = self._checked(actions[name], value)
+        return list(super().set_defaults_with_config(**values))
+
+    def _checked(self, action: argparse.Action, value: Any) -> Any:
+        """The value of an option in a recipe, in the form that the option has."""
+        forms = self._forms.get(action.dest, {type(value)})
+        if value is None and type(None) not in forms:
+            raise InputError(f"{action.dest} is empty in the recipe: give a value, or leave it out")
+        if isinstance(value, list | dict) and type(value) not in forms:
+            raise InputError(f"{action.dest} is {value} in the recipe: give one value")
+        if action.nargs in ("+", "*") and not isinstance(value, list) and value not in (None, "none"):
+            return [action.type(value) if isinstance(value, str) and callable(action.type) else value]
+        return value
 
     def _name_of(self, key: str) -> str:
         """The name of an option, by one of its names."""
@@ -100,7 +123,7 @@ class RecipeParser(TrlParser):
 
     def given(self) -> set[str]:
         """The names of the options that the command line or its recipe gives. Call it after [`parse_recipe`]."""
-        line = sys.argv[1:]
+        line = _command_line()
         names: set[str] = set()
         if "--config" in line:
             place = line.index("--config")
@@ -122,7 +145,7 @@ class RecipeParser(TrlParser):
             InputError: for an unreadable recipe, an unknown key, or a value that a dataclass refuses.
         """
         try:
-            parsed = tuple(self.parse_args_and_config())
+            parsed = tuple(self.parse_args_and_config(_command_line()))
         except InputError:
             raise
         except FileNotFoundError as error:
@@ -138,6 +161,18 @@ class RecipeParser(TrlParser):
                 # While training, the model keeps no state anyway.
                 part.use_cache = True
         return parsed
+
+
+def _forms_of(hint: Any) -> set[type]:
+    """The types that a value of this type may have, whatever they hold: `list[int] | None` is a list or nothing."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return {get_origin(part) or part for part in parts}
+
+
+def _command_line() -> list[str]:
+    """The words of the command, `--config=RECIPE` as two of them."""
+    words = (word.split("=", 1) if word.startswith("--config=") else [word] for word in sys.argv[1:])
+    return [part for word in words for part in word]
 
 
 def _check_trainer_options(options: TrainingArguments) -> None:

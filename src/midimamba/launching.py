@@ -50,7 +50,7 @@ def tune(options: TuneOptions) -> None:
     recipe = files("midimamba.training.recipes") / f"{options.recipe}-adversarial.yaml"
     with as_file(recipe) as path:
         arguments = ["--model", options.model, "--data", data, "--output_dir", str(options.out)]
-        if "--config" not in options.passed:
+        if not any(word.partition("=")[0] == "--config" for word in options.passed):
             arguments += ["--config", str(path)]
             if options.recipe == "distill":
                 arguments += distilling(options.model)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from midimamba.errors import InputError
 
 Options = TypeVar("Options")
+_BY_FLAG = "{}_by_flag"
 
 
 def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
@@ -43,8 +44,10 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
         settings = _settings(option, hints[option.name])
         if option.metadata.get("positional"):
             if aliases:  # whether one of them is given shows when all are read
-                target.add_argument(*aliases, dest=option.name, **{**settings, "default": argparse.SUPPRESS})
-                settings |= {"nargs": "?", "default": argparse.SUPPRESS}
+                settings["default"] = argparse.SUPPRESS
+                by_flag = {"metavar": option.name.upper(), **settings}
+                target.add_argument(*aliases, dest=_BY_FLAG.format(option.name), **by_flag)
+                settings["nargs"] = "?"
             elif option.default is not MISSING:
                 settings |= {"nargs": "?", "default": option.default}
             target.add_argument(option.name, **settings)
@@ -62,10 +65,16 @@ def read_options(options: type[Options], namespace: argparse.Namespace, **others
         others: values of the fields that aren't flags.
 
     Raises:
-        InputError: if a positional argument that is a flag as well was given in neither way.
+        InputError: if a positional argument that is a flag as well was given in neither way, or differently in both.
     """
     given = {flag.name: getattr(namespace, flag.name) for flag in _flags(options) if hasattr(namespace, flag.name)}
     for option in _flags(options):
+        if hasattr(namespace, by_flag := _BY_FLAG.format(option.name)):
+            value, flag = getattr(namespace, by_flag), option.metadata["aliases"][0]
+            if given.setdefault(option.name, value) != value:
+                raise InputError(
+                    f"{option.name.upper()} is {given[option.name]}, and {flag} is {value}: give one of them"
+                )
         if option.default is MISSING and option.default_factory is MISSING and option.name not in given:
             flag = (option.metadata.get("aliases") or (f"--{option.name}",))[0]
             raise InputError(f"{option.name.upper()} is missing: name it first, or with {flag}; see --help")
