@@ -337,6 +337,11 @@ def test_pieces_have_exactly_the_bars_asked_for_or_one_line_says_not(
     assert [record.message for record in caplog.records] == [
         "18 of 18 pieces stop before 9 new bars are full: raise max_new_tokens"
     ]
+    caplog.clear()
+    generate_scores(untrained, processor, SamplingOptions(num=2, bars=99, at_most=True, max_new_tokens=16))
+    assert [record.message for record in caplog.records] == [
+        "2 of 2 pieces stop before 99 new bars are full: raise max_new_tokens"
+    ]
 
 
 def test_a_continuation_keeps_to_the_instruments_and_leaves_the_end_of_its_prompt_alone(

@@ -32,8 +32,8 @@ class Composed(NamedTuple):
 
     Args:
         ids (`LongTensor` of shape `(rows, time)`): prompts and what follows them, padded on the right.
-        unfinished (`int`): rows that `max_new_tokens` cut off before they had all bars that were asked for.
-        bars (`int`): how many new bars were asked for.
+        unfinished (`int`): rows that `max_new_tokens` cut off before they ended.
+        bars (`int`): how many new bars they may have.
     """
 
     ids: Tensor
@@ -127,10 +127,10 @@ def compose(
         ids = _generate(model, inputs, options)
         if grammar is None and redraw:
             ids = _draw_again(model, processor, inputs, ids, options)
-    if grammar is None or not grammar.min_bars:
+    if grammar is None or grammar.max_bars is None:
         return Composed(ids)
     ends = (ids[:, prompt.shape[1] :] == processor.eos_token_id).any(dim=1)
-    return Composed(ids, int((~ends).sum()), grammar.min_bars)
+    return Composed(ids, int((~ends).sum()), grammar.max_bars)
 
 
 def _asked(processor: Any, prompt: Tensor) -> Asked | None:

@@ -84,7 +84,8 @@ class MidiGrammar(LogitsProcessor):
             of them may end without a note. For filling a gap; `max_bars` and `min_bars` then have no effect.
         constraints ([`~midimamba.tokenization.constraints.Constraints`] or `Mapping[str, Any]`, *optional*):
             What else new music must keep to. No note breaks them; where a prompt leaves nothing that keeps to them,
-            the sequence ends. Their `instruments` replace `programs` and the instruments of a prompt.
+            the sequence ends, or a `ConflictError` says so if it has too few bars. Their `instruments` replace
+            `programs` and the instruments of a prompt.
 
     Raises:
         InputError: if there are no rules for the tokenization or for one of its options, or constraints cannot be
@@ -348,16 +349,22 @@ class MidiGrammar(LogitsProcessor):
         result = allowed & sayable & ahead
         possible = result if beyond is None else result & ~beyond
         if not bool((left := possible.any(dim=1)).all()):
-            result = torch.where(left[:, None], result, self._after_prompt(structure & sayable, beyond))
+            result = torch.where(left[:, None], result, self._after_prompt(state, structure & sayable, beyond))
         return result
 
-    def _after_prompt(self, allowed: Tensor, beyond: Tensor | None) -> Tensor:
+    def _after_prompt(self, state: State, allowed: Tensor, beyond: Tensor | None) -> Tensor:
         """Where a prompt leaves nothing that keeps to all rules: what keeps to constraints, or else the end.
 
         Its notes may fill all voices for longer than a note may be awaited, or break off before a pitch.
         """
         allowed = allowed if beyond is None else allowed & ~beyond
-        return torch.where(allowed.any(dim=1, keepdim=True), allowed, self._tables["ends"])
+        possible = allowed.any(dim=1, keepdim=True)
+        bars, empty = state.values[:, At.BARS], state.values[:, At.EMPTY]
+        if self.min_bars and not (possible[:, 0] | ((bars >= self.min_bars) & (empty == 0))).all():
+            raise ConflictError(
+                "beside the notes that the prompt leaves sounding, none keeps to the constraints: end them earlier"
+            )
+        return torch.where(possible, allowed, self._tables["ends"])
 
     def _now(self, state: State, programs: Tensor) -> Now:
         table, values = self._tables, state.values

@@ -142,9 +142,11 @@ def _judge(
             found[2, row, index] = what[_LEAD if may_play else _LEAD_NAMED] <= budget
             # A note twice: once at this onset already, or under the inherited program and the same one by name.
             says = not clashes[program, index] and (may_play or not what[_INHERITS])
-            says = says and pitched + notes[DRUMS_ROW] + what[_LEAD_NOTES] <= max_notes
-            inherited = 0 if program == DRUMS_ROW else what[_LEAD_INHERITED]
-            says = says and pitched + what[_LEAD_PITCHED] + inherited <= voices
+            # A prompt may have more notes at its last onset; then no more are added.
+            leading = what[_LEAD_NOTES]
+            says = says and (leading == 0 or pitched + notes[DRUMS_ROW] + leading <= max_notes)
+            added = what[_LEAD_PITCHED] + (0 if program == DRUMS_ROW else what[_LEAD_INHERITED])
+            says = says and (added == 0 or pitched + added <= voices)
             says = says and (state[_HELD] == 0 or (what[_LEAD_NOTES] == 0 and index != eos))
             for entry in range(note_start[index], note_start[index + 1]):
                 whose = program if note_program[entry] == UNSET else note_program[entry]

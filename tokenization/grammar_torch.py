@@ -93,10 +93,12 @@ class TorchRules:
         twice = torch.zeros(len(used), len(table["lead"]), device=used.device)
         twice.index_add_(1, table["note_id"], present.float())
         sayable = (twice == 0) & ~table["clashes"][program[:, 0]]
-        sayable &= used.sum(dim=1, keepdim=True) + table["lead_notes"] <= self._limits.max_notes
+        # A prompt may have more notes at its last onset; then no more are added.
+        leading = table["lead_notes"]
+        sayable &= (leading == 0) | (used.sum(dim=1, keepdim=True) + leading <= self._limits.max_notes)
         pitched = used[:, DRUMS_ROW + 1 :].sum(dim=1, keepdim=True)
-        inherited = torch.where(program == DRUMS_ROW, 0, table["lead_inherited"])
-        sayable &= pitched + table["lead_pitched"] + inherited <= self._limits.voices
+        added = table["lead_pitched"] + torch.where(program == DRUMS_ROW, 0, table["lead_inherited"])
+        sayable &= (added == 0) | (pitched + added <= self._limits.voices)
         if len(table["any_id"]):
             sayable[:, table["any_id"]] &= self._has_voice(used, pitched, programs)
         sayable &= (~programs).float() @ table["programs_of_id"] == 0

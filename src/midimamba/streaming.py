@@ -208,8 +208,8 @@ class _Loop(LogitsProcessor):
                     continue
                 model.forget(state)
             logits = _read(model, index, state)
-        if self._grammar.min_bars and int(index) != self._grammar.eos_token_id:
-            Composed.tell_unfinished([Composed(seen, 1, self._grammar.min_bars)])
+        if self._grammar.max_bars is not None and int(index) != self._grammar.eos_token_id:
+            Composed.tell_unfinished([Composed(seen, 1, self._grammar.max_bars)])
 
     def _from_head(self, seen: Tensor) -> Tensor:
         """The last ids behind what precedes all music, from where they can be read."""

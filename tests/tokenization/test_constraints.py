@@ -1,6 +1,7 @@
 """Constraints while sampling: what they mean, that no note breaks them, and that no row is ever stuck."""
 
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from grammar_support import BOS, EOS, PAD, prefer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from miditok import MusicTokenizer
+from symusic import Note, Score, Track
 from torch import Tensor
 
 from midimamba.errors import InputError
@@ -18,6 +20,7 @@ from midimamba.tokenization.choices import ONE_STREAM
 from midimamba.tokenization.constraints import ConflictError, Constraints
 from midimamba.tokenization.grammar import MidiGrammar
 from midimamba.tokenization.grammars import make_grammar
+from midimamba.tokenization.musical_time import count_bars
 from midimamba.tokenization.processor import MidiProcessor
 from midimamba.tokenization.tokenizer import build_tokenizer, train_tokenizer
 from midimamba.tokenization.voices import most_voices
@@ -234,6 +237,31 @@ def test_a_continuation_keeps_to_constraints_that_its_prompt_breaks(name: str, m
     for row in sample(grammar, torch.zeros(tokenizer.vocab_size), 4, 60, 0, prompt, stuck=True):
         assert broken(tokenizer, row, Constraints(**wanted), prompt, finished=EOS in row) == []
         assert len(listen(tokenizer, row)[0]) > len(listen(tokenizer, prompt)[0])
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("bars", [1, 4])
+def test_a_prompt_may_end_with_more_notes_than_may_sound(
+    numba: bool, bars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("midimamba.tokenization.grammar.find_spec", lambda name: numba or None)
+    tokenizer = build_tokenizer(use_time_signatures=False)  # else one long bar would do
+    processor = MidiProcessor(tokenizer)
+    score = Score(480)
+    score.tracks.append(Track(notes=[Note(1440, 480, 60, 64), Note(1440, 7 * 480, 64, 64)]))
+    prompt = processor(score, return_tensors="pt")["input_ids"]
+    draw, ids = torch.Generator().manual_seed(1), prompt
+    options: dict[str, Any] = {"prompt_length": prompt.shape[1], "max_bars": bars, "min_bars": bars}
+    grammar = MidiGrammar(tokenizer, constraints={"polyphony": 1}, **options)
+    with pytest.raises(ConflictError, match="beside the notes that the prompt") if bars == 1 else nullcontext():
+        while int(ids[0, -1]) != EOS:
+            scores = grammar(ids, torch.randn(1, len(tokenizer.vocab), generator=draw))
+            ids = torch.cat([ids, scores.argmax(dim=1, keepdim=True)], dim=1)
+    if bars == 4:
+        result = processor.continue_score(score, ids[0], polyphony=1)
+        onsets = [note.time for note in result.tracks[0].notes if note.time > 1440]
+        assert min(onsets) >= 1440 + 7 * 480  # where the prompt is silent
+        assert count_bars(result, max(onsets) + 1) == 1 + 4
 
 
 def test_a_prompt_whose_instruments_have_no_pitch_is_refused_before_anything_is_sampled() -> None:
