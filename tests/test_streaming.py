@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from symusic import Note as ScoreNote
-from symusic import Score, Tempo, Track
+from symusic import Score, Tempo, TimeSignature, Track
 from symusic.core import ScoreTick
 from transformers import LogitsProcessorList
 
@@ -118,6 +118,10 @@ def test_notes_one_by_one_are_those_of_the_whole(
     """Also where notes are tied, end where they are struck again or where a voice is missing, in any division."""
     processor = MidiProcessor(tokenizers[name, trained], programs=[0, -1] if few else None, voices=voices)
     prompt = None if division is None else make_score(seed, bars=3).resample(division, min_dur=1)
+    if prompt is not None:  # changes that no id tells of
+        later = prompt.end() + seed % (4 * prompt.ticks_per_quarter)
+        prompt.tempos.append(Tempo(later, 60))
+        prompt.time_signatures.append(TimeSignature(later, 3, 4))
     ids, given = sampled(processor, prompt, 100, seed)
     decoder = NoteDecoder(processor, prompt)
     notes = [note for index in ids[given:] for note in decoder.read([index])]

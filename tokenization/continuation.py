@@ -10,7 +10,7 @@ from math import lcm
 
 from miditok import MusicTokenizer
 from symusic import ControlChange, Note, Score, TimeSignature, Track
-from symusic.core import NoteTickList, ScoreTick, TimeSignatureTickList
+from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList
 
 from .musical_time import bar_starts, meters
 from .normalization import PRESSED, SUSTAIN, settle_notes
@@ -36,7 +36,8 @@ def add_continuation(
     """Add to a prompt what was sampled after it.
 
     Nothing of the prompt changes, ticks included, except that its tracks go on, that a sustain pedal it leaves pressed
-    is lifted where it ends, and that a time division too coarse for new notes is multiplied. New notes of an
+    is lifted where it ends, that a time division too coarse for new notes is multiplied, and that changes of meter and
+    tempo after its last bar with an onset, of which no id tells a model, do not bend what follows. New notes of an
     instrument go to the prompt's first track of its program; a new instrument gets a track of its own. While a note of
     the prompt sounds, new notes of its pitch and program are left out: they would end it. New notes end early where
     more than `voices` would sound; see [`~midimamba.tokenization.voices.limit_voices`].
@@ -59,6 +60,8 @@ def add_continuation(
     division = score.ticks_per_quarter
     end = score.end()
     _lift_pedals(score, end)
+    if new.tracks:
+        end_with_last_bar(score)
     new = new.resample(division, min_dur=1)
     leave_out_struck_again(score, new)
     limit_voices(new, voices, score)
@@ -107,6 +110,17 @@ def _difference(continued: ScoreTick, encoded: ScoreTick) -> ScoreTick:
 def _identity(note: Note) -> tuple[int, int, int]:
     """Without the end: BEAT may let a note of the prompt go on."""
     return note.time, note.pitch, note.velocity
+
+
+def end_with_last_bar(score: ScoreTick) -> None:
+    """Leave out, in place, the changes of meter and tempo after the last bar in which a note begins."""
+    onsets = [int(track.notes.numpy()["time"].max()) for track in score.tracks if track.notes]
+    last = max(onsets, default=0)
+    known = [meter for meter in meters(score) if meter.time <= last]
+    length = known[-1].bar_length(score.ticks_per_quarter)
+    line = last + length - (last - known[-1].time) % length
+    score.time_signatures = TimeSignatureTickList([each for each in score.time_signatures if each.time <= last])
+    score.tempos = TempoTickList([each for each in score.tempos if each.time < line])
 
 
 def _lift_pedals(score: ScoreTick, end: int) -> None:

@@ -18,7 +18,7 @@ from symusic.core import ScoreTick
 
 from midimamba.errors import InputError
 from midimamba.tokenization.constraints import DRUMS
-from midimamba.tokenization.continuation import in_fine_division, instrument_of
+from midimamba.tokenization.continuation import end_with_last_bar, in_fine_division, instrument_of
 from midimamba.tokenization.grammar_types import check_plain
 from midimamba.tokenization.ingest import read_unordered
 from midimamba.tokenization.processor import Midi, MidiProcessor
@@ -333,6 +333,7 @@ class NoteDecoder:
         if score is not None:
             score = in_fine_division(score, quarter)
             self._division = score.ticks_per_quarter
+            end_with_last_bar(score)
             tempos = [(tempo.time, tempo.mspq) for tempo in score.tempos]
             for track in score.tracks:
                 is_drum, program = instrument_of(track)

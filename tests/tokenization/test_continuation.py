@@ -120,6 +120,26 @@ def test_what_follows_is_added(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["REMI", "TSD"])
+def test_changes_after_the_last_bar_of_a_prompt_do_not_bend_what_follows(name: str) -> None:
+    processor, prompt = PROCESSORS[name], Score(480)
+    prompt.tracks.append(Track(notes=[Note(480 * beat, 240, 60, 64) for beat in range(7)]))
+    prompt.time_signatures.append(TimeSignature(0, 4, 4))
+    prompt.time_signatures.append(TimeSignature(3 * 1920, 3, 4))
+    prompt.tempos.extend([Tempo(0, 120.0), Tempo(7 * 480, 100.0), Tempo(3 * 1920, 60.0)])  # the second: a ritardando
+    longer = prompt.copy()
+    longer.time_signatures.pop()
+    del longer.tempos[1:]
+    assert processor.encode(longer) == processor.encode(prompt)  # of the changes, no id tells
+    longer.tracks[0].notes.extend([Note(480 * beat, 240, 62, 64) for beat in range(8, 20)])
+    found = processor.continue_score(prompt, processor.encode(longer))
+    assert [(meter.time, meter.numerator) for meter in found.time_signatures] == [(0, 4)]
+    assert [(tempo.time, round(tempo.qpm)) for tempo in found.tempos] == [(0, 120), (7 * 480, 100)]
+    alone = processor.continue_score(prompt, processor.encode(prompt))
+    assert list(alone.time_signatures) == list(prompt.time_signatures)
+    assert list(alone.tempos) == list(prompt.tempos)
+
+
 def test_a_new_note_under_the_prompts_own_of_its_pitch_is_left_out() -> None:
     processor, prompt = PROCESSORS["REMI"], Score(480)
     prompt.tracks.append(Track(notes=[Note(0, 11 * 480, 48, 64), Note(0, 480, 60, 64)]))
