@@ -1,10 +1,11 @@
 """The page of a comparison: tables with intervals and floors, overlaid distributions, piano rolls."""
 
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from midimamba.evaluation.rendering import (
     save_figure,
 )
 from midimamba.evaluation.report_page import bullet_list
+from midimamba.files import flush_folder, locked
 from midimamba.text import for_json, for_link, for_markdown
 
 ROLLS = 2
@@ -86,9 +88,26 @@ def check_target(out: Path) -> None:
     """
     if out.suffix != ".json":
         raise InputError(f"a report cannot be written to {out}; give --out a name that ends in .json")
-    if taken := [file for file in (out, out.with_suffix(".md")) if file.exists()]:
+    # A run that was killed while it put its files into place may have left the page.
+    files = (out,) if _scratch_of(out).exists() else (out, out.with_suffix(".md"))
+    if taken := [file for file in files if file.exists()]:
         raise InputError(f"{taken[0]} already exists; choose another --out or delete it")
     import_demo("matplotlib")
+
+
+def _scratch_of(out: Path) -> Path:
+    return out.with_name(f".{out.stem}.unfinished")
+
+
+@contextmanager
+def _empty(folder: Path) -> Iterator[Path]:
+    """A new folder, whatever a killed run left there. It is removed at the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_comparison(out: Path, title: str, found: Comparison, reference: Reference, settings: dict[str, Any]) -> None:
@@ -104,8 +123,7 @@ def write_comparison(out: Path, title: str, found: Comparison, reference: Refere
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings | found.sizes
-    with TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as scratch:
-        folder = Path(scratch)
+    with locked(out), _empty(_scratch_of(out)) as folder:
         draw_distributions(found.measured, folder / f"{out.stem}-features.png")
         rolls = []
         for kind, pieces in (("sample", found.pieces), ("real", reference.pieces)):
@@ -116,6 +134,7 @@ def write_comparison(out: Path, title: str, found: Comparison, reference: Refere
         (folder / f"{out.stem}.md").write_text(page, encoding="utf-8")
         report = {"features": found.features, "figures": found.figures, "settings": settings}
         (folder / out.name).write_text(for_json(to_json(report), indent=2) + "\n", encoding="utf-8")
+        flush_folder(folder)
         # The report itself comes last: if it exists, so do the other files.
         for file in sorted(folder.iterdir(), key=lambda file: file.name == out.name):
             file.replace(out.parent / file.name)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,22 @@ from support import make_generator, make_score
 
 # Its figures are tested in tests/evaluation.
 pytestmark = pytest.mark.usefixtures("quick_comparison")
+
+
+# Ends as if it were killed when the page is in its place and the report is not.
+KILLED = """
+import json, os, sys
+from pathlib import Path
+from midimamba.cli import main
+
+def replace(file, target, before=Path.replace):
+    before(file, target)
+    if target.suffix == ".md":
+        os._exit(9)
+
+Path.replace, sys.argv = replace, json.loads(sys.argv[1])
+main()
+"""
 
 
 def write_song(path: Path, seed: int) -> None:
@@ -159,6 +177,22 @@ def test_a_report_that_is_there_is_not_replaced(
     assert command(monkeypatch, songs, "--reference", corpus, "--out", tmp_path / "report.json") == 2
     assert "already exists" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_run_that_was_killed_while_it_wrote_can_be_made_again(
+    songs: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = (songs, "--reference", corpus, "--out", tmp_path / "report.json", "--length", 32, "--bars", 6)
+    words = ["midimamba", "evaluate", *map(str, line)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(words)], capture_output=True, timeout=300)
+    assert killed.returncode == 9, killed.stderr
+    assert (tmp_path / "report.md").exists()
+    assert not (tmp_path / "report.json").exists()
+    (tmp_path / "report.md").write_text("half")
+    assert command(monkeypatch, *line) == 0
+    assert (tmp_path / "report.json").exists()
+    assert (tmp_path / "report.md").read_text() != "half"
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 def test_a_failure_while_writing_leaves_nothing(

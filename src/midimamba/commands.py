@@ -319,18 +319,17 @@ def evaluate(options: EvaluateOptions) -> None:
     check_can_be_made(options.out)
     check_target(options.out)
     names = ["music", "reference", "split", "seed"]
-    reference = read_reference(options.reference, options.split, options.bars)
-    figures = {}
-    folder = Path(options.music)
+    folder, pair = Path(options.music), None
     if folder.is_dir() and not (folder / "config.json").is_file():
         samples = read_folder(folder)
     else:
         names += ["temperature", "top_p", "max_new_tokens"]
-        model, processor = load_pair(options.music)
-        samples = generate_samples(model, processor, options.sampling)
-        figures = model_figures(
-            model, processor, reference, options.num, options.length, options.temperature, options.seed
-        )
+        pair = load_pair(options.music)
+    reference = read_reference(options.reference, options.split, options.bars)
+    figures = {}
+    if pair is not None:
+        samples = generate_samples(*pair, options.sampling)
+        figures = model_figures(*pair, reference, options.num, options.length, options.temperature, options.seed)
     found = compare(samples, reference, options.length, options.seed)
     found.figures.update(figures)
     settings = {name: getattr(options, name) for name in names}
