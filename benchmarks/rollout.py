@@ -38,8 +38,8 @@ def forked(model: MidiMambaForCausalLM, reward: Reward, rows: Tensor, positions:
     rollouts = rollout.Rollouts(model, numbers.shape[-1], flat.shape[1], NEVER, prompt_length=1)
     times = torch.tensor([positions] * len(rows))
 
-    def draw(logits: Tensor) -> Tensor:
-        return pick(logits, flat[next(steps), : len(logits), None])
+    def draw(logits: Tensor, temperature: float) -> Tensor:
+        return pick(logits / temperature, flat[next(steps), : len(logits), None])
 
     with patch.object(rollout, "draw", draw):  # the only source of chance in a roll-out
         return monte_carlo_values(rollouts, rewards, Sequences(rows, torch.ones_like(rows)), times)[:, :-1]
