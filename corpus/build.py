@@ -50,6 +50,8 @@ from midimamba.tokenization.tokenizer import (
     load_tokenizer,
 )
 
+# What a tokenizer that is there decides.
+_DECIDED = ("tokenization", "tokenizer_options", "subword_model", "vocab_size", "training_tokens")
 # What `corpus.json` says, among other things.
 _REPORTED = {"splits", "split_by", "refused", "duplicates", "vocab_size", "arguments", "written"}
 
@@ -162,6 +164,10 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
         raise InputError(f"there is no control {unknown[0]!r}: choose one of {', '.join(CONTROLS)}")
     _check_labels(options)
     if options.tokenizer is not None:
+        own = CorpusOptions()
+        for name in _DECIDED:
+            if getattr(options, name) not in (getattr(own, name), None):
+                raise InputError(f"{name} is decided by the tokenizer of {options.tokenizer}: leave it out")
         tokenizer = load_tokenizer(options.tokenizer)
         if options.infill and GAP not in tokenizer.special_tokens:
             raise InputError(f"the tokenizer of {options.tokenizer} has no tokens for infilling: leave out --infill")

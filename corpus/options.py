@@ -32,7 +32,7 @@ class CorpusOptions:
             MidiTok's options, see [`~midimamba.tokenization.tokenizations.build_tokenizer`].
         tokenizer (`str`, *optional*):
             Use the tokenizer of this folder or Hub repository instead of making one: for a corpus that fits an
-            existing model. The other options of this group then have no effect.
+            existing model. It decides the tokenization and the subword model, so they cannot be chosen as well.
         subword_model (`str`, *optional*, defaults to `"BPE"`):
             `"BPE"` or `"Unigram"`.
         vocab_size (`int`, *optional*, defaults to 1000):

@@ -201,13 +201,13 @@ def _add_meters(score: ScoreTick, encoded: ScoreTick, continued: ScoreTick) -> N
 
 
 def warn_of_shared_channels(score: ScoreTick) -> None:
-    """Warn if a file of this score would play instruments with each other's sounds: MIDI has channels for 15."""
+    """Warn if a file of this score would play tracks with each other's sounds: MIDI has channels for 15."""
     channels: dict[int, int] = {}
     for index, track in enumerate(score.tracks):
         program = channels.setdefault(index % _MELODIC_CHANNELS, track.program) if not track.is_drum else track.program
         if program != track.program:
             warnings.warn(
-                f"a piece has more instruments than a MIDI file has channels ({_MELODIC_CHANNELS} and one for drums): "
+                f"a piece has more tracks than a MIDI file has channels ({_MELODIC_CHANNELS} and one for drums): "
                 "some would sound like others; remove or merge tracks before writing it",
                 stacklevel=3,
             )

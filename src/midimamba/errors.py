@@ -79,7 +79,7 @@ def check_hub(name: str, repo_type: str = "model") -> None:
     here = Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *name.split("/")])
     if constants.HF_HUB_OFFLINE or Path(name).exists() or here.exists():
         return
-    with reaching_hub(f"{name} cannot be loaded"), suppress(HFValidationError):
+    with reaching_hub(f"{name} is not here and cannot be loaded"), suppress(HFValidationError):
         try:
             HfApi().repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
         except HfHubHTTPError as error:

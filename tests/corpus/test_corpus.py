@@ -353,6 +353,17 @@ def test_an_interrupted_run_continues_where_it_stopped(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "log", "music", "out"]
 
 
+@pytest.mark.parametrize(
+    "options", [{"tokenization": "TSD"}, {"vocab_size": 300}, {"tokenizer_options": {"use_velocities": False}}]
+)
+def test_what_an_existing_tokenizer_decides_cannot_be_chosen(
+    options: dict[str, Any], midi_folder: MidiFolder, tmp_path: Path
+) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name} is decided by the tokenizer of there: leave it out"):
+        tokenize_corpus(str(midi_folder(1)), tmp_path / "out", CorpusOptions(tokenizer="there", **options))
+
+
 def test_a_corpus_for_an_existing_model_has_its_tokenizer(midi_folder: MidiFolder, tmp_path: Path) -> None:
     folder = midi_folder(6)
     tokenize_corpus(

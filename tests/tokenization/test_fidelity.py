@@ -373,5 +373,5 @@ def test_more_instruments_than_channels_are_warned_of() -> None:
         warnings.simplefilter("error")
         processor.decode(processor.encode(score))
     score.tracks.append(Track(program=99, notes=[Note(0, 480, 60, 80)]))
-    with pytest.warns(UserWarning, match="more instruments than a MIDI file has channels"):
+    with pytest.warns(UserWarning, match="more tracks than a MIDI file has channels"):
         processor.decode(processor.encode(score))
