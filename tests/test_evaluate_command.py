@@ -155,6 +155,7 @@ def evaluate(
         ("songs", ("--split", "validation"), "the validation split holds"),
         ("songs", ("--out", "report.txt"), "ends in .json"),
         ("generator", ("--num", "4"), "num is 4: give at least 5"),
+        ("songs", ("--top-p", "0.5"), "top_p is for sampling from a generator, and"),
         ("generator", ("--temperature", "0"), "temperature is 0.0: give a number from 0.001 to 1000"),
         ("songs", ("--bars", "0"), "bars is 0: give at least 1"),
         ("songs", ("--length", "3"), "length is 3: give at least 4"),

@@ -84,6 +84,7 @@ def test_files_that_are_passed_over_are_reported(
         ),
         (("--score", "machine", "answers.json"), "machine/key.json cannot be read: No such file"),
         (("--score", "machine", "answers.json", "--out", "out"), "leave out --out"),
+        (("--score", "machine", "answers.json", "--num", "4"), "makes no test: leave out --num"),
         (("--score", "machine", "answers.json", "./answers.json"), "named twice"),
     ],
 )

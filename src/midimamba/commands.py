@@ -29,6 +29,7 @@ from midimamba.constraint_options import ConstraintOptions, GapConstraintOptions
 from midimamba.corpus.options import ClusterOptions, CorpusOptions
 from midimamba.errors import InputError
 from midimamba.files import check_can_be_made, is_taken
+from midimamba.options import first_given
 from midimamba.result_options import FEWEST_SAMPLES, EvaluateOptions, ListenOptions, PublishOptions
 from midimamba.serving.options import ServeOptions
 from midimamba.text import printable, show
@@ -321,6 +322,8 @@ def evaluate(options: EvaluateOptions) -> None:
     names = ["music", "reference", "split", "seed"]
     folder, pair = Path(options.music), None
     if folder.is_dir() and not (folder / "config.json").is_file():
+        if (name := first_given(options, ("num", "max_new_tokens", "temperature", "top_p"))) is not None:
+            raise InputError(f"{name} is for sampling from a generator, and {folder} holds MIDI files: leave it out")
         samples = read_folder(folder)
     else:
         names += ["temperature", "top_p", "max_new_tokens"]
@@ -365,8 +368,8 @@ def listen(options: ListenOptions) -> None:
 def _score_answers(test: Path, options: ListenOptions) -> None:
     from midimamba.evaluation import listening
 
-    if options.out is not None:
-        raise InputError("--score prints its tables and writes nothing: leave out --out")
+    if (name := first_given(options, ("out", "num", "bars", "seed", "soundfont"))) is not None:
+        raise InputError(f"--score prints its tables and makes no test: leave out --{name}")
     if len({path.resolve() for path in options.paths}) < len(options.paths):
         raise InputError("a file of answers is named twice, so its listener would count twice: name it once")
     key = listening.read_key(test)

@@ -5,7 +5,7 @@ transformers' `HfArgumentParser` does the same, but importing it takes seconds, 
 
 import argparse
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -80,6 +80,17 @@ def read_options(options: type[Options], namespace: argparse.Namespace, **others
             raise InputError(f"{option.name.upper()} is missing: name it first, or with {flag}; see --help")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return options(**values, **others)
+
+
+def first_given(options: Any, names: Iterable[str]) -> str | None:
+    """The first of these fields of a dataclass that has not its default, or `None`."""
+    plain = {option.name: option for option in fields(options)}
+    for name in names:
+        option = plain[name]
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if getattr(options, name) != default:
+            return name
+    return None
 
 
 def split_flags(line: Sequence[str], *classes: type) -> tuple[list[str], tuple[str, ...]]:
