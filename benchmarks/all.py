@@ -289,7 +289,7 @@ def make(step: Step, command: list[str], work: Path) -> tuple[str, str, str]:
     seconds = f"{time.perf_counter() - start:.0f} s"
     if code:
         return step.name, f"failed: {log}", seconds
-    ratio = json.loads((ROOT / command[-1]).read_text())["ratio"] if _is_script(step) else None
+    ratio = json.loads((ROOT / command[-1]).read_text()).get("ratio") if _is_script(step) else None
     return step.name, "done" if ratio is None else f"{ratio}", seconds
 
 
