@@ -84,13 +84,8 @@ def read_options(options: type[Options], namespace: argparse.Namespace, **others
 
 def first_given(options: Any, names: Iterable[str]) -> str | None:
     """The first of these fields of a dataclass that has not its default, or `None`."""
-    plain = {option.name: option for option in fields(options)}
-    for name in names:
-        option = plain[name]
-        default = option.default if option.default_factory is MISSING else option.default_factory()
-        if getattr(options, name) != default:
-            return name
-    return None
+    defaults = {option.name: option.default for option in fields(options)}
+    return next((name for name in names if getattr(options, name) != defaults[name]), None)
 
 
 def split_flags(line: Sequence[str], *classes: type) -> tuple[list[str], tuple[str, ...]]:
