@@ -117,3 +117,10 @@ def test_a_failure_is_reported_at_the_end(
     assert "| good | done |" in printed
     assert "| late | done |" in printed
     assert f"| bad | failed: {tmp_path / 'runs' / 'bench' / 'quick' / 'bad.log'} |" in printed
+
+
+def test_a_result_without_a_ratio_is_done(table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (step,) = (step for step in table.STEPS if step.name == "constraints")
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{}')"
+    assert table.make(step, [sys.executable, "-c", write, "result.json"], Path())[:2] == ("constraints", "done")
