@@ -14,7 +14,7 @@ from midimamba.errors import InputError
 from midimamba.evaluation.report import NEEDED, write_report
 from midimamba.evaluation.report_curves import draw_curves
 from midimamba.training import pretrain
-from support import command
+from support import command, make_score
 
 
 @pytest.mark.slow
@@ -31,6 +31,7 @@ from support import command
 @pytest.mark.parametrize("offline", ["0", "1"], ids=["unreachable", "offline"])
 def test_a_hub_out_of_reach_is_one_line_within_seconds(words: tuple[str, ...], offline: str, tmp_path: Path) -> None:
     (tmp_path / "music").mkdir()
+    make_score(1).dump_midi(tmp_path / "music" / "a.mid")
     surroundings = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "home"}
     ended = subprocess.run(
         [sys.executable, "-m", *words], cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=60
