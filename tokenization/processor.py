@@ -279,9 +279,9 @@ class MidiProcessor(ProcessorMixin):
     def continue_score(self, prompt: Midi | None, ids: Ids, polyphony: int | None = None) -> ScoreTick:
         """A prompt with what was sampled after it.
 
-        The prompt's own tracks, names, velocities, controllers, tempos and meters stay as they are, and new notes,
-        tempos and meters are added; see [`~midimamba.tokenization.continuation.add_continuation`]. Where a new note
-        begins while `voices` notes sound, the new note that began first ends there; see
+        The prompt's own tracks, names, velocities and controllers stay as they are, and up to its last bar tempos and
+        meters. New ones and new notes are added; see [`~midimamba.tokenization.continuation.add_continuation`]. Where
+        a new note begins while `voices` notes sound, the new note that began first ends there; see
         [`~midimamba.tokenization.voices.limit_voices`].
 
         Args:
