@@ -165,7 +165,7 @@ def _base_tokenizer(options: CorpusOptions) -> MusicTokenizer:
     _check_labels(options)
     if options.tokenizer is not None:
         own = CorpusOptions()
-        for name in _DECIDED:
+        for name in _DECIDED:  # `prepare` leaves no size where there are several vocabularies
             if getattr(options, name) not in (getattr(own, name), None):
                 raise InputError(f"{name} is decided by the tokenizer of {options.tokenizer}: leave it out")
         tokenizer = load_tokenizer(options.tokenizer)

@@ -180,8 +180,9 @@ class LookBack(nn.Module):
         """
         is_gap, starts = ids == self.gap, begins | (ids == self.bos)
         is_begin = starts | is_gap
-        tables = self.tables(ids.device)[:2]
-        opens_bar, position = (table[ids.clamp(max=len(table) - 1)] for table in tables)
+        opens_bar, position, _ = self.tables(ids.device)
+        known = ids.clamp(max=len(position) - 1)
+        opens_bar, position = opens_bar[known], position[known]
         bar, within = latest // _PLACES, latest % _PLACES
         bars, documents = opens_bar.cumsum(1), is_begin.cumsum(1)
         # Bars of this document so far, counting from one that was open before.

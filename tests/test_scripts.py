@@ -8,13 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
 
 from midimamba import MidiProcessor
 from midimamba.cli import main
@@ -23,9 +20,6 @@ from midimamba.corpus.options import CorpusOptions
 from midimamba.corpus.packing import BlockCollator
 from midimamba.launching import distilling
 from midimamba.tokenization.sampling_limits import SAMPLING_DEFAULTS
-from midimamba.training import adversarial as adversarial_script
-from midimamba.training.pretrain import PretrainArguments
-from midimamba.training.scripts import RecipeParser
 from support import make_discriminator, make_generator, make_score
 
 ROOT = Path(__file__).parents[1]
@@ -365,15 +359,6 @@ def test_the_files_of_others_are_not_replaced(corpus: Path, run: Run, tmp_path: 
     assert "corpus.json is of no run that was begun here" in errors.splitlines()[-1]
 
 
-def test_the_generator_is_saved_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    saved: list[str] = []
-    monkeypatch.setattr("midimamba.training.scripts.save_model", lambda folder, *_, **__: saved.append(folder.name))
-    trainer: Any = MagicMock()
-    trainer.args.output_dir = str(tmp_path / "tuned")
-    adversarial_script.save(trainer, MagicMock(), MagicMock(), (), push=False)
-    assert saved == ["tuned-discriminator", "tuned-musical-discriminator", "tuned"]
-
-
 def test_an_unknown_recipe_key_is_named(corpus: Path, run: Run, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data: {corpus}\noutput_dir: {tmp_path / 'out'}\nlearning_rat: 0.1\n")
@@ -407,13 +392,6 @@ def test_a_value_that_no_option_can_have_is_refused(
     code, errors = run(script, f"--config={recipe}")
     assert code == 2
     assert errors.splitlines()[-1].startswith(f"error: {message}")
-
-
-def test_one_value_may_stand_where_several_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("data: d\noutput_dir: o\nlookback_bars: 4\ntemperatures: 0.7\nsize: null\n")
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(tmp_path / "recipe.yaml")])
-    found, *_ = RecipeParser((PretrainArguments, TrainingArguments)).parse_recipe()
-    assert (found.lookback_bars, found.temperatures, found.size) == ([4], [0.7], None)
 
 
 def test_a_corpus_of_several_ids_a_step_is_refused(run: Run, tmp_path: Path) -> None:

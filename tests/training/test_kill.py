@@ -15,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -218,6 +219,17 @@ def measure(number: int) -> None:
                     wrong.append((moment, sorted(names)[:9]))
             sys.stdout.write(f"{script}: {kills} kills, {len(wrong)} ends differ; {time.monotonic() - begin:.0f} s\n")
             sys.stdout.writelines(f"  {moment}: {names}\n" for moment, names in wrong)
+
+
+def test_the_generator_is_saved_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from midimamba.training import adversarial
+
+    saved: list[str] = []
+    monkeypatch.setattr("midimamba.training.scripts.save_model", lambda folder, *_, **__: saved.append(folder.name))
+    trainer: Any = MagicMock()
+    trainer.args.output_dir = str(tmp_path / "tuned")
+    adversarial.save(trainer, MagicMock(), MagicMock(), (), push=False)
+    assert saved == ["tuned-discriminator", "tuned-musical-discriminator", "tuned"]
 
 
 if __name__ == "__main__":

@@ -144,3 +144,10 @@ def test_recipes_train(tmp_path: Path, name: str) -> None:
     trainer.train()
     assert moved(before, parameters(trainer.generator_for_saving.get_input_embeddings())) > 0
     assert all(torch.isfinite(torch.tensor(log["loss"])) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_one_value_may_stand_where_several_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: d\noutput_dir: o\nlookback_bars: 4\ntemperatures: 0.7\nsize: null\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(tmp_path / "recipe.yaml")])
+    found, *_ = RecipeParser((PretrainArguments, TrainingArguments)).parse_recipe()
+    assert (found.lookback_bars, found.temperatures, found.size) == ([4], [0.7], None)
